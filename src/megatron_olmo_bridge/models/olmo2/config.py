@@ -1,0 +1,87 @@
+"""What an OLMo-2 model is: the numbers, in megatron-core's terms, read from a Hugging Face config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_olmo_bridge.errors import InputError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Olmo2Config:
+    """The numbers that fix the shapes and the arithmetic of an OLMo-2 model.
+
+    Field names are megatron-core's; :meth:`from_hf` reads them from a ``config.json``.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Rows of gate_proj and of up_proj, each."""
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads; equal to ``num_attention_heads`` without grouped queries."""
+    kv_channels: int
+    """Width of one head."""
+    vocab_size: int
+    """Rows of the embedding in the Hugging Face model, before any padding."""
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: float
+    share_embeddings_and_output_weights: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                     "num_query_groups", "kv_channels", "vocab_size"):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"the model's {name} must be a positive whole number, not {value!r}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise InputError(
+                f"{self.num_attention_heads} attention heads cannot be shared out evenly over "
+                f"{self.num_query_groups} key/value heads"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> Olmo2Config:
+        """Read a ``config.json``; absent values get the defaults of transformers' Olmo2Config.
+
+        Raises:
+            InputError: a value is missing, or the head counts don't divide.
+            UnsupportedError: the config asks for arithmetic that OLMo-2 in Megatron doesn't have.
+        """
+        missing = [k for k in ("num_hidden_layers", "hidden_size", "intermediate_size",
+                               "num_attention_heads", "vocab_size") if k not in hf]  # fmt: skip
+        if missing:
+            raise InputError(f"config.json lacks {', '.join(missing)}")
+        if hf.get("attention_bias"):
+            raise UnsupportedError("config.json sets attention_bias; published OLMo-2 models have none")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise UnsupportedError(f"config.json sets hidden_act={hf['hidden_act']!r}; OLMo-2 uses silu")
+        hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+        if not hf.get("head_dim") and hidden % heads:
+            raise InputError(f"hidden_size {hidden} cannot be divided by {heads} attention heads")
+        return cls(
+            num_layers=hf["num_hidden_layers"],
+            hidden_size=hidden,
+            ffn_hidden_size=hf["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=hf.get("num_key_value_heads") or heads,
+            kv_channels=hf.get("head_dim") or hidden // heads,
+            vocab_size=hf["vocab_size"],
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            layernorm_epsilon=float(hf.get("rms_norm_eps", 1e-5)),
+            rotary_base=_rope_theta(hf),
+            share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
+        )
+
+
+def _rope_theta(hf: dict[str, Any]) -> float:
+    """Theta from either spelling: legacy ``rope_theta`` or ``rope_parameters``."""
+    rope = hf.get("rope_parameters") or {}
+    scaling = hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise UnsupportedError(f"config.json asks for rope of type {kind!r}; OLMo-2 uses plain rope")
+    return float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
