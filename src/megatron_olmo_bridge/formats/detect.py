@@ -1,0 +1,93 @@
+"""What kind of checkpoint a path is, and by name the kinds that are not converted."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import InputError, UnsupportedError
+
+from .hf_folder import is_hf_folder, refuse_other_weights
+from .torch_dist import (
+    FORMAT_FILE,
+    METADATA,
+    TRACKER,
+    iteration_folder,
+    iteration_folders,
+    read_format,
+)
+
+PARTIAL_MARKER = ".olmo-bridge-partial"
+"""In a folder that is being written. Nothing here reads a folder that has it."""
+
+_CONVERT_WITH_MEGATRON = (
+    "Load it with the Megatron that wrote it and save it with --ckpt-format torch_dist "
+    "(Megatron-LM: --ckpt-convert-format torch_dist), then export that."
+)
+
+
+class Kind(Enum):
+    HF = "Hugging Face"
+    MEGATRON = "Megatron torch_dist"
+
+
+def detect(path: Path, iteration: int | str | None = None) -> tuple[Kind, Path]:
+    """What a path holds, and the very folder with the weights.
+
+    Args:
+        path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder.
+        iteration: for a root, the iteration; None takes the tracker's.
+
+    Raises:
+        InputError: nothing there, an interrupted conversion, or no checkpoint.
+        UnsupportedError: a checkpoint of a kind that is not converted.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file; name the folder that holds the checkpoint")
+    for folder in (path, path.parent):
+        if (folder / PARTIAL_MARKER).exists():
+            raise InputError(
+                f"{folder}: an interrupted conversion, not a checkpoint. Run the same command "
+                "again with --resume, or delete the folder."
+            )
+    if (path / FORMAT_FILE).is_file():
+        _refuse_unless_torch_dist(path)
+        return Kind.MEGATRON, path
+    if (path / TRACKER).exists() or iteration is not None or iteration_folders(path):
+        folder = iteration_folder(path, iteration)
+        _refuse_other_megatron(folder)
+        _refuse_unless_torch_dist(folder)
+        return Kind.MEGATRON, folder
+    _refuse_other_megatron(path)
+    if is_hf_folder(path):
+        return Kind.HF, path
+    refuse_other_weights(path)
+    raise InputError(
+        f"{path}: not a checkpoint: neither Hugging Face (config.json and safetensors) nor "
+        f"Megatron ({TRACKER}, or an iter_ folder with {FORMAT_FILE})"
+    )
+
+
+def _refuse_unless_torch_dist(path: Path) -> None:
+    if not (path / FORMAT_FILE).is_file():
+        raise InputError(f"{path}: no {FORMAT_FILE}: an incomplete or foreign checkpoint")
+    if (name := read_format(path)) != "torch_dist":
+        raise UnsupportedError(f"{path}: a Megatron checkpoint of format {name!r}, "
+                               f"not torch_dist. {_CONVERT_WITH_MEGATRON}")  # fmt: skip
+
+
+def _refuse_other_megatron(path: Path) -> None:
+    ranks = sorted(path.glob("mp_rank_*"))
+    if ranks:
+        raise UnsupportedError(
+            f"{path}: a Megatron checkpoint of the legacy format ({ranks[0].name}), which has one "
+            f"pickle for each parallel rank. {_CONVERT_WITH_MEGATRON}"
+        )
+    if (path / METADATA).is_file() and not (path / FORMAT_FILE).is_file():
+        name = "fsdp_dtensor" if (path / "train_state.pt").exists() else "torch_dcp or fsdp_dtensor"
+        raise UnsupportedError(
+            f"{path}: a Megatron checkpoint of format {name} ({METADATA} without {FORMAT_FILE}), "
+            f"not torch_dist. {_CONVERT_WITH_MEGATRON}"
+        )

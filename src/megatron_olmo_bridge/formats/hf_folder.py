@@ -1,0 +1,149 @@
+"""A Hugging Face checkpoint folder: config.json, safetensors shards and their index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError
+
+from .safetensors import read_header
+from .tensors import StoredArray
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SIDE_FILES = (
+    CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.*",
+)  # fmt: skip
+"""What ``save_pretrained`` of a model and its tokenizer write beside the weights."""
+HUB_PATTERNS = (*SIDE_FILES, "*.safetensors", INDEX)
+"""What is fetched from the hub."""
+
+
+@dataclass(frozen=True)
+class HFFolder:
+    """A Hugging Face checkpoint, by its headers."""
+
+    path: Path
+    config: dict[str, Any]
+    arrays: dict[str, StoredArray]
+
+    @classmethod
+    def read(cls, path: Path) -> HFFolder:
+        """Read the config and every shard's header.
+
+        Raises:
+            InputError: config.json or the weights are absent.
+            FormatError: a file is damaged, or index and shards disagree.
+            UnsupportedError: an adapter, quantised weights or PyTorch ``.bin`` files.
+        """
+        refuse_other_weights(path)
+        config = read_config(path)
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "unknown method")
+            raise UnsupportedError(
+                f"{path / CONFIG}: the weights are quantised ({method}) and can't be converted. "
+                "Use the unquantised checkpoint."
+            )
+        return cls(path, config, _read_arrays(path))
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted({a.file for a in self.arrays.values()})
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether the folder holds, or was meant to hold, a Hugging Face checkpoint."""
+    return (path / CONFIG).is_file() or any(path.glob("*.safetensors")) or (path / INDEX).exists()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The folder's config.json."""
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path}: no {CONFIG}: it says what model the weights are")
+    return read_json(path / CONFIG)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{file}: not sound JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{file}: holds no JSON object")
+    return value
+
+
+def side_files(path: Path) -> Iterator[Path]:
+    """The folder's config and tokenizer files, by name."""
+    for file in sorted(path.iterdir()):
+        if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in SIDE_FILES):
+            yield file
+
+
+def refuse_other_weights(path: Path) -> None:
+    """Raise UnsupportedError for adapters and for weights in PyTorch's ``.bin`` files."""
+    if (path / "adapter_config.json").exists():
+        raise UnsupportedError(
+            f"{path}: a LoRA or other PEFT adapter, not a model. Merge it into its base model "
+            "first (peft: merge_and_unload(), then save_pretrained()) and convert the result."
+        )
+    binaries = sorted(path.glob("pytorch_model*.bin*"))
+    if binaries and not any(path.glob("*.safetensors")):
+        raise UnsupportedError(
+            f"{binaries[0]}: PyTorch .bin weights are pickles and are not read. Load the model "
+            "with transformers and save_pretrained() it: that writes safetensors."
+        )
+
+
+def _read_arrays(path: Path) -> dict[str, StoredArray]:
+    index = path / INDEX
+    if index.exists() and (path / SINGLE).exists():
+        raise FormatError(f"{path}: has both {SINGLE} and {INDEX}; it is unclear which to read")
+    weight_map = _read_index(index) if index.exists() else None
+    if weight_map is None:
+        files = [path / SINGLE] if (path / SINGLE).exists() else sorted(path.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{path}: has a {CONFIG} but no safetensors files")
+    else:
+        files = [path / name for name in dict.fromkeys(weight_map.values())]
+    arrays: dict[str, StoredArray] = {}
+    for file in files:
+        if not file.is_file():
+            raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
+        for name, array in read_header(file).items():
+            if name in arrays:
+                raise FormatError(
+                    f"{file}: tensor {name} stands in {arrays[name].file.name} as well"
+                )
+            if weight_map is not None and weight_map.get(name) != file.name:
+                said = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                raise FormatError(
+                    f"{index}: tensor {name} is in {file.name}, the index says {said}"
+                )
+            arrays[name] = array
+    for name in weight_map or ():
+        if name not in arrays:
+            raise FormatError(
+                f"{index}: tensor {name} is not in {(weight_map or {})[name]}, where it should be"
+            )
+    return arrays
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise FormatError(
+                f"{index}: tensor {name} would be in {file!r}, which is no file of this folder"
+            )
+    return weight_map

@@ -1,0 +1,121 @@
+"""safetensors files by their headers: every offset checked against the file before use."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import FormatError, UnsupportedError
+from megatron_olmo_bridge.mapping.placement import Shape
+
+from .tensors import ITEM_SIZE, StoredArray
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_QUANTISED = {"I8", "U8", "I32", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"}
+_OTHER = {"BOOL", "I16", "U16", "I64", "U64", "F64", "C64"}
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+
+
+def read_header(file: Path) -> dict[str, StoredArray]:
+    """Every tensor of a safetensors file, in the order of their bytes.
+
+    Raises:
+        FormatError: truncated, or the header is not sound; names the file and the tensor.
+        UnsupportedError: a tensor has a dtype that weights are not converted in.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        head = handle.read(8)
+        if len(head) < 8:
+            raise FormatError(f"{file}: truncated: {size} bytes are too few for a safetensors file")
+        (length,) = struct.unpack("<Q", head)
+        if length > MAX_HEADER or length > size - 8:
+            raise FormatError(
+                f"{file}: truncated or not a safetensors file: its header would be {length} bytes "
+                f"long, the file has {size}"
+            )
+        text = handle.read(length)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:
+        raise FormatError(f"{file}: the header is not sound JSON: {error}") from error
+    header.pop("__metadata__", None)
+    spans = {name: _span(file, name, entry) for name, entry in header.items()}
+    position = 0
+    for name, (_, _, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            kind = (
+                "overlaps what stands before it" if begin < position else "leaves a gap before it"
+            )
+            raise FormatError(f"{file}: tensor {name} at bytes {begin} to {end} {kind}")
+        position = end
+    if 8 + length + position != size:
+        kind = "truncated" if 8 + length + position > size else "has bytes after its last tensor"
+        raise FormatError(
+            f"{file}: {kind}: its tensors need {8 + length + position} bytes, it has {size}"
+        )
+    return {
+        name: StoredArray(file, 8 + length + begin, shape, dtype)
+        for name, (dtype, shape, begin, _) in spans.items()
+    }
+
+
+def _span(file: Path, name: str, entry: Any) -> tuple[str, Shape, int, int]:
+    """dtype, shape, first and last byte of a header's entry."""
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (TypeError, KeyError, ValueError) as error:
+        raise FormatError(f"{file}: tensor {name}: the header's entry is not sound") from error
+    if any(type(n) is not int or n < 0 for n in numbers):
+        raise FormatError(f"{file}: tensor {name}: shape {shape} or offsets are no whole numbers")
+    if code in _QUANTISED:
+        raise UnsupportedError(
+            f"{file}: tensor {name} is {code}: quantised weights can't be converted. "
+            "Use the unquantised checkpoint."
+        )
+    if code in _OTHER:
+        raise UnsupportedError(f"{file}: tensor {name} is {code}; weights are {sorted(DTYPES)}")
+    if code not in DTYPES:
+        raise FormatError(f"{file}: tensor {name} has the unknown dtype {code!r}")
+    dtype = DTYPES[code]
+    if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
+        raise FormatError(
+            f"{file}: tensor {name}: {end - begin} bytes (offsets {begin} to {end}) can't hold "
+            f"shape {shape} of {dtype}"
+        )
+    return dtype, tuple(shape), begin, end
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+    return out
+
+
+def write_header(tensors: Mapping[str, tuple[str, Shape]]) -> bytes:
+    """Header of a file that holds these tensors (dtype and shape) one after the other.
+
+    Padded to 8 bytes, with the metadata that ``save_pretrained`` writes.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + math.prod(shape) * ITEM_SIZE[dtype]
+        entries[name] = {
+            "dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]
+        }  # fmt: skip
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,94 @@
+"""Tensors as bytes on disk: arrays in files, and views put together from their blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.mapping.placement import Region, Shape, uncovered
+
+ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes per element of the dtypes that weights are converted in, by torch's names."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """A contiguous row-major array in a file."""
+
+    file: Path
+    offset: int
+    """Byte at which the array begins."""
+    shape: Shape
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor and where its elements are stored."""
+
+    array: StoredArray | None
+    """None: the block is zeros."""
+    source: Region
+    """The block in the array."""
+    target: Region
+    """The block in the tensor; of the same extent."""
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """A tensor as the sum of its pieces, which cover it exactly once."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+    @cached_property
+    def row_bytes(self) -> int:
+        return Region.whole(self.shape).columns * ITEM_SIZE[self.dtype]
+
+    @classmethod
+    def of_array(cls, name: str, array: StoredArray) -> TensorView:
+        whole = Region.whole(array.shape)
+        return cls(name, array.shape, array.dtype, (Piece(array, whole, whole),))
+
+    @classmethod
+    def assembled(cls, name: str, shape: Shape, pieces: Iterable[Piece]) -> TensorView:
+        """A view of these pieces.
+
+        Raises:
+            FormatError: they don't cover the shape exactly once, or have more than one dtype.
+        """
+        pieces = tuple(sorted(pieces, key=lambda p: p.target))
+        if why := uncovered(shape, (p.target for p in pieces)):
+            raise FormatError(f"{name}: {why}")
+        dtypes = {p.array.dtype for p in pieces if p.array}
+        if len(dtypes) != 1:
+            raise FormatError(f"{name}: its parts have different dtypes: {sorted(dtypes)}")
+        return cls(name, shape, dtypes.pop(), pieces)
+
+    def within(self, region: Region, at: Region) -> Iterator[Piece]:
+        """The pieces of one region, as pieces of another tensor where it stands at ``at``."""
+        for piece in self.pieces:
+            if part := piece.target.intersect(region):
+                yield Piece(
+                    piece.array, part.moved(piece.target, piece.source), part.moved(region, at)
+                )
+
+    def region(self, region: Region, shape: Shape) -> TensorView:
+        """One region of the tensor as a tensor of its own."""
+        return TensorView(
+            self.name, shape, self.dtype, tuple(self.within(region, Region.whole(shape)))
+        )

@@ -1,0 +1,346 @@
+"""megatron-core's ``torch_dist`` checkpoints, read from and written to bytes alone.
+
+A checkpoint is a folder with ``metadata.json`` (its format), ``.metadata`` (a pickle: which bytes
+of which ``.distcp`` file are which chunk of which tensor), the ``.distcp`` files (one archive of
+``torch.save`` after the other) and the common state (``common.pt``, or since megatron-core 0.19 an
+object among the shards). A tensor's key either stands for all layers, stacked along a first axis,
+or carries its layer's number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.mapping.placement import Region, Shape
+from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping, check_tensors
+
+from .pickles import Inert, built, dumps, inert, loads
+from .tensors import Piece, StoredArray, TensorView
+from .torch_archive import read_archive, read_tensor
+
+FORMAT_FILE = "metadata.json"
+METADATA = ".metadata"
+COMMON = "common.pt"
+TRACKER = "latest_checkpointed_iteration.txt"
+FORMAT = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1,
+    "common_backend": "torch", "common_backend_version": 1,
+}  # fmt: skip
+# Optimizer, scheduler, RNG and loop state: no part of the model.
+_NOT_WEIGHTS = re.compile(
+    r"(chained_\d+\.)?optimizer\b.*|.*rng_state.*|rerun_state_machine.*|opt_param_scheduler.*"
+    r"|common_state.*|.*_extra_state(/.*)?"
+)
+_GATED_SUFFIXES = ("_w", "_v")
+"""Key endings of the gate and the up half where megatron-core stores them as two tensors."""
+_DCP = "torch.distributed.checkpoint.metadata"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of a ``.distcp`` file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a global tensor."""
+
+    offset: Shape
+    shape: Shape
+    stored: Stored
+
+
+@dataclass(frozen=True)
+class GlobalTensor:
+    """What ``.metadata`` says of a tensor key."""
+
+    dtype: str
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class TorchDistFolder:
+    """A ``torch_dist`` checkpoint of one iteration, by its headers."""
+
+    path: Path
+    tensors: dict[str, GlobalTensor]
+    objects: dict[str, Stored]
+
+    @classmethod
+    def read(cls, path: Path) -> TorchDistFolder:
+        """Read ``.metadata``.
+
+        Raises:
+            FormatError: damaged, or a chunk lies outside its file.
+            UnsafePickleError: the pickle names what has no place in a checkpoint.
+        """
+        file = path / METADATA
+        if not file.is_file():
+            raise FormatError(f"{path}: has {FORMAT_FILE} but no {METADATA}: an incomplete save")
+        metadata = _attributes(loads(file.read_bytes(), file), file)
+        stored: dict[str, dict[Shape | None, Stored]] = defaultdict(dict)
+        for index, info in (metadata.get("storage_data") or {}).items():
+            key, value = _attributes(index, file), _attributes(info, file)
+            offset = None if key.get("offset") is None else _size(key["offset"])
+            name = str(value["relative_path"])
+            if Path(name).name != name:
+                raise FormatError(f"{file}: {key['fqn']} would be in {name!r}, outside the folder")
+            stored[key["fqn"]][offset] = Stored(name, value["offset"], value["length"])
+        tensors, objects = {}, {}
+        for key, value in (metadata.get("state_dict_metadata") or {}).items():
+            if value.global_name.endswith(".BytesStorageMetadata"):
+                objects[key] = next(iter(stored[key].values()), None)
+            else:
+                tensors[key] = _global_tensor(key, _attributes(value, file), stored[key], file)
+        absent = [k for k, v in objects.items() if v is None]
+        if absent:
+            raise FormatError(f"{file}: does not say where {absent[0]} is stored")
+        return cls(path, tensors, {k: v for k, v in objects.items() if v is not None})
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """The common state as plain values and placeholders; empty where there is none."""
+        file = self.path / COMMON
+        if file.is_file():
+            value = read_archive(file)
+        else:
+            key = next((k for k in self.objects if k.startswith("common_state/")), None)
+            if key is None:
+                return {}
+            at = self.objects[key]
+            file = self.path / at.file
+            value = read_archive(file, at.offset, at.length)
+            value = value[0] if isinstance(value, list) and value else value
+        if not isinstance(value, dict):
+            raise FormatError(f"{file}: the common state is no dictionary")
+        return value
+
+    @property
+    def args(self) -> dict[str, Any] | None:
+        """Megatron-LM's ``args``, if a training run saved them."""
+        args = self.common.get("args")
+        return args.state if isinstance(args, Inert) and isinstance(args.state, dict) else None
+
+    @cached_property
+    def weights(self) -> dict[str, GlobalTensor]:
+        """The model's tensors, without optimizer and RNG state."""
+        return {k: t for k, t in self.tensors.items() if not _NOT_WEIGHTS.fullmatch(k)}
+
+    def rows(self, parameter: str) -> int | None:
+        """Rows of a parameter that is not in a layer (a padded vocabulary, for example)."""
+        tensor = self.tensors.get(parameter)
+        return tensor.shape[0] if tensor else None
+
+    def views(self, mapping: ResolvedMapping) -> dict[str, TensorView]:
+        """Each Megatron parameter of the mapping as a view of the files.
+
+        Raises:
+            MappingError: tensors are missing, unexpected or of another shape.
+            FormatError: chunks overlap, leave gaps, or an archive is damaged.
+        """
+        keys = {p.name: self._keys(p) for p in mapping.parameters.values()}
+        expected: dict[str, Shape] = {}
+        for parameter in mapping.parameters.values():
+            for key, region, stacked in keys[parameter.name]:
+                shape = (region.rows, *parameter.shape[1:])
+                expected[key] = (mapping.num_layers, *shape) if stacked else shape
+        check_tensors(expected, {k: t.shape for k, t in self.weights.items()}, self.path)
+        arrays = {key: list(self._arrays(key)) for key in expected}
+        views = {}
+        for parameter in mapping.parameters.values():
+            pieces = [
+                piece
+                for key, region, stacked in keys[parameter.name]
+                for piece in _pieces(arrays[key], region, parameter.layer if stacked else None)
+            ]
+            views[parameter.name] = TensorView.assembled(
+                f"{self.path}: {parameter.name}", parameter.shape, pieces
+            )
+        return views
+
+    def _keys(self, parameter: Parameter) -> list[tuple[str, Region, bool]]:
+        """Keys that hold a parameter, the rows of it that each holds, and whether layers are
+        stacked in it."""
+        whole = Region.whole(parameter.shape)
+        stacked = stacked_key(parameter.pattern)
+        if parameter.layer is not None and stacked in self.tensors:
+            return [(stacked, whole, True)]
+        halves = [parameter.name + suffix for suffix in _GATED_SUFFIXES]
+        if len(parameter.chunks) == 2 and halves[0] in self.tensors:
+            return list(zip(halves, parameter.chunks, (False, False), strict=True))
+        if parameter.layer is not None and parameter.name not in self.tensors:
+            per_layer = any(re.search(r"\.layers\.\d+\.", key) for key in self.weights)
+            return [(parameter.name if per_layer else stacked, whole, not per_layer)]
+        return [(parameter.name, whole, False)]
+
+    def _arrays(self, key: str) -> Iterable[tuple[Chunk, StoredArray]]:
+        tensor = self.tensors[key]
+        for chunk in tensor.chunks:
+            at = chunk.stored
+            if not (self.path / at.file).is_file():
+                raise FormatError(f"{self.path}: {at.file}, which holds {key}, is absent")
+            array = read_tensor(self.path / at.file, at.offset, at.length)
+            if array.shape != chunk.shape or array.dtype != tensor.dtype:
+                raise FormatError(
+                    f"{self.path / at.file}: {key} at {list(chunk.offset)} is {array.dtype} "
+                    f"{list(array.shape)}, {METADATA} says {tensor.dtype} {list(chunk.shape)}"
+                )
+            yield chunk, array
+
+
+def _pieces(
+    arrays: list[tuple[Chunk, StoredArray]], region: Region, layer: int | None
+) -> Iterable[Piece]:
+    """The chunks of a global tensor (of one layer of it) as pieces of ``region``."""
+    for chunk, array in arrays:
+        offset = chunk.offset
+        if layer is not None:
+            if not offset[0] <= layer < offset[0] + chunk.shape[0]:
+                continue
+            shape = array.shape[1:]
+            skipped = (layer - offset[0]) * (array.nbytes // max(1, array.shape[0]))
+            array = StoredArray(array.file, array.offset + skipped, shape, array.dtype)
+            offset = offset[1:]
+        source = Region.whole(array.shape)
+        left = offset[1] if len(offset) > 1 else 0
+        at = Region(offset[0], offset[0] + source.rows, left, left + source.columns)
+        yield Piece(array, source, at.moved(Region(0, 0, 0, 0), region))
+
+
+def stacked_key(pattern: str) -> str:
+    """``decoder.layers.*.mlp.weight`` as megatron-core names it with layers stacked."""
+    return pattern.replace(".*", "")
+
+
+def encode_metadata(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Stored]) -> bytes:
+    """The ``.metadata`` file: a pickle that torch reads as ``Metadata``."""
+
+    def size(shape: Shape) -> Inert:
+        return inert("torch.Size")(tuple(shape))
+
+    def index(key: str, offset: Shape | None) -> Inert:
+        at = None if offset is None else size(offset)
+        return built(f"{_DCP}.MetadataIndex", {"fqn": key, "offset": at, "index": None})
+
+    def info(at: Stored) -> Inert:
+        fields = {"relative_path": at.file, "offset": at.offset, "length": at.length}
+        return built("torch.distributed.checkpoint.filesystem._StorageInfo", fields)
+
+    def described(tensor: GlobalTensor) -> Inert:
+        # TensorProperties.__getstate__: dtype, layout, requires_grad, memory format, pin_memory
+        layout = inert("torch.serialization._get_layout")("torch.strided")
+        memory = inert(f"{_DCP}._MEM_FORMAT_ENCODING")(0)
+        properties = built(
+            f"{_DCP}.TensorProperties",
+            (inert(f"torch.{tensor.dtype}"), layout, False, memory, False),
+        )
+        chunks = [
+            built(f"{_DCP}.ChunkStorageMetadata",
+                  {"offsets": size(c.offset), "sizes": size(c.shape)})
+            for c in tensor.chunks
+        ]  # fmt: skip
+        return built(
+            f"{_DCP}.TensorStorageMetadata",
+            {"properties": properties, "size": size(tensor.shape), "chunks": chunks},
+        )
+
+    described_objects = {key: built(f"{_DCP}.BytesStorageMetadata", {}) for key in objects}
+    storage = {
+        index(key, c.offset): info(c.stored) for key, t in tensors.items() for c in t.chunks
+    } | {index(key, None): info(at) for key, at in objects.items()}
+    return dumps(
+        built(
+            f"{_DCP}.Metadata",
+            {
+                "state_dict_metadata": {k: described(t) for k, t in tensors.items()}
+                | described_objects,
+                "planner_data": None,
+                "storage_data": storage,
+                "storage_meta": None,
+                "version": None,
+            },
+        )
+    )
+
+
+def iteration_folder(root: Path, iteration: int | str | None) -> Path:
+    """The folder of an iteration under a checkpoint root; the tracker's where none is asked for.
+
+    Raises:
+        InputError: there is no such iteration, or no tracker.
+    """
+    if iteration is None:
+        tracker = root / TRACKER
+        if not tracker.is_file():
+            raise InputError(
+                f"{root}: no {TRACKER}: the save was interrupted, or this is no checkpoint root. "
+                "Name an iter_ folder in it, or pass --iteration."
+            )
+        iteration = tracker.read_text().strip()
+    name = "release" if iteration == "release" else f"iter_{_whole_number(iteration, root):07d}"
+    if not (root / name).is_dir():
+        present = ", ".join(p.name for p in iteration_folders(root)) or "none"
+        raise InputError(f"{root}: has no {name}. Iterations there: {present}")
+    return root / name
+
+
+def iteration_folders(root: Path) -> list[Path]:
+    """Every iteration's folder under a checkpoint root, in order."""
+    return sorted(p for p in root.iterdir() if re.fullmatch(r"iter_\d+|release", p.name))
+
+
+def _whole_number(text: int | str, root: Path) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{root}: {text!r} is no iteration: a number or 'release'") from None
+
+
+def read_format(path: Path) -> str:
+    """The backend that ``metadata.json`` names, ``torch_dist`` or another."""
+    try:
+        return str(json.loads((path / FORMAT_FILE).read_text())["sharded_backend"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path / FORMAT_FILE}: does not name a format ({error})") from error
+
+
+def _attributes(value: Any, file: Path) -> dict[str, Any]:
+    state = getattr(value, "state", None)
+    if not isinstance(state, dict):
+        raise FormatError(f"{file}: not the metadata of a distributed checkpoint ({value!r:.80})")
+    return state
+
+
+def _size(value: Any) -> Shape:
+    return tuple(value.args[0]) if isinstance(value, Inert) else tuple(value)
+
+
+def _global_tensor(
+    key: str, value: dict[str, Any], stored: dict[Shape | None, Stored], file: Path
+) -> GlobalTensor:
+    # torch keeps the dtype first in the state of TensorProperties
+    state = value["properties"].state
+    dtype = state[0] if isinstance(state, tuple) else state["dtype"]
+    chunks = []
+    for chunk in value["chunks"]:
+        fields = _attributes(chunk, file)
+        offset = _size(fields["offsets"])
+        if offset not in stored:
+            raise FormatError(f"{file}: does not say where {key} at {list(offset)} is stored")
+        chunks.append(Chunk(offset, _size(fields["sizes"]), stored[offset]))
+    return GlobalTensor(
+        dtype.global_name.removeprefix("torch."), _size(value["size"]), tuple(chunks)
+    )

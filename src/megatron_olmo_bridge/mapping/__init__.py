@@ -1,0 +1,1 @@
+"""Which block of which Hugging Face tensor stands where in which Megatron parameter. Pure data."""

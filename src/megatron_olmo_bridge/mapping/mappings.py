@@ -1,0 +1,131 @@
+"""The kinds of mapping that language models need, each a few lines of arithmetic over rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+from .placement import Placement, Region, Shape
+
+LAYER = "*"
+"""Stands for the layer's number in names, as in Megatron-Bridge."""
+
+
+@dataclass(frozen=True)
+class Mapping(ABC):
+    """How one Megatron parameter is made of Hugging Face tensors. Names may hold one ``*``."""
+
+    megatron_param: str
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape:
+        """Shape of the whole Megatron parameter, in no way sharded."""
+
+    @abstractmethod
+    def hf_shapes(self) -> dict[str, Shape]:
+        """Name and shape of each Hugging Face tensor that the parameter is made of."""
+
+    @abstractmethod
+    def placements(self) -> Iterator[Placement]:
+        """The blocks, in the order of the parameter's rows."""
+
+    def chunks(self) -> list[Region]:
+        """The blocks that megatron-core's own ``sharded_state_dict`` stores separately."""
+        return [Region.whole(self.shape)]
+
+    def at_layer(self, layer: int) -> Self:
+        """The same mapping with ``*`` replaced by a layer's number."""
+        named = {
+            f.name: value.replace(LAYER, str(layer))
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), str)
+        }
+        return replace(self, **named)
+
+
+@dataclass(frozen=True)
+class DirectMapping(Mapping):
+    """One to one, shapes equal; with ``padded_rows``, zeros below (a padded vocabulary)."""
+
+    hf_param: str
+    hf_shape: Shape
+    padded_rows: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return (self.padded_rows or self.hf_shape[0], *self.hf_shape[1:])
+
+    def hf_shapes(self) -> dict[str, Shape]:
+        return {self.hf_param: self.hf_shape}
+
+    def placements(self) -> Iterator[Placement]:
+        block = Region.whole(self.hf_shape)
+        yield Placement(self.hf_param, block, block)
+        padding = Region.whole(self.shape)._replace(top=block.bottom)
+        if padding.rows:
+            yield Placement(None, padding, padding)
+
+
+@dataclass(frozen=True)
+class QKVMapping(Mapping):
+    """megatron-core's ``linear_qkv``: for each query group its q heads, then its k, then its v.
+
+    ``q`` is [num_attention_heads * kv_channels, hidden_size]; ``k`` and ``v`` are
+    [num_query_groups * kv_channels, hidden_size].
+    """
+
+    q: str
+    k: str
+    v: str
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    hidden_size: int
+
+    @property
+    def shape(self) -> Shape:
+        heads = self.num_attention_heads + 2 * self.num_query_groups
+        return (heads * self.kv_channels, self.hidden_size)
+
+    def hf_shapes(self) -> dict[str, Shape]:
+        kv = (self.num_query_groups * self.kv_channels, self.hidden_size)
+        return {self.q: (self.num_attention_heads * self.kv_channels, self.hidden_size),
+                self.k: kv, self.v: kv}  # fmt: skip
+
+    def placements(self) -> Iterator[Placement]:
+        q_rows = self.num_attention_heads // self.num_query_groups * self.kv_channels
+        row = 0
+        for group in range(self.num_query_groups):
+            for name, rows in ((self.q, q_rows), (self.k, self.kv_channels),
+                               (self.v, self.kv_channels)):  # fmt: skip
+                source = Region(group * rows, (group + 1) * rows, 0, self.hidden_size)
+                yield Placement(name, source, source._replace(top=row, bottom=row + rows))
+                row += rows
+
+
+@dataclass(frozen=True)
+class GatedMLPMapping(Mapping):
+    """megatron-core's ``linear_fc1`` of a gated MLP: gate over up, each [ffn, hidden]."""
+
+    gate: str
+    up: str
+    ffn_hidden_size: int
+    hidden_size: int
+
+    @property
+    def shape(self) -> Shape:
+        return (2 * self.ffn_hidden_size, self.hidden_size)
+
+    def hf_shapes(self) -> dict[str, Shape]:
+        return dict.fromkeys((self.gate, self.up), (self.ffn_hidden_size, self.hidden_size))
+
+    def placements(self) -> Iterator[Placement]:
+        for name, target in zip((self.gate, self.up), self.chunks(), strict=True):
+            yield Placement(name, Region.whole((self.ffn_hidden_size, self.hidden_size)), target)
+
+    def chunks(self) -> list[Region]:
+        gate = Region.whole((self.ffn_hidden_size, self.hidden_size))
+        return [gate, gate._replace(top=gate.bottom, bottom=2 * gate.bottom)]

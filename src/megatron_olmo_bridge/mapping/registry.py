@@ -1,0 +1,164 @@
+"""A family's mappings, resolved for a model: every parameter, every tensor, checked both ways."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from megatron_olmo_bridge.errors import MappingError
+
+from .mappings import LAYER, Mapping
+from .placement import Placement, Region, Shape, uncovered
+
+SHOWN_NAMES = 8
+"""Names that an error lists before it only counts the rest: one screen."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One Megatron parameter of a model of known size."""
+
+    name: str
+    """``decoder.layers.3.mlp.linear_fc2.weight``"""
+    pattern: str
+    """``decoder.layers.*.mlp.linear_fc2.weight``"""
+    layer: int | None
+    shape: Shape
+    placements: tuple[Placement, ...]
+    chunks: tuple[Region, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A placement seen from the Hugging Face side: ``source`` is ``target`` of a parameter."""
+
+    parameter: str
+    source: Region
+    target: Region
+
+
+@dataclass(frozen=True)
+class ResolvedMapping:
+    """What the registry says of one model. Built only if both sides are covered exactly once."""
+
+    num_layers: int
+    parameters: dict[str, Parameter]
+    hf_shapes: dict[str, Shape]
+    """Hugging Face tensors in the order of the model's state dict."""
+    ignored: dict[str, str]
+    """Patterns of Hugging Face names that have no place in Megatron, each with its reason."""
+    hf_blocks: dict[str, list[Block]] = field(init=False)
+    """The placements read backwards: where each Hugging Face tensor's blocks are found."""
+
+    def __post_init__(self) -> None:
+        blocks: dict[str, list[Block]] = defaultdict(list)
+        for parameter in self.parameters.values():
+            for p in parameter.placements:
+                if p.hf_name is not None:
+                    blocks[p.hf_name].append(Block(parameter.name, p.source, p.target))
+        object.__setattr__(self, "hf_blocks", dict(blocks))
+        faults = [
+            f"{p.name}: {why}"
+            for p in self.parameters.values()
+            if (why := uncovered(p.shape, (x.target for x in p.placements)))
+        ]
+        faults += [
+            f"{name}: {why}"
+            for name, shape in self.hf_shapes.items()
+            if (why := uncovered(shape, (b.source for b in blocks.get(name, ()))))
+        ]
+        if faults:
+            raise MappingError("the mapping does not cover the model:\n" + bulleted(faults))
+
+    def reason_to_ignore(self, hf_name: str) -> str | None:
+        """Why a Hugging Face tensor has no place in Megatron, if the registry says so."""
+        for pattern, reason in self.ignored.items():
+            if fnmatchcase(hf_name, pattern):
+                return reason
+        return None
+
+    def check_hf(self, shapes: MappingABC[str, Shape], where: object) -> None:
+        """Raise MappingError unless the tensors found are those of the mapping."""
+        found = {name: s for name, s in shapes.items() if self.reason_to_ignore(name) is None}
+        check_tensors(self.hf_shapes, found, where)
+
+    def check_megatron(self, shapes: MappingABC[str, Shape], where: object) -> None:
+        """Raise MappingError unless the parameters found are those of the mapping."""
+        check_tensors({n: p.shape for n, p in self.parameters.items()}, shapes, where)
+
+
+class MegatronMappingRegistry:
+    """A family's table: one mapping for each Megatron parameter, ``*`` for the layer."""
+
+    def __init__(
+        self, *mappings: Mapping, num_layers: int, ignored: dict[str, str] | None = None
+    ) -> None:
+        self.mappings = mappings
+        self.num_layers = num_layers
+        self.ignored = ignored or {}
+
+    def resolve(self) -> ResolvedMapping:
+        """Write out every layer, and check that both sides are covered exactly once.
+
+        Raises:
+            MappingError: an element of either side is covered twice or not at all, or two
+                mappings claim the same name.
+        """
+        parameters: dict[str, Parameter] = {}
+        hf_shapes: dict[str, Shape] = {}
+        for pattern, layer, mapping in self._by_layer():
+            name = mapping.megatron_param
+            if name in parameters:
+                raise MappingError(f"two mappings write the Megatron parameter {name}")
+            parameters[name] = Parameter(
+                name, pattern, layer, mapping.shape,
+                tuple(mapping.placements()), tuple(mapping.chunks()),
+            )  # fmt: skip
+            for hf_name, shape in mapping.hf_shapes().items():
+                if hf_shapes.setdefault(hf_name, shape) != shape:
+                    raise MappingError(f"two mappings give {hf_name} different shapes")
+        return ResolvedMapping(self.num_layers, parameters, hf_shapes, self.ignored)
+
+    def _by_layer(self) -> Iterable[tuple[str, int | None, Mapping]]:
+        """Layer by layer where the layers stand in the table, as the model's state dict does."""
+        layered = [m for m in self.mappings if LAYER in m.megatron_param]
+        first = self.mappings.index(layered[0]) if layered else len(self.mappings)
+        for i, mapping in enumerate(self.mappings):
+            if i == first:
+                for layer in range(self.num_layers):
+                    for m in layered:
+                        yield m.megatron_param, layer, m.at_layer(layer)
+            if LAYER not in mapping.megatron_param:
+                yield mapping.megatron_param, None, mapping
+
+
+def check_tensors(
+    expected: MappingABC[str, Shape], found: MappingABC[str, Shape], where: object
+) -> None:
+    """Raise one MappingError that names all missing, unexpected and misshapen tensors."""
+    missing = [n for n in expected if n not in found]
+    unexpected = [n for n in found if n not in expected]
+    misshapen = [
+        f"{n} has shape {list(found[n])}, the config asks for {list(expected[n])}"
+        for n in expected
+        if n in found and found[n] != expected[n]
+    ]
+    faults = []
+    for title, names in (("missing", missing), ("unexpected", unexpected),
+                         ("wrong shape", misshapen)):  # fmt: skip
+        if names:
+            faults.append(f"{title} ({len(names)}):\n{bulleted(names)}")
+    if faults:
+        raise MappingError(
+            f"{where}: its tensors are not those of its config.\n" + "\n".join(faults)
+        )
+
+
+def bulleted(lines: list[str]) -> str:
+    """The lines as a list of at most one screen."""
+    rest = len(lines) - SHOWN_NAMES
+    shown = [f"  - {line}" for line in lines[:SHOWN_NAMES]]
+    return "\n".join([*shown, f"  - and {rest} more"] if rest > 0 else shown)
