@@ -1,0 +1,165 @@
+"""Carry out a plan: share its files out over threads and processes, sync, and commit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import OutputError
+
+from .plan import CopyPlan, Literal, OutputFile
+from .processes import Processes
+from .provenance import PROVENANCE, Provenance
+from .reporter import Reporter
+from .stage import Stage
+from .transfer import Interrupted, Transfer, write_all
+
+
+def execute(
+    plan: CopyPlan,
+    destination: Path,
+    provenance: Provenance,
+    *,
+    workers: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    checksum: bool = False,
+    reporter: Reporter | None = None,
+) -> None:
+    """Write a plan's output to ``destination``, whole or not at all.
+
+    Under torchrun the processes share the files; each also uses ``workers`` threads.
+
+    Raises:
+        OutputError: the output exists, overlaps the source, or the disk is full.
+        FormatError: a source file ends too soon.
+    """
+    reporter = reporter or Reporter()
+    with Processes() as processes:
+        stage = Stage(destination, plan, resume=resume, overwrite=overwrite)
+        processes.wait_for_each_other()  # all have looked before the first one writes
+        if processes.first:
+            with _disk_full_explained(stage):
+                stage.open()
+        processes.wait_for_each_other()
+        if not stage.finished:
+            done_before = sum(
+                p.view.nbytes for f in plan.files if f.name in stage.complete for p in f.payloads
+            )
+            reporter.begin(f"{plan.operation}ing", plan.source_bytes)
+            reporter.advance(done_before)
+            todo = [f for f in plan.files if f.name not in stage.complete]
+            mine = share(todo, processes.count)[processes.index]
+            with _disk_full_explained(stage):
+                _write_files(mine, stage, workers, reporter, record=processes.first)
+                processes.wait_for_each_other()
+                if processes.first:
+                    files = _describe(plan, stage.folder, checksum, workers)
+                    for name, data in plan.texts.items():
+                        stage.write_text(name, data)
+                    path = f"{plan.weights_folder}/{PROVENANCE}"
+                    stage.write_text(path, provenance.encode(plan, files))
+                    stage.commit()
+            reporter.end()
+        processes.wait_for_each_other()
+
+
+def share(files: Iterable[OutputFile], count: int) -> list[list[OutputFile]]:
+    """Share files out by bytes: each to whoever has least so far, the largest first."""
+    shares: list[list[OutputFile]] = [[] for _ in range(count)]
+    for file in sorted(files, key=lambda f: (-f.size, f.name)):
+        min(shares, key=lambda s: sum(f.size for f in s)).append(file)
+    return [sorted(s, key=lambda f: f.name) for s in shares]
+
+
+def _write_files(
+    files: list[OutputFile], stage: Stage, workers: int, reporter: Reporter, record: bool
+) -> None:
+    """Write files with some threads; one more syncs each finished file while the next is written.
+
+    Raises what the first failing thread raised, after the others have stopped.
+    """
+    stop = threading.Event()
+
+    def sync(name: str, fd: int) -> None:
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if record:
+            stage.record(name)
+
+    def write(share_of_files: list[OutputFile]) -> list[Future[None]]:
+        syncs = []
+        with Transfer(reporter.advance, stop) as transfer:
+            for file in share_of_files:
+                fd = os.open(stage.folder / file.name, os.O_RDWR)
+                for part in file.parts:
+                    if isinstance(part, Literal):
+                        write_all(fd, part.data, part.offset)
+                    else:
+                        transfer.write(part.view, part.dtype, fd, part.offset)
+                syncs.append(syncer.submit(sync, file.name, fd))
+        return syncs
+
+    with ThreadPoolExecutor(1) as syncer, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(write, s) for s in share(files, workers)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            if any(not f.done() or f.exception() for f in futures):
+                stop.set()
+        failed = [f.exception() for f in futures if f.exception()]
+        for error in failed:
+            if not isinstance(error, Interrupted):
+                raise error  # type: ignore[misc]
+        for future in futures:
+            for done in future.result():
+                done.result()
+
+
+def _describe(
+    plan: CopyPlan, folder: Path, checksum: bool, workers: int
+) -> dict[str, dict[str, int | str]]:
+    """Size, and SHA-256 if asked for, of each file of the checkpoint proper."""
+    sizes = {f.name: f.size for f in plan.files} | {n: len(d) for n, d in plan.texts.items()}
+    described: dict[str, dict[str, int | str]] = {n: {"bytes": sizes[n]} for n in sorted(sizes)}
+    if checksum:
+        weights = [f.name for f in plan.files]
+        with ThreadPoolExecutor(workers) as pool:
+            for name, digest in zip(weights, pool.map(sha256, (folder / n for n in weights)),
+                                    strict=True):  # fmt: skip
+                described[name]["sha256"] = digest
+        for name, data in plan.texts.items():
+            described[name]["sha256"] = hashlib.sha256(data).hexdigest()
+    prefix = "" if plan.weights_folder == "." else f"{plan.weights_folder}/"
+    return {name.removeprefix(prefix): value for name, value in described.items()}
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _disk_full_explained(stage: Stage) -> Iterator[None]:
+    """Turns "no space left" into an error that says what was kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if stage.complete:
+            stage.close()
+            kept = f"What is complete is kept in {stage.folder}: make room and pass --resume."
+        else:
+            stage.discard()
+            kept = "Nothing was kept."
+        raise OutputError(f"{stage.folder}: the disk is full. {kept}") from error

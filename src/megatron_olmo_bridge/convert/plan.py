@@ -1,0 +1,149 @@
+"""A conversion as data: which bytes of which output file come from where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Bytes known now: a header, or the rest of an archive."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A tensor's elements, row-major, as ``dtype``."""
+
+    offset: int
+    view: TensorView
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.view.nbytes // ITEM_SIZE[self.view.dtype] * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file with weights; what no part covers is zero."""
+
+    name: str
+    size: int
+    parts: tuple[Literal | Payload, ...]
+
+    @property
+    def payloads(self) -> Iterable[Payload]:
+        return (part for part in self.parts if isinstance(part, Payload))
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """Everything that a conversion writes, from headers alone. Names are relative to the output."""
+
+    operation: str
+    """``import`` or ``export``."""
+    source: Path
+    """The folder that the weights are in."""
+    files: tuple[OutputFile, ...]
+    texts: dict[str, bytes]
+    """Small files by content, written after the weights."""
+    weights_folder: str
+    """Where the checkpoint proper is; ``.`` for Hugging Face."""
+    tracker: tuple[str, bytes] | None = None
+    """The file that makes the output a checkpoint, written last of all."""
+
+    @property
+    def payloads(self) -> Iterable[Payload]:
+        return (payload for file in self.files for payload in file.payloads)
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Bytes of weights to read."""
+        return sum(p.view.nbytes for p in self.payloads)
+
+    @cached_property
+    def output_bytes(self) -> int:
+        return sum(f.size for f in self.files) + sum(map(len, self.texts.values()))
+
+    @cached_property
+    def source_files(self) -> list[Path]:
+        return sorted(
+            {x.array.file for p in self.payloads for x in p.view.pieces if x.array is not None}
+        )
+
+    @cached_property
+    def casts(self) -> bool:
+        return any(p.dtype != p.view.dtype for p in self.payloads)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the plan: equal for equal headers and options, wherever the folders are."""
+        sha = hashlib.sha256(f"{self.operation}\n".encode())
+        names = {file: file.name for file in self.source_files}
+        for file in self.files:
+            sha.update(f"{file.name} {file.size}\n".encode())
+            for part in file.parts:
+                if isinstance(part, Literal):
+                    sha.update(b"%d " % part.offset + hashlib.sha256(part.data).digest())
+                    continue
+                sha.update(f"{part.offset} {part.dtype} {part.view.dtype}".encode())
+                for piece in part.view.pieces:
+                    array = piece.array
+                    at = f"{names[array.file]} {array.offset} {array.shape}" if array else "zeros"
+                    sha.update(f" {at} {piece.source} {piece.target}".encode())
+        for name, data in self.texts.items():
+            sha.update(f"{name} ".encode() + hashlib.sha256(data).digest())
+        return sha.hexdigest()
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Tells whether source files were touched between a run and its resumption."""
+    stats = [(f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+class Packer:
+    """Puts parts one after the other into files of at most ``limit`` bytes (one part at least)."""
+
+    def __init__(self, name: Callable[[int], str], limit: int, alignment: int) -> None:
+        self._name, self._limit, self._alignment = name, limit, alignment
+        self._files: list[OutputFile] = []
+        self._parts: list[Literal | Payload] = []
+        self._size = 0
+
+    def add(self, before: bytes, payload: TensorView | None, dtype: str,
+            after: bytes) -> tuple[str, int, int]:  # fmt: skip
+        """Add a payload between two literals; returns file, offset and length of the three."""
+        nbytes = Payload(0, payload, dtype).nbytes if payload else 0
+        length = len(before) + nbytes + len(after)
+        start = self._size + -self._size % self._alignment
+        if self._parts and start + length > self._limit:
+            self._close()
+            start = 0
+        self._parts.append(Literal(start, before))
+        if payload:
+            self._parts.append(Payload(start + len(before), payload, dtype))
+        if after:
+            self._parts.append(Literal(start + len(before) + nbytes, after))
+        self._size = start + length
+        return self._name(len(self._files)), start, length
+
+    def files(self) -> tuple[OutputFile, ...]:
+        if self._parts:
+            self._close()
+        return tuple(self._files)
+
+    def _close(self) -> None:
+        name = self._name(len(self._files))
+        self._files.append(OutputFile(name, self._size, tuple(self._parts)))
+        self._parts, self._size = [], 0

@@ -1,0 +1,57 @@
+"""Where a checkpoint came from: a small JSON file beside the weights, without a time stamp."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge._version import __version__
+from megatron_olmo_bridge.formats.hf_folder import read_json
+
+from .plan import CopyPlan
+
+PROVENANCE = "olmo_bridge.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is recorded of a conversion."""
+
+    source: str
+    """The folder, or the hub id."""
+    revision: str | None = None
+    """The hub's commit."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What was asked for and changes the output."""
+
+    def encode(self, plan: CopyPlan, files: dict[str, dict[str, int | str]]) -> bytes:
+        """The JSON file: the same bytes for the same conversion."""
+        value = {
+            "operation": plan.operation,
+            "source": self.source,
+            "revision": self.revision,
+            "options": self.options,
+            "plan_sha256": plan.digest,
+            "versions": versions(),
+            "files": files,
+        }
+        return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what has a part in the output's bytes."""
+    found = {"megatron-olmo-bridge": __version__, "python": platform.python_version()}
+    with contextlib.suppress(PackageNotFoundError):
+        found["torch"] = version("torch")
+    return found
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """What is recorded beside the weights, if this package wrote them."""
+    file = folder / PROVENANCE
+    return read_json(file) if file.is_file() else None

@@ -1,0 +1,250 @@
+"""A checkpoint of either kind, opened with its model: tensors by Hugging Face names."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.detect import Kind, detect
+from megatron_olmo_bridge.formats.hf_folder import (
+    CONFIG,
+    HUB_PATTERNS,
+    HFFolder,
+    read_config,
+)
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
+from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
+from megatron_olmo_bridge.mapping.registry import ResolvedMapping
+from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, published_sizes
+
+HF_SUBFOLDER = "hf"
+"""In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""
+RUN_CONFIG = "run_config.yaml"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and the model it holds."""
+
+    kind: Kind
+    folder: Path
+    """The very folder that holds the weights."""
+    bridge: ModelBridge
+    mapping: ResolvedMapping
+    megatron: dict[str, TensorView]
+    """Tensors by Megatron names; empty for a Hugging Face checkpoint."""
+    config_from: Path
+    """The file that says what model it is."""
+    side_folder: Path | None
+    """Where config, generation config and tokenizer files are."""
+    hf_folder: HFFolder | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorView]:
+        """Every tensor of the Hugging Face model, in the mapping's order."""
+        if self.hf_folder is not None:
+            arrays = self.hf_folder.arrays
+            return {n: TensorView.of_array(n, arrays[n]) for n in self.mapping.hf_shapes}
+        views = {}
+        for name, shape in self.mapping.hf_shapes.items():
+            pieces: list[Piece] = []
+            for block in self.mapping.hf_blocks[name]:
+                pieces += self.megatron[block.parameter].within(block.target, block.source)
+            views[name] = TensorView.assembled(name, shape, pieces)
+        return views
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding as Megatron holds it."""
+        return self.mapping.parameters[self.bridge.vocab_param].shape[0]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the Hugging Face model."""
+        return sum(math.prod(shape) for shape in self.mapping.hf_shapes.values())
+
+    @property
+    def dtypes(self) -> list[str]:
+        return sorted({view.dtype for view in self.tensors.values()})
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        return self.bridge.hf_config
+
+
+def open_source(
+    path: str | Path,
+    *,
+    iteration: int | str | None = None,
+    hf_config: str | Path | None = None,
+    vocab_size: int | None = None,
+) -> Source:
+    """Open a checkpoint and check it against the mapping of its model, from headers alone.
+
+    Args:
+        path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder.
+        iteration: of a Megatron checkpoint root; None takes the tracker's.
+        hf_config: folder with a config.json, for a Megatron checkpoint that doesn't say enough.
+        vocab_size: rows of the Hugging Face embedding, where a Megatron checkpoint with a padded
+            vocabulary doesn't say.
+
+    Raises:
+        InputError, FormatError, UnsupportedError, MappingError: see each.
+    """
+    path = Path(path).expanduser()
+    try:
+        kind, folder = detect(path, iteration)
+        if kind is Kind.HF:
+            return _open_hf(folder)
+        return _open_megatron(folder, hf_config, vocab_size)
+    except PermissionError as error:
+        raise InputError(f"{error.filename}: no permission to read it") from error
+
+
+def _open_hf(folder: Path) -> Source:
+    hf = HFFolder.read(folder)
+    bridge = bridge_for(hf.config, folder / CONFIG)
+    mapping = bridge.mapping_registry().resolve()
+    mapping.check_hf({name: a.shape for name, a in hf.arrays.items()}, folder)
+    return Source(Kind.HF, folder, bridge, mapping, {}, folder / CONFIG, folder, hf)
+
+
+def _open_megatron(folder: Path, hf_config: str | Path | None, vocab_size: int | None) -> Source:
+    dist = TorchDistFolder.read(folder)
+    config, config_from, side_folder = _config_of(dist, hf_config, vocab_size)
+    bridge = bridge_for(config, config_from)
+    rows = dist.rows(bridge.vocab_param)
+    if rows is not None and rows < bridge.vocab_size:
+        raise InputError(
+            f"{folder}: the embedding has {rows} rows, fewer than the vocabulary of "
+            f"{bridge.vocab_size} that {config_from} names"
+        )
+    mapping = bridge.mapping_registry(rows).resolve()
+    views = dist.views(mapping)
+    return Source(Kind.MEGATRON, folder, bridge, mapping, views, config_from, side_folder)
+
+
+def _config_of(
+    dist: TorchDistFolder, given: str | Path | None, vocab_size: int | None
+) -> tuple[dict[str, Any], Path, Path | None]:
+    """config.json of a Megatron checkpoint, the file it was taken from, and the tokenizer's folder.
+
+    The first of: the folder the user names, the one this package wrote, Megatron-Bridge's
+    run_config.yaml, Megatron-LM's args.
+    """
+    beside = dist.path / HF_SUBFOLDER
+    for folder in [Path(given)] if given else [beside]:
+        if given or (folder / CONFIG).is_file():
+            config = read_config(folder)
+            if vocab_size is not None:
+                config["vocab_size"] = vocab_size
+            return config, folder / CONFIG, folder
+    run_config = dist.path / RUN_CONFIG
+    if run_config.is_file():
+        values, where = _read_run_config(run_config), run_config
+    elif dist.args:
+        values, where = dist.args, dist.path / "common.pt"
+    else:
+        raise InputError(
+            f"{dist.path}: doesn't say what model it holds (no {HF_SUBFOLDER}/{CONFIG}, no "
+            f"{RUN_CONFIG}, no args in its common state). Pass --hf-config with a folder that has "
+            "the model's config.json."
+        )
+    errors = []
+    for bridge in dict.fromkeys(published_sizes().values()):
+        try:
+            return bridge.hf_config_from_megatron(values, vocab_size), where, None
+        except InputError as error:
+            errors.append(error)
+    raise InputError(f"{where}: {errors[0]}")
+
+
+def _read_run_config(file: Path) -> dict[str, Any]:
+    """The ``model`` section of Megatron-Bridge's run_config.yaml, read as data only."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    # It may tag Python objects; what they would build is of no interest here.
+    Loader.add_multi_constructor("", lambda loader, suffix, node: f"<{suffix}>")
+    try:
+        value = yaml.load(file.read_text(), Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise FormatError(f"{file}: not sound YAML: {error}") from error
+    model = value.get("model") if isinstance(value, dict) else None
+    if not isinstance(model, dict):
+        raise FormatError(f"{file}: has no model section")
+    return model
+
+
+def fetch(source: str, revision: str | None, quiet: bool = True) -> tuple[Path, str, str | None]:
+    """A local folder for a path or a hub id, its name to record, and the hub's commit.
+
+    Raises:
+        InputError: there is no such folder, repository or revision.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(source):
+        if revision is not None:
+            raise InputError(f"{source}: is a path; --revision is for a hub id such as "
+                             "allenai/OLMo-2-0425-1B")  # fmt: skip
+        if not path.exists():
+            raise InputError(f"{source}: no such folder, and no hub id (owner/name)")
+        return path, str(path.resolve()), None
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if quiet:
+        disable_progress_bars()
+    try:
+        try:
+            commit = HfApi().model_info(source, revision=revision).sha
+        except (OfflineModeIsEnabled, OSError) as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            commit = None  # no network: take what is in the cache
+        folder = Path(
+            snapshot_download(
+                source, revision=commit or revision, allow_patterns=list(HUB_PATTERNS),
+                local_files_only=commit is None,
+            )
+        )  # fmt: skip
+    except RevisionNotFoundError as error:
+        raise InputError(f"{source}: the hub has no revision {revision!r} of it") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{source}: no such folder here, no such model on the hub") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{source}: no such folder here, the hub can't be reached, and it isn't in the cache"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(f"{source}: the hub could not deliver it: {error}") from error
+    return folder, source, commit or folder.name
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise InputError unless it is ``keep`` or a dtype that weights are converted in."""
+    if dtype != "keep" and dtype not in ITEM_SIZE:
+        raise InputError(f"dtype {dtype!r} is not one of keep, {', '.join(ITEM_SIZE)}")
+
+
+def config_with_dtype(config: dict[str, Any], dtype: str) -> bytes:
+    """config.json for weights of this dtype, under whichever key the config uses."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return json.dumps({**config, key: dtype}, indent=2).encode() + b"\n"

@@ -1,0 +1,231 @@
+"""The folder that a conversion writes into until it is complete, and how it takes its name.
+
+Everything goes into ``DST.partial``. A marker file in it names the plan and journals each finished
+file; nothing in this package reads a folder that has the marker. When all is written and synced the
+folder is renamed to ``DST``, the tracker is written, and last the marker is removed. Killed at any
+moment, it leaves a folder that is refused as a checkpoint and that ``--resume`` completes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import OutputError
+from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
+
+from .plan import CopyPlan, fingerprint
+
+
+class Stage:
+    """A conversion's output while it is written."""
+
+    def __init__(self, destination: Path, plan: CopyPlan, *, resume: bool, overwrite: bool) -> None:
+        self.destination = destination
+        self.folder = destination.with_name(destination.name + ".partial")
+        self.complete: set[str] = set()
+        """Files that are written and synced."""
+        self._replaced = destination.with_name(destination.name + ".replaced")
+        self._plan, self._resume, self._overwrite = plan, resume, overwrite
+        self._header = {"plan": plan.digest, "source": fingerprint(plan.source_files)}
+        self._lock = threading.Lock()
+        self._marker: int | None = None
+        self._check()
+
+    def _check(self) -> None:
+        """Raise OutputError, before anything is written, if the output can't be written."""
+        dst, source = self.destination.resolve(), self._plan.source.resolve()
+        if dst == source or dst in source.parents or source in dst.parents:
+            raise OutputError(
+                f"{self.destination}: the output may not be the source, in it, or around it "
+                f"({self._plan.source})"
+            )
+        left_by_kill = (self.destination / PARTIAL_MARKER).exists()
+        for folder in (self.destination, self.folder):
+            started = (folder / PARTIAL_MARKER).exists() or folder == self.folder
+            if not folder.exists() or (not started and folder.is_dir() and _empty(folder)):
+                continue
+            if self._overwrite:
+                if not folder.is_dir():
+                    raise OutputError(f"{folder}: is a file; it is not overwritten")
+            elif started and self._resume:
+                self._complete_before(folder)
+            elif started:
+                raise OutputError(
+                    f"{folder}: left by an interrupted {self._plan.operation}. Pass --resume to "
+                    "continue it, or --overwrite to discard it."
+                )
+            else:
+                raise OutputError(f"{folder}: exists already. Pass --overwrite to replace it.")
+        parent = self.destination.parent
+        existing = next(p for p in (parent, *parent.parents, Path()) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise OutputError(f"{existing}: no permission to write here")
+        done = sum(f.size for f in self._plan.files if f.name in self.complete)
+        need, free = self._plan.output_bytes - done, shutil.disk_usage(existing).free
+        if need > free and not (self._resume and left_by_kill):
+            raise OutputError(
+                f"{existing}: the disk is too small: {need:,} bytes needed, {free:,} free"
+            )
+
+    def _complete_before(self, folder: Path) -> None:
+        """Read the journal of an interrupted run of the same plan."""
+        try:
+            lines = (folder / PARTIAL_MARKER).read_text().splitlines()
+            header = json.loads(lines[0])
+        except (OSError, ValueError, IndexError):
+            return  # killed before the plan was on disk: nothing to continue from
+        if header != self._header:
+            what = "plan" if header.get("plan") != self._header["plan"] else "source files"
+            raise OutputError(
+                f"{folder}: was begun with another {what}, so it can't be resumed. Pass "
+                "--overwrite to discard it and start afresh."
+            )
+        sizes = {f.name: f.size for f in self._plan.files}
+        for name in lines[1:]:
+            file = folder / name
+            if name in sizes and file.is_file() and file.stat().st_size == sizes[name]:
+                self.complete.add(name)
+
+    def open(self) -> None:
+        """Take the output: make the folder, or continue one, and allocate every file."""
+        try:
+            if self._finish_after_rename():
+                return
+            if not self.complete and self.folder.exists():
+                with self._locked(self.folder / PARTIAL_MARKER):
+                    shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._marker = os.open(
+                self.folder / PARTIAL_MARKER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666
+            )
+            _take_lock(self._marker, self.folder)
+            if not self.complete:
+                os.truncate(self._marker, 0)
+                os.write(self._marker, json.dumps(self._header).encode() + b"\n")
+                os.fsync(self._marker)
+                sync_folder(self.folder)
+            for file in self._plan.files:
+                if file.name not in self.complete:
+                    self._allocate(self.folder / file.name, file.size)
+        except PermissionError as error:
+            raise OutputError(f"{error.filename}: no permission to write here") from error
+
+    def _allocate(self, path: Path, size: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(fd, 0, size)
+            else:
+                os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def record(self, name: str) -> None:
+        """Journal a file that is written and synced."""
+        assert self._marker is not None
+        with self._lock:
+            self.complete.add(name)
+            os.write(self._marker, name.encode() + b"\n")
+
+    def write_text(self, name: str, data: bytes) -> None:
+        """Write a small file, synced."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(path, data)
+
+    def commit(self) -> None:
+        """All is written: give the folder its name, make it a checkpoint."""
+        for folder in sorted({p.parent for p in self.folder.rglob("*")}, reverse=True):
+            sync_folder(folder)
+        if self.destination.exists():
+            if _empty(self.destination):
+                self.destination.rmdir()
+            else:
+                self.destination.rename(self._replaced)
+        self.folder.rename(self.destination)
+        sync_folder(self.destination.parent)
+        self._finish()
+
+    def _finish_after_rename(self) -> bool:
+        """Whether all that is left to do is what follows the rename; if so it is done."""
+        marker = self.destination / PARTIAL_MARKER
+        if self._overwrite or not marker.exists():
+            return False
+        with self._locked(marker):
+            self._finish()
+        return True
+
+    def _finish(self) -> None:
+        if self._plan.tracker:
+            name, data = self._plan.tracker
+            _write_synced(self.destination / name, data)
+        if self._replaced.exists():
+            shutil.rmtree(self._replaced)
+        (self.destination / PARTIAL_MARKER).unlink()
+        sync_folder(self.destination)
+        self.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.destination.exists() and not (self.destination / PARTIAL_MARKER).exists() and (
+            not self.folder.exists()
+        )  # fmt: skip
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        if self._marker is not None:
+            os.close(self._marker)
+            self._marker = None
+
+    @contextlib.contextmanager
+    def _locked(self, marker: Path) -> Iterator[None]:
+        if not marker.exists():
+            yield
+            return
+        fd = os.open(marker, os.O_RDWR)
+        try:
+            _take_lock(fd, marker.parent)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _take_lock(fd: int, folder: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{folder}: another olmo-bridge is writing here right now") from None
+    except OSError:
+        return  # a file system without locks
+
+
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,165 @@
+"""Export: a Megatron ``torch_dist`` checkpoint becomes a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, side_files
+from megatron_olmo_bridge.formats.safetensors import write_header
+from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.formats.torch_dist import iteration_folders
+
+from .execute import execute
+from .plan import CopyPlan, Literal, OutputFile, Payload
+from .provenance import Provenance
+from .reporter import Reporter
+from .source import Source, check_dtype, config_with_dtype, open_source
+
+MAX_SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def export_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str = "keep",
+    iteration: int | str | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    hf_config: str | Path | None = None,
+    vocab_size: int | None = None,
+    workers: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    checksum: bool = False,
+    reporter: Reporter | None = None,
+) -> list[CopyPlan]:
+    """Write a Megatron checkpoint as ``save_pretrained`` would write its model.
+
+    Args:
+        source: a checkpoint root or an iteration's folder, saved at any parallel layout.
+        destination: the folder to make; with ``iteration="all"`` one folder in it for each.
+        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``.
+        iteration: a number, ``release`` or ``all``; None takes the tracker's.
+        max_shard_size: bytes, or a text such as ``5GB``.
+        hf_config: folder with config.json and tokenizer, where the checkpoint has none.
+        vocab_size: rows to keep of a padded vocabulary, where the checkpoint doesn't record it.
+        workers, resume, overwrite, checksum, reporter: as for ``import_checkpoint``.
+
+    Returns:
+        The plans that were carried out, one for each iteration.
+
+    Raises:
+        BridgeError: the source is not sound or not supported, or the output can't be written.
+    """
+    plans = plan_exports(
+        source, destination, dtype=dtype, iteration=iteration, max_shard_size=max_shard_size,
+        hf_config=hf_config, vocab_size=vocab_size,
+    )  # fmt: skip
+    for plan, provenance, folder in plans:
+        execute(
+            plan, folder, provenance, workers=workers, resume=resume, overwrite=overwrite,
+            checksum=checksum, reporter=reporter,
+        )  # fmt: skip
+    return [plan for plan, _, _ in plans]
+
+
+def plan_exports(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str = "keep",
+    iteration: int | str | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    hf_config: str | Path | None = None,
+    vocab_size: int | None = None,
+) -> list[tuple[CopyPlan, Provenance, Path]]:
+    """The plan of each iteration's export and the folder it goes to, from headers alone."""
+    check_dtype(dtype)
+    limit = parse_size(max_shard_size)
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    targets = [(iteration, destination)]
+    if iteration == "all":
+        folders = iteration_folders(source) if source.is_dir() else []
+        if not folders:
+            raise InputError(f"{source}: has no iter_ folders")
+        names = [f.name.removeprefix("iter_") for f in folders]
+        targets = [(n, destination / f.name) for n, f in zip(names, folders, strict=True)]
+    plans = []
+    for which, folder in targets:
+        opened = open_source(source, iteration=which, hf_config=hf_config, vocab_size=vocab_size)
+        if opened.kind is not Kind.MEGATRON:
+            raise InputError(
+                f"{source}: is a Hugging Face checkpoint already; export reads Megatron"
+            )
+        plan = _plan(opened, dtype, limit)
+        options = {"dtype": dtype, "max_shard_bytes": limit}
+        plans.append((plan, Provenance(str(opened.folder.resolve()), None, options), folder))
+    return plans
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of ``5GB``, ``200MiB`` or a plain number.
+
+    Raises:
+        InputError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
+    if not match or not float(match[1]):
+        raise InputError(f"{size!r} is no size: write 5GB, 500MB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _plan(source: Source, dtype: str, limit: int) -> CopyPlan:
+    files = shards(source.tensors, dtype, limit)
+    texts = index_of(files)
+    if source.side_folder is not None:
+        texts |= {f.name: f.read_bytes() for f in side_files(source.side_folder)}
+    stored = dtype if dtype != "keep" else source.tensors[next(iter(source.tensors))].dtype
+    recorded = source.hf_config.get("dtype", source.hf_config.get("torch_dtype"))
+    if CONFIG not in texts or recorded != stored or (
+        json.loads(texts[CONFIG]) != source.hf_config
+    ):  # fmt: skip
+        texts[CONFIG] = config_with_dtype(source.hf_config, stored)
+    return CopyPlan("export", source.folder, files, texts, ".")
+
+
+def shards(tensors: dict[str, TensorView], dtype: str, limit: int) -> tuple[OutputFile, ...]:
+    """The safetensors files for these tensors, each with at most ``limit`` bytes of them.
+
+    Named as ``save_pretrained`` names them.
+    """
+    groups: list[list[Payload]] = [[]]
+    filled = 0
+    for view in tensors.values():
+        payload = Payload(0, view, view.dtype if dtype == "keep" else dtype)
+        if groups[-1] and filled + payload.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(payload)
+        filled += payload.nbytes
+    files = []
+    for i, group in enumerate(groups, 1):
+        name = f"model-{i:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
+        header = write_header({p.view.name: (p.dtype, p.view.shape) for p in group})
+        parts: list[Literal | Payload] = [Literal(0, header)]
+        offset = len(header)
+        for p in group:
+            parts.append(Payload(offset, p.view, p.dtype))
+            offset += p.nbytes
+        files.append(OutputFile(name, offset, tuple(parts)))
+    return tuple(files)
+
+
+def index_of(files: tuple[OutputFile, ...]) -> dict[str, bytes]:
+    """The index of several shards, by name; nothing for a single one."""
+    if len(files) == 1:
+        return {}
+    weight_map = {p.view.name: f.name for f in files for p in f.payloads}
+    metadata = {"total_size": sum(p.nbytes for f in files for p in f.payloads)}
+    value = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return {INDEX: json.dumps(value, indent=2).encode() + b"\n"}

@@ -1,0 +1,212 @@
+"""Import: a Hugging Face checkpoint becomes a Megatron ``torch_dist`` checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
+from megatron_olmo_bridge.formats.pickles import built
+from megatron_olmo_bridge.formats.tensors import Piece, TensorView
+from megatron_olmo_bridge.formats.torch_archive import object_archive, tensor_archive
+from megatron_olmo_bridge.formats.torch_dist import (
+    COMMON,
+    FORMAT,
+    FORMAT_FILE,
+    METADATA,
+    TRACKER,
+    Chunk,
+    GlobalTensor,
+    Stored,
+    encode_metadata,
+    stacked_key,
+)
+from megatron_olmo_bridge.mapping.placement import Shape
+from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
+
+from .execute import execute
+from .plan import CopyPlan, Packer
+from .provenance import Provenance
+from .reporter import Reporter
+from .source import (
+    HF_SUBFOLDER,
+    RUN_CONFIG,
+    Source,
+    check_dtype,
+    config_with_dtype,
+    fetch,
+    open_source,
+)
+
+FILE_BYTES = 2 << 30
+"""Most bytes of a .distcp file (a single chunk may be larger): enough files to share out."""
+ALIGNMENT = 64
+
+
+def import_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str = "keep",
+    workers: int = 1,
+    revision: str | None = None,
+    make_vocab_size_divisible_by: int = 1,
+    release: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    checksum: bool = False,
+    reporter: Reporter | None = None,
+) -> CopyPlan:
+    """Write a Hugging Face checkpoint as a Megatron checkpoint that loads at any layout.
+
+    Args:
+        source: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``.
+        destination: the checkpoint root to make; ``iter_0000000`` (or ``release``) goes into it.
+        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``.
+        workers: threads that write.
+        revision: branch, tag or commit on the hub.
+        make_vocab_size_divisible_by: pad the vocabulary with zero rows up to a multiple of this.
+        release: name the iteration ``release``, for Megatron-LM older than November 2025.
+        resume: continue an interrupted run; starts afresh where there is none.
+        overwrite: replace what is at ``destination``.
+        checksum: record a SHA-256 of each file.
+        reporter: told of progress.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        BridgeError: the source is not sound or not supported, or the output can't be written.
+            Nothing is left at ``destination`` then.
+    """
+    plan, provenance = plan_import(
+        source, dtype=dtype, revision=revision, release=release,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+    )  # fmt: skip
+    execute(
+        plan, Path(destination).expanduser(), provenance, workers=workers, resume=resume,
+        overwrite=overwrite, checksum=checksum, reporter=reporter,
+    )  # fmt: skip
+    return plan
+
+
+def plan_import(
+    source: str | Path,
+    *,
+    dtype: str = "keep",
+    revision: str | None = None,
+    make_vocab_size_divisible_by: int = 1,
+    release: bool = False,
+) -> tuple[CopyPlan, Provenance]:
+    """The plan of an import, from headers alone; arguments as :func:`import_checkpoint`."""
+    check_dtype(dtype)
+    if make_vocab_size_divisible_by < 1:
+        raise InputError("--make-vocab-size-divisible-by must be at least 1")
+    folder, name, commit = fetch(str(source), revision)
+    opened = open_source(folder)
+    if opened.kind is not Kind.HF:
+        raise InputError(f"{source}: is a Megatron checkpoint already; import reads Hugging Face")
+    vocab = opened.bridge.vocab_size
+    padded = vocab + -vocab % make_vocab_size_divisible_by
+    plan = _plan(opened, padded, dtype, release)
+    options = {"dtype": dtype, "padded_vocab_size": padded, "release": release}
+    return plan, Provenance(name, commit, options)
+
+
+def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyPlan:
+    mapping = source.bridge.mapping_registry(padded_vocab).resolve()
+    inside = "release" if release else "iter_0000000"
+    packer = Packer(lambda i: f"{inside}/__0_{i}.distcp", FILE_BYTES, ALIGNMENT)
+    tensors = _pack_tensors(mapping, source, dtype, packer)
+    objects = _pack_extra_states(source, packer)
+    model_dtype = tensors[source.bridge.vocab_param].dtype
+    args = source.bridge.megatron_args(padded_vocab, model_dtype)
+    common = {
+        "args": built("argparse.Namespace", args),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {},
+    }
+    run_config: dict[str, Any] = {"model": source.bridge.provider_fields(padded_vocab, model_dtype)}
+    texts = {
+        METADATA: encode_metadata(tensors, objects),
+        FORMAT_FILE: json.dumps(FORMAT).encode(),
+        COMMON: object_archive(common),
+        RUN_CONFIG: yaml.safe_dump(run_config, sort_keys=False).encode(),
+    }
+    for file in side_files(source.folder):
+        texts[f"{HF_SUBFOLDER}/{file.name}"] = file.read_bytes()
+    if dtype != "keep":
+        texts[f"{HF_SUBFOLDER}/{CONFIG}"] = config_with_dtype(source.hf_config, dtype)
+    return CopyPlan(
+        "import",
+        source.folder,
+        packer.files(),
+        {f"{inside}/{name}": data for name, data in texts.items()},
+        inside,
+        (TRACKER, b"release" if release else b"0"),
+    )
+
+
+def _pack_tensors(
+    mapping: ResolvedMapping, source: Source, dtype: str, packer: Packer
+) -> dict[str, GlobalTensor]:
+    """Place every chunk; layers are stacked along a first axis, one chunk a layer (two for a
+    gated MLP), as megatron-core saves a model of equal layers."""
+    chunks: dict[str, list[Chunk]] = defaultdict(list)
+    dtypes: dict[str, str] = {}
+    shapes: dict[str, Shape] = {}
+    for parameter in mapping.parameters.values():
+        view = _view(parameter, source)
+        key = stacked_key(parameter.pattern)
+        target = view.dtype if dtype == "keep" else dtype
+        if dtypes.setdefault(key, target) != target:
+            raise FormatError(
+                f"{source.folder}: {parameter.name} is {target}, the same tensor of other layers "
+                f"is {dtypes[key]}; Megatron stores them as one. Pass --dtype."
+            )
+        stack: Shape = () if parameter.layer is None else (1,)
+        at: Shape = () if parameter.layer is None else (parameter.layer,)
+        shapes[key] = (mapping.num_layers,) * len(stack) + parameter.shape
+        for region in parameter.chunks:
+            shape = (region.rows, *parameter.shape[1:])
+            before, after = tensor_archive(stack + shape, target)
+            part = view.region(region, shape)
+            stored = Stored(*_inside(packer.add(before, part, target, after)))
+            offset = (region.top, *(0 for _ in parameter.shape[1:]))
+            chunks[key].append(Chunk(at + offset, stack + shape, stored))
+    return {key: GlobalTensor(dtypes[key], shapes[key], tuple(chunks[key])) for key in chunks}
+
+
+def _view(parameter: Parameter, source: Source) -> TensorView:
+    pieces: list[Piece] = []
+    for p in parameter.placements:
+        if p.hf_name is None:
+            pieces.append(Piece(None, p.source, p.target))
+        else:
+            pieces += source.tensors[p.hf_name].within(p.source, p.target)
+    return TensorView.assembled(parameter.name, parameter.shape, pieces)
+
+
+def _pack_extra_states(source: Source, packer: Packer) -> dict[str, Stored]:
+    """An ``_extra_state`` object for each module that asks for one. Its content is ``[None]``: no
+    fp8 scaling factors."""
+    nothing = object_archive([None])
+    objects = {}
+    for module in source.bridge.extra_state_modules:
+        count = source.bridge.num_layers if "*" in module else 1
+        for i in range(count):
+            key = f"{stacked_key(module)}._extra_state/shard_{i}_{count}"
+            objects[key] = Stored(*_inside(packer.add(nothing, None, "", b"")))
+    return objects
+
+
+def _inside(stored: tuple[str, int, int]) -> tuple[str, int, int]:
+    name, offset, length = stored
+    return Path(name).name, offset, length

@@ -1,0 +1,261 @@
+"""Bytes from file to file: by the kernel where they stay as they are, else in blocks of memory.
+
+Three ways to copy a range, the fastest first: ``copy_file_range``, ``sendfile``, ``pread`` and
+``pwrite``. Each pair of files falls back on its own when the kernel can't do better.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
+
+BLOCK = 4 << 20
+"""Bytes of a tensor that pass through memory at a time."""
+STEP = 64 << 20
+"""Most bytes asked of the kernel at once, so that progress shows and Ctrl-C is heard."""
+SHORT_RUN = 64 << 10
+"""Runs shorter than this are cheaper through memory than as a kernel call each."""
+FALL_BACK = {
+    errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EPERM,
+    errno.EBADF,
+}  # fmt: skip
+"""Errors that say "not this way": other file systems, kernels and seccomp filters."""
+
+CopyMethod = Callable[[int, int, int, int, int], int]
+"""(source fd, source offset, target fd, target offset, bytes) to bytes copied."""
+
+
+class Interrupted(BaseException):
+    """Another thread failed or the user pressed Ctrl-C; stop where you are."""
+
+
+def _copy_file_range(src: int, src_at: int, dst: int, dst_at: int, count: int) -> int:
+    return os.copy_file_range(src, dst, count, src_at, dst_at)
+
+
+def _sendfile(src: int, src_at: int, dst: int, dst_at: int, count: int) -> int:
+    os.lseek(dst, dst_at, os.SEEK_SET)
+    return os.sendfile(dst, src, src_at, count)
+
+
+def _through_memory(src: int, src_at: int, dst: int, dst_at: int, count: int) -> int:
+    return write_all(dst, os.pread(src, min(count, BLOCK), src_at), dst_at)
+
+
+def copy_methods() -> list[CopyMethod]:
+    """What this system offers, the fastest first. macOS has only the last."""
+    methods: list[CopyMethod] = []
+    if hasattr(os, "copy_file_range"):
+        methods.append(_copy_file_range)
+    if hasattr(os, "sendfile"):
+        methods.append(_sendfile)
+    return [*methods, _through_memory]
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
+    """Write every byte at an offset; returns how many."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+    return done
+
+
+class Transfer:
+    """Copies and reads pieces of tensors. One for each thread: it keeps files open."""
+
+    def __init__(
+        self,
+        advance: Callable[[int], None] = lambda _: None,
+        stop: threading.Event | None = None,
+        methods: Sequence[CopyMethod] | None = None,
+    ) -> None:
+        self._advance = advance
+        self._stop = stop or threading.Event()
+        self._methods = list(methods or copy_methods())
+        self._chosen: dict[tuple[int, int], int] = {}
+        self._sources: dict[Path, int] = {}
+        self._open = ExitStack()
+        self._spare = bytearray(BLOCK)
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._open.close()
+
+    def write(self, view: TensorView, dtype: str, target: int, offset: int) -> None:
+        """Write a tensor's elements, row-major, as ``dtype`` at an offset of an open file.
+
+        Raises:
+            FormatError: a source file ends too soon.
+            InputError: a value is too large for ``dtype``.
+        """
+        if dtype == view.dtype and _worth_kernel_copies(view):
+            for piece in view.pieces:
+                for source_at, target_at, count in _runs(piece, view):
+                    self._copy(piece, source_at, target, offset + target_at, count)
+            return
+        for top, bottom, data in self.blocks(view):
+            if dtype == view.dtype:
+                out: memoryview = data
+            else:
+                out = _cast(data, view.dtype, dtype, view.name)
+            at = top * view.row_bytes // ITEM_SIZE[view.dtype] * ITEM_SIZE[dtype]
+            write_all(target, out, offset + at)
+            self._advance((bottom - top) * view.row_bytes)
+
+    def blocks(self, view: TensorView) -> Iterator[tuple[int, int, memoryview]]:
+        """First row, last row and bytes of each block of whole rows, in order.
+
+        The bytes are overwritten by the next block.
+        """
+        rows = view.shape[0] if view.shape else 1
+        step = max(1, BLOCK // max(1, view.row_bytes))
+        buffer = memoryview(bytearray(min(rows, step) * view.row_bytes))
+        for top in range(0, rows, step):
+            bottom = min(rows, top + step)
+            block = buffer[: (bottom - top) * view.row_bytes]
+            for piece in view.pieces:
+                self._read_rows(piece, view, top, bottom, block)
+            yield top, bottom, block
+
+    def _copy(self, piece: Piece, source_at: int, target: int, target_at: int, count: int) -> None:
+        if piece.array is None:  # the target file is new: its bytes are zero
+            self._advance(count)
+            return
+        source = self._fd(piece.array.file)
+        while count:
+            self._check_stop()
+            chosen = self._chosen.get((source, target), 0)
+            try:
+                done = self._methods[chosen](source, source_at, target, target_at, min(count, STEP))
+            except OSError as error:
+                if error.errno not in FALL_BACK or chosen + 1 == len(self._methods):
+                    raise
+                self._chosen[source, target] = chosen + 1
+                continue
+            if done == 0:
+                raise FormatError(f"{piece.array.file}: truncated at byte {source_at}")
+            source_at, target_at, count = source_at + done, target_at + done, count - done
+            self._advance(done)
+
+    def _read_rows(
+        self, piece: Piece, view: TensorView, top: int, bottom: int, out: memoryview
+    ) -> None:
+        """Put what a piece holds of some rows into place in ``out``."""
+        first, last = max(top, piece.target.top), min(bottom, piece.target.bottom)
+        if first >= last:
+            return
+        self._check_stop()
+        item = ITEM_SIZE[view.dtype]
+        width, left = piece.target.columns * item, piece.target.left * item
+        if piece.array is None:
+            for row in range(first - top, last - top):
+                begin = row * view.row_bytes + left
+                out[begin : begin + width] = bytes(width)
+            return
+        stride = _columns(piece.array.shape) * item
+        source_row = piece.source.top + first - piece.target.top
+        at = piece.array.offset + source_row * stride
+        fd = self._fd(piece.array.file)
+        if width == stride == view.row_bytes:
+            self._read(piece, fd, at, out[(first - top) * width : (last - top) * width])
+            return
+        if len(self._spare) < (last - first) * stride:
+            self._spare = bytearray((last - first) * stride)
+        rows = memoryview(self._spare)[: (last - first) * stride]
+        self._read(piece, fd, at, rows)
+        begin, source_left = (first - top) * view.row_bytes + left, piece.source.left * item
+        for row in range(last - first):
+            at_row = row * stride + source_left
+            out[begin : begin + width] = rows[at_row : at_row + width]
+            begin += view.row_bytes
+
+    def _read(self, piece: Piece, fd: int, offset: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            count = _read_into(fd, out[done:], offset + done)
+            if count == 0:
+                where = piece.array.file if piece.array else ""
+                raise FormatError(f"{where}: truncated at byte {offset + done}")
+            done += count
+
+    def _fd(self, file: Path) -> int:
+        if file not in self._sources:
+            fd = os.open(file, os.O_RDONLY)
+            self._open.callback(os.close, fd)
+            self._sources[file] = fd
+        return self._sources[file]
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted
+
+
+def _read_into(fd: int, out: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [out], offset)
+    data = os.pread(fd, len(out), offset)
+    out[: len(data)] = data
+    return len(data)
+
+
+def _columns(shape: Sequence[int]) -> int:
+    columns = 1
+    for extent in shape[1:]:
+        columns *= extent
+    return columns
+
+
+def _contiguous(piece: Piece, view: TensorView) -> bool:
+    width = piece.target.columns
+    source = width if piece.array is None else _columns(piece.array.shape)
+    return width == source == _columns(view.shape)
+
+
+def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
+    """(byte of the source file, byte of the tensor, bytes) for each contiguous run of a piece."""
+    item = ITEM_SIZE[view.dtype]
+    base, stride = 0, 0
+    if piece.array is not None:
+        base, stride = piece.array.offset, _columns(piece.array.shape) * item
+    at = base + piece.source.top * stride + piece.source.left * item
+    target_at = piece.target.top * view.row_bytes + piece.target.left * item
+    if _contiguous(piece, view):
+        yield at, target_at, piece.target.size * item
+        return
+    for row in range(piece.target.rows):
+        yield at + row * stride, target_at + row * view.row_bytes, piece.target.columns * item
+
+
+def _worth_kernel_copies(view: TensorView) -> bool:
+    runs = sum(1 if _contiguous(p, view) else p.target.rows for p in view.pieces)
+    return runs == 1 or view.nbytes >= runs * SHORT_RUN
+
+
+def _cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
+    """The same values in another dtype, rounded to nearest even as torch does."""
+    import torch  # only a change of dtype needs it
+
+    values = torch.frombuffer(data, dtype=getattr(torch, source))
+    out = bytearray(len(values) * ITEM_SIZE[target])
+    cast = torch.frombuffer(out, dtype=getattr(torch, target))
+    cast.copy_(values)
+    if not cast.isfinite().all():
+        too_large = int((values.isfinite() & ~cast.isfinite()).sum())
+        if too_large:
+            raise InputError(
+                f"{name}: {too_large} values are too large for {target} (largest magnitude "
+                f"{values.abs().nan_to_num(0, 0, 0).max().item():g}) and would become infinite. "
+                "Use --dtype bfloat16 or float32."
+            )
+    return memoryview(out)
