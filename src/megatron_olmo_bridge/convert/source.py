@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,31 @@ class Source:
     def tensors(self) -> dict[str, TensorView]:
         """Every tensor of the Hugging Face model, in the mapping's order."""
         if self.hf_folder is not None:
-            arrays = self.hf_folder.arrays
-            return {n: TensorView.of_array(n, arrays[n]) for n in self.mapping.hf_shapes}
+            found = self.hf_folder.arrays
+            known = [n for n in self.mapping.hf_shapes if n in found]
+            others = [n for n in found if n not in self.mapping.hf_shapes]
+            ignored = self.mapping.reason_to_ignore
+            return {
+                n: TensorView.of_array(n, found[n]) for n in known + others if ignored(n) is None
+            }
         views = {}
         for name, shape in self.mapping.hf_shapes.items():
             pieces: list[Piece] = []
             for block in self.mapping.hf_blocks[name]:
                 pieces += self.megatron[block.parameter].within(block.target, block.source)
             views[name] = TensorView.assembled(name, shape, pieces)
+        return views
+
+    @cached_property
+    def padding(self) -> dict[str, TensorView]:
+        """Rows of a Megatron vocabulary that no Hugging Face tensor has."""
+        views = {}
+        for name, view in self.megatron.items():
+            for p in self.mapping.parameters[name].placements:
+                if p.hf_name is None:
+                    label = f"{name} padding rows"
+                    shape = (p.target.rows, *view.shape[1:])
+                    views[label] = replace(view.region(p.target, shape), name=label)
         return views
 
     @property
@@ -87,6 +104,7 @@ def open_source(
     iteration: int | str | None = None,
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
+    strict: bool = True,
 ) -> Source:
     """Open a checkpoint and check it against the mapping of its model, from headers alone.
 
@@ -96,6 +114,7 @@ def open_source(
         hf_config: folder with a config.json, for a Megatron checkpoint that doesn't say enough.
         vocab_size: rows of the Hugging Face embedding, where a Megatron checkpoint with a padded
             vocabulary doesn't say.
+        strict: refuse a Hugging Face folder whose tensors are not those of its config.
 
     Raises:
         InputError, FormatError, UnsupportedError, MappingError: see each.
@@ -104,17 +123,18 @@ def open_source(
     try:
         kind, folder = detect(path, iteration)
         if kind is Kind.HF:
-            return _open_hf(folder)
+            return _open_hf(folder, strict)
         return _open_megatron(folder, hf_config, vocab_size)
     except PermissionError as error:
         raise InputError(f"{error.filename}: no permission to read it") from error
 
 
-def _open_hf(folder: Path) -> Source:
+def _open_hf(folder: Path, strict: bool) -> Source:
     hf = HFFolder.read(folder)
     bridge = bridge_for(hf.config, folder / CONFIG)
     mapping = bridge.mapping_registry().resolve()
-    mapping.check_hf({name: a.shape for name, a in hf.arrays.items()}, folder)
+    if strict:
+        mapping.check_hf({name: a.shape for name, a in hf.arrays.items()}, folder)
     return Source(Kind.HF, folder, bridge, mapping, {}, folder / CONFIG, folder, hf)
 
 

@@ -246,16 +246,18 @@ def _cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
     """The same values in another dtype, rounded to nearest even as torch does."""
     import torch  # only a change of dtype needs it
 
+    torch.set_num_threads(1)  # of this thread; the plan is shared out over threads already
     values = torch.frombuffer(data, dtype=getattr(torch, source))
     out = bytearray(len(values) * ITEM_SIZE[target])
     cast = torch.frombuffer(out, dtype=getattr(torch, target))
     cast.copy_(values)
-    if not cast.isfinite().all():
+    low, high = (bound.item() for bound in values.aminmax())
+    limit = torch.finfo(cast.dtype).max
+    if not -limit <= low <= high <= limit:  # also where there are NaNs, which are kept
         too_large = int((values.isfinite() & ~cast.isfinite()).sum())
         if too_large:
             raise InputError(
-                f"{name}: {too_large} values are too large for {target} (largest magnitude "
-                f"{values.abs().nan_to_num(0, 0, 0).max().item():g}) and would become infinite. "
-                "Use --dtype bfloat16 or float32."
+                f"{name}: {too_large} values are too large for {target} (they lie between {low:g} "
+                f"and {high:g}) and would become infinite. Use --dtype bfloat16 or float32."
             )
     return memoryview(out)

@@ -33,6 +33,14 @@ class ModelBridge(ABC):
     ) -> dict[str, Any]:
         """A ``config.json`` from Megatron-LM's ``args`` or Megatron-Bridge's ``model`` section."""
 
+    hf_keys: ClassVar[frozenset[str]]
+    """Keys of ``config.json`` that :attr:`numbers` stands for."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> dict[str, Any]:
+        """Everything that fixes shapes and arithmetic, by megatron-core's names."""
+
     @property
     @abstractmethod
     def num_layers(self) -> int: ...

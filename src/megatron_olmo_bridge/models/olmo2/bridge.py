@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as MappingABC
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import DirectMapping, GatedMLPMapping, QKVMapping
@@ -10,7 +11,7 @@ from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
 
 from . import megatron_lm
-from .config import Olmo2Config
+from .config import HF_KEYS, Olmo2Config
 
 
 def _published(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int,
@@ -56,9 +57,15 @@ class Olmo2Bridge(ModelBridge):
     }
     vocab_param = "embedding.word_embeddings.weight"
 
+    hf_keys = HF_KEYS
+
     def __init__(self, hf_config: dict[str, Any]) -> None:
         super().__init__(hf_config)
         self.config = Olmo2Config.from_hf(hf_config)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return asdict(self.config)
 
     @property
     def num_layers(self) -> int:

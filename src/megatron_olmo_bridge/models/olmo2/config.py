@@ -7,6 +7,14 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 
+HF_KEYS = frozenset(
+    {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps",
+     "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "attention_bias",
+     "hidden_act"}
+)  # fmt: skip
+"""Keys of ``config.json`` that :meth:`Olmo2Config.from_hf` reads."""
+
 
 @dataclass(frozen=True)
 class Olmo2Config:
@@ -36,7 +44,9 @@ class Olmo2Config:
                      "num_query_groups", "kv_channels", "vocab_size"):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"the model's {name} must be a positive whole number, not {value!r}")
+                raise InputError(
+                    f"the model's {name} must be a positive whole number, not {value!r}"
+                )
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"{self.num_attention_heads} attention heads cannot be shared out evenly over "
@@ -56,9 +66,13 @@ class Olmo2Config:
         if missing:
             raise InputError(f"config.json lacks {', '.join(missing)}")
         if hf.get("attention_bias"):
-            raise UnsupportedError("config.json sets attention_bias; published OLMo-2 models have none")
+            raise UnsupportedError(
+                "config.json sets attention_bias; published OLMo-2 models have none"
+            )
         if hf.get("hidden_act", "silu") != "silu":
-            raise UnsupportedError(f"config.json sets hidden_act={hf['hidden_act']!r}; OLMo-2 uses silu")
+            raise UnsupportedError(
+                f"config.json sets hidden_act={hf['hidden_act']!r}; OLMo-2 uses silu"
+            )
         hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
         if not hf.get("head_dim") and hidden % heads:
             raise InputError(f"hidden_size {hidden} cannot be divided by {heads} attention heads")
@@ -83,5 +97,7 @@ def _rope_theta(hf: dict[str, Any]) -> float:
     scaling = hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
-        raise UnsupportedError(f"config.json asks for rope of type {kind!r}; OLMo-2 uses plain rope")
+        raise UnsupportedError(
+            f"config.json asks for rope of type {kind!r}; OLMo-2 uses plain rope"
+        )
     return float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)

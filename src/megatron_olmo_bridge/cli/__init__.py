@@ -1,0 +1,5 @@
+"""The command ``olmo-bridge``."""
+
+from .app import main
+
+__all__ = ["main"]

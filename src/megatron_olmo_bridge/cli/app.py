@@ -1,0 +1,43 @@
+"""The command's entry point; each module beside it holds a group of commands."""
+
+from __future__ import annotations
+
+import typer
+
+from . import checks, conversion
+from .console import show_version
+
+app = typer.Typer(
+    name="olmo-bridge",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Move OLMo checkpoints between Hugging Face and Megatron, and prove nothing was lost.
+
+    A first round, on a model that it makes itself:
+
+    \b
+      olmo-bridge synth olmo2-tiny hf
+      olmo-bridge import hf megatron
+      olmo-bridge export megatron back
+      olmo-bridge verify hf back
+    """,
+    epilog="Exit codes: 0 done, 1 verify found a difference, 2 bad usage or input, "
+    "130 interrupted.",
+)
+conversion.add_to(app)
+checks.add_to(app)
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=show_version, is_eager=True, help="Print the version."
+    ),
+) -> None: ...
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,144 @@
+"""Commands that only look: verify, inspect, doctor."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
+
+SHOWN = 40
+"""Differences that the table shows; --json has all."""
+
+
+def add_to(app: typer.Typer) -> None:
+    for name, command, helped in (
+        ("verify", verify, True), ("inspect", inspect, True), ("doctor", doctor, False)
+    ):  # fmt: skip
+        app.command(name, no_args_is_help=helped)(guarded(command))
+
+
+def verify(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint of either kind.")],
+    second: Annotated[
+        Path | None, typer.Argument(metavar="[B]", help="Another, to compare it with.")
+    ] = None,
+    workers: Workers = 1,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Prove that two checkpoints hold the same model: bit for bit, no tolerance.
+
+    Names, shapes, dtypes, values and config are compared in both directions. With one path, its
+    files are compared with what was recorded when they were written. Exits with 1 if anything
+    differs. Example:
+
+        olmo-bridge verify ./hf ./megatron
+    """
+    from megatron_olmo_bridge.convert.verify import verify as run
+
+    with ProgressBar(quiet or json) as bar:
+        result = run(first, second, workers=workers, reporter=bar)
+    if json:
+        print_json({"equal": result.equal} | asdict(result))
+    elif not quiet:
+        _print_verification(result.differences and [
+            [d.kind, d.name, d.detail] for d in result.differences
+        ])  # fmt: skip
+        for note in result.notes:
+            say(f"Note: {note}")
+        unit = "tensors" if second else "files"
+        compared = f"{result.compared} {unit}, {human_bytes(result.nbytes)} compared bit for bit"
+        if result.equal:
+            say(f"Equal: {compared}.")
+        else:
+            say(f"NOT equal: {len(result.differences)} difference(s). {compared}.")
+    if not result.equal:
+        raise typer.Exit(1)
+
+
+def _print_verification(rows: list[list[str]]) -> None:
+    if rows:
+        table(["differs", "name", "how"], rows[:SHOWN])
+        if len(rows) > SHOWN:
+            say(f"... and {len(rows) - SHOWN} more; --json lists all.")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint of either kind.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    mapping: Annotated[
+        bool, typer.Option("--mapping", help="Show which Hugging Face block stands where.")
+    ] = False,
+    megatron_args: Annotated[
+        bool, typer.Option("--megatron-args", help="Print Megatron-LM's flags, ready to paste.")
+    ] = False,
+    iteration: Annotated[str | None, typer.Option(help="A number or 'release'.")] = None,
+    hf_config: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with config.json, if PATH has none.")
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="If it is not recorded.")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Say what a checkpoint is: model, size, dtype, files, layout, where it came from.
+
+    Only headers are read, and nothing in them is run.
+    """
+    from megatron_olmo_bridge.convert.inspect import inspect as run
+
+    found = run(path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size)
+    if json:
+        print_json(asdict(found))
+        return
+    if quiet:
+        return
+    if megatron_args:
+        say(shlex.join(found.megatron_flags))
+        return
+    padded = f", padded to {found.padded_vocab_size}"
+    said = [
+        ["what", f"{found.kind}, {found.layout}"],
+        ["model", f"{found.family}, {found.size or 'no published size'}"],
+        ["parameters", f"{found.parameters:,}"],
+        ["dtype", ", ".join(found.dtypes)],
+        ["vocabulary", f"{found.vocab_size}"],
+        ["size on disk", f"{human_bytes(found.nbytes)} in {len(found.files)} files"],
+        ["folder", found.folder],
+        ["config from", found.config_from],
+    ]
+    if found.padded_vocab_size != found.vocab_size:
+        said[4][1] += padded
+    if found.iterations:
+        said.append(["iterations", ", ".join(found.iterations)])
+    if found.provenance:
+        origin = found.provenance["source"]
+        commit = found.provenance.get("revision")
+        said.append(["made from", f"{origin} at {commit}" if commit else origin])
+    table(["", ""], said)
+    say("")
+    table(["number", "value"], [[k, str(v)] for k, v in found.numbers.items()])
+    if tensors:
+        say("")
+        rows = [[t["name"], str(t["shape"]), t["dtype"], str(t["pieces"])] for t in found.tensors]
+        table(["tensor", "shape", "dtype", "chunks"], rows)
+    if mapping:
+        say("")
+        rows = [[r["megatron"], r["block"], r["hf"], r["hf_block"]] for r in found.mapping]
+        table(["Megatron parameter", "block", "Hugging Face tensor", "block"], rows)
+
+
+def doctor(quiet: Quiet = False, json: Json = False) -> None:
+    """Say what is installed here, and what works with it."""
+    from megatron_olmo_bridge.convert.doctor import doctor as run
+
+    findings = run()
+    if json:
+        print_json([asdict(f) for f in findings])
+    elif not quiet:
+        rows = [["yes" if f.works else "no", f.what, f.found, f.means] for f in findings]
+        table(["works", "what", "found", "means"], rows)

@@ -1,0 +1,219 @@
+"""Commands that write checkpoints: synth, import, export."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_olmo_bridge.convert.plan import CopyPlan
+
+from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
+
+Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue an interrupted run; afresh if there is none.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")]
+Checksum = Annotated[
+    bool, typer.Option("--checksum", help="Record a SHA-256 of each file (reads all once more).")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+ShardSize = Annotated[str, typer.Option(help="Most bytes of tensors in a file: 5GB, 500MB.")]
+EXPECTED_RATE = 500e6
+"""Bytes per second that --dry-run reckons with: a middling SSD. docs/benchmarks.md has more."""
+
+
+def add_to(app: typer.Typer) -> None:
+    for name, command in (("synth", synth), ("import", import_), ("export", export)):
+        app.command(name, no_args_is_help=True)(guarded(command))
+
+
+def synth(
+    name: Annotated[str, typer.Argument(help="olmo2-tiny, olmo2-1b, -7b, -13b or -32b.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    layers: Annotated[int | None, typer.Option(help="Layers, if not the published number.")] = None,
+    max_shard_size: ShardSize = "5GB",
+    quiet: Quiet = False,
+) -> None:
+    """Make a Hugging Face checkpoint with random weights in a published architecture.
+
+    Streamed: a model of any size needs little memory. transformers loads it. Example:
+
+        olmo-bridge synth olmo2-1b ./olmo2-1b --dtype float32
+    """
+    from megatron_olmo_bridge.convert.synth import synth as run
+
+    with ProgressBar(quiet) as bar:
+        made = run(
+            name, folder, dtype=dtype, seed=seed, layers=layers, max_shard_size=max_shard_size,
+            reporter=bar,
+        )  # fmt: skip
+    say(f"{made}: {name} with random weights, {dtype}, {human_bytes(_size(made))}", quiet)
+
+
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, or a hub id.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint root to make.")],
+    dtype: Dtype = "keep",
+    workers: Workers = 1,
+    revision: Annotated[
+        str | None, typer.Option(help="Of the hub: stage1-step1907359-tokens4001B, a commit.")
+    ] = None,
+    make_vocab_size_divisible_by: Annotated[
+        int, typer.Option(min=1, help="Pad the vocabulary with zero rows to a multiple.")
+    ] = 1,
+    release: Annotated[
+        bool, typer.Option("--release", help="For Megatron-LM older than November 2025.")
+    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    checksum: Checksum = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Write a Hugging Face checkpoint as a Megatron checkpoint (torch_dist).
+
+    Stock Megatron loads it at any parallel layout. Needs no GPU and little memory. Examples:
+
+        olmo-bridge import allenai/OLMo-2-0425-1B ./megatron
+
+        olmo-bridge import ./hf ./megatron --dtype bfloat16 --workers 2
+    """
+    from megatron_olmo_bridge.convert import to_megatron
+
+    options: dict[str, Any] = {
+        "dtype": dtype, "revision": revision, "release": release,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+    }  # fmt: skip
+    if dry_run:
+        plan, _ = to_megatron.plan_import(source, **options)
+        _print_plan(plan, destination, quiet, json)
+        return
+    begin = time.monotonic()
+    with ProgressBar(quiet or json) as bar:
+        plan = to_megatron.import_checkpoint(
+            source, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
+            checksum=checksum, reporter=bar,
+        )  # fmt: skip
+    _print_done([plan], destination, begin, quiet, json)
+    if not json and _first_process():
+        say(
+            f"Prove it:    olmo-bridge verify {source} {destination}", quiet or revision is not None
+        )
+        say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args", quiet)
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A checkpoint root or an iter_ folder.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    dtype: Dtype = "keep",
+    iteration: Annotated[
+        str | None, typer.Option(help="A number, 'release' or 'all'; else the latest.")
+    ] = None,
+    max_shard_size: ShardSize = "5GB",
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with config.json and tokenizer, if SRC has none."),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows to keep of a padded vocabulary, if not recorded."),
+    ] = None,
+    workers: Workers = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    checksum: Checksum = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Write a Megatron checkpoint as a Hugging Face checkpoint, as save_pretrained writes it.
+
+    Reads what this tool, megatron-core, Megatron-LM or Megatron-Bridge saved, at any parallel
+    layout, with or without optimizer state. Examples:
+
+        olmo-bridge export ./megatron ./hf
+
+        olmo-bridge export ./run ./hf --iteration all --hf-config ./olmo2-1b
+    """
+    from megatron_olmo_bridge.convert import to_hf
+
+    options: dict[str, Any] = {
+        "dtype": dtype, "iteration": iteration, "max_shard_size": max_shard_size,
+        "hf_config": hf_config, "vocab_size": vocab_size,
+    }  # fmt: skip
+    if dry_run:
+        for plan, _, folder in to_hf.plan_exports(source, destination, **options):
+            _print_plan(plan, folder, quiet, json)
+        return
+    begin = time.monotonic()
+    with ProgressBar(quiet or json) as bar:
+        plans = to_hf.export_checkpoint(
+            source, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
+            checksum=checksum, reporter=bar,
+        )  # fmt: skip
+    _print_done(plans, destination, begin, quiet, json)
+
+
+def _print_plan(plan: CopyPlan, destination: Path, quiet: bool, json: bool) -> None:
+    folder = next(p for p in (destination, *destination.absolute().parents) if p.exists())
+    summary = {
+        "operation": plan.operation,
+        "source": str(plan.source),
+        "destination": str(destination),
+        "tensors": sum(1 for _ in plan.payloads),
+        "bytes_read": plan.source_bytes,
+        "bytes_written": plan.output_bytes,
+        "disk_free": shutil.disk_usage(folder).free,
+        "expected_seconds": round((plan.source_bytes + plan.output_bytes) / 2 / EXPECTED_RATE, 1),
+        "plan_sha256": plan.digest,
+        "files": {f.name: f.size for f in plan.files} | {n: len(d) for n, d in plan.texts.items()},
+    }
+    if json:
+        print_json(summary)
+    elif not quiet:
+        table(["file", "bytes"], [[n, f"{b:,}"] for n, b in summary["files"].items()])  # type: ignore[attr-defined]
+        say(
+            f"{plan.operation} of {summary['tensors']} tensors: reads "
+            f"{human_bytes(plan.source_bytes)}, writes {human_bytes(plan.output_bytes)}; "
+            f"{human_bytes(float(shutil.disk_usage(folder).free))} are free. Expect about "
+            f"{summary['expected_seconds']} s at {EXPECTED_RATE / 1e6:.0f} MB/s. "
+            "Nothing was written."
+        )
+
+
+def _print_done(
+    plans: list[CopyPlan], destination: Path, begin: float, quiet: bool, json: bool
+) -> None:
+    if not _first_process():
+        return
+    seconds = time.monotonic() - begin
+    written = sum(p.output_bytes for p in plans)
+    if json:
+        print_json({
+            "destination": str(destination), "bytes_written": written, "seconds": seconds,
+            "plans": [p.digest for p in plans],
+        })  # fmt: skip
+        return
+    count = sum(1 for plan in plans for _ in plan.payloads)
+    rate = human_bytes(written / max(seconds, 1e-9))
+    say(f"{destination}: {count} tensors, {human_bytes(written)} in {seconds:.1f} s ({rate}/s)",
+        quiet)  # fmt: skip
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

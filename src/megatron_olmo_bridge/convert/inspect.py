@@ -1,0 +1,123 @@
+"""What a checkpoint is, from its headers: nothing is loaded, nothing is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder, iteration_folders, stacked_key
+
+from .provenance import read_provenance
+from .source import Source, open_source
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect` found."""
+
+    kind: str
+    folder: str
+    family: str
+    size: str | None
+    """The published size, ``olmo2-7b`` for example; None if it is of no published shape."""
+    parameters: int
+    dtypes: list[str]
+    nbytes: int
+    """Bytes of the files."""
+    files: dict[str, int]
+    layout: str
+    iterations: list[str]
+    vocab_size: int
+    padded_vocab_size: int
+    numbers: dict[str, Any]
+    config_from: str
+    provenance: dict[str, Any] | None
+    tensors: list[dict[str, Any]]
+    mapping: list[dict[str, str]]
+    megatron_flags: list[str]
+
+
+def inspect(
+    path: str | Path,
+    *,
+    iteration: int | str | None = None,
+    hf_config: str | Path | None = None,
+    vocab_size: int | None = None,
+) -> Inspection:
+    """Describe a checkpoint of either kind; its tensors are checked against its mapping.
+
+    Raises:
+        BridgeError: it is no checkpoint, is damaged, or is not supported.
+    """
+    source = open_source(path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size)
+    files = {
+        f.relative_to(source.folder).as_posix(): f.stat().st_size
+        for f in sorted(source.folder.rglob("*"))
+        if f.is_file()
+    }
+    views = source.megatron or source.tensors
+    root = source.folder.parent
+    iterations = [f.name for f in iteration_folders(root)] if source.kind is Kind.MEGATRON else []
+    return Inspection(
+        kind=source.kind.value,
+        folder=str(source.folder),
+        family=source.bridge.family,
+        size=source.bridge.size_name(),
+        parameters=source.parameters,
+        dtypes=source.dtypes,
+        nbytes=sum(files.values()),
+        files=files,
+        layout=_layout(source),
+        iterations=iterations,
+        vocab_size=source.bridge.vocab_size,
+        padded_vocab_size=source.padded_vocab_size,
+        numbers=source.bridge.numbers,
+        config_from=str(source.config_from),
+        provenance=read_provenance(source.folder),
+        tensors=[
+            {"name": n, "shape": list(v.shape), "dtype": v.dtype, "pieces": len(v.pieces)}
+            for n, v in views.items()
+        ],
+        mapping=mapping_rows(source),
+        megatron_flags=source.bridge.megatron_flags(
+            source.padded_vocab_size, source.tensors[next(iter(source.tensors))].dtype
+        ),
+    )
+
+
+def mapping_rows(source: Source) -> list[dict[str, str]]:
+    """A row for each placement, layers written as ``*``: which block stands where."""
+    rows = []
+    for parameter in source.mapping.parameters.values():
+        if parameter.layer:  # all layers are alike; layer 0 speaks for them
+            continue
+        for p in parameter.placements:
+            name = p.hf_name or "zeros"
+            if parameter.layer is not None:
+                name = name.replace(".layers.0.", ".layers.*.")
+            rows.append({"megatron": parameter.pattern, "block": _block(p.target, parameter.shape),
+                         "hf": name, "hf_block": _block(p.source, parameter.shape)})  # fmt: skip
+    return rows + [
+        {"megatron": "", "block": f"ignored: {reason}", "hf": pattern, "hf_block": ""}
+        for pattern, reason in source.mapping.ignored.items()
+    ]
+
+
+def _block(region: tuple[int, int, int, int], shape: tuple[int, ...]) -> str:
+    rows = f"{region[0]}:{region[1]}"
+    return f"[{rows}]" if len(shape) == 1 else f"[{rows}, {region[2]}:{region[3]}]"
+
+
+def _layout(source: Source) -> str:
+    if source.hf_folder is not None:
+        return f"{len(source.hf_folder.shards)} safetensors file(s)"
+    dist = TorchDistFolder.read(source.folder)
+    layered = [p for p in source.mapping.parameters.values() if p.layer is not None]
+    stacked = any(stacked_key(p.pattern) in dist.tensors for p in layered)
+    cuts = max(len(view.pieces) for view in source.megatron.values())
+    keys = "layers stacked in one key" if stacked else "a key for each layer"
+    others = len(dist.tensors) - len(dist.weights)
+    state = f", {others} tensors of optimizer state" if others else ""
+    return f"{keys}, tensors in up to {cuts} chunk(s){state}"

@@ -1,0 +1,210 @@
+"""Proof that two checkpoints hold the same model, bit for bit, and that files are as recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import InputError, MappingError
+from megatron_olmo_bridge.formats.detect import detect
+from megatron_olmo_bridge.formats.hf_folder import CONFIG
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
+from megatron_olmo_bridge.mapping.placement import Region
+
+from .execute import sha256
+from .provenance import PROVENANCE, read_provenance
+from .reporter import Reporter
+from .source import Source, open_source
+from .transfer import Transfer
+
+# Config keys that say nothing of the model, or whose meaning is compared as a number of the model.
+_NO_MEANING = {"transformers_version", "_name_or_path", "architectures", "model_type"}
+_SPELLINGS = {"rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same."""
+
+    kind: str
+    """missing, unexpected, shape, dtype, values, config, mapping, file or checksum."""
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and what differs."""
+
+    differences: list[Difference]
+    compared: int
+    """Tensors (or files) compared in full."""
+    nbytes: int
+    """Bytes compared."""
+    notes: list[str] = field(default_factory=list)
+    """What was not compared, and why."""
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences
+
+
+def verify(
+    first: str | Path,
+    second: str | Path | None = None,
+    *,
+    workers: int = 1,
+    reporter: Reporter | None = None,
+) -> Verification:
+    """Compare two checkpoints of either kind, bit for bit and without tolerance.
+
+    Both are read as Hugging Face tensors through the placements; no more than a few MiB of a tensor
+    are in memory. With one path, compare its files with what was recorded when they were written.
+
+    Raises:
+        BridgeError: a path is no checkpoint, or is damaged.
+    """
+    reporter = reporter or Reporter()
+    if second is None:
+        return _verify_recorded(Path(first).expanduser(), workers, reporter)
+    opened = []
+    for path in (first, second):
+        try:
+            opened.append(open_source(path, strict=False))
+        except MappingError as error:
+            return Verification([Difference("mapping", str(path), str(error))], 0, 0)
+    a, b = opened
+    differences = list(_config_differences(a, b)) + list(_name_differences(a.tensors, b.tensors))
+    pairs, notes = _pairs(a, b)
+    total = sum(view.nbytes for view, _ in pairs)
+    reporter.begin("verifying", total)
+
+    def compare(pair: tuple[TensorView, TensorView]) -> Difference | None:
+        with Transfer() as left, Transfer() as right:
+            return _compare(*pair, left, right, reporter)
+
+    with ThreadPoolExecutor(workers) as pool:
+        differences += [d for d in pool.map(compare, pairs) if d]
+    reporter.end()
+    return Verification(differences, len(pairs), total, notes)
+
+
+def _name_differences(a: dict[str, TensorView], b: dict[str, TensorView]) -> Iterator[Difference]:
+    for name in a:
+        if name not in b:
+            yield Difference("missing", name, "only in the first")
+    for name in b:
+        if name not in a:
+            yield Difference("unexpected", name, "only in the second")
+    for name in a.keys() & b.keys():
+        if a[name].shape != b[name].shape:
+            yield Difference("shape", name, f"{list(a[name].shape)} and {list(b[name].shape)}")
+        elif a[name].dtype != b[name].dtype:
+            yield Difference("dtype", name, f"{a[name].dtype} and {b[name].dtype}")
+
+
+def _pairs(a: Source, b: Source) -> tuple[list[tuple[TensorView, TensorView]], list[str]]:
+    """The tensors to compare, padding rows of a vocabulary among them, and what can't be."""
+    pairs = [(view, b.tensors[name]) for name, view in a.tensors.items() if name in b.tensors]
+    notes = []
+    for this, other in ((a, b), (b, a)):
+        for name, view in this.padding.items():
+            twin = other.padding.get(name)
+            if twin is not None and twin.shape == view.shape:
+                pairs += [(view, twin)] if this is a else []
+            elif (read_provenance(this.folder) or {}).get("operation") == "import":
+                block = Region.whole(view.shape)
+                pairs.append((view, dataclasses.replace(view, pieces=(Piece(None, block, block),))))
+            else:
+                notes.append(f"{this.folder}: {name} were not compared: trained, in no other model")
+    same = [(x, y) for x, y in pairs if x.shape == y.shape and x.dtype == y.dtype]
+    return same, notes
+
+
+def _compare(
+    a: TensorView, b: TensorView, left: Transfer, right: Transfer, reporter: Reporter
+) -> Difference | None:
+    wrong, example = 0, ""
+    for (top, _, mine), (_, _, theirs) in zip(left.blocks(a), right.blocks(b), strict=True):
+        reporter.advance(len(mine))
+        if bytearray(mine) == theirs:  # a bytearray compares as memory, a memoryview by item
+            continue
+        import torch
+
+        bits = torch.int32 if ITEM_SIZE[a.dtype] == 4 else torch.int16
+        x, y = torch.frombuffer(mine, dtype=bits), torch.frombuffer(theirs, dtype=bits)
+        places = (x != y).nonzero()
+        if not wrong:
+            at = int(places[0])
+            columns = Region.whole(a.shape).columns
+            values = [v.view(getattr(torch, a.dtype))[at].item() for v in (x, y)]
+            example = (
+                f"first at [{top + at // columns}, {at % columns}]: {values[0]} and {values[1]}"
+            )
+        wrong += len(places)
+    if not wrong:
+        return None
+    return Difference(
+        "values", a.name, f"{wrong} of {Region.whole(a.shape).size} differ; {example}"
+    )
+
+
+def _config_differences(a: Source, b: Source) -> Iterator[Difference]:
+    """What the models' numbers, and their config.json where both have one, say differently."""
+    mine, theirs = a.bridge.numbers, b.bridge.numbers
+    if a.bridge.family != b.bridge.family:
+        yield Difference("config", "family", f"{a.bridge.family} and {b.bridge.family}")
+        return
+    for key, value in mine.items():
+        if value != theirs[key]:
+            yield Difference("config", key, f"{value} and {theirs[key]}")
+    if a.config_from.name == b.config_from.name == CONFIG:
+        skipped = _NO_MEANING | _SPELLINGS
+        for key in sorted((a.hf_config.keys() | b.hf_config.keys()) - skipped):
+            values = [_said(s.hf_config, key) for s in (a, b)]
+            if values[0] != values[1] and key not in a.bridge.hf_keys:
+                yield Difference("config", key, f"{values[0]} and {values[1]}")
+
+
+def _said(config: dict[str, Any], key: str) -> str:
+    return repr(config[key]) if key in config else "absent"
+
+
+def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verification:
+    _, folder = detect(path)
+    recorded = read_provenance(folder)
+    if recorded is None:
+        raise InputError(
+            f"{folder}: has no {PROVENANCE}: nothing was recorded to check it against. "
+            "Name a second checkpoint to compare it with."
+        )
+    differences = []
+    files: dict[str, dict[str, Any]] = recorded.get("files", {})
+    for name, entry in files.items():
+        file = folder / name
+        if not file.is_file():
+            differences.append(Difference("missing", name, "recorded, but not there"))
+        elif file.stat().st_size != entry["bytes"]:
+            detail = f"{file.stat().st_size} bytes, recorded were {entry['bytes']}"
+            differences.append(Difference("file", name, detail))
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    for name in sorted(present - files.keys() - {PROVENANCE}):
+        differences.append(Difference("unexpected", name, "there, but not recorded"))
+    checkable = {n: e for n, e in files.items() if "sha256" in e and (folder / n).is_file()}
+    total = sum((folder / n).stat().st_size for n in checkable)
+    reporter.begin("verifying", total)
+    with ThreadPoolExecutor(workers) as pool:
+        digests = pool.map(sha256, [folder / n for n in checkable])
+        for (name, entry), digest in zip(checkable.items(), digests, strict=True):
+            reporter.advance(entry["bytes"])
+            if digest != entry["sha256"]:
+                differences.append(Difference("checksum", name, "SHA-256 is not the recorded one"))
+    reporter.end()
+    notes = [] if checkable else ["no checksums were recorded: only names and sizes were compared"]
+    if not differences:
+        open_source(folder)  # headers and mapping are sound
+    return Verification(differences, len(files), total, notes)

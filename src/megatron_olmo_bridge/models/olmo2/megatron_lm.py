@@ -1,0 +1,254 @@
+"""OLMo-2 in stock Megatron-LM's words: the checkpoint's ``args``, the command line, and back.
+
+``--use-checkpoint-args`` restores most of a model from the ``args`` in the checkpoint, but not all
+of it, and older versions restore less. So every number goes into :func:`checkpoint_args`, and what
+some version doesn't restore into :func:`megatron_lm_flags` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd
+from typing import Any
+
+from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
+
+SPEC = ("megatron_olmo_bridge.models.olmo2.layer_specs", "OLMO2_LAYER_SPEC")
+"""Module and name of the layer spec, as Megatron-LM's ``--spec`` takes them."""
+
+WITHOUT_APEX = ("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion")
+"""What stock Megatron-LM must be told besides where Apex isn't installed, whatever the model."""
+
+WITHOUT_TRANSFORMER_ENGINE = ("--no-rope-fusion", "--no-persist-layer-norm")
+"""What stock Megatron-LM must be told besides where Transformer Engine isn't installed."""
+
+_DTYPE_FLAGS = {"float32": [], "bfloat16": ["--bf16"], "float16": ["--fp16"]}
+
+
+def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+    """What to store as the ``args`` Namespace of a checkpoint; plain values only.
+
+    Args:
+        padded_vocab_size: rows of the embedding in the checkpoint.
+        dtype: of the checkpoint's weights, ``float32``, ``bfloat16`` or ``float16``.
+    """
+    _dtype_flags(dtype)
+    base = config.rotary_base
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.kv_channels,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "rotary_base": int(base) if base.is_integer() else base,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "swiglu": True,
+        "squared_relu": False,
+        "normalization": "RMSNorm",
+        # One name before and one after Megatron-LM took its flags from TransformerConfig.
+        "norm_epsilon": config.layernorm_epsilon,
+        "layernorm_epsilon": config.layernorm_epsilon,
+        "apply_layernorm_1p": False,
+        "qk_layernorm": True,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": padded_vocab_size,
+        "make_vocab_size_divisible_by": gcd(padded_vocab_size, 128),
+        "spec": list(SPEC),
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "ckpt_format": "torch_dist",
+        # There is neither an optimizer state nor a state of random numbers to load.
+        "no_save_optim": True,
+        "no_save_rng": True,
+        # As saved without parallelism; the format loads into any layout.
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+
+
+def megatron_lm_flags(
+    config: Olmo2Config,
+    *,
+    padded_vocab_size: int,
+    dtype: str,
+    tokenizer_model: str | None = None,
+) -> list[str]:
+    """All that stock Megatron-LM needs on its command line beside ``--load``; no parallel layout.
+
+    Args:
+        padded_vocab_size: rows of the embedding in the checkpoint.
+        dtype: to compute in, ``float32``, ``bfloat16`` or ``float16``.
+        tokenizer_model: folder of a Hugging Face tokenizer. Without one, ``NullTokenizer``, which
+            is enough for data that is tokenized already.
+    """
+    if padded_vocab_size < config.vocab_size:
+        raise InputError(
+            f"a padded vocabulary of {padded_vocab_size} rows cannot hold the model's "
+            f"{config.vocab_size}"
+        )
+    flags = ["--use-checkpoint-args", "--ckpt-format", "torch_dist"]
+    # No optimizer state to load: begin at iteration 0.
+    flags += ["--finetune"]
+    flags += ["--transformer-impl", "local", "--spec", *SPEC]
+    # Not restored from args by any version.
+    flags += ["--qk-layernorm", "--norm-epsilon", repr(config.layernorm_epsilon)]
+    flags += ["--attention-softmax-in-fp32"]
+    # Not restored from args by older versions, whose defaults are 10000 and 0.1.
+    if config.rotary_base.is_integer():  # the flag takes whole numbers only
+        flags += ["--rotary-base", str(int(config.rotary_base))]
+    flags += ["--attention-dropout", "0.0", "--hidden-dropout", "0.0"]
+    # Megatron-LM would save the padded size alone, and the way back needs the real one.
+    flags += ["--vocab-size", str(config.vocab_size)]
+    if tokenizer_model is None:
+        flags += ["--tokenizer-type", "NullTokenizer"]
+    else:
+        flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_model]
+    return flags + _dtype_flags(dtype)
+
+
+def config_from_args(args: Mapping[str, Any], *, vocab_size: int | None) -> dict[str, Any]:
+    """A Hugging Face ``config.json`` for OLMo-2 from what a checkpoint says of its model.
+
+    Token ids aren't recorded in Megatron, so they are null: absent ones would get the defaults of
+    transformers, which are another tokenizer's.
+
+    Args:
+        args: ``vars()`` of Megatron-LM's ``args``, or the ``model`` section of Megatron-Bridge's
+            ``run_config.yaml``.
+        vocab_size: rows of the Hugging Face embedding, where ``args`` don't say or are to be
+            overruled.
+
+    Raises:
+        InputError: a value that the config needs is in ``args`` under none of its names.
+        UnsupportedError: ``args`` are of a model that isn't OLMo-2.
+    """
+    _refuse_other_models(args)
+    hidden, heads = _need(args, "hidden_size"), _need(args, "num_attention_heads")
+    head_dim = args.get("kv_channels")
+    untied = args.get("untie_embeddings_and_output_weights")
+    tied = _need(args, "share_embeddings_and_output_weights") if untied is None else not untied
+    config = {
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": _need(args, "ffn_hidden_size"),
+        "max_position_embeddings": _need(args, "max_position_embeddings", "seq_length"),
+        "model_type": "olmo2",
+        "num_attention_heads": heads,
+        "num_hidden_layers": _need(args, "num_layers"),
+        "num_key_value_heads": _query_groups(args) or heads,
+        "pad_token_id": None,
+        "rms_norm_eps": float(_need(args, "layernorm_epsilon", "norm_epsilon")),
+        "rope_scaling": None,
+        # This spelling is read by transformers 4 and 5; rope_parameters by 5 alone.
+        "rope_theta": float(_need(args, "rotary_base")),
+        "tie_word_embeddings": bool(tied),
+        "use_cache": True,
+        "vocab_size": _vocab_size(args, vocab_size),
+    }
+    if head_dim and head_dim * heads != hidden:
+        config["head_dim"] = head_dim
+    if dtype := _dtype(args):
+        config["torch_dtype"] = dtype
+    Olmo2Config.from_hf(config)  # raises where the numbers don't fit together
+    return config
+
+
+def _dtype_flags(dtype: str) -> list[str]:
+    if dtype not in _DTYPE_FLAGS:
+        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPE_FLAGS)}")
+    return _DTYPE_FLAGS[dtype]
+
+
+def _need(args: Mapping[str, Any], *names: str) -> Any:
+    """The value of the first of these names that is set."""
+    for name in names:
+        if args.get(name) is not None:
+            return args[name]
+    raise InputError(f"the checkpoint's model settings lack {' or '.join(names)}")
+
+
+def _query_groups(args: Mapping[str, Any]) -> int | None:
+    """Key/value heads; None, as in TransformerConfig, for as many as query heads."""
+    # Megatron-LM records 1 group, its default, where grouped queries are off.
+    if args.get("group_query_attention") is False:
+        return None
+    if args.get("group_query_attention"):
+        _need(args, "num_query_groups")
+    return args.get("num_query_groups")
+
+
+def _vocab_size(args: Mapping[str, Any], given: int | None) -> int:
+    size = given if given is not None else args.get("vocab_size")
+    padded = args.get("padded_vocab_size")
+    if size is None:
+        rows = f" of {padded} rows" if padded else ""
+        raise InputError(
+            f"the checkpoint records a padded vocabulary{rows} but not the model's own; "
+            "pass --vocab-size N with the rows of the Hugging Face embedding"
+        )
+    if padded and size > padded:
+        raise InputError(f"a vocabulary of {size} is larger than the checkpoint's {padded} rows")
+    return int(size)
+
+
+def _dtype(args: Mapping[str, Any]) -> str | None:
+    """The dtype of the weights, if ``args`` say; they may be silent on float32."""
+    if args.get("bf16"):
+        return "bfloat16"
+    if args.get("fp16"):
+        return "float16"
+    return "float32" if "bf16" in args and "fp16" in args else None
+
+
+_ONLY = {
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "qk_layernorm": True,
+    "swiglu": True,
+    "gated_linear_unit": True,
+}
+"""Settings that, where given, must have this value."""
+
+_NEVER = (
+    "add_bias_linear", "add_qkv_bias", "apply_layernorm_1p", "layernorm_zero_centered_gamma",
+    "apply_residual_connection_post_layernorm", "rotary_interleaved", "use_rope_scaling",
+    "rope_scaling", "rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor",
+    "no_rope_freq", "window_size", "softmax_scale", "attention_output_gate", "qk_l2_norm",
+    "squared_relu", "quick_geglu", "num_experts", "num_moe_experts", "multi_latent_attention",
+    "hybrid_layer_pattern", "hybrid_override_pattern", "mtp_num_layers",
+)  # fmt: skip
+"""Settings that must be absent, false, zero or null."""
+
+
+def _refuse_other_models(args: Mapping[str, Any]) -> None:
+    wrong = [n for n, value in _ONLY.items() if args.get(n) is not None and args[n] != value]
+    wrong += [name for name in _NEVER if args.get(name)]
+    # A function, or in YAML a reference to one.
+    if args.get("activation_func") is not None and "silu" not in str(args["activation_func"]):
+        wrong.append("activation_func")
+    if wrong:
+        said = ", ".join(f"{name}={args[name]!r}" for name in wrong)
+        raise UnsupportedError(f"the checkpoint's model settings are not OLMo-2's: {said}")

@@ -1,0 +1,292 @@
+"""Stock Megatron-LM's args and flags from OLMo-2's numbers, and a config.json from args."""
+
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.models.olmo2 import megatron_lm
+from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
+from megatron_olmo_bridge.models.olmo2.megatron_lm import (
+    checkpoint_args,
+    config_from_args,
+    megatron_lm_flags,
+)
+
+CONFIG = Olmo2Config(
+    num_layers=3,
+    hidden_size=64,
+    ffn_hidden_size=160,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    vocab_size=250,
+    max_position_embeddings=4096,
+    layernorm_epsilon=1e-6,
+    rotary_base=500000.0,
+)
+MULTI_HEAD = replace(CONFIG, num_query_groups=8)
+TIED = replace(CONFIG, share_embeddings_and_output_weights=True)
+WIDE_HEADS = replace(CONFIG, kv_channels=16)
+
+# The model section of a run_config.yaml, in TransformerConfig's words.
+PROVIDER: dict[str, Any] = {
+    "_target_": "megatron_olmo_bridge.models.olmo2.provider.Olmo2ModelProvider",
+    "num_layers": 3,
+    "hidden_size": 64,
+    "ffn_hidden_size": 160,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": None,
+    "vocab_size": 250,
+    "seq_length": 4096,
+    "layernorm_epsilon": 1e-6,
+    "rotary_base": 500000,
+    "share_embeddings_and_output_weights": False,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+    "window_size": None,
+    "rope_scaling": False,
+}
+
+
+def args_of(config: Olmo2Config = CONFIG, dtype: str = "bfloat16") -> dict[str, Any]:
+    return checkpoint_args(config, padded_vocab_size=256, dtype=dtype)
+
+
+def flags_of(config: Olmo2Config = CONFIG, **options: Any) -> list[str]:
+    return megatron_lm_flags(config, **{"padded_vocab_size": 256, "dtype": "bfloat16", **options})
+
+
+@pytest.mark.parametrize("config", [CONFIG, MULTI_HEAD, TIED, WIDE_HEADS])
+def test_there_and_back(config: Olmo2Config) -> None:
+    hf = config_from_args(args_of(config), vocab_size=None)
+
+    assert Olmo2Config.from_hf(hf) == config
+
+
+def test_args_are_plain_values() -> None:
+    def plain(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(plain(item) for item in value)
+        return value is None or type(value) in (str, int, float, bool)
+
+    assert [name for name, value in args_of().items() if not plain(value)] == []
+
+
+def test_the_layer_spec_is_where_args_say() -> None:
+    pytest.importorskip("megatron.core")
+    from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+
+    spec = import_module(tuple(args_of()["spec"]))
+
+    assert isinstance(spec, ModuleSpec)
+
+
+def test_nothing_to_load_but_weights() -> None:
+    args = args_of()
+
+    assert args["no_save_optim"] is True
+    assert args["no_save_rng"] is True
+
+
+def test_rotary_base_is_a_whole_number_where_it_can_be() -> None:
+    assert repr(args_of()["rotary_base"]) == "500000"
+    odd = replace(CONFIG, rotary_base=10000.5)
+    assert args_of(odd)["rotary_base"] == 10000.5
+    assert "--rotary-base" not in flags_of(odd)
+
+
+@pytest.mark.parametrize("function", [checkpoint_args, megatron_lm_flags])
+def test_refuses_an_unknown_dtype(function: Any) -> None:
+    with pytest.raises(InputError, match="'int8'"):
+        function(CONFIG, padded_vocab_size=256, dtype="int8")
+
+
+def test_flags_say_what_no_version_restores() -> None:
+    flags = flags_of()
+
+    assert "--qk-layernorm" in flags
+    assert flags[flags.index("--norm-epsilon") + 1] == "1e-06"
+    assert flags[flags.index("--vocab-size") + 1] == "250"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flag"), [("float32", None), ("bfloat16", "--bf16"), ("float16", "--fp16")]
+)
+def test_flags_say_the_dtype(dtype: str, flag: str | None) -> None:
+    assert {"--bf16", "--fp16"} & set(flags_of(dtype=dtype)) == ({flag} if flag else set())
+
+
+def test_flags_leave_the_layout_to_the_user() -> None:
+    assert not [flag for flag in flags_of() if "parallel" in flag]
+
+
+def test_flags_with_and_without_a_tokenizer() -> None:
+    assert "NullTokenizer" in flags_of()
+    flags = flags_of(tokenizer_model="ckpt/hf")
+    assert flags[flags.index("--tokenizer-type") + 1] == "HuggingFaceTokenizer"
+    assert flags[flags.index("--tokenizer-model") + 1] == "ckpt/hf"
+
+
+def test_flags_refuse_a_vocabulary_that_does_not_fit() -> None:
+    with pytest.raises(InputError, match="249 rows cannot hold the model's 250"):
+        flags_of(padded_vocab_size=249)
+
+
+def test_stock_megatron_lm_knows_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = pytest.importorskip("megatron.training.arguments")
+    extra = [*megatron_lm.WITHOUT_APEX, *megatron_lm.WITHOUT_TRANSFORMER_ENGINE]
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags_of(), *extra])
+
+    args = arguments.parse_args()
+
+    assert args.use_checkpoint_args and args.finetune and args.bf16 and args.qk_layernorm
+    assert args.layernorm_epsilon == 1e-6
+    assert args.spec == list(megatron_lm.SPEC)
+    assert args.rotary_base == 500000
+    assert args.attention_dropout == args.hidden_dropout == 0.0
+    assert not args.gradient_accumulation_fusion and not args.masked_softmax_fusion
+    assert not args.apply_rope_fusion and args.no_persist_layer_norm
+
+
+def test_back_from_what_stock_megatron_lm_would_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = pytest.importorskip("megatron.training.arguments")
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags_of()])
+    saved = vars(arguments.parse_args())
+    saved.update({name: args_of()[name] for name in args_of() if name in saved})
+
+    assert Olmo2Config.from_hf(config_from_args(saved, vocab_size=None)) == CONFIG
+
+
+def test_config_json_of_a_checkpoint() -> None:
+    assert config_from_args(args_of(), vocab_size=None) == {
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initializer_range": 0.02,
+        "intermediate_size": 160,
+        "max_position_embeddings": 4096,
+        "model_type": "olmo2",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "pad_token_id": None,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 250,
+    }
+
+
+def test_back_from_a_run_config() -> None:
+    hf = config_from_args(PROVIDER, vocab_size=None)
+
+    assert Olmo2Config.from_hf(hf) == CONFIG
+    assert "torch_dtype" not in hf  # it says nothing of the dtype
+
+
+def test_transformers_reads_the_config() -> None:
+    transformers = pytest.importorskip("transformers")
+    hf = config_from_args(args_of(WIDE_HEADS, "float32"), vocab_size=None)
+
+    read = transformers.Olmo2Config.from_dict(hf)
+
+    rope = getattr(read, "rope_parameters", None) or {"rope_theta": read.rope_theta}
+    assert rope["rope_theta"] == 500000.0
+    assert read.head_dim == 16
+    assert read.pad_token_id is None and read.eos_token_id is None
+
+
+def test_one_group_is_only_a_default_where_grouping_is_off() -> None:
+    args = args_of() | {"group_query_attention": False, "num_query_groups": 1}
+    assert config_from_args(args, vocab_size=None)["num_key_value_heads"] == 8
+    args = args_of() | {"group_query_attention": True, "num_query_groups": 1}
+    assert config_from_args(args, vocab_size=None)["num_key_value_heads"] == 1
+
+
+@pytest.mark.parametrize("name", ["norm_epsilon", "layernorm_epsilon"])
+def test_epsilon_by_either_name(name: str) -> None:
+    both = {"norm_epsilon", "layernorm_epsilon"}
+    args = {key: value for key, value in args_of().items() if key not in both - {name}}
+
+    assert config_from_args(args, vocab_size=None)["rms_norm_eps"] == 1e-6
+
+
+def test_vocab_size_is_not_guessed_from_the_padded_one() -> None:
+    args = args_of() | {"vocab_size": None}
+    with pytest.raises(InputError, match=r"256 rows .*pass --vocab-size N"):
+        config_from_args(args, vocab_size=None)
+    assert config_from_args(args, vocab_size=250)["vocab_size"] == 250
+    with pytest.raises(InputError, match="257 is larger than the checkpoint's 256"):
+        config_from_args(args, vocab_size=257)
+
+
+def test_the_given_vocab_size_overrules() -> None:
+    assert config_from_args(args_of(), vocab_size=240)["vocab_size"] == 240
+
+
+@pytest.mark.parametrize(
+    ("absent", "words"),
+    [
+        (["num_layers"], "num_layers"),
+        (["hidden_size"], "hidden_size"),
+        (["ffn_hidden_size"], "ffn_hidden_size"),
+        (["num_attention_heads"], "num_attention_heads"),
+        (["num_query_groups"], "num_query_groups"),
+        (["max_position_embeddings", "seq_length"], "max_position_embeddings or seq_length"),
+        (["norm_epsilon", "layernorm_epsilon"], "layernorm_epsilon or norm_epsilon"),
+        (["rotary_base"], "rotary_base"),
+        (["untie_embeddings_and_output_weights"], "share_embeddings_and_output_weights"),
+    ],
+)
+def test_names_what_is_missing(absent: list[str], words: str) -> None:
+    args = {name: value for name, value in args_of().items() if name not in absent}
+    with pytest.raises(InputError, match=f"lack {words}$"):
+        config_from_args(args, vocab_size=None)
+
+
+def test_refuses_numbers_that_do_not_fit_together() -> None:
+    with pytest.raises(InputError, match="3 key/value heads"):
+        config_from_args(args_of() | {"num_query_groups": 3}, vocab_size=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalization": "LayerNorm"},
+        {"add_bias_linear": True},
+        {"add_qkv_bias": True},
+        {"swiglu": False},
+        {"gated_linear_unit": False},
+        {"qk_layernorm": False},
+        {"position_embedding_type": "learned_absolute"},
+        {"rotary_percent": 0.5},
+        {"rotary_interleaved": True},
+        {"use_rope_scaling": True},
+        {"rotary_seq_len_interpolation_factor": 2},
+        {"num_experts": 8},
+        {"window_size": [4095, 0]},
+        {"apply_layernorm_1p": True},
+        {"activation_func": {"_target_": "torch.nn.functional.gelu", "_call_": False}},
+        {"multi_latent_attention": True},
+    ],
+)
+def test_refuses_what_is_not_olmo2(change: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=next(iter(change))):
+        config_from_args(args_of() | change, vocab_size=None)
+
+
+def test_args_survive_a_namespace() -> None:
+    assert vars(Namespace(**args_of())) == args_of()
