@@ -22,7 +22,7 @@ class UnsafePickleError(FormatError):
 
 
 class MappingError(BridgeError):
-    """Tensors and mapping disagree: missing, unexpected, wrong shape, covered twice or not at all."""
+    """Tensors and mapping disagree: missing, unexpected, misshapen, covered twice or not at all."""
 
 
 class OutputError(BridgeError):

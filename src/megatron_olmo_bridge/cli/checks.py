@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
+
+if TYPE_CHECKING:
+    from megatron_olmo_bridge.convert.verify import Difference
 
 SHOWN = 40
 """Differences that the table shows; --json has all."""
@@ -46,9 +49,7 @@ def verify(
     if json:
         print_json({"equal": result.equal} | asdict(result))
     elif not quiet:
-        _print_verification(result.differences and [
-            [d.kind, d.name, d.detail] for d in result.differences
-        ])  # fmt: skip
+        _print_differences(result.differences)
         for note in result.notes:
             say(f"Note: {note}")
         unit = "tensors" if second else "files"
@@ -61,11 +62,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _print_verification(rows: list[list[str]]) -> None:
-    if rows:
-        table(["differs", "name", "how"], rows[:SHOWN])
-        if len(rows) > SHOWN:
-            say(f"... and {len(rows) - SHOWN} more; --json lists all.")
+def _print_differences(differences: list[Difference]) -> None:
+    if differences:
+        rows = [[d.kind, d.name, d.detail] for d in differences[:SHOWN]]
+        table(["differs", "name", "how"], rows)
+        if len(differences) > SHOWN:
+            say(f"... and {len(differences) - SHOWN} more; --json lists all.")
 
 
 def inspect(

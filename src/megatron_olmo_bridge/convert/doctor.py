@@ -14,6 +14,8 @@ from megatron_olmo_bridge._version import __version__
 
 from .transfer import copy_methods
 
+_WITH_MEGATRON = "pip install 'megatron-olmo-bridge[megatron]'"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -29,15 +31,14 @@ class Finding:
 def doctor() -> list[Finding]:
     """Look at versions, devices, memory and disk. Changes nothing."""
     findings = [
-        Finding("megatron-olmo-bridge", __version__, True, "import, export, verify, inspect, synth"),
+        Finding("megatron-olmo-bridge", __version__, True, "conversion and its proof"),
         Finding("Python", platform.python_version(), True, platform.platform()),
         _package("torch", "a change of dtype", "pip install torch"),
         _package("huggingface_hub", "hub ids as a source", "pip install huggingface_hub"),
-        _package("megatron-core", "models that run", "pip install 'megatron-olmo-bridge[megatron]'"),
-        _package("transformers", "Hugging Face models that run",
-                 "pip install 'megatron-olmo-bridge[megatron]'"),
+        _package("megatron-core", "models that run", _WITH_MEGATRON),
+        _package("transformers", "Hugging Face models that run", _WITH_MEGATRON),
         _package("psutil", "megatron-core's checkpoint writer (it hangs without)",
-                 "pip install 'megatron-olmo-bridge[megatron]'"),
+                 _WITH_MEGATRON),
         _package("transformer-engine", "Transformer Engine layers on GPUs",
                  "pip install 'megatron-olmo-bridge[gpu]' on a machine with CUDA"),
     ]  # fmt: skip

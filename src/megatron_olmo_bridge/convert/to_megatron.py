@@ -131,7 +131,7 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
         "args": built("argparse.Namespace", args),
         "checkpoint_version": 3.0,
         "iteration": 0,
-        "content_metadata": {},
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
     run_config: dict[str, Any] = {"model": source.bridge.provider_fields(padded_vocab, model_dtype)}
     texts = {

@@ -142,15 +142,13 @@ def _compare(
             at = int(places[0])
             columns = Region.whole(a.shape).columns
             values = [v.view(getattr(torch, a.dtype))[at].item() for v in (x, y)]
-            example = (
-                f"first at [{top + at // columns}, {at % columns}]: {values[0]} and {values[1]}"
-            )
+            place = f"[{top + at // columns}, {at % columns}]"
+            example = f"first at {place}: {values[0]} and {values[1]}"
         wrong += len(places)
     if not wrong:
         return None
-    return Difference(
-        "values", a.name, f"{wrong} of {Region.whole(a.shape).size} differ; {example}"
-    )
+    size = Region.whole(a.shape).size
+    return Difference("values", a.name, f"{wrong} of {size} differ; {example}")
 
 
 def _config_differences(a: Source, b: Source) -> Iterator[Difference]:

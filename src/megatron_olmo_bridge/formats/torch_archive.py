@@ -2,8 +2,8 @@
 
 Written by hand so that a tensor's payload can be copied into place by the kernel; read by headers
 so that no payload is touched. Layout as ``torch.load`` reads it, plain and with ``mmap=True``:
-zip64 throughout, payload aligned to 64 bytes by an 'FB' extra field, a zero CRC on the payload (torch
-doesn't check it).
+zip64 throughout, payload aligned to 64 bytes by an 'FB' extra field, a zero CRC on the payload
+(torch doesn't check it).
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Olmo2Bridge(ModelBridge):
             DirectMapping(self.vocab_param, "model.embed_tokens.weight", vocab, padded_vocab_size),
             QKVMapping(
                 f"{attn}.linear_qkv.weight",
-                *(f"{hf_attn}.{x}_proj.weight" for x in "qkv"),
+                f"{hf_attn}.q_proj.weight", f"{hf_attn}.k_proj.weight", f"{hf_attn}.v_proj.weight",
                 c.num_attention_heads, c.num_query_groups, c.kv_channels, c.hidden_size,
             ),
             DirectMapping(f"{attn}.q_layernorm.weight", f"{hf_attn}.q_norm.weight", (q_width,)),

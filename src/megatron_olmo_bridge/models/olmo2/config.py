@@ -1,4 +1,4 @@
-"""What an OLMo-2 model is: the numbers, in megatron-core's terms, read from a Hugging Face config."""
+"""The numbers of an OLMo-2 model, in megatron-core's terms, read from a Hugging Face config."""
 
 from __future__ import annotations
 
