@@ -1,0 +1,51 @@
+# Everything a newcomer needs: `make demo` shows it, `make test` checks it. Both set up by themselves.
+PYTHON ?= python3
+PYTHON_LATEST ?= $(shell for p in python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python); \
+	do $$p -c "" 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+LATEST := .venv-latest
+BENCH ?=
+
+.PHONY: help setup demo test test-latest lint bench clean
+
+help:
+	@echo "make demo         set up, convert a 1B model both ways, and prove that nothing was lost"
+	@echo "make test         set up, lint, run the tests"
+	@echo "make test-latest  the same tests on Python 3.12 with the newest megatron-core"
+	@echo "make lint         ruff and mypy --strict"
+	@echo "make bench        time import and export next to cp -r; BENCH='--size olmo2-7b' for more"
+	@echo "make clean        remove what these made"
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+$(LATEST)/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON_LATEST)" || { echo "no python3.12 found; set PYTHON_LATEST"; exit 1; }
+	$(PYTHON_LATEST) -m venv $(LATEST)
+	$(LATEST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: $(VENV)/ready
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh examples/demo.sh demo-output
+
+test: $(VENV)/ready lint
+	$(VENV)/bin/python -m pytest -m "not slow" --cov --cov-report= --cov-fail-under=90 \
+		-n 2 --dist loadfile
+
+test-latest: $(LATEST)/ready
+	$(LATEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy src
+
+bench: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/bench.py $(BENCH)
+
+clean:
+	rm -rf $(VENV) $(LATEST) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,125 @@
+"""Time import and export next to ``cp -r`` of the same bytes, and take their peak memory.
+
+Each is a whole process and ends with its files synced; the rounds are interleaved, so that what
+slows the machine slows all alike. Memory is summed over the process tree every 10 ms.
+
+    python benchmarks/bench.py --size olmo2-7b
+    python benchmarks/bench.py --size olmo2-1b --dtype float32 --to bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+COPY = (
+    "import os, pathlib, shutil, subprocess, sys\n"
+    "subprocess.run(['cp', '-r', *sys.argv[1:]], check=True)\n"
+    "for f in pathlib.Path(sys.argv[2]).rglob('*'):\n"
+    "    if f.is_file():\n"
+    "        fd = os.open(f, os.O_RDONLY); os.fsync(fd); os.close(fd)\n"
+)
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Wall seconds and peak MiB of resident memory of a process and all that it starts."""
+    subprocess.run(["sync"], check=True)
+    begin = time.perf_counter()
+    with psutil.Popen(command, stdout=subprocess.DEVNULL) as process:
+        peak = 0
+        while process.poll() is None:
+            try:
+                tree = [process, *process.children(recursive=True)]
+                peak = max(peak, sum(p.memory_info().rss for p in tree))
+            except psutil.NoSuchProcess:
+                pass
+            time.sleep(0.01)
+        seconds = time.perf_counter() - begin
+        if process.returncode:
+            sys.exit(f"failed with {process.returncode}: {' '.join(command)}")
+    return seconds, peak / 2**20
+
+
+def run_rounds(args: argparse.Namespace, work: Path) -> dict[str, list[tuple[float, float]]]:
+    hf, copied, megatron, back = (work / n for n in ("hf", "copy", "megatron", "back"))
+    bridge = [sys.executable, "-m", "megatron_olmo_bridge"]
+    options = ["--quiet", *(["--workers", str(args.workers)] if args.workers else [])]
+    commands = {
+        "cp -r": [sys.executable, "-c", COPY, str(hf), str(copied)],
+        "import": [*bridge, "import", str(hf), str(megatron), "--dtype", args.to, *options],
+        "export": [*bridge, "export", str(megatron), str(back), *options],
+    }
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for number in range(args.rounds):
+        for name, command in commands.items():
+            results[name].append(measure(command))
+            seconds, memory = results[name][-1]
+            print(f"round {number + 1}: {name:7} {seconds:7.2f} s  {memory:6.0f} MiB", flush=True)
+            if name != "import":  # the export reads what the import wrote
+                shutil.rmtree(copied if name == "cp -r" else back)
+        shutil.rmtree(megatron)
+    return results
+
+
+def summarise(results: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """Medians, and the median of the ratios to the cp of the same round."""
+    copies = [seconds for seconds, _ in results["cp -r"]]
+    return {
+        name: {
+            "seconds": statistics.median(s for s, _ in runs),
+            "ratio_to_cp": statistics.median(s / c for (s, _), c in zip(runs, copies, strict=True)),
+            "peak_mib": max(m for _, m in runs),
+        }
+        for name, runs in results.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="olmo2-1b", help="a name that olmo-bridge synth knows")
+    parser.add_argument("--dtype", default="bfloat16", help="of the source")
+    parser.add_argument("--to", default="keep", help="import --dtype")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, help="of import and export; else their default")
+    parser.add_argument("--work", type=Path, default=Path("bench-output"), help="where to write")
+    parser.add_argument("--json", type=Path, help="else WORK/<size>-<dtype>-<to>.json")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    work = args.work / f"{args.size}-{args.dtype}"
+    shutil.rmtree(work, ignore_errors=True)
+    synth = [sys.executable, "-m", "megatron_olmo_bridge", "synth", args.size, str(work / "hf")]
+    subprocess.run([*synth, "--dtype", args.dtype], check=True)
+    nbytes = sum(f.stat().st_size for f in (work / "hf").iterdir())
+    try:
+        results = run_rounds(args, work)
+    finally:
+        shutil.rmtree(work)
+    summary = summarise(results)
+    print(f"\n{args.size} {args.dtype} ({nbytes / 1e9:.2f} GB), import to {args.to}, medians of "
+          f"{args.rounds} interleaved rounds, {os.cpu_count()} CPUs, {platform.platform()}")  # fmt: skip
+    print(f"{'':8}{'seconds':>9}{'x cp -r':>9}{'peak MiB':>10}")
+    for name, row in summary.items():
+        print(f"{name:8}{row['seconds']:9.2f}{row['ratio_to_cp']:9.2f}{row['peak_mib']:10.0f}")
+    out = args.json or args.work / f"{args.size}-{args.dtype}-{args.to}.json"
+    machine = {"cpus": os.cpu_count(), "platform": platform.platform(),
+               "memory_bytes": psutil.virtual_memory().total}  # fmt: skip
+    out.write_text(json.dumps(
+        {"size": args.size, "dtype": args.dtype, "to": args.to, "bytes": nbytes,
+         "machine": machine, "summary": summary, "rounds": results}, indent=2) + "\n")  # fmt: skip
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What stock megatron-core saved, at any layout and with optimizer state, exports bit for bit.
+
+The expected tensors are gathered from the model's own parameters by the saving script, which knows
+nothing of the bridge's mapping.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launching import stock
+from safetensors.torch import load_file
+
+from megatron_olmo_bridge import export_checkpoint, inspect, synth
+from megatron_olmo_bridge.errors import InputError
+
+TP_PP = ("--tp", 2, "--pp", 2)
+SAVES = {
+    "one process": ((), 1),
+    "tp2 pp2, optimizer, stacked keys": ((*TP_PP, "--optimizer"), 4),
+    "tp2 pp2, optimizer, a key for each layer": ((*TP_PP, "--optimizer", "--per-layer-keys"), 4),
+    "tp2, singleton shards": (("--tp", 2, "--per-layer-keys", "singleton_local_shards"), 2),
+    "fully reshardable optimizer": (("--tp", 2, "--optimizer", "fully_reshardable"), 2),
+    "pp2 vpp2": (("--pp", 2, "--vpp", 2), 2),
+    "bfloat16 tp2": (("--tp", 2, "--dtype", "bfloat16"), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synth("olmo2-tiny", tmp_path_factory.mktemp("hf") / "tiny", dtype="float32")
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_export_equals_the_models_weights(hf: Path, tmp_path: Path, save: str) -> None:
+    arguments, processes = SAVES[save]
+    root = tmp_path / "run"
+    stock("save", "--hf", hf, "--out", root, *arguments, processes=processes)
+    export_checkpoint(root, tmp_path / "hf", hf_config=hf, max_shard_size="1MB")
+    assert_same(load_folder(tmp_path / "hf"), load_file(root / "expected.safetensors"))
+    assert ("optimizer state" in inspect(root, hf_config=hf).layout) == ("--optimizer" in arguments)
+
+
+def test_padded_vocabulary_is_trimmed_to_the_config(hf: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    stock("save", "--hf", hf, "--out", root, "--vocab-divisible-by", 768, "--tp", 2, processes=2)
+    export_checkpoint(root, tmp_path / "hf", hf_config=hf)
+    found = load_folder(tmp_path / "hf")
+    assert found["lm_head.weight"].shape == (1024, 128)
+    assert_same(found, load_file(root / "expected.safetensors"))
+
+
+def test_config_comes_from_megatron_lms_args(hf: Path, tmp_path: Path) -> None:
+    """Megatron-LM records its args; of the vocabulary often only the padded size."""
+    root = tmp_path / "run"
+    stock("save", "--hf", hf, "--out", root)
+    with pytest.raises(InputError, match="--vocab-size"):
+        export_checkpoint(root, tmp_path / "hf")
+    export_checkpoint(root, tmp_path / "hf", vocab_size=1024)
+    assert_same(load_folder(tmp_path / "hf"), load_file(root / "expected.safetensors"))
+
+
+def test_every_iteration_is_exported(hf: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    stock("save", "--hf", hf, "--out", root)
+    shutil.copytree(root / "iter_0000007", root / "iter_0000014")
+    export_checkpoint(root, tmp_path / "hf", iteration="all", hf_config=hf)
+    for name in ("iter_0000007", "iter_0000014"):
+        found = load_folder(tmp_path / "hf" / name)
+        assert_same(found, load_file(root / "expected.safetensors"))
