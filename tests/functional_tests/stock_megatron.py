@@ -1,7 +1,7 @@
 """Saves and loads OLMo-2 checkpoints with stock megatron-core: the other side of the conversion.
 
-Nothing of the bridge's mapping or file formats is used here, only its layer spec and provider. Run it
-by torchrun, or as one process without. Where there is no CUDA, it runs on gloo.
+Nothing of the bridge's mapping or file formats is used here, only its layer spec and provider. Run
+it by torchrun, or as one process without. Where there is no CUDA, it runs on gloo.
 
     save   random weights, the same at any layout, into a checkpoint; and the same as HF tensors
     load   a checkpoint into a poisoned model; the logits of a fixed batch of tokens
@@ -236,7 +236,7 @@ def tokens(args: argparse.Namespace, config: Olmo2Config) -> torch.Tensor:
 def run_schedule(
     chunks: list[Any], batch: torch.Tensor, provider: Olmo2ModelProvider, train: bool
 ) -> list[dict[str, torch.Tensor]]:
-    """One pass of Megatron's own pipeline schedule; what the last stage returns for each microbatch."""
+    """One pass of Megatron's own pipeline schedule; what the last stage returns, else nothing."""
 
     def step(iterator: Any, chunk: Any) -> Any:
         positions = torch.arange(batch.shape[1], device=batch.device).expand_as(batch)
@@ -303,7 +303,7 @@ def train_one_step(
 
 
 def common_args(args: argparse.Namespace, provider: Olmo2ModelProvider) -> argparse.Namespace:
-    """What Megatron-LM would call args: a few of its hundreds, with every type that occurs there."""
+    """A few of Megatron-LM's hundreds of args, with the kinds of values that occur there."""
     return argparse.Namespace(
         num_layers=provider.num_layers,
         hidden_size=provider.hidden_size,

@@ -12,17 +12,18 @@ from megatron.core.transformer import TransformerConfig
 def scale_by_rms(
     x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """``weight * x / sqrt(mean_square + eps)`` in float32, then cast to x's dtype.
+    """``weight * x / sqrt(mean_square + eps)``, all in float32: the caller casts the result.
 
     OLMo's order of operations: the weight is applied before the cast (Llama casts first). Source:
     ``Olmo2RMSNorm.forward`` of transformers.
 
     Args:
-        x: float32 or a narrower dtype, any shape.
+        x: float32, any shape. Cast once for this and for the mean square: of two casts the
+            gradients would be rounded one by one.
         mean_square: float32, broadcastable to x.
-        weight: broadcastable to x.
+        weight: any dtype, broadcastable to x.
     """
-    return (weight.float() * (x.float() * torch.rsqrt(mean_square + eps))).to(x.dtype)
+    return weight.float() * (x * torch.rsqrt(mean_square + eps))
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,7 +42,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise x [..., hidden_size]; same shape and dtype."""
-        return scale_by_rms(x, x.float().pow(2).mean(-1, keepdim=True), self.weight, self.eps)
+        wide = x.float()
+        mean_square = wide.pow(2).mean(-1, keepdim=True)
+        return scale_by_rms(wide, mean_square, self.weight, self.eps).to(x.dtype)
 
 
 class RowParallelLinearPostLN(RowParallelLinear):  # type: ignore[misc]

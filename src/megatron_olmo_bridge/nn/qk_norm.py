@@ -69,12 +69,13 @@ class FullWidthRMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise x [s, b, num_heads / TP, head_dim]; same shape and dtype."""
-        sum_of_squares = x.float().pow(2).sum((-2, -1), keepdim=True)
+        wide = x.float()
+        sum_of_squares = wide.pow(2).sum((-2, -1), keepdim=True)
         if self.group.size() > 1:
             sum_of_squares = _SumOverRanks.apply(sum_of_squares, self.group)  # type: ignore[no-untyped-call]
         mean_square = sum_of_squares / (self.num_heads * self.head_dim)
         weight = self.weight.view(self.num_heads, self.head_dim)[self.heads]
-        return scale_by_rms(x, mean_square, weight, self.eps)
+        return scale_by_rms(wide, mean_square, weight, self.eps).to(x.dtype)
 
 
 def _check_layout(config: TransformerConfig) -> None:

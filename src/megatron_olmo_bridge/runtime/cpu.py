@@ -81,7 +81,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "current_stream", lambda *args, **kwargs: None,
           "0.19's gradient reduction asks for it, to wait for CUDA graphs; here there are none"),
     Patch("torch:Tensor", "cuda", lambda self, *args, **kwargs: self,
-          "loss reduction and the optimizer's state move tensors by Tensor.cuda()"),
+          "tied embeddings over several stages, and fully parallel loading, move tensors by it"),
     Patch("torch:Tensor", "type", _type_name,
           "optimizers and gradient clipping compare Tensor.type() with 'torch.cuda.FloatTensor'"),
     Patch("torch.cuda", "manual_seed", _manual_seed,
