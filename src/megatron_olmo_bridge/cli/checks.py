@@ -19,6 +19,7 @@ SHOWN = 40
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register this module's commands."""
     for name, command, helped in (
         ("verify", verify, True), ("inspect", inspect, True), ("doctor", doctor, False)
     ):  # fmt: skip

@@ -52,6 +52,7 @@ def fail(message: str, code: int) -> None:
 
 
 def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
     if wanted:
         typer.echo(f"olmo-bridge {__version__}")
         raise typer.Exit
@@ -64,6 +65,7 @@ def say(text: str, quiet: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
+    """A value for scripts."""
     typer.echo(json.dumps(value, indent=2))
 
 

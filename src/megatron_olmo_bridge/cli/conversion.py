@@ -29,6 +29,7 @@ EXPECTED_RATE = 500e6
 
 
 def add_to(app: typer.Typer) -> None:
+    """Register this module's commands."""
     for name, command in (("synth", synth), ("import", import_), ("export", export)):
         app.command(name, no_args_is_help=True)(guarded(command))
 
@@ -95,7 +96,7 @@ def import_(
     }  # fmt: skip
     if dry_run:
         plan, _ = to_megatron.plan_import(source, **options)
-        _print_plan(plan, destination, quiet, json)
+        _print_plans([_summary(plan, destination)], quiet, json)
         return
     begin = time.monotonic()
     with ProgressBar(quiet or json) as bar:
@@ -153,8 +154,8 @@ def export(
         "hf_config": hf_config, "vocab_size": vocab_size,
     }  # fmt: skip
     if dry_run:
-        for plan, _, folder in to_hf.plan_exports(source, destination, **options):
-            _print_plan(plan, folder, quiet, json)
+        planned = to_hf.plan_exports(source, destination, **options)
+        _print_plans([_summary(plan, folder) for plan, _, folder in planned], quiet, json)
         return
     begin = time.monotonic()
     with ProgressBar(quiet or json) as bar:
@@ -165,9 +166,9 @@ def export(
     _print_done(plans, destination, begin, quiet, json)
 
 
-def _print_plan(plan: CopyPlan, destination: Path, quiet: bool, json: bool) -> None:
+def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
     folder = next(p for p in (destination, *destination.absolute().parents) if p.exists())
-    summary = {
+    return {
         "operation": plan.operation,
         "source": str(plan.source),
         "destination": str(destination),
@@ -179,17 +180,22 @@ def _print_plan(plan: CopyPlan, destination: Path, quiet: bool, json: bool) -> N
         "plan_sha256": plan.digest,
         "files": {f.name: f.size for f in plan.files} | {n: len(d) for n, d in plan.texts.items()},
     }
+
+
+def _print_plans(plans: list[dict[str, Any]], quiet: bool, json: bool) -> None:
+    """One plan as an object; those of several iterations as a list."""
     if json:
-        print_json(summary)
+        print_json(plans if len(plans) > 1 else plans[0])
     elif not quiet:
-        table(["file", "bytes"], [[n, f"{b:,}"] for n, b in summary["files"].items()])  # type: ignore[attr-defined]
-        say(
-            f"{plan.operation} of {summary['tensors']} tensors: reads "
-            f"{human_bytes(plan.source_bytes)}, writes {human_bytes(plan.output_bytes)}; "
-            f"{human_bytes(float(shutil.disk_usage(folder).free))} are free. Expect about "
-            f"{summary['expected_seconds']} s at {EXPECTED_RATE / 1e6:.0f} MB/s. "
-            "Nothing was written."
-        )
+        for plan in plans:
+            table(["file", "bytes"], [[n, f"{b:,}"] for n, b in plan["files"].items()])
+            say(
+                f"{plan['operation']} of {plan['tensors']} tensors: reads "
+                f"{human_bytes(plan['bytes_read'])}, writes {human_bytes(plan['bytes_written'])}; "
+                f"{human_bytes(plan['disk_free'])} are free. Expect about "
+                f"{plan['expected_seconds']} s at {EXPECTED_RATE / 1e6:.0f} MB/s. "
+                "Nothing was written."
+            )
 
 
 def _print_done(

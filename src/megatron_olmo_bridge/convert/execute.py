@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from megatron_olmo_bridge.errors import OutputError
+from megatron_olmo_bridge.errors import BridgeError, OutputError
 
 from .plan import CopyPlan, Literal, OutputFile
 from .processes import Processes
@@ -45,7 +45,7 @@ def execute(
         stage = Stage(destination, plan, resume=resume, overwrite=overwrite)
         processes.wait_for_each_other()  # all have looked before the first one writes
         if processes.first:
-            with _disk_full_explained(stage):
+            with _cleaning_up(stage):
                 stage.open()
         processes.wait_for_each_other()
         if not stage.finished:
@@ -56,7 +56,7 @@ def execute(
             reporter.advance(done_before)
             todo = [f for f in plan.files if f.name not in stage.complete]
             mine = share(todo, processes.count)[processes.index]
-            with _disk_full_explained(stage):
+            with _cleaning_up(stage):
                 _write_files(mine, stage, workers, reporter, record=processes.first)
                 processes.wait_for_each_other()
                 if processes.first:
@@ -100,11 +100,15 @@ def _write_files(
         with Transfer(reporter.advance, stop) as transfer:
             for file in share_of_files:
                 fd = os.open(stage.folder / file.name, os.O_RDWR)
-                for part in file.parts:
-                    if isinstance(part, Literal):
-                        write_all(fd, part.data, part.offset)
-                    else:
-                        transfer.write(part.view, part.dtype, fd, part.offset)
+                try:
+                    for part in file.parts:
+                        if isinstance(part, Literal):
+                            write_all(fd, part.data, part.offset)
+                        else:
+                            transfer.write(part.view, part.dtype, fd, part.offset)
+                except BaseException:
+                    os.close(fd)
+                    raise
                 syncs.append(syncer.submit(sync, file.name, fd))
         return syncs
 
@@ -149,12 +153,17 @@ def sha256(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _disk_full_explained(stage: Stage) -> Iterator[None]:
-    """Turns "no space left" into an error that says what was kept."""
+def _cleaning_up(stage: Stage) -> Iterator[None]:
+    """After an error that would come again: nothing is left. After a full disk: what is complete,
+    and an error that says so. After an interruption: all, to be resumed."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except BridgeError:
+        stage.discard()
+        raise
+    except BaseException as error:
+        if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            stage.close()
             raise
         if stage.complete:
             stage.close()

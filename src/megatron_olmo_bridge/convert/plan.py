@@ -82,10 +82,6 @@ class CopyPlan:
         )
 
     @cached_property
-    def casts(self) -> bool:
-        return any(p.dtype != p.view.dtype for p in self.payloads)
-
-    @cached_property
     def digest(self) -> str:
         """SHA-256 of the plan: equal for equal headers and options, wherever the folders are."""
         sha = hashlib.sha256(f"{self.operation}\n".encode())
@@ -139,6 +135,7 @@ class Packer:
         return self._name(len(self._files)), start, length
 
     def files(self) -> tuple[OutputFile, ...]:
+        """All files, the last one closed."""
         if self._parts:
             self._close()
         return tuple(self._files)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge._version import __version__
+from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.formats.hf_folder import read_json
 
 from .plan import CopyPlan
@@ -54,4 +55,12 @@ def versions() -> dict[str, str]:
 def read_provenance(folder: Path) -> dict[str, Any] | None:
     """What is recorded beside the weights, if this package wrote them."""
     file = folder / PROVENANCE
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    value = read_json(file)
+    files = value.get("files")
+    if "source" not in value or not isinstance(files, dict) or any(
+        not isinstance(entry, dict) or "bytes" not in entry for entry in files.values()
+    ):  # fmt: skip
+        raise FormatError(f"{file}: is no record of a conversion")
+    return value

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsupportedError
 from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.hf_folder import (
     CONFIG,
@@ -140,6 +140,7 @@ def _open_hf(folder: Path, strict: bool) -> Source:
 
 def _open_megatron(folder: Path, hf_config: str | Path | None, vocab_size: int | None) -> Source:
     dist = TorchDistFolder.read(folder)
+    _ = dist.common  # where nothing in it is needed, it is refused all the same if it isn't sound
     config, config_from, side_folder = _config_of(dist, hf_config, vocab_size)
     bridge = bridge_for(config, config_from)
     rows = dist.rows(bridge.vocab_param)
@@ -162,12 +163,12 @@ def _config_of(
     run_config.yaml, Megatron-LM's args.
     """
     beside = dist.path / HF_SUBFOLDER
-    for folder in [Path(given)] if given else [beside]:
-        if given or (folder / CONFIG).is_file():
-            config = read_config(folder)
-            if vocab_size is not None:
-                config["vocab_size"] = vocab_size
-            return config, folder / CONFIG, folder
+    if given or (beside / CONFIG).is_file():
+        folder = Path(given) if given else beside
+        config = read_config(folder)
+        if vocab_size is not None:
+            config["vocab_size"] = vocab_size
+        return config, folder / CONFIG, folder
     run_config = dist.path / RUN_CONFIG
     if run_config.is_file():
         values, where = _read_run_config(run_config), run_config
@@ -179,13 +180,14 @@ def _config_of(
             f"{RUN_CONFIG}, no args in its common state). Pass --hf-config with a folder that has "
             "the model's config.json."
         )
-    errors = []
+    errors: list[Exception] = []
     for bridge in dict.fromkeys(published_sizes().values()):
         try:
             return bridge.hf_config_from_megatron(values, vocab_size), where, None
-        except InputError as error:
+        except (BridgeError, TypeError, ValueError) as error:
             errors.append(error)
-    raise InputError(f"{where}: {errors[0]}")
+    kind = UnsupportedError if isinstance(errors[0], UnsupportedError) else InputError
+    raise kind(f"{where}: {errors[0]}") from errors[0]
 
 
 def _read_run_config(file: Path) -> dict[str, Any]:
@@ -220,11 +222,9 @@ def fetch(source: str, revision: str | None, quiet: bool = True) -> tuple[Path, 
         if not path.exists():
             raise InputError(f"{source}: no such folder, and no hub id (owner/name)")
         return path, str(path.resolve()), None
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -233,18 +233,8 @@ def fetch(source: str, revision: str | None, quiet: bool = True) -> tuple[Path, 
     if quiet:
         disable_progress_bars()
     try:
-        try:
-            commit = HfApi().model_info(source, revision=revision).sha
-        except (OfflineModeIsEnabled, OSError) as error:
-            if isinstance(error, HfHubHTTPError):
-                raise
-            commit = None  # no network: take what is in the cache
-        folder = Path(
-            snapshot_download(
-                source, revision=commit or revision, allow_patterns=list(HUB_PATTERNS),
-                local_files_only=commit is None,
-            )
-        )  # fmt: skip
+        # Where the hub can't be reached, this takes what is in the cache.
+        folder = snapshot_download(source, revision=revision, allow_patterns=list(HUB_PATTERNS))
     except RevisionNotFoundError as error:
         raise InputError(f"{source}: the hub has no revision {revision!r} of it") from error
     except RepositoryNotFoundError as error:
@@ -253,9 +243,9 @@ def fetch(source: str, revision: str | None, quiet: bool = True) -> tuple[Path, 
         raise InputError(
             f"{source}: no such folder here, the hub can't be reached, and it isn't in the cache"
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of the HTTP library, which differs from version to version
         raise InputError(f"{source}: the hub could not deliver it: {error}") from error
-    return folder, source, commit or folder.name
+    return Path(folder), source, Path(folder).name  # the cache names a snapshot by its commit
 
 
 def check_dtype(dtype: str) -> None:

@@ -27,11 +27,12 @@ class Stage:
     """A conversion's output while it is written."""
 
     def __init__(self, destination: Path, plan: CopyPlan, *, resume: bool, overwrite: bool) -> None:
-        self.destination = destination
-        self.folder = destination.with_name(destination.name + ".partial")
+        # Resolved, so that what a link points at is replaced, on its own disk; "." has a name then.
+        self.destination = destination = destination.resolve()
+        self.folder = destination.parent / f"{destination.name}.partial"
         self.complete: set[str] = set()
         """Files that are written and synced."""
-        self._replaced = destination.with_name(destination.name + ".replaced")
+        self._replaced = destination.parent / f"{destination.name}.replaced"
         self._plan, self._resume, self._overwrite = plan, resume, overwrite
         self._header = {"plan": plan.digest, "source": fingerprint(plan.source_files)}
         self._lock = threading.Lock()
@@ -40,39 +41,49 @@ class Stage:
 
     def _check(self) -> None:
         """Raise OutputError, before anything is written, if the output can't be written."""
-        dst, source = self.destination.resolve(), self._plan.source.resolve()
-        if dst == source or dst in source.parents or source in dst.parents:
-            raise OutputError(
-                f"{self.destination}: the output may not be the source, in it, or around it "
-                f"({self._plan.source})"
-            )
-        left_by_kill = (self.destination / PARTIAL_MARKER).exists()
+        refuse_overlap(self._plan.source, self.destination)
+        left_by_kill = _started(self.destination)
         for folder in (self.destination, self.folder):
-            started = (folder / PARTIAL_MARKER).exists() or folder == self.folder
-            if not folder.exists() or (not started and folder.is_dir() and _empty(folder)):
+            if folder.exists() and not folder.is_dir():
+                raise OutputError(f"{folder}: is a file; it is not overwritten")
+            if not folder.exists() or _empty(folder):
                 continue
-            if self._overwrite:
-                if not folder.is_dir():
-                    raise OutputError(f"{folder}: is a file; it is not overwritten")
-            elif started and self._resume:
-                self._complete_before(folder)
-            elif started:
-                raise OutputError(
-                    f"{folder}: left by an interrupted {self._plan.operation}. Pass --resume to "
-                    "continue it, or --overwrite to discard it."
-                )
-            else:
+            if _started(folder):
+                with _locked(folder, fcntl.LOCK_SH):
+                    pass  # nobody is writing here right now
+                if self._resume and not self._overwrite:
+                    self._complete_before(folder)
+                elif not self._overwrite:
+                    raise OutputError(
+                        f"{folder}: left by an interrupted {self._plan.operation}. Pass --resume "
+                        "to continue it, or --overwrite to discard it."
+                    )
+            elif folder == self.folder:
+                raise OutputError(f"{folder}: is in the way, and no conversion's. Move it away.")
+            elif not self._overwrite:
                 raise OutputError(f"{folder}: exists already. Pass --overwrite to replace it.")
+        if self._replaced.exists() and not left_by_kill and not _started(self.folder):
+            raise OutputError(
+                f"{self._replaced}: is in the way; --overwrite keeps here what it replaces until "
+                "it is done. Move it away."
+            )
         parent = self.destination.parent
         existing = next(p for p in (parent, *parent.parents, Path()) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise OutputError(f"{existing}: no permission to write here")
         done = sum(f.size for f in self._plan.files if f.name in self.complete)
-        need, free = self._plan.output_bytes - done, shutil.disk_usage(existing).free
+        need = self._plan.output_bytes - done
+        free = shutil.disk_usage(existing).free + self._reclaimed()
         if need > free and not (self._resume and left_by_kill):
             raise OutputError(
                 f"{existing}: the disk is too small: {need:,} bytes needed, {free:,} free"
             )
+
+    def _reclaimed(self) -> int:
+        """Bytes that an interrupted run holds in files which are written anew."""
+        kept = {self.folder / name for name in self.complete}
+        files = (f for f in self.folder.rglob("*") if f not in kept and f.is_file())
+        return sum(f.stat().st_blocks * 512 for f in files)
 
     def _complete_before(self, folder: Path) -> None:
         """Read the journal of an interrupted run of the same plan."""
@@ -99,13 +110,14 @@ class Stage:
             if self._finish_after_rename():
                 return
             if not self.complete and self.folder.exists():
-                with self._locked(self.folder / PARTIAL_MARKER):
-                    shutil.rmtree(self.folder)
+                with _locked(self.folder):
+                    _remove(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._marker = os.open(
+            marker = os.open(
                 self.folder / PARTIAL_MARKER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666
             )
-            _take_lock(self._marker, self.folder)
+            _take_lock(marker, self.folder)
+            self._marker = marker  # now it is known to be ours
             if not self.complete:
                 os.truncate(self._marker, 0)
                 os.write(self._marker, json.dumps(self._header).encode() + b"\n")
@@ -146,8 +158,9 @@ class Stage:
         for folder in sorted({p.parent for p in self.folder.rglob("*")}, reverse=True):
             sync_folder(folder)
         if self.destination.exists():
-            if _empty(self.destination):
-                self.destination.rmdir()
+            if _empty(self.destination) or _started(self.destination):
+                with _locked(self.destination):
+                    _remove(self.destination)
             else:
                 self.destination.rename(self._replaced)
         self.folder.rename(self.destination)
@@ -156,10 +169,11 @@ class Stage:
 
     def _finish_after_rename(self) -> bool:
         """Whether all that is left to do is what follows the rename; if so it is done."""
-        marker = self.destination / PARTIAL_MARKER
-        if self._overwrite or not marker.exists():
+        if self._overwrite or not _started(self.destination):
             return False
-        with self._locked(marker):
+        with _locked(self.destination):
+            if self.folder.exists():  # begun afterwards, to replace it
+                _remove(self.folder)
             self._finish()
         return True
 
@@ -168,51 +182,79 @@ class Stage:
             name, data = self._plan.tracker
             _write_synced(self.destination / name, data)
         if self._replaced.exists():
-            shutil.rmtree(self._replaced)
+            (self._replaced / PARTIAL_MARKER).touch()
+            _remove(self._replaced)
         (self.destination / PARTIAL_MARKER).unlink()
         sync_folder(self.destination)
         self.close()
 
     @property
     def finished(self) -> bool:
-        return self.destination.exists() and not (self.destination / PARTIAL_MARKER).exists() and (
-            not self.folder.exists()
-        )  # fmt: skip
+        done = self.destination.exists() and not _started(self.destination)
+        return done and not self.folder.exists()
 
     def discard(self) -> None:
-        """Remove what was written."""
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what was written, if this process writes here."""
+        if self._marker is not None:
+            _remove(self.folder)
+            self.close()
 
     def close(self) -> None:
+        """Let go of the folder; what is written stays."""
         if self._marker is not None:
             os.close(self._marker)
             self._marker = None
 
-    @contextlib.contextmanager
-    def _locked(self, marker: Path) -> Iterator[None]:
-        if not marker.exists():
-            yield
-            return
-        fd = os.open(marker, os.O_RDWR)
-        try:
-            _take_lock(fd, marker.parent)
-            yield
-        finally:
-            os.close(fd)
 
-
-def _take_lock(fd: int, folder: Path) -> None:
+@contextlib.contextmanager
+def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Keeps other runs out of a folder with a marker."""
+    if not _started(folder):
+        yield
+        return
+    fd = os.open(folder / PARTIAL_MARKER, os.O_RDWR)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take_lock(fd, folder, kind)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _take_lock(fd: int, folder: Path, kind: int = fcntl.LOCK_EX) -> None:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OutputError(f"{folder}: another olmo-bridge is writing here right now") from None
     except OSError:
         return  # a file system without locks
 
 
+def refuse_overlap(source: Path, destination: Path) -> None:
+    """Raise OutputError if one of the two is the other, or is in it."""
+    dst, src = destination.resolve(), source.resolve()
+    if dst == src or dst in src.parents or src in dst.parents:
+        raise OutputError(
+            f"{destination}: the output may not be the source, in it, or around it ({source})"
+        )
+
+
+def _started(folder: Path) -> bool:
+    """Whether an interrupted run, or one still at work, left its marker there."""
+    return (folder / PARTIAL_MARKER).exists()
+
+
 def _empty(folder: Path) -> bool:
     return not any(folder.iterdir())
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, its marker last: what a kill leaves of it is refused as a checkpoint."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != PARTIAL_MARKER:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

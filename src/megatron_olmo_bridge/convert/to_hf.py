@@ -18,6 +18,7 @@ from .plan import CopyPlan, Literal, OutputFile, Payload
 from .provenance import Provenance
 from .reporter import Reporter
 from .source import Source, check_dtype, config_with_dtype, open_source
+from .stage import refuse_overlap
 
 MAX_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -82,6 +83,7 @@ def plan_exports(
     check_dtype(dtype)
     limit = parse_size(max_shard_size)
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    refuse_overlap(source, destination)
     targets = [(iteration, destination)]
     if iteration == "all":
         folders = iteration_folders(source) if source.is_dir() else []
@@ -109,9 +111,10 @@ def parse_size(size: str | int) -> int:
         InputError: not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
-    if not match or not float(match[1]):
+    count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if not count:
         raise InputError(f"{size!r} is no size: write 5GB, 500MB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    return count
 
 
 def _plan(source: Source, dtype: str, limit: int) -> CopyPlan:

@@ -108,7 +108,7 @@ class Transfer:
             if dtype == view.dtype:
                 out: memoryview = data
             else:
-                out = _cast(data, view.dtype, dtype, view.name)
+                out = _cast(data, view.dtype, dtype, _where(view, top, bottom))
             at = top * view.row_bytes // ITEM_SIZE[view.dtype] * ITEM_SIZE[dtype]
             write_all(target, out, offset + at)
             self._advance((bottom - top) * view.row_bytes)
@@ -242,7 +242,14 @@ def _worth_kernel_copies(view: TensorView) -> bool:
     return runs == 1 or view.nbytes >= runs * SHORT_RUN
 
 
-def _cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
+def _where(view: TensorView, top: int, bottom: int) -> str:
+    """Some rows of a tensor and the files that hold them, for messages."""
+    pieces = [p for p in view.pieces if p.target.top < bottom and top < p.target.bottom]
+    files = sorted({str(p.array.file) for p in pieces if p.array is not None})
+    return f"{', '.join(files)}: {view.name}"
+
+
+def _cast(data: memoryview, source: str, target: str, where: str) -> memoryview:
     """The same values in another dtype, rounded to nearest even as torch does."""
     import torch  # only a change of dtype needs it
 
@@ -254,10 +261,10 @@ def _cast(data: memoryview, source: str, target: str, name: str) -> memoryview:
     low, high = (bound.item() for bound in values.aminmax())
     limit = torch.finfo(cast.dtype).max
     if not -limit <= low <= high <= limit:  # also where there are NaNs, which are kept
-        too_large = int((values.isfinite() & ~cast.isfinite()).sum())
-        if too_large:
+        too_large = values[values.isfinite() & ~cast.isfinite()]
+        if len(too_large):
             raise InputError(
-                f"{name}: {too_large} values are too large for {target} (they lie between {low:g} "
-                f"and {high:g}) and would become infinite. Use --dtype bfloat16 or float32."
+                f"{where}: {len(too_large)} values are too large for {target} and would become "
+                f"infinite ({too_large[0].item():g} is the first). Use --dtype bfloat16 or float32."
             )
     return memoryview(out)

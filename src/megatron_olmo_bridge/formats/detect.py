@@ -27,6 +27,8 @@ _CONVERT_WITH_MEGATRON = (
 
 
 class Kind(Enum):
+    """The kinds of checkpoint that are converted into each other."""
+
     HF = "Hugging Face"
     MEGATRON = "Megatron torch_dist"
 
@@ -46,7 +48,7 @@ def detect(path: Path, iteration: int | str | None = None) -> tuple[Kind, Path]:
         raise InputError(f"{path}: no such file or folder")
     if not path.is_dir():
         raise InputError(f"{path}: is a file; name the folder that holds the checkpoint")
-    for folder in (path, path.parent):
+    for folder in (path, path.resolve().parent):
         if (folder / PARTIAL_MARKER).exists():
             raise InputError(
                 f"{folder}: an interrupted conversion, not a checkpoint. Run the same command "
@@ -79,8 +81,7 @@ def _refuse_unless_torch_dist(path: Path) -> None:
 
 
 def _refuse_other_megatron(path: Path) -> None:
-    ranks = sorted(path.glob("mp_rank_*"))
-    if ranks:
+    if ranks := [p for p in (path, *sorted(path.iterdir())) if p.name.startswith("mp_rank_")]:
         raise UnsupportedError(
             f"{path}: a Megatron checkpoint of the legacy format ({ranks[0].name}), which has one "
             f"pickle for each parallel rank. {_CONVERT_WITH_MEGATRON}"

@@ -46,7 +46,8 @@ class HFFolder:
         refuse_other_weights(path)
         config = read_config(path)
         if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown method")
+            said = config["quantization_config"]
+            method = said.get("quant_method") if isinstance(said, dict) else said
             raise UnsupportedError(
                 f"{path / CONFIG}: the weights are quantised ({method}) and can't be converted. "
                 "Use the unquantised checkpoint."
@@ -74,7 +75,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A file that holds a JSON object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: not sound JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{file}: holds no JSON object")
@@ -114,10 +115,11 @@ def _read_arrays(path: Path) -> dict[str, StoredArray]:
             raise InputError(f"{path}: has a {CONFIG} but no safetensors files")
     else:
         files = [path / name for name in dict.fromkeys(weight_map.values())]
-    arrays: dict[str, StoredArray] = {}
     for file in files:
         if not file.is_file():
             raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
+    arrays: dict[str, StoredArray] = {}
+    for file in files:
         for name, array in read_header(file).items():
             if name in arrays:
                 raise FormatError(

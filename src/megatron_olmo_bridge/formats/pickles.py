@@ -34,7 +34,7 @@ _ALLOWED = re.compile(
     r"|numpy\.dtypes\.\w+"
     r"|pathlib\.(\w+\.)?(Pure)?(Posix|Windows)?Path"
     r"|argparse\.Namespace|types\.SimpleNamespace|signal\.Signals|_codecs\.encode"
-    r"|datetime\.(date|datetime|time|timedelta)|copyreg\._reconstructor|builtins\.object"
+    r"|datetime\.(date|datetime|time|timedelta)|copyreg\._reconstructor|builtins\.(object|range)"
 )
 _PLAIN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
@@ -43,8 +43,9 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "builtins.bytearray": bytearray,
     "builtins.slice": slice,
     "builtins.complex": complex,
-    "builtins.range": range,
 }
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Modules by the names that protocol 2, which torch.save uses, gives them."""
 
 
 class Inert:
@@ -86,7 +87,7 @@ class _Reader(pickle.Unpickler):
         self._where, self._storage = where, storage
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
+        full = f"{_PYTHON_2.get(module, module)}.{name}"
         if full in _PLAIN:
             return _PLAIN[full]
         if _ALLOWED.fullmatch(full):

@@ -45,10 +45,11 @@ def read_header(file: Path) -> dict[str, StoredArray]:
         header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: the header is not sound JSON: {error}") from error
     header.pop("__metadata__", None)
-    spans = {name: _span(file, name, entry) for name, entry in header.items()}
+    room = size - 8 - length
+    spans = {name: _span(file, name, entry, room) for name, entry in header.items()}
     position = 0
     for name, (_, _, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != position:
@@ -57,21 +58,18 @@ def read_header(file: Path) -> dict[str, StoredArray]:
             )
             raise FormatError(f"{file}: tensor {name} at bytes {begin} to {end} {kind}")
         position = end
-    if 8 + length + position != size:
-        kind = "truncated" if 8 + length + position > size else "has bytes after its last tensor"
-        raise FormatError(
-            f"{file}: {kind}: its tensors need {8 + length + position} bytes, it has {size}"
-        )
+    if position != room:
+        raise FormatError(f"{file}: has {room - position} bytes after its last tensor")
     return {
         name: StoredArray(file, 8 + length + begin, shape, dtype)
         for name, (dtype, shape, begin, _) in spans.items()
     }
 
 
-def _span(file: Path, name: str, entry: Any) -> tuple[str, Shape, int, int]:
+def _span(file: Path, name: str, entry: Any, room: int) -> tuple[str, Shape, int, int]:
     """dtype, shape, first and last byte of a header's entry."""
     try:
-        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        code, shape, (begin, end) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(f"{file}: tensor {name}: the header's entry is not sound") from error
@@ -91,6 +89,10 @@ def _span(file: Path, name: str, entry: Any) -> tuple[str, Shape, int, int]:
         raise FormatError(
             f"{file}: tensor {name}: {end - begin} bytes (offsets {begin} to {end}) can't hold "
             f"shape {shape} of {dtype}"
+        )
+    if end > room:
+        raise FormatError(
+            f"{file}: truncated: tensor {name} ends at byte {end} of its tensors, it has {room}"
         )
     return dtype, tuple(shape), begin, end
 

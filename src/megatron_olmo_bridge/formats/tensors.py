@@ -61,6 +61,7 @@ class TensorView:
 
     @classmethod
     def of_array(cls, name: str, array: StoredArray) -> TensorView:
+        """A view of the whole of one array."""
         whole = Region.whole(array.shape)
         return cls(name, array.shape, array.dtype, (Piece(array, whole, whole),))
 

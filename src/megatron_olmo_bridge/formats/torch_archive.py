@@ -121,12 +121,17 @@ def read_archive(file: Path, offset: int = 0, length: int | None = None) -> Any:
         try:
             with zipfile.ZipFile(window) as archive:
                 return _read_zip(archive, window, offset, where)
-        except (zipfile.BadZipFile, KeyError, struct.error, EOFError) as error:
+        except (
+            zipfile.BadZipFile, struct.error, LookupError, ValueError, OverflowError, RuntimeError,
+            EOFError,
+        ) as error:  # fmt: skip
             raise FormatError(f"{where}: not an archive of torch.save ({error})") from error
 
 
 def _read_zip(archive: zipfile.ZipFile, window: BinaryIO, offset: int, where: str) -> Any:
     records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
+        raise FormatError(f"{where}: the archive is compressed")
     if "data.pkl" not in records:
         raise FormatError(f"{where}: the archive has no data.pkl")
     if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
@@ -136,13 +141,14 @@ def _read_zip(archive: zipfile.ZipFile, window: BinaryIO, offset: int, where: st
         kind, key, count = pid[1].global_name, pid[2], pid[4]
         info = records[f"data/{key}"]
         dtype = _DTYPE.get(kind, kind)
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise FormatError(f"{where}: the archive is compressed")
         if info.file_size != count * ITEM_SIZE.get(dtype, 0) and dtype in ITEM_SIZE:
             raise FormatError(f"{where}: {info.file_size} bytes cannot hold {count} x {dtype}")
         window.seek(info.header_offset + 26)
         name, extra = struct.unpack("<HH", window.read(4))
-        return StoredStorage(dtype, offset + info.header_offset + 30 + name + extra, count)
+        at = info.header_offset + 30 + name + extra
+        if at + info.file_size > window.seek(0, os.SEEK_END):
+            raise FormatError(f"{where}: storage {key} ends after the archive")
+        return StoredStorage(dtype, offset + at, count)
 
     return loads(archive.read(records["data.pkl"]), where, storage)
 
@@ -168,7 +174,7 @@ def read_tensor(file: Path, offset: int, length: int) -> StoredArray:
         if extent > 1 and stride != step:
             raise FormatError(f"{where}: the tensor is not contiguous (strides {strides})")
         step *= extent
-    if start + step > storage.count:
+    if start < 0 or start + step > storage.count:
         raise FormatError(f"{where}: the tensor is larger than its storage")
     return StoredArray(
         file, storage.offset + start * ITEM_SIZE[storage.dtype], tuple(shape), storage.dtype
@@ -194,6 +200,8 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self._length - self._position)]
+        if not view:
+            return 0
         self._file.seek(self._offset + self._position)
         data = self._file.read(len(view))
         view[: len(data)] = data

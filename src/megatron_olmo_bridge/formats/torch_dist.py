@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index as index_of
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,15 @@ class TorchDistFolder:
         file = path / METADATA
         if not file.is_file():
             raise FormatError(f"{path}: has {FORMAT_FILE} but no {METADATA}: an incomplete save")
+        try:
+            return cls._decoded(path, file)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"{file}: not the metadata of a distributed checkpoint ({error!r:.80})"
+            ) from error
+
+    @classmethod
+    def _decoded(cls, path: Path, file: Path) -> TorchDistFolder:
         metadata = _attributes(loads(file.read_bytes(), file), file)
         stored: dict[str, dict[Shape | None, Stored]] = defaultdict(dict)
         for index, info in (metadata.get("storage_data") or {}).items():
@@ -98,13 +108,16 @@ class TorchDistFolder:
             name = str(value["relative_path"])
             if Path(name).name != name:
                 raise FormatError(f"{file}: {key['fqn']} would be in {name!r}, outside the folder")
-            stored[key["fqn"]][offset] = Stored(name, value["offset"], value["length"])
+            stored[key["fqn"]][offset] = Stored(
+                name, index_of(value["offset"]), index_of(value["length"])
+            )
         tensors, objects = {}, {}
         for key, value in (metadata.get("state_dict_metadata") or {}).items():
             if value.global_name.endswith(".BytesStorageMetadata"):
                 objects[key] = next(iter(stored[key].values()), None)
             else:
                 tensors[key] = _global_tensor(key, _attributes(value, file), stored[key], file)
+        _check_lengths(path, stored)
         absent = [k for k, v in objects.items() if v is None]
         if absent:
             raise FormatError(f"{file}: does not say where {absent[0]} is stored")
@@ -192,7 +205,10 @@ class TorchDistFolder:
             at = chunk.stored
             if not (self.path / at.file).is_file():
                 raise FormatError(f"{self.path}: {at.file}, which holds {key}, is absent")
-            array = read_tensor(self.path / at.file, at.offset, at.length)
+            try:
+                array = read_tensor(self.path / at.file, at.offset, at.length)
+            except FormatError as error:
+                raise type(error)(f"{key} at {list(chunk.offset)}: {error}") from error
             if array.shape != chunk.shape or array.dtype != tensor.dtype:
                 raise FormatError(
                     f"{self.path / at.file}: {key} at {list(chunk.offset)} is {array.dtype} "
@@ -289,7 +305,7 @@ def iteration_folder(root: Path, iteration: int | str | None) -> Path:
                 f"{root}: no {TRACKER}: the save was interrupted, or this is no checkpoint root. "
                 "Name an iter_ folder in it, or pass --iteration."
             )
-        iteration = tracker.read_text().strip()
+        iteration = tracker.read_text(errors="replace").strip()
     name = "release" if iteration == "release" else f"iter_{_whole_number(iteration, root):07d}"
     if not (root / name).is_dir():
         present = ", ".join(p.name for p in iteration_folders(root)) or "none"
@@ -306,7 +322,7 @@ def _whole_number(text: int | str, root: Path) -> int:
     try:
         return int(text)
     except ValueError:
-        raise InputError(f"{root}: {text!r} is no iteration: a number or 'release'") from None
+        raise InputError(f"{root}: {text!r:.80} is no iteration: a number or 'release'") from None
 
 
 def read_format(path: Path) -> str:
@@ -324,8 +340,20 @@ def _attributes(value: Any, file: Path) -> dict[str, Any]:
     return state
 
 
+def _check_lengths(path: Path, stored: Mapping[str, Mapping[Any, Stored]]) -> None:
+    """Raise FormatError if a file is truncated. One that is absent is missed where it is needed."""
+    ends: dict[str, tuple[int, str]] = {}
+    for key, places in stored.items():
+        for at in places.values():
+            ends[at.file] = max(ends.get(at.file, (0, key)), (at.offset + at.length, key))
+    for name, (end, key) in ends.items():
+        file = path / name
+        if file.is_file() and (size := file.stat().st_size) < end:
+            raise FormatError(f"{file}: truncated: {key} ends at byte {end}, the file has {size}")
+
+
 def _size(value: Any) -> Shape:
-    return tuple(value.args[0]) if isinstance(value, Inert) else tuple(value)
+    return tuple(map(index_of, value.args[0] if isinstance(value, Inert) else value))
 
 
 def _global_tensor(
@@ -341,6 +369,7 @@ def _global_tensor(
         if offset not in stored:
             raise FormatError(f"{file}: does not say where {key} at {list(offset)} is stored")
         chunks.append(Chunk(offset, _size(fields["sizes"]), stored[offset]))
-    return GlobalTensor(
-        dtype.global_name.removeprefix("torch."), _size(value["size"]), tuple(chunks)
-    )
+    shape = _size(value["size"])
+    if any(len(shape) != len(numbers) for c in chunks for numbers in (c.offset, c.shape)):
+        raise FormatError(f"{file}: {key}: its chunks have not the dimensions of its shape")
+    return GlobalTensor(dtype.global_name.removeprefix("torch."), shape, tuple(chunks))

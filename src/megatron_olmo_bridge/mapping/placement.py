@@ -47,6 +47,7 @@ class Region(NamedTuple):
         return Region(top, bottom, left, right) if top < bottom and left < right else None
 
     def contains(self, other: Region) -> bool:
+        """Whether all of ``other``, which isn't empty, lies in this region."""
         return self.intersect(other) == other
 
     def moved(self, origin: Region, to: Region) -> Region:

@@ -15,6 +15,8 @@ from .placement import Placement, Region, Shape, uncovered
 
 SHOWN_NAMES = 8
 """Names that an error lists before it only counts the rest: one screen."""
+SHOWN_OF_EACH_KIND = 5
+"""The same where up to three lists share the screen."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,15 @@ def check_tensors(
     for title, names in (("missing", missing), ("unexpected", unexpected),
                          ("wrong shape", misshapen)):  # fmt: skip
         if names:
-            faults.append(f"{title} ({len(names)}):\n{bulleted(names)}")
+            faults.append(f"{title} ({len(names)}):\n{bulleted(names, SHOWN_OF_EACH_KIND)}")
     if faults:
         raise MappingError(
             f"{where}: its tensors are not those of its config.\n" + "\n".join(faults)
         )
 
 
-def bulleted(lines: list[str]) -> str:
-    """The lines as a list of at most one screen."""
-    rest = len(lines) - SHOWN_NAMES
-    shown = [f"  - {line}" for line in lines[:SHOWN_NAMES]]
+def bulleted(lines: list[str], most: int = SHOWN_NAMES) -> str:
+    """The lines as a list, cut short after so many."""
+    rest = len(lines) - most
+    shown = [f"  - {line}" for line in lines[:most]]
     return "\n".join([*shown, f"  - and {rest} more"] if rest > 0 else shown)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping as MappingABC
 from typing import Any, ClassVar
 
-from megatron_olmo_bridge.errors import UnsupportedError
+from megatron_olmo_bridge.errors import BridgeError, FormatError, UnsupportedError
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 
 _BRIDGES: dict[str, type[ModelBridge]] = {}
@@ -98,6 +98,7 @@ def register_bridge(*architectures: str) -> Any:
 
 
 def known_architectures() -> list[str]:
+    """Values of ``architectures`` and ``model_type`` that a bridge handles."""
     return list(_families())
 
 
@@ -111,11 +112,18 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
 
     Raises:
         UnsupportedError: no bridge handles it; the message lists those that are known.
+        BridgeError: the bridge that handles it can't make sense of its values.
     """
     names = hf_config.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
     for name in [*names, *([] if names else [hf_config.get("model_type")])]:
-        if bridge := _families().get(name):
-            return bridge(hf_config)
+        if bridge := _families().get(str(name)):
+            try:
+                return bridge(hf_config)
+            except BridgeError as error:
+                raise type(error)(f"{where}: {error}") from error
+            except (TypeError, ValueError, AttributeError) as error:
+                raise FormatError(f"{where}: a value is not of its kind: {error}") from error
     asked = ", ".join(map(str, names)) or f"model_type {hf_config.get('model_type')!r}"
     raise UnsupportedError(
         f"{where}: architecture {asked} is not known here. "

@@ -35,6 +35,7 @@ class Patch:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
+        """Put the replacement in place; on exit, what was there before."""
         owner = pkgutil.resolve_name(self.owner)
         # Look at the owner's own attributes: one that is inherited is restored by removing ours.
         before = vars(owner).get(self.name, _ABSENT)

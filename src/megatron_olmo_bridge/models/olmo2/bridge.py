@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping as MappingABC
 from dataclasses import asdict
+from math import gcd
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import DirectMapping, GatedMLPMapping, QKVMapping
@@ -131,21 +132,17 @@ class Olmo2Bridge(ModelBridge):
         )
 
     def provider_fields(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-        c = self.config
+        rows, usual = self.config.vocab_size, gcd(padded_vocab_size, 128)
         return {
             "_target_": "megatron_olmo_bridge.models.olmo2.provider.Olmo2ModelProvider",
-            "num_layers": c.num_layers,
-            "hidden_size": c.hidden_size,
-            "ffn_hidden_size": c.ffn_hidden_size,
-            "num_attention_heads": c.num_attention_heads,
-            "num_query_groups": c.num_query_groups,
-            "kv_channels": c.kv_channels,
-            "vocab_size": c.vocab_size,
-            "seq_length": c.max_position_embeddings,
-            "layernorm_epsilon": c.layernorm_epsilon,
-            "rotary_base": c.rotary_base,
-            "share_embeddings_and_output_weights": c.share_embeddings_and_output_weights,
-        }
+            **asdict(self.config),
+            # A multiple that pads the vocabulary to just the checkpoint's rows.
+            "make_vocab_size_divisible_by":
+                usual if padded_vocab_size - rows < usual else padded_vocab_size,
+            "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+        }  # fmt: skip
 
     @classmethod
     def hf_config_from_megatron(

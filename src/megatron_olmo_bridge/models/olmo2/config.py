@@ -42,11 +42,7 @@ class Olmo2Config:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
                      "num_query_groups", "kv_channels", "vocab_size"):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(
-                    f"the model's {name} must be a positive whole number, not {value!r}"
-                )
+            _check_count(name, getattr(self, name))
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"{self.num_attention_heads} attention heads cannot be shared out evenly over "
@@ -61,19 +57,22 @@ class Olmo2Config:
             InputError: a value is missing, or the head counts don't divide.
             UnsupportedError: the config asks for arithmetic that OLMo-2 in Megatron doesn't have.
         """
-        missing = [k for k in ("num_hidden_layers", "hidden_size", "intermediate_size",
-                               "num_attention_heads", "vocab_size") if k not in hf]  # fmt: skip
+        needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+                  "vocab_size")  # fmt: skip
+        missing = [key for key in needed if hf.get(key) is None]
         if missing:
-            raise InputError(f"config.json lacks {', '.join(missing)}")
+            raise InputError(f"the config lacks {', '.join(missing)}")
         if hf.get("attention_bias"):
             raise UnsupportedError(
-                "config.json sets attention_bias; published OLMo-2 models have none"
+                "the config sets attention_bias; published OLMo-2 models have none"
             )
         if hf.get("hidden_act", "silu") != "silu":
             raise UnsupportedError(
-                f"config.json sets hidden_act={hf['hidden_act']!r}; OLMo-2 uses silu"
+                f"the config sets hidden_act={hf['hidden_act']!r}; OLMo-2 uses silu"
             )
         hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+        _check_count("hidden_size", hidden)
+        _check_count("num_attention_heads", heads)
         if not hf.get("head_dim") and hidden % heads:
             raise InputError(f"hidden_size {hidden} cannot be divided by {heads} attention heads")
         return cls(
@@ -91,13 +90,16 @@ class Olmo2Config:
         )
 
 
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise InputError(f"the model's {name} must be a positive whole number, not {value!r}")
+
+
 def _rope_theta(hf: dict[str, Any]) -> float:
     """Theta from either spelling: legacy ``rope_theta`` or ``rope_parameters``."""
     rope = hf.get("rope_parameters") or {}
     scaling = hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
-        raise UnsupportedError(
-            f"config.json asks for rope of type {kind!r}; OLMo-2 uses plain rope"
-        )
+        raise UnsupportedError(f"the config asks for rope of type {kind!r}; OLMo-2 uses plain rope")
     return float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)

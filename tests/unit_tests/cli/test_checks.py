@@ -1,0 +1,135 @@
+"""verify, inspect and doctor on the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from megatron_olmo_bridge.cli.app import app
+
+HF = Callable[..., Path]
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_equal(tiny_hf: Path, tiny_megatron: Path) -> None:
+    result = run("verify", tiny_hf, tiny_megatron, "--workers", 2)
+    assert result.exit_code == 0
+    assert result.stdout == "Equal: 47 tensors, 2.10 MB compared bit for bit.\n"
+    said = json.loads(run("verify", tiny_hf, tiny_megatron, "--json").stdout)
+    assert said == {
+        "equal": True, "differences": [], "compared": 47, "nbytes": 2_100_992, "notes": []
+    }  # fmt: skip
+    assert run("verify", tiny_hf, tiny_megatron, "--quiet").output == ""
+
+
+def test_not_equal(make_hf: HF) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    a, b = make_hf("a"), make_hf("b", change=lambda t: t[name][4].zero_())
+    result = run("verify", a, b)
+    assert result.exit_code == 1
+    for text in ("differs", "values", name, "36 of 1800 differ; first at [4, 0]: ",
+                 "NOT equal: 1 difference(s). 36 tensors"):  # fmt: skip
+        assert text in result.stdout
+    result = run("verify", a, b, "--json")
+    assert result.exit_code == 1
+    (difference,) = json.loads(result.stdout)["differences"]
+    assert (difference["kind"], difference["name"]) == ("values", name)
+    result = run("verify", a, b, "--quiet")
+    assert (result.exit_code, result.output) == (1, "")
+
+
+def test_a_long_list_of_differences_is_cut_in_the_table_alone(make_hf: HF) -> None:
+    a = make_hf("a", num_hidden_layers=6)
+    b = make_hf("b", num_hidden_layers=6, dtype=torch.bfloat16)
+    assert "... and 29 more; --json lists all." in run("verify", a, b).stdout
+    assert len(json.loads(run("verify", a, b, "--json").stdout)["differences"]) == 69
+
+
+def test_one_path_is_compared_with_its_record(tiny_megatron: Path) -> None:
+    result = run("verify", tiny_megatron)
+    assert result.exit_code == 0
+    assert "Note: no checksums were recorded" in result.stdout
+    assert "Equal: 7 files" in result.stdout
+
+
+def test_nothing_recorded_is_bad_input(tiny_hf: Path) -> None:
+    result = run("verify", tiny_hf)
+    assert result.exit_code == 2
+    assert "nothing was recorded" in result.stderr
+
+
+def test_inspect(tiny_hf: Path, tiny_megatron: Path) -> None:
+    result = run("inspect", tiny_megatron)
+    assert result.exit_code == 0
+    for text in (
+        "Megatron torch_dist, layers stacked in one key", "olmo2, olmo2-tiny", "1,050,496",
+        "bfloat16", "iter_0000000", str(tiny_hf), "num_query_groups",
+    ):  # fmt: skip
+        assert text in result.stdout, text
+    assert "linear_qkv" not in result.stdout
+    assert run("inspect", tiny_megatron, "--quiet").output == ""
+
+
+def test_inspect_tensors_and_mapping(tiny_megatron: Path) -> None:
+    tensors = run("inspect", tiny_megatron, "--tensors").stdout
+    assert "decoder.layers.3.mlp.linear_fc1.weight" in tensors
+    assert "[768, 128]" in tensors
+    mapping = run("inspect", tiny_megatron, "--mapping").stdout
+    line = next(li for li in mapping.splitlines() if "linear_qkv" in li and "k_proj" in li)
+    assert line.split()[:3] == [
+        "decoder.layers.*.self_attention.linear_qkv.weight", "[32:48,", "0:128]"
+    ]  # fmt: skip
+    assert "ignored: computed from rope_theta" in mapping
+
+
+def test_inspect_json_has_everything(tiny_hf: Path) -> None:
+    said = json.loads(run("inspect", tiny_hf, "--json").stdout)
+    assert (said["kind"], said["size"], said["dtypes"]) == (
+        "Hugging Face", "olmo2-tiny", ["bfloat16"]
+    )  # fmt: skip
+    assert len(said["tensors"]) == 47
+    assert said["mapping"]
+    assert said["megatron_flags"]
+
+
+def test_inspect_of_a_padded_vocabulary(make_hf: HF, tmp_path: Path) -> None:
+    hf = make_hf()
+    run("import", hf, tmp_path / "m", "--make-vocab-size-divisible-by", 128)
+    assert "101, padded to 128" in run("inspect", tmp_path / "m").stdout
+    assert "padded to" not in run("inspect", hf).stdout
+
+
+def test_megatron_args_are_one_line_to_paste(tiny_megatron: Path) -> None:
+    out = run("inspect", tiny_megatron, "--megatron-args").stdout
+    assert out.count("\n") == 1
+    assert out.startswith("--use-checkpoint-args --ckpt-format torch_dist")
+
+
+def test_inspect_of_what_is_no_checkpoint(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 2
+    assert f"{tmp_path}: not a checkpoint" in result.stderr
+
+
+def test_doctor() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0
+    for text in ("megatron-olmo-bridge", "torch", "gloo", "copy_file_range", "disk here"):
+        assert text in result.stdout
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found[0].keys() == {"what", "found", "works", "means"}
+    assert run("doctor", "--quiet").output == ""
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_command_and_exit_code(flag: str) -> None:
+    out = run(flag).stdout
+    for command in ("synth", "import", "export", "verify", "inspect", "doctor"):
+        assert command in out
+    assert "Exit codes: 0 done, 1 verify found a difference, 2 bad usage or input" in out

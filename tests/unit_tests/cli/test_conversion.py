@@ -1,0 +1,167 @@
+"""synth, import and export on the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from megatron_olmo_bridge.cli.app import app
+from megatron_olmo_bridge.convert import to_megatron
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def done(*args: object) -> str:
+    """Standard output of a command that must succeed and say nothing on standard error."""
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return result.stdout
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_synth(tmp_path: Path) -> None:
+    out = done("synth", "olmo2-tiny", tmp_path / "hf", "--layers", 1, "--seed", 3,
+               "--dtype", "float16", "--max-shard-size", "200KB")  # fmt: skip
+    assert out.startswith(f"{tmp_path / 'hf'}: olmo2-tiny with random weights, float16, ")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    assert done("synth", "olmo2-tiny", tmp_path / "quiet", "--layers", 1, "--quiet") == ""
+
+
+def test_import_and_export(tiny_hf: Path, tmp_path: Path) -> None:
+    out = done("import", tiny_hf, tmp_path / "m", "--workers", 2)
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'm'}: 39 tensors, 2.")
+    assert lines[1] == f"Prove it:    olmo-bridge verify {tiny_hf} {tmp_path / 'm'}"
+    assert lines[2] == f"Megatron-LM: olmo-bridge inspect {tmp_path / 'm'} --megatron-args"
+    out = done("export", tmp_path / "m", tmp_path / "back", "--max-shard-size", "1MB")
+    assert out.startswith(f"{tmp_path / 'back'}: 47 tensors, 2.11 MB in ")
+    assert run("verify", tiny_hf, tmp_path / "back").exit_code == 0
+
+
+def test_quiet(tiny_hf: Path, tmp_path: Path) -> None:
+    assert done("import", tiny_hf, tmp_path / "m", "--quiet") == ""
+    assert done("export", tmp_path / "m", tmp_path / "back", "-q") == ""
+
+
+def test_json(tiny_hf: Path, tmp_path: Path) -> None:
+    said = json.loads(done("import", tiny_hf, tmp_path / "m", "--json"))
+    assert said.keys() == {"destination", "bytes_written", "seconds", "plans"}
+    assert said["destination"] == str(tmp_path / "m")
+    recorded = json.loads((tmp_path / "m/iter_0000000/olmo_bridge.json").read_text())
+    assert said["plans"] == [recorded["plan_sha256"]]
+    said = json.loads(done("export", tmp_path / "m", tmp_path / "back", "--json"))
+    assert said["bytes_written"] == sum(
+        p.stat().st_size for p in (tmp_path / "back").iterdir() if p.name != "olmo_bridge.json"
+    )
+
+
+def test_options_of_import(tiny_hf: Path, tmp_path: Path) -> None:
+    done("import", tiny_hf, tmp_path / "m", "--dtype", "float32", "--release", "--checksum",
+         "--make-vocab-size-divisible-by", 1000)  # fmt: skip
+    recorded = json.loads((tmp_path / "m/release/olmo_bridge.json").read_text())
+    assert recorded["options"] == {
+        "dtype": "float32", "padded_vocab_size": 2000, "release": True
+    }  # fmt: skip
+    assert all("sha256" in entry for entry in recorded["files"].values())
+    result = run("import", tiny_hf, tmp_path / "m")
+    assert result.exit_code == 2
+    assert "exists already. Pass --overwrite" in result.stderr
+    done("import", tiny_hf, tmp_path / "m", "--overwrite")
+    assert not (tmp_path / "m/release").exists()
+
+
+def test_resume_with_nothing_to_resume(tiny_hf: Path, tmp_path: Path) -> None:
+    done("import", tiny_hf, tmp_path / "m", "--resume")
+    assert (tmp_path / "m/iter_0000000").is_dir()
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--quiet",)])
+def test_dry_runs_write_nothing(
+    tiny_hf: Path, tiny_megatron: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    for command, source, tensors in (("import", tiny_hf, 39), ("export", tiny_megatron, 47)):
+        target = tmp_path / "not" / "there"
+        out = done(command, source, target, "--dry-run", *flags)
+        if "--json" in flags:
+            plan = json.loads(out)
+            assert (plan["operation"], plan["tensors"]) == (command, tensors)
+            assert plan["destination"] == str(target)
+            assert plan["bytes_written"] == sum(plan["files"].values())
+            assert plan["disk_free"] > 0
+            assert plan["expected_seconds"] >= 0
+        elif flags:
+            assert out == ""
+        else:
+            assert f"{command} of {tensors} tensors: reads 2.10 MB" in out
+            assert "Nothing was written." in out
+            assert "config.json" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dry_runs_plan_is_the_one_carried_out(tiny_hf: Path, tmp_path: Path) -> None:
+    planned = json.loads(done("import", tiny_hf, tmp_path / "m", "--dry-run", "--json"))
+    said = json.loads(done("import", tiny_hf, tmp_path / "m", "--json"))
+    assert said["plans"] == [planned["plan_sha256"]]
+    assert said["bytes_written"] == planned["bytes_written"]
+
+
+def test_a_dry_run_of_all_iterations_is_one_json_value(tiny_megatron: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_megatron, tmp_path / "m")
+    shutil.copytree(tmp_path / "m/iter_0000000", tmp_path / "m/iter_0000004")
+    args = ("export", tmp_path / "m", tmp_path / "all", "--iteration", "all")
+    plans = json.loads(done(*args, "--dry-run", "--json"))
+    assert [Path(p["destination"]).name for p in plans] == ["iter_0000000", "iter_0000004"]
+    assert len(json.loads(done(*args, "--json"))["plans"]) == 2
+
+
+def test_other_processes_of_torchrun_say_nothing(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    plan, _ = to_megatron.plan_import(tiny_hf)
+    monkeypatch.setattr(to_megatron, "import_checkpoint", lambda *args, **kwargs: plan)
+    assert done("import", tiny_hf, tmp_path / "m") == ""
+    assert done("import", tiny_hf, tmp_path / "m", "--json") == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("synth", "olmo2-2b", "x"), "'olmo2-2b' is not known. Known are: olmo2-tiny"),
+        (("import", "absent", "x"), "absent: no such folder, and no hub id (owner/name)"),
+        (("import", "{hf}", "x", "--dtype", "int4"), "dtype 'int4' is not one of keep"),
+        (("import", "{hf}", "{hf}/inside"), "may not be the source, in it, or around it"),
+        (("export", "absent", "x"), "absent: no such file or folder"),
+        (("export", "{hf}", "x"), "is a Hugging Face checkpoint already"),
+        (("export", "{megatron}", "x", "--iteration", "7"), "has no iter_0000007"),
+        (("export", "{megatron}", "x", "--max-shard-size", "big"), "'big' is no size"),
+        (("import", "{hf}", "x", "--workers", "0"), "--workers"),
+        (("import", "{hf}", "x", "--workers", "many"), "--workers"),
+        (("import", "{hf}"), "Missing argument 'DST'"),
+        (("import", "{hf}", "x", "--no-such-flag"), "No such option"),
+        (("no-such-command",), "No such command"),
+    ],
+)  # fmt: skip
+def test_bad_usage_and_bad_input_exit_with_2(
+    args: tuple[str, ...], says: str, tiny_hf: Path, tiny_megatron: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    result = run(*(a.format(hf=tiny_hf, megatron=tiny_megatron) for a in args))
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["import", "export", "synth", "verify", "inspect", "doctor"])
+def test_help(command: str) -> None:
+    assert "Usage" in done(command, "--help")

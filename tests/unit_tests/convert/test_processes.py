@@ -1,0 +1,62 @@
+"""Several processes on one conversion, started as torchrun starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
+
+HF = Callable[..., Path]
+
+IMPORT = """
+import sys
+import megatron_olmo_bridge.convert.to_megatron as to_megatron
+from megatron_olmo_bridge.errors import BridgeError
+to_megatron.FILE_BYTES = 20_000
+try:
+    to_megatron.import_checkpoint(sys.argv[1], sys.argv[2], checksum=True)
+except BridgeError as error:
+    print(error)
+"""
+
+
+def together(count: int, *args: object) -> list[str]:
+    """What each of some processes prints that import at the same time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)
+    }  # fmt: skip
+    running = [
+        subprocess.Popen([sys.executable, "-c", IMPORT, *map(str, args)],
+                         env=common | {"RANK": str(i)}, stdout=subprocess.PIPE, text=True)
+        for i in range(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=60)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * count
+    return said
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_together_they_write_what_one_writes(make_hf: HF, tmp_path: Path) -> None:
+    hf = make_hf()
+    together(1, hf, tmp_path / "one")
+    together(3, hf, tmp_path / "three")
+    assert len(list((tmp_path / "one").rglob("*.distcp"))) > 5
+    assert files(tmp_path / "one") == files(tmp_path / "three")
+
+
+def test_all_refuse_what_exists(make_hf: HF, tmp_path: Path) -> None:
+    hf = make_hf()
+    import_checkpoint(hf, tmp_path / "m")
+    before = files(tmp_path / "m")
+    said = together(2, hf, tmp_path / "m")
+    assert all("exists already" in text for text in said)
+    assert files(tmp_path / "m") == before

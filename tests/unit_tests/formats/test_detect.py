@@ -1,0 +1,98 @@
+"""What a path holds."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER, Kind, detect
+
+TORCH_DIST = '{"sharded_backend": "torch_dist"}'
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(TORCH_DIST if file.name == "metadata.json" else "3")
+    return root
+
+
+def test_a_hugging_face_folder(tmp_path: Path) -> None:
+    assert detect(tree(tmp_path, "config.json", "model.safetensors")) == (Kind.HF, tmp_path)
+
+
+def test_an_iterations_folder(tmp_path: Path) -> None:
+    folder = tree(tmp_path, "iter_0000003/metadata.json") / "iter_0000003"
+    assert detect(folder) == (Kind.MEGATRON, folder)
+
+
+def test_a_root_takes_the_trackers_iteration(tmp_path: Path) -> None:
+    tree(tmp_path, "iter_0000003/metadata.json", "iter_0000002/metadata.json", TRACKER)
+    assert detect(tmp_path) == (Kind.MEGATRON, tmp_path / "iter_0000003")
+    assert detect(tmp_path, 2) == (Kind.MEGATRON, tmp_path / "iter_0000002")
+
+
+def test_a_root_may_hold_a_config_as_well(tmp_path: Path) -> None:
+    tree(tmp_path, "iter_0000003/metadata.json", TRACKER, "config.json")
+    assert detect(tmp_path)[0] is Kind.MEGATRON
+
+
+def test_a_root_without_a_tracker_was_interrupted(tmp_path: Path) -> None:
+    tree(tmp_path, "iter_0000003/metadata.json")
+    with pytest.raises(InputError, match="the save was interrupted"):
+        detect(tmp_path)
+    assert detect(tmp_path, 3)[0] is Kind.MEGATRON
+
+
+@pytest.mark.parametrize("where", [".", "iter_0000003"])
+def test_a_folder_that_is_being_written_is_refused(tmp_path: Path, where: str) -> None:
+    tree(tmp_path, "iter_0000003/metadata.json", TRACKER, PARTIAL_MARKER)
+    with pytest.raises(InputError, match="an interrupted conversion, not a checkpoint"):
+        detect(tmp_path / where)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["iter_0000003/mp_rank_00/model_optim_rng.pt", TRACKER], "legacy format (mp_rank_00)"),
+        (["mp_rank_00_001/model_optim_rng.pt"], "legacy format (mp_rank_00_001)"),
+        (["iter_0000003/.metadata", TRACKER], "format torch_dcp or fsdp_dtensor"),
+        (["iter_0000003/.metadata", "iter_0000003/train_state.pt", TRACKER],
+         "format fsdp_dtensor"),
+        ([".metadata"], "format torch_dcp or fsdp_dtensor"),
+        (["adapter_config.json", "adapter_model.bin"], "LoRA"),
+        (["pytorch_model.bin"], "PyTorch .bin weights"),
+    ],
+)  # fmt: skip
+def test_other_kinds_are_refused_by_name(tmp_path: Path, names: list[str], says: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        detect(tree(tmp_path, *names))
+    assert says in str(caught.value)
+
+
+def test_another_backend_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(UnsupportedError, match="of format 'zarr', not torch_dist"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["README.md"], "not a checkpoint"),
+        (["iter_0000003/x", TRACKER], "no metadata.json: an incomplete or foreign checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path: Path, names: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        detect(tree(tmp_path, *names))
+
+
+def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        detect(tmp_path / "absent")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file; name the folder"):
+        detect(tmp_path / "file")

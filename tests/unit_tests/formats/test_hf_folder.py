@@ -1,0 +1,164 @@
+"""Hugging Face folders: config, shards and their index."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError
+from megatron_olmo_bridge.formats.hf_folder import HFFolder, is_hf_folder, read_json, side_files
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text('{"model_type": "any"}')
+    save_file({"a": torch.zeros(2), "b": torch.ones(3)}, tmp_path / "one.safetensors")
+    save_file({"c": torch.zeros(4)}, tmp_path / "two.safetensors")
+    write_index(tmp_path, a="one.safetensors", b="one.safetensors", c="two.safetensors")
+    return tmp_path
+
+
+def write_index(folder: Path, **weight_map: Any) -> None:
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_reads_the_shards_of_an_index(sharded: Path) -> None:
+    folder = HFFolder.read(sharded)
+    assert {n: (a.shape, a.file.name) for n, a in folder.arrays.items()} == {
+        "a": ((2,), "one.safetensors"),
+        "b": ((3,), "one.safetensors"),
+        "c": ((4,), "two.safetensors"),
+    }
+    assert [f.name for f in folder.shards] == ["one.safetensors", "two.safetensors"]
+    assert folder.config == {"model_type": "any"}
+
+
+def test_reads_shards_without_an_index(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    assert HFFolder.read(sharded).arrays.keys() == {"a", "b", "c"}
+
+
+def test_a_single_file_is_all_there_is(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    save_file({"only": torch.zeros(2)}, sharded / "model.safetensors")
+    assert HFFolder.read(sharded).arrays.keys() == {"only"}
+
+
+def test_a_file_that_the_index_does_not_name_is_not_read(sharded: Path) -> None:
+    save_file({"a": torch.zeros(9)}, sharded / "consolidated.safetensors")
+    assert HFFolder.read(sharded).arrays["a"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "says"),
+    [
+        ({"a": "one.safetensors", "b": "one.safetensors"}, None),
+        ({"a": "one.safetensors"}, "tensor b is in one.safetensors, the index says nowhere"),
+        ({"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"},
+         "tensor b is in one.safetensors, the index says in two.safetensors"),
+        ({"a": "one.safetensors", "b": "one.safetensors", "d": "one.safetensors"},
+         "tensor d is not in one.safetensors, where it should be"),
+        ({"a": "three.safetensors"}, "names three.safetensors, absent here"),
+        ({"a": "../one.safetensors"}, "tensor a would be in '../one.safetensors'"),
+        ({"a": "/etc/one.safetensors"}, "tensor a would be in '/etc/one.safetensors'"),
+        ({"a": ".."}, "tensor a would be in"),
+        ({"a": 3}, "tensor a would be in 3"),
+        ({}, "has no weight_map"),
+    ],
+)  # fmt: skip
+def test_index_and_shards_must_agree(
+    sharded: Path, weight_map: dict[str, Any], says: str | None
+) -> None:
+    write_index(sharded, **weight_map)
+    if says is None:
+        assert HFFolder.read(sharded).arrays.keys() == {"a", "b"}
+        return
+    with pytest.raises(FormatError) as caught:
+        HFFolder.read(sharded)
+    assert says in str(caught.value)
+    assert "model.safetensors.index.json" in str(caught.value)
+
+
+def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    save_file({"c": torch.zeros(4)}, sharded / "three.safetensors")
+    with pytest.raises(FormatError, match=r"tensor c stands in three\.safetensors as well"):
+        HFFolder.read(sharded)
+
+
+def test_index_beside_a_single_file_is_refused(sharded: Path) -> None:
+    save_file({"a": torch.zeros(2)}, sharded / "model.safetensors")
+    with pytest.raises(FormatError, match=r"has both model\.safetensors and"):
+        HFFolder.read(sharded)
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        (lambda f: (f / "config.json").unlink(), InputError, "no config.json"),
+        (write("config.json", "{"), FormatError, "config.json: not sound JSON"),
+        (write("config.json", "[]"), FormatError, "config.json: holds no JSON object"),
+        (write("adapter_config.json", "{}"), UnsupportedError, "LoRA"),
+        (write("config.json", '{"quantization_config": {"quant_method": "gptq"}}'),
+         UnsupportedError, "quantised (gptq)"),
+    ],
+)  # fmt: skip
+def test_folders_that_are_refused(
+    sharded: Path, change: Callable[[Path], object], kind: type[Exception], says: str
+) -> None:
+    change(sharded)
+    with pytest.raises(kind) as caught:
+        HFFolder.read(sharded)
+    assert says in str(caught.value)
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has a config\.json but no safetensors files"):
+        HFFolder.read(tmp_path)
+
+
+def test_bin_files_are_refused_but_not_beside_safetensors(tmp_path: Path, sharded: Path) -> None:
+    (sharded / "pytorch_model.bin").write_bytes(b"")
+    assert HFFolder.read(sharded).arrays
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (other / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    with pytest.raises(UnsupportedError, match=r"pytorch_model-00001-of-00002\.bin: PyTorch"):
+        HFFolder.read(other)
+
+
+def test_side_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
+    ours = ["added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json",
+            "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+            "tokenizer_config.json", "vocab.json"]  # fmt: skip
+    for name in [*ours, "README.md", "model.safetensors", "training_args.bin", "notes.txt"]:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "tokenizer").mkdir()
+    assert [f.name for f in side_files(tmp_path)] == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("config.json", True), ("a.safetensors", True), ("model.safetensors.index.json", True),
+     ("README.md", False)],
+)  # fmt: skip
+def test_is_hf_folder(tmp_path: Path, name: str, expected: bool) -> None:
+    (tmp_path / name).write_text("{}")
+    assert is_hf_folder(tmp_path) is expected
+
+
+def test_json_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FormatError, match=r"x\.json: not sound JSON"):
+        read_json(tmp_path / "x.json")

@@ -1,0 +1,331 @@
+"""``torch_dist`` folders: those that torch saved are read, those that we describe torch reads."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from megatron_olmo_bridge.convert.transfer import Transfer
+from megatron_olmo_bridge.errors import FormatError, InputError, MappingError, UnsafePickleError
+from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.formats.torch_archive import object_archive
+from megatron_olmo_bridge.formats.torch_dist import (
+    Chunk,
+    GlobalTensor,
+    Stored,
+    TorchDistFolder,
+    encode_metadata,
+    iteration_folder,
+    iteration_folders,
+    read_format,
+    stacked_key,
+)
+from megatron_olmo_bridge.mapping.registry import ResolvedMapping
+from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
+
+Tensors = dict[str, torch.Tensor]
+Save = Callable[..., Path]
+
+
+def values(view: TensorView) -> torch.Tensor:
+    with Transfer() as transfer:
+        data = b"".join(bytes(block) for _, _, block in transfer.blocks(view))
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, view.dtype)).view(view.shape)
+
+
+@pytest.fixture
+def parameters(reference: SimpleNamespace) -> Tensors:
+    tensors = reference.state_dict(reference.config, torch.bfloat16, 3)
+    return reference.parameters(tensors, reference.config)
+
+
+@pytest.fixture
+def mapping(reference: SimpleNamespace) -> ResolvedMapping:
+    return Olmo2Bridge(reference.config).mapping_registry().resolve()
+
+
+def split_gated(parameters: Tensors) -> Tensors:
+    """linear_fc1 as two keys, as megatron-core saves it with ``singleton_local_shards``."""
+    out = {}
+    for name, tensor in parameters.items():
+        if "linear_fc1" in name:
+            out |= {f"{name}_w": tensor.chunk(2)[0], f"{name}_v": tensor.chunk(2)[1]}
+        else:
+            out[name] = tensor
+    return out
+
+
+LAYOUTS: dict[str, Callable[[Tensors, SimpleNamespace], Tensors]] = {
+    "stacked": lambda p, reference: reference.stacked(p, reference.config),
+    "per layer": lambda p, _: p,
+    "per layer, gate and up apart": lambda p, _: split_gated(p),
+}
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_in_any_chunks_gives_the_parameters(
+    layout: str, seed: int | None, parameters: Tensors, mapping: ResolvedMapping,
+    save_torch_dist: Save, reference: SimpleNamespace,
+) -> None:  # fmt: skip
+    # seed: cut at random in every dimension; None: each tensor whole
+    folder = save_torch_dist("ckpt", LAYOUTS[layout](parameters, reference), seed)
+    views = TorchDistFolder.read(folder).views(mapping)
+    assert views.keys() == parameters.keys()
+    for name, tensor in parameters.items():
+        assert torch.equal(values(views[name]), tensor), name
+    pieces = max(len(view.pieces) for view in views.values())
+    assert pieces == (2 if "apart" in layout else 1) if seed is None else pieces > 4
+
+
+def test_only_the_weights_are_asked_for(
+    parameters: Tensors, mapping: ResolvedMapping, save_torch_dist: Save,
+) -> None:  # fmt: skip
+    others = {
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(36),
+        "chained_0.optimizer.state.fp32_param": torch.zeros(3),
+        "rng_state/shard_0_1": torch.zeros(3),
+        "opt_param_scheduler": torch.zeros(3),
+        "decoder.layers.mlp.linear_fc1._extra_state/shard_0_3": torch.zeros(1),
+    }
+    folder = TorchDistFolder.read(save_torch_dist("ckpt", parameters | others))
+    assert folder.tensors.keys() == parameters.keys() | others.keys()
+    assert folder.weights.keys() == parameters.keys()
+    assert folder.views(mapping).keys() == parameters.keys()
+
+
+def drop(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "says"),
+    [
+        ("per layer", drop("decoder.layers.1.mlp.linear_fc2.weight"),
+         "missing (1):\n  - decoder.layers.1.mlp.linear_fc2.weight"),
+        ("stacked", drop("decoder.layers.mlp.linear_fc2.weight"),
+         "missing (1):\n  - decoder.layers.mlp.linear_fc2.weight"),
+        ("per layer, gate and up apart", drop("decoder.layers.2.mlp.linear_fc1.weight_v"),
+         "missing (1):\n  - decoder.layers.2.mlp.linear_fc1.weight_v"),
+        ("stacked", lambda t: t.update({"decoder.layers.input_layernorm.weight": torch.ones(3)}),
+         "unexpected (1):\n  - decoder.layers.input_layernorm.weight"),
+        ("stacked", lambda t: t.update({"output_layer.weight": torch.ones(102, 36)}),
+         "output_layer.weight has shape [102, 36], the config asks for [101, 36]"),
+        ("stacked", lambda t: t.update(
+            {"decoder.layers.mlp.linear_fc2.weight": torch.ones(2, 36, 50)}),
+         "has shape [2, 36, 50], the config asks for [3, 36, 50]"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_not_the_mappings_are_named(
+    layout: str, change: Callable[[Tensors], object], says: str, parameters: Tensors,
+    mapping: ResolvedMapping, save_torch_dist: Save, reference: SimpleNamespace,
+) -> None:  # fmt: skip
+    tensors = LAYOUTS[layout](parameters, reference)
+    change(tensors)
+    folder = TorchDistFolder.read(save_torch_dist("ckpt", tensors))
+    with pytest.raises(MappingError) as caught:
+        folder.views(mapping)
+    assert says in str(caught.value)
+
+
+def test_an_absent_data_file_is_named(
+    parameters: Tensors, mapping: ResolvedMapping, save_torch_dist: Save
+) -> None:
+    path = save_torch_dist("ckpt", parameters)
+    (path / "__0_1.distcp").unlink()
+    with pytest.raises(FormatError, match=r"__0_1\.distcp, which holds .* is absent"):
+        TorchDistFolder.read(path).views(mapping)
+
+
+def test_an_archive_of_another_tensor_is_noticed(
+    parameters: Tensors, mapping: ResolvedMapping, save_torch_dist: Save
+) -> None:
+    folder = TorchDistFolder.read(save_torch_dist("ckpt", parameters))
+    q, k = (f"decoder.layers.0.self_attention.{x}_layernorm.weight" for x in "qk")
+    (wrong,) = folder.tensors[q].chunks
+    (other,) = folder.tensors[k].chunks
+    folder.tensors[q] = replace(folder.tensors[q], chunks=(replace(wrong, stored=other.stored),))
+    says = rf"{q} at \[0\] is bfloat16 \[12\], \.metadata says bfloat16 \[36\]"
+    with pytest.raises(FormatError, match=says):
+        folder.views(mapping)
+
+
+# ---------------------------------------------------------------------------------- common state
+
+
+def test_the_common_state_from_a_file(tmp_path: Path) -> None:
+    torch.save({"iteration": 3, "names": {"a"}}, tmp_path / "common.pt")
+    folder = TorchDistFolder(tmp_path, {}, {})
+    assert folder.common == {"iteration": 3, "names": {"a"}}
+    assert folder.args is None
+
+
+def test_the_common_state_from_an_object_among_the_shards(save_torch_dist: Save) -> None:
+    import argparse
+
+    state = [{"iteration": 3, "args": argparse.Namespace(num_layers=2)}]
+    path = save_torch_dist("c", {"w": torch.zeros(2), "common_state/shard_0_1": state})
+    folder = TorchDistFolder.read(path)
+    assert folder.common["iteration"] == 3
+    assert folder.args == {"num_layers": 2}
+    assert folder.weights.keys() == {"w"}
+
+
+def test_no_common_state(save_torch_dist: Save) -> None:
+    folder = TorchDistFolder.read(save_torch_dist("c", {"w": torch.zeros(2)}))
+    assert folder.common == {}
+    assert folder.args is None
+
+
+def test_a_common_state_that_is_no_dictionary(tmp_path: Path) -> None:
+    (tmp_path / "common.pt").write_bytes(object_archive([1]))
+    with pytest.raises(FormatError, match=r"common\.pt: the common state is no dictionary"):
+        _ = TorchDistFolder(tmp_path, {}, {}).common
+
+
+def test_code_in_the_common_state_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": os.system}, tmp_path / "common.pt")
+    with pytest.raises(UnsafePickleError, match=r"common\.pt: the pickle asks for posix\.system"):
+        _ = TorchDistFolder(tmp_path, {}, {}).common
+
+
+# -------------------------------------------------------------------------------------- .metadata
+
+
+def test_torch_reads_the_metadata_that_is_written(tmp_path: Path) -> None:
+    chunks = (
+        Chunk((0, 0, 0), (1, 2, 3), Stored("__0_0.distcp", 0, 900)),
+        Chunk((1, 0, 0), (1, 2, 3), Stored("__0_1.distcp", 2**40, 900)),
+    )
+    whole = (Chunk((0,), (5,), Stored("__0_0.distcp", 960, 800)),)
+    tensors = {
+        "layers.w": GlobalTensor("bfloat16", (2, 2, 3), chunks),
+        "norm": GlobalTensor("float32", (5,), whole),
+    }
+    objects = {"layers._extra_state/shard_0_2": Stored("__0_0.distcp", 1800, 64)}
+    (tmp_path / ".metadata").write_bytes(encode_metadata(tensors, objects))
+
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    described = metadata.state_dict_metadata
+    assert described.keys() == tensors.keys() | objects.keys()
+    layers, norm = described["layers.w"], described["norm"]
+    assert isinstance(layers, TensorStorageMetadata)
+    assert isinstance(norm, TensorStorageMetadata)
+    assert (layers.properties.dtype, norm.properties.dtype) == (torch.bfloat16, torch.float32)
+    assert layers.properties.layout is torch.strided
+    assert layers.properties.memory_format is torch.contiguous_format
+    assert layers.size == torch.Size([2, 2, 3])
+    assert [tuple(c.offsets) for c in layers.chunks] == [(0, 0, 0), (1, 0, 0)]
+    assert {tuple(c.sizes) for c in layers.chunks} == {(1, 2, 3)}
+    assert isinstance(described["layers._extra_state/shard_0_2"], BytesStorageMetadata)
+    stored = {
+        (index.fqn, index.offset and tuple(index.offset)):
+            (info.relative_path, info.offset, info.length)
+        for index, info in metadata.storage_data.items()
+    }  # fmt: skip
+    assert stored == {
+        ("layers.w", (0, 0, 0)): ("__0_0.distcp", 0, 900),
+        ("layers.w", (1, 0, 0)): ("__0_1.distcp", 2**40, 900),
+        ("norm", (0,)): ("__0_0.distcp", 960, 800),
+        ("layers._extra_state/shard_0_2", None): ("__0_0.distcp", 1800, 64),
+    }
+    again = TorchDistFolder.read(tmp_path)
+    assert (again.tensors, again.objects) == (tensors, objects)
+
+
+def test_no_metadata_is_an_incomplete_save(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"no \.metadata: an incomplete save"):
+        TorchDistFolder.read(tmp_path)
+
+
+def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    chunk = Chunk((0,), (5,), Stored("../x.distcp", 0, 800))
+    tensors = {"w": GlobalTensor("float32", (5,), (chunk,))}
+    (tmp_path / ".metadata").write_bytes(encode_metadata(tensors, {}))
+    with pytest.raises(FormatError, match=r"w would be in '\.\./x\.distcp', outside the folder"):
+        TorchDistFolder.read(tmp_path)
+
+
+def test_a_chunk_or_object_without_a_place_is_refused(tmp_path: Path) -> None:
+    import pickle
+
+    path = tmp_path / ".metadata"
+    chunk = Chunk((0,), (5,), Stored("x.distcp", 0, 800))
+    path.write_bytes(
+        encode_metadata({"w": GlobalTensor("float32", (5,), (chunk,))},
+                        {"o": Stored("x.distcp", 0, 8)})
+    )  # fmt: skip
+    real = pickle.loads(path.read_bytes())
+    for key, says in (("w", "where w at \\[0\\] is stored"), ("o", "where o is stored")):
+        kept = {i: info for i, info in real.storage_data.items() if i.fqn != key}
+        path.write_bytes(pickle.dumps(type(real)(real.state_dict_metadata, None, kept)))
+        with pytest.raises(FormatError, match=f"does not say {says}"):
+            TorchDistFolder.read(tmp_path)
+
+
+# ---------------------------------------------------------------------------- folders of iterations
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("iter_0000020", "iter_0000003", "release", "logs", "iter_x"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("iteration", "tracker", "name"),
+    [
+        (None, "20\n", "iter_0000020"),
+        (None, "release", "release"),
+        (3, "20", "iter_0000003"),
+        ("3", "20", "iter_0000003"),
+        ("0000003", None, "iter_0000003"),
+        ("release", None, "release"),
+    ],
+)
+def test_an_iterations_folder(
+    root: Path, iteration: int | str | None, tracker: str | None, name: str
+) -> None:
+    if tracker is not None:
+        (root / "latest_checkpointed_iteration.txt").write_text(tracker)
+    assert iteration_folder(root, iteration) == root / name
+
+
+def test_all_iterations_in_order(root: Path) -> None:
+    found = [folder.name for folder in iteration_folders(root)]
+    assert found == ["iter_0000003", "iter_0000020", "release"]
+
+
+@pytest.mark.parametrize(
+    ("iteration", "says"),
+    [
+        (None, "no latest_checkpointed_iteration.txt: the save was interrupted"),
+        (4, "has no iter_0000004. Iterations there: iter_0000003, iter_0000020, release"),
+        ("last", "'last' is no iteration: a number or 'release'"),
+    ],
+)
+def test_no_such_iteration(root: Path, iteration: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        iteration_folder(root, iteration)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', "3"])
+def test_a_format_file_that_names_no_format(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metadata.json").write_text(text)
+    with pytest.raises(FormatError, match=r"metadata\.json: does not name a format"):
+        read_format(tmp_path)
+
+
+def test_a_stacked_key_drops_the_layer() -> None:
+    assert stacked_key("decoder.layers.*.mlp.linear_fc1.weight") == (
+        "decoder.layers.mlp.linear_fc1.weight"
+    )
+    assert stacked_key("output_layer.weight") == "output_layer.weight"

@@ -1,0 +1,110 @@
+"""Each kind of mapping, against the same arrangement written in torch."""
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_olmo_bridge.mapping.mappings import (
+    DirectMapping,
+    GatedMLPMapping,
+    Mapping,
+    QKVMapping,
+)
+from megatron_olmo_bridge.mapping.placement import Region, uncovered
+
+
+def apply(mapping: Mapping, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the placements say, element by element."""
+    out = torch.full(mapping.shape, torch.nan)
+    matrix = out.view(mapping.shape[0], -1)
+    for p in mapping.placements():
+        t, s = p.target, p.source
+        if p.hf_name is None:
+            matrix[t.top : t.bottom, t.left : t.right] = 0
+        else:
+            source = tensors[p.hf_name].view(tensors[p.hf_name].shape[0], -1)
+            matrix[t.top : t.bottom, t.left : t.right] = source[s.top : s.bottom, s.left : s.right]
+    return out
+
+
+def random_tensors(mapping: Mapping) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape) for name, shape in mapping.hf_shapes().items()}
+
+
+@pytest.mark.parametrize(
+    ("groups", "per_group", "head_dim", "hidden"),
+    itertools.product((1, 2, 5), (1, 3), (1, 4), (1, 7)),
+)
+def test_qkv_interleaves_by_query_group(
+    groups: int, per_group: int, head_dim: int, hidden: int
+) -> None:
+    heads = groups * per_group
+    mapping = QKVMapping("qkv", "q", "k", "v", heads, groups, head_dim, hidden)
+    tensors = random_tensors(mapping)
+    q, k, v = (
+        tensors[name].view(groups, width * head_dim, hidden)
+        for name, width in (("q", per_group), ("k", 1), ("v", 1))
+    )
+    expected = torch.cat([q, k, v], dim=1).reshape(-1, hidden)
+    assert mapping.shape == (groups * (per_group + 2) * head_dim, hidden)
+    assert torch.equal(apply(mapping, tensors), expected)
+
+
+def test_gated_is_gate_over_up() -> None:
+    mapping = GatedMLPMapping("fc1", "gate", "up", 6, 5)
+    tensors = random_tensors(mapping)
+    expected = torch.cat([tensors["gate"], tensors["up"]])
+    assert torch.equal(apply(mapping, tensors), expected)
+
+
+def test_gated_is_stored_as_gate_and_up() -> None:
+    # As GPTModel.sharded_state_dict() cuts linear_fc1: at row 0 and at row ffn.
+    mapping = GatedMLPMapping("fc1", "gate", "up", 6, 5)
+    assert mapping.chunks() == [Region(0, 6, 0, 5), Region(6, 12, 0, 5)]
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3)])
+def test_direct_is_one_to_one(shape: tuple[int, ...]) -> None:
+    mapping = DirectMapping("a", "b", shape)
+    tensors = random_tensors(mapping)
+    assert mapping.shape == shape
+    assert torch.equal(apply(mapping, tensors), tensors["b"])
+    assert mapping.chunks() == [Region.whole(shape)]
+
+
+def test_padding_is_zeros_below() -> None:
+    mapping = DirectMapping("a", "b", (5, 3), padded_rows=8)
+    tensors = random_tensors(mapping)
+    expected = torch.cat([tensors["b"], torch.zeros(3, 3)])
+    assert mapping.shape == (8, 3)
+    assert mapping.hf_shapes() == {"b": (5, 3)}
+    assert torch.equal(apply(mapping, tensors), expected)
+
+
+def test_no_padding_where_the_rows_suffice() -> None:
+    mapping = DirectMapping("a", "b", (5, 3), padded_rows=5)
+    assert [p.hf_name for p in mapping.placements()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        QKVMapping("qkv", "q", "k", "v", 6, 2, 4, 24),
+        GatedMLPMapping("fc1", "gate", "up", 6, 5),
+        DirectMapping("a", "b", (5, 3), padded_rows=8),
+    ],
+)
+def test_both_sides_are_covered_once(mapping: Mapping) -> None:
+    placements = list(mapping.placements())
+    assert all(p.source.rows == p.target.rows for p in placements)
+    assert all(p.source.columns == p.target.columns for p in placements)
+    assert uncovered(mapping.shape, (p.target for p in placements)) is None
+    assert uncovered(mapping.shape, mapping.chunks()) is None
+    for name, shape in mapping.hf_shapes().items():
+        assert uncovered(shape, (p.source for p in placements if p.hf_name == name)) is None
+
+
+def test_the_wildcard_becomes_the_layer_in_every_name() -> None:
+    mapping = QKVMapping("d.*.qkv", "m.*.q", "m.*.k", "m.*.v", 6, 2, 4, 24).at_layer(11)
+    assert mapping == QKVMapping("d.11.qkv", "m.11.q", "m.11.k", "m.11.v", 6, 2, 4, 24)

@@ -1,0 +1,167 @@
+"""The registry: every parameter of every layer, or an error that names what is wrong."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_olmo_bridge.errors import MappingError
+from megatron_olmo_bridge.mapping.mappings import DirectMapping, GatedMLPMapping
+from megatron_olmo_bridge.mapping.placement import Placement, Region
+from megatron_olmo_bridge.mapping.registry import (
+    Block,
+    MegatronMappingRegistry,
+    ResolvedMapping,
+    bulleted,
+)
+
+
+class Overlapping(DirectMapping):
+    """Writes its first row twice."""
+
+    def placements(self) -> Iterator[Placement]:
+        yield from super().placements()
+        yield Placement(self.hf_param, Region(0, 1, 0, 3), Region(0, 1, 0, 3))
+
+
+class Gapped(DirectMapping):
+    """Leaves its last row out."""
+
+    def placements(self) -> Iterator[Placement]:
+        block = Region(0, self.hf_shape[0] - 1, 0, 3)
+        yield Placement(self.hf_param, block, block)
+
+
+class ReadsAnother(DirectMapping):
+    """Takes its values from a tensor that it doesn't declare."""
+
+    def placements(self) -> Iterator[Placement]:
+        yield Placement("elsewhere", Region.whole(self.hf_shape), Region.whole(self.hf_shape))
+
+
+def small(num_layers: int = 2) -> ResolvedMapping:
+    return MegatronMappingRegistry(
+        DirectMapping("embedding", "embed", (4, 3), padded_rows=6),
+        DirectMapping("layers.*.norm", "h.*.ln", (3,)),
+        GatedMLPMapping("layers.*.fc1", "h.*.gate", "h.*.up", 5, 3),
+        DirectMapping("final", "norm", (3,)),
+        num_layers=num_layers,
+        ignored={"*.inv_freq": "computed", "head": "tied to embed"},
+    ).resolve()
+
+
+def test_layers_are_written_out_in_the_order_of_the_model() -> None:
+    mapping = small()
+    assert list(mapping.parameters) == [
+        "embedding", "layers.0.norm", "layers.0.fc1", "layers.1.norm", "layers.1.fc1", "final",
+    ]  # fmt: skip
+    assert list(mapping.hf_shapes) == [
+        "embed", "h.0.ln", "h.0.gate", "h.0.up", "h.1.ln", "h.1.gate", "h.1.up", "norm",
+    ]  # fmt: skip
+    fc1 = mapping.parameters["layers.1.fc1"]
+    assert (fc1.pattern, fc1.layer, fc1.shape) == ("layers.*.fc1", 1, (10, 3))
+    assert [p.hf_name for p in fc1.placements] == ["h.1.gate", "h.1.up"]
+    assert fc1.chunks == (Region(0, 5, 0, 3), Region(5, 10, 0, 3))
+    assert mapping.parameters["final"].layer is None
+
+
+def test_the_placements_read_backwards() -> None:
+    blocks = small().hf_blocks
+    assert blocks["h.1.up"] == [Block("layers.1.fc1", Region(0, 5, 0, 3), Region(5, 10, 0, 3))]
+    assert blocks["embed"] == [Block("embedding", Region(0, 4, 0, 3), Region(0, 4, 0, 3))]
+    assert None not in blocks
+
+
+def test_a_table_without_layers() -> None:
+    registry = MegatronMappingRegistry(DirectMapping("a", "b", (2,)), num_layers=7)
+    assert list(registry.resolve().parameters) == ["a"]
+
+
+def test_covered_twice_is_refused() -> None:
+    registry = MegatronMappingRegistry(Overlapping("mine", "theirs", (4, 3)), num_layers=1)
+    with pytest.raises(MappingError) as caught:
+        registry.resolve()
+    assert "- mine: block [0:1, 0:3] is covered twice" in str(caught.value)
+    assert "- theirs: block [0:1, 0:3] is covered twice" in str(caught.value)
+
+
+def test_not_covered_is_refused_for_each_layer() -> None:
+    registry = MegatronMappingRegistry(Gapped("l.*.mine", "h.*.theirs", (4, 3)), num_layers=2)
+    with pytest.raises(MappingError) as caught:
+        registry.resolve()
+    for name in ("l.0.mine", "l.1.mine", "h.0.theirs", "h.1.theirs"):
+        assert f"- {name}: 3 of 12 elements are not covered" in str(caught.value)
+
+
+def test_a_tensor_that_is_read_nowhere_is_refused() -> None:
+    registry = MegatronMappingRegistry(ReadsAnother("mine", "theirs", (4, 3)), num_layers=1)
+    with pytest.raises(MappingError, match=r"theirs: 12 of 12 elements are not covered"):
+        registry.resolve()
+
+
+def test_a_tensor_used_by_two_parameters_is_refused() -> None:
+    registry = MegatronMappingRegistry(
+        DirectMapping("first", "shared", (2,)), DirectMapping("second", "shared", (2,)),
+        num_layers=1,
+    )  # fmt: skip
+    with pytest.raises(MappingError, match=r"shared: block \[0:2, 0:1\] is covered twice"):
+        registry.resolve()
+
+
+def test_two_mappings_for_one_name_are_refused() -> None:
+    registry = MegatronMappingRegistry(
+        DirectMapping("l.*.a", "x.*", (2,)), DirectMapping("l.*.a", "y.*", (2,)), num_layers=2
+    )
+    with pytest.raises(MappingError, match=r"two mappings write .* l\.0\.a"):
+        registry.resolve()
+
+
+def test_two_shapes_for_one_tensor_are_refused() -> None:
+    registry = MegatronMappingRegistry(
+        DirectMapping("a", "shared", (2,)), DirectMapping("b", "shared", (3,)), num_layers=1
+    )
+    with pytest.raises(MappingError, match="two mappings give shared different shapes"):
+        registry.resolve()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("h.3.rotary.inv_freq", "computed"), ("head", "tied to embed"), ("header", None),
+     ("embed", None)],
+)  # fmt: skip
+def test_reason_to_ignore(name: str, reason: str | None) -> None:
+    assert small().reason_to_ignore(name) == reason
+
+
+def test_check_hf_accepts_what_fits_and_what_is_ignored() -> None:
+    mapping = small()
+    mapping.check_hf({**mapping.hf_shapes, "h.0.inv_freq": (2,), "head": (4, 3)}, "folder")
+
+
+def test_check_hf_names_everything_that_is_wrong_at_once() -> None:
+    mapping = small()
+    shapes = {**mapping.hf_shapes, "h.2.ln": (3,), "norm": (4,)}
+    del shapes["h.1.up"]
+    with pytest.raises(MappingError) as caught:
+        mapping.check_hf(shapes, "the/folder")
+    assert str(caught.value) == (
+        "the/folder: its tensors are not those of its config.\n"
+        "missing (1):\n  - h.1.up\n"
+        "unexpected (1):\n  - h.2.ln\n"
+        "wrong shape (1):\n  - norm has shape [4], the config asks for [3]"
+    )
+
+
+def test_check_megatron_asks_for_padded_rows() -> None:
+    mapping = small()
+    shapes = {name: p.shape for name, p in mapping.parameters.items()}
+    mapping.check_megatron(shapes, "folder")
+    shapes["embedding"] = (4, 3)
+    message = re.escape("embedding has shape [4, 3], the config asks for [6, 3]")
+    with pytest.raises(MappingError, match=message):
+        mapping.check_megatron(shapes, "folder")
+
+
+def test_a_long_list_is_counted_after_so_many() -> None:
+    assert bulleted(["a", "b"], 2) == "  - a\n  - b"
+    assert bulleted(list("abcde"), 3).splitlines() == ["  - a", "  - b", "  - c", "  - and 2 more"]

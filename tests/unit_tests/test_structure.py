@@ -1,0 +1,183 @@
+"""The shape of the source: what is imported when, what depends on what, what is said where."""
+
+import ast
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megatron_olmo_bridge
+
+PACKAGE = Path(megatron_olmo_bridge.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = {"torch", "transformers", "megatron", "numpy", "safetensors", "huggingface_hub"}
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+# ---------------------------------------------------------------------------- what is imported when
+
+
+def loaded_by(code: str, *args: object) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after running some code."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import megatron_olmo_bridge"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "megatron_olmo_bridge" in names
+    assert not names & HEAVY
+
+
+@pytest.mark.parametrize("args", [["--help"], ["import", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(args: list[str]) -> None:
+    code = (
+        "import sys\nfrom megatron_olmo_bridge.cli import main\n"
+        "try: main()\nexcept SystemExit as e: assert e.code == 0"
+    )
+    assert not loaded_by(code, *args) & HEAVY
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from megatron_olmo_bridge import import_checkpoint, export_checkpoint, verify, inspect
+hf, out, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+import_checkpoint(hf, out / "m", dtype=dtype)
+export_checkpoint(out / "m", out / "back", dtype=dtype)
+verify(hf, out / "m") if dtype == "keep" else inspect(out / "m")
+"""
+
+
+def test_conversion_as_is_loads_not_even_torch(tiny_hf: Path, tmp_path: Path) -> None:
+    assert not loaded_by(CONVERT, tiny_hf, tmp_path, "keep") & {"torch", "transformers", "megatron"}
+
+
+def test_a_change_of_dtype_loads_torch_alone(tiny_hf: Path, tmp_path: Path) -> None:
+    loaded = loaded_by(CONVERT, tiny_hf, tmp_path, "float32")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "megatron"}
+
+
+# ------------------------------------------------------------------------- what depends on what
+
+BELOW = {
+    "mapping": set(),
+    "formats": {"mapping"},
+    "models": {"mapping", "formats", "nn"},
+    "nn": set(),
+    "runtime": set(),
+    "convert": {"mapping", "formats", "models"},
+    "cli": {"mapping", "formats", "models", "convert"},
+}
+"""Folders that each folder may import. All may import errors and the version."""
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules of this package that a file imports, wherever in it."""
+    package = ["megatron_olmo_bridge", *file.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", BELOW)
+def test_dependencies_point_downwards(folder: str) -> None:
+    files = sorted((PACKAGE / folder).rglob("*.py"))
+    assert files
+    for file in files:
+        for name in imports(file):
+            if name.startswith("megatron_olmo_bridge."):
+                other = name.split(".")[1]
+                allowed = BELOW[folder] | {folder, "errors", "_version"}
+                assert other in allowed, f"{relative(file)} imports {name}"
+
+
+def test_every_folder_has_its_rule() -> None:
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    assert folders - {"live", "training"} == BELOW.keys()
+
+
+@pytest.mark.parametrize("folder", ["mapping", "formats"])
+def test_mapping_and_formats_need_no_torch(folder: str) -> None:
+    for file in (PACKAGE / folder).rglob("*.py"):
+        assert not {name.partition(".")[0] for name in imports(file)} & HEAVY, relative(file)
+
+
+# ------------------------------------------------------------------------------ what is said where
+
+SIZES = {1024, 2048, 4096, 5120, 8192, 11008, 13824, 27648, 100352, 100278, 100277, 100257}
+
+
+def tokens(file: Path) -> Iterator[tokenize.TokenInfo]:
+    with file.open("rb") as handle:
+        yield from tokenize.tokenize(handle.readline)
+
+
+@pytest.mark.parametrize("folder", ["convert", "formats", "mapping", "cli"])
+def test_no_size_of_a_model_is_written_down(folder: str) -> None:
+    for file in (PACKAGE / folder).rglob("*.py"):
+        for token in tokens(file):
+            if token.type == tokenize.NUMBER:
+                value = ast.literal_eval(token.string)
+                assert value not in SIZES, f"{relative(file)}:{token.start[0]}: {token.string}"
+
+
+def test_a_mapping_knows_nothing_of_sharding() -> None:
+    words = re.compile(
+        r"(?<![a-z])(rank|ranks|world_?size|tp|pp|vpp|ep|tensor_(model_)?parallel\w*|"
+        r"pipeline_(model_)?parallel\w*|shard|shards)(?![a-z])",
+        re.IGNORECASE,
+    )
+    for file in (PACKAGE / "mapping").rglob("*.py"):
+        found = words.search(file.read_text())
+        assert not found, f"{relative(file)}: {found}"
+
+
+# ---------------------------------------------------------------------------------- documentation
+
+
+def overrides(node: ast.ClassDef) -> bool:
+    """Whether a class has bases in this package, whose docstrings stand for its methods."""
+    outside = {"ABC", "NamedTuple", "Enum", "Exception", "BaseException"}
+    return any(ast.unparse(base) not in outside for base in node.bases)
+
+
+def undocumented(body: list[ast.stmt], prefix: str, in_subclass: bool) -> Iterator[str]:
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        is_property = any("property" in ast.unparse(d) for d in node.decorator_list)
+        if not (ast.get_docstring(node) or is_property or in_subclass):
+            yield prefix + node.name
+        if isinstance(node, ast.ClassDef):
+            yield from undocumented(node.body, f"{prefix}{node.name}.", overrides(node))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=relative)
+def test_every_public_function_and_class_is_documented(file: Path) -> None:
+    assert not list(undocumented(ast.parse(file.read_text()).body, "", False))
+
+
+@pytest.mark.parametrize("file", [m for m in MODULES if m.read_text().strip()], ids=relative)
+def test_every_module_is_documented(file: Path) -> None:
+    if file.name != "_version.py":
+        assert ast.get_docstring(ast.parse(file.read_text()))
