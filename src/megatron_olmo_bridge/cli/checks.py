@@ -53,8 +53,9 @@ def verify(
         _print_differences(result.differences)
         for note in result.notes:
             say(f"Note: {note}")
-        unit = "tensors" if second else "files"
-        compared = f"{result.compared} {unit}, {human_bytes(result.nbytes)} compared bit for bit"
+        compared = f"{result.compared} tensors, {human_bytes(result.nbytes)} compared bit for bit"
+        if second is None:
+            compared = f"{result.compared} files compared with what was recorded"
         if result.equal:
             say(f"Equal: {compared}.")
         else:

@@ -133,10 +133,6 @@ class ProgressBar(Reporter):
             self._progress.stop()
             self._progress = None
 
-    def note(self, text: str) -> None:
-        if self._shown:
-            sys.stderr.write(text + "\n")
-
     def __enter__(self) -> ProgressBar:
         return self
 

@@ -94,6 +94,8 @@ def import_(
         "dtype": dtype, "revision": revision, "release": release,
         "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
     }  # fmt: skip
+    if quiet or json:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of a download
     if dry_run:
         plan, _ = to_megatron.plan_import(source, **options)
         _print_plans([_summary(plan, destination)], quiet, json)

@@ -17,6 +17,3 @@ class Reporter:
 
     def end(self) -> None:
         """The current task is over."""
-
-    def note(self, text: str) -> None:
-        """Something that the user should know."""

@@ -208,7 +208,7 @@ def _read_run_config(file: Path) -> dict[str, Any]:
     return model
 
 
-def fetch(source: str, revision: str | None, quiet: bool = True) -> tuple[Path, str, str | None]:
+def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
     """A local folder for a path or a hub id, its name to record, and the hub's commit.
 
     Raises:
@@ -228,10 +228,7 @@ def fetch(source: str, revision: str | None, quiet: bool = True) -> tuple[Path, 
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if quiet:
-        disable_progress_bars()
     try:
         # Where the hub can't be reached, this takes what is in the cache.
         folder = snapshot_download(source, revision=revision, allow_patterns=list(HUB_PATTERNS))

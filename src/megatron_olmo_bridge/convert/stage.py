@@ -21,6 +21,7 @@ from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 
 from .plan import CopyPlan, fingerprint
+from .provenance import read_provenance
 
 
 class Stage:
@@ -60,13 +61,15 @@ class Stage:
                     )
             elif folder == self.folder:
                 raise OutputError(f"{folder}: is in the way, and no conversion's. Move it away.")
-            elif not self._overwrite:
+            elif not self._overwrite and not (self._resume and self._made_by_this_plan()):
                 raise OutputError(f"{folder}: exists already. Pass --overwrite to replace it.")
         if self._replaced.exists() and not left_by_kill and not _started(self.folder):
             raise OutputError(
                 f"{self._replaced}: is in the way; --overwrite keeps here what it replaces until "
                 "it is done. Move it away."
             )
+        if self.destination.is_mount():
+            raise OutputError(f"{self.destination}: is a mount point; name a folder in it")
         parent = self.destination.parent
         existing = next(p for p in (parent, *parent.parents, Path()) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -78,6 +81,15 @@ class Stage:
             raise OutputError(
                 f"{existing}: the disk is too small: {need:,} bytes needed, {free:,} free"
             )
+
+    def _made_by_this_plan(self) -> bool:
+        """Whether the destination is what this run would write: then there is nothing to do."""
+        recorded = read_provenance(self.destination / self._plan.weights_folder) or {}
+        sizes = {f.name: f.size for f in self._plan.files}
+        return recorded.get("plan_sha256") == self._plan.digest and all(
+            (file := self.destination / name).is_file() and file.stat().st_size == size
+            for name, size in sizes.items()
+        )
 
     def _reclaimed(self) -> int:
         """Bytes that an interrupted run holds in files which are written anew."""
@@ -107,7 +119,7 @@ class Stage:
     def open(self) -> None:
         """Take the output: make the folder, or continue one, and allocate every file."""
         try:
-            if self._finish_after_rename():
+            if (self.finished and not self._overwrite) or self._finish_after_rename():
                 return
             if not self.complete and self.folder.exists():
                 with _locked(self.folder):

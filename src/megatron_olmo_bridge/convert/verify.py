@@ -79,6 +79,11 @@ def verify(
             return Verification([Difference("mapping", str(path), str(error))], 0, 0)
     a, b = opened
     differences = list(_config_differences(a, b)) + list(_name_differences(a.tensors, b.tensors))
+    differences += [
+        Difference("missing", name, "in neither, though the config asks for it")
+        for name in a.mapping.hf_shapes
+        if name not in a.tensors and name not in b.tensors
+    ]
     pairs, notes = _pairs(a, b)
     total = sum(view.nbytes for view, _ in pairs)
     reporter.begin("verifying", total)

@@ -1,0 +1,97 @@
+"""``olmo-bridge``, made to be killed: ``killable.py POINT FILE_BYTES import SRC DST ...``
+
+POINT is where the process kills itself: one of POINTS below, some with a count after a colon.
+``slow`` doesn't: it says "ready" and then takes its time, so that somebody else can kill it; nor
+does ``none``.
+FILE_BYTES is the most bytes of a .distcp file, so that a small model takes several; 0 leaves it.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.cli.app import app
+from megatron_olmo_bridge.convert import to_hf, to_megatron
+from megatron_olmo_bridge.convert.stage import Stage
+from megatron_olmo_bridge.convert.transfer import Transfer
+from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
+
+PAUSE = 0.004
+"""Seconds before each tensor of a slow run."""
+
+POINTS = {
+    "allocated": "after all files were allocated, before the first tensor",
+    "data": "in the middle of the data: before the n-th tensor",
+    "text": "among the small files that come after the weights: before the n-th",
+    "rename": "before a folder takes another one's name: before the n-th rename",
+    "tracker": "after the rename, before the tracker is written",
+    "marker": "after the tracker, before the marker is removed",
+    "removal": "in the removal of a folder: after what is in it, before the marker",
+}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, then: Callable[[], None], nth: int = 1,
+           only: Callable[..., bool] = lambda *_: True) -> None:  # fmt: skip
+    """Call something before the n-th call of a function, of those calls that count."""
+    original, count = getattr(owner, name), itertools.count(1)
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if only(*args) and next(count) == nth:
+            then()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def prepare(point: str) -> None:
+    kind, _, n = point.partition(":")
+    nth = int(n or 1)
+    match kind:
+        case "allocated":
+            before(Transfer, "write", die)
+        case "data":
+            before(Transfer, "write", die, nth)
+        case "text":
+            before(Stage, "write_text", die, nth)
+        case "rename":
+            before(Path, "rename", die, nth)
+        case "tracker":
+            before(Stage, "_finish", die)
+        case "marker":
+            before(Path, "unlink", die, only=lambda path: path.name == PARTIAL_MARKER)
+        case "removal":
+            before(shutil, "rmtree", die, only=lambda p: (Path(p) / PARTIAL_MARKER).exists())
+        case "slow":
+            write = Transfer.write
+
+            def slow(*args: Any) -> None:
+                time.sleep(PAUSE)
+                write(*args)
+
+            Transfer.write = slow
+            print("ready", flush=True)
+        case "none":
+            pass
+        case _:
+            raise SystemExit(f"{point!r} is none of {', '.join(POINTS)}, slow, none")
+
+
+def main(point: str, file_bytes: str, *command: str) -> None:
+    to_megatron.FILE_BYTES = int(file_bytes) or to_megatron.FILE_BYTES
+    assert to_hf  # loaded already: a slow run is slow at its work, not at its imports
+    prepare(point)
+    app(list(command))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

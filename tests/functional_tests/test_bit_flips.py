@@ -1,0 +1,208 @@
+"""One flipped bit anywhere in the weights is found, and the tensor is named.
+
+Where a tensor's bytes are is found here without this package: by the header of safetensors, by
+torch's own reading of ``.metadata`` and by the zip records of its archives.
+"""
+
+import io
+import json
+import pickle
+import random
+import re
+import shutil
+import struct
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
+
+FLIPS = 50
+ITEM = 2
+"""Bytes of an element: the weights are bfloat16."""
+VOCAB, PADDED = 1024, 1280
+
+HF_NAMES = {
+    "embedding.word_embeddings.weight": ["model.embed_tokens.weight"],
+    "decoder.layers.self_attention.linear_qkv.weight": [
+        f"model.layers.*.self_attn.{x}_proj.weight" for x in "qkv"
+    ],
+    "decoder.layers.self_attention.q_layernorm.weight": ["model.layers.*.self_attn.q_norm.weight"],
+    "decoder.layers.self_attention.k_layernorm.weight": ["model.layers.*.self_attn.k_norm.weight"],
+    "decoder.layers.self_attention.linear_proj.weight": ["model.layers.*.self_attn.o_proj.weight"],
+    "decoder.layers.self_attention.linear_proj.post_layernorm.weight": [
+        "model.layers.*.post_attention_layernorm.weight"
+    ],
+    "decoder.layers.mlp.linear_fc1.weight": [
+        f"model.layers.*.mlp.{x}_proj.weight" for x in ("gate", "up")
+    ],
+    "decoder.layers.mlp.linear_fc2.weight": ["model.layers.*.mlp.down_proj.weight"],
+    "decoder.layers.mlp.linear_fc2.post_layernorm.weight": [
+        "model.layers.*.post_feedforward_layernorm.weight"
+    ],
+    "decoder.final_layernorm.weight": ["model.norm.weight"],
+    "output_layer.weight": ["lm_head.weight"],
+}
+"""Each Megatron key, and the Hugging Face tensors that it is made of."""
+KINDS = sorted(name for names in HF_NAMES.values() for name in names)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Where some rows of a tensor lie."""
+
+    named: frozenset[str]
+    """The names under which a difference there may be reported."""
+    file: Path
+    begin: int
+    end: int
+    columns: int
+
+
+def kind(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def flips(places: list[Bytes], rng: random.Random) -> Iterator[tuple[Bytes, int]]:
+    """Bytes to damage: kind after kind, in turn its last row, its first, and anywhere in it."""
+    kinds: dict[frozenset[str], list[Bytes]] = defaultdict(list)
+    for place in places:
+        kinds[frozenset(map(kind, place.named))].append(place)
+    for turn in range(FLIPS):
+        for group in sorted(kinds, key=sorted):
+            place = rng.choice(kinds[group]) if turn else kinds[group][-1]
+            row = place.columns * ITEM
+            first, last = {
+                0: (place.end - row, place.end),
+                1: (place.begin, place.begin + row),
+            }.get(turn, (place.begin, place.end))
+            yield place, rng.randrange(first, last)
+
+
+def flip(file: Path, at: int, bit: int) -> None:
+    with file.open("r+b") as handle:
+        handle.seek(at)
+        (value,) = handle.read(1)
+        handle.seek(at)
+        handle.write(bytes([value ^ 1 << bit]))
+
+
+def check_all_are_found(good: Path, damaged: Path, places: list[Bytes]) -> set[str]:
+    """Flip a bit, verify, flip it back, FLIPS times; the names that were reported."""
+    rng = random.Random(0)
+    seen: set[str] = set()
+    touched: set[Path] = set()
+    assert verify(good, damaged).equal
+    for place, at in islice(flips(places, rng), FLIPS):
+        bit = rng.randrange(8)
+        flip(place.file, at, bit)
+        result = verify(good, damaged)
+        flip(place.file, at, bit)
+        assert [d.kind for d in result.differences] == ["values"], (place, at, bit)
+        assert result.differences[0].name in place.named
+        assert result.differences[0].detail.startswith("1 of ")
+        seen.add(kind(result.differences[0].name))
+        touched.add(place.file)
+    assert verify(good, damaged).equal
+    assert touched == {place.file for place in places}, "every file had its turn, the last too"
+    return seen
+
+
+def test_in_an_export(megatron: Path, sharded: Path, tmp_path: Path) -> None:
+    export_checkpoint(megatron, tmp_path / "hf", max_shard_size="1MB")
+    places = []
+    for file in sorted((tmp_path / "hf").glob("*.safetensors")):
+        (length,) = struct.unpack("<Q", file.read_bytes()[:8])
+        header = json.loads(file.read_bytes()[8 : 8 + length])
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                columns = (entry["shape"] + [1])[1]
+                places.append(Bytes(frozenset([name]), file, begin, end, columns))
+    assert len({place.file for place in places}) > 2
+
+    assert check_all_are_found(sharded, tmp_path / "hf", places) == set(KINDS)
+
+
+def test_in_an_import_with_padded_rows(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_olmo_bridge.convert.to_megatron.FILE_BYTES", 1 << 20)
+    import_checkpoint(sharded, tmp_path / "megatron", make_vocab_size_divisible_by=PADDED)
+
+    places = list(megatron_places(tmp_path / "megatron" / "iter_0000000"))
+
+    padding = {f"{k} padding rows" for k, names in HF_NAMES.items() if "layers" not in names[0]}
+    padding -= {"decoder.final_layernorm.weight padding rows"}
+    seen = check_all_are_found(sharded, tmp_path / "megatron", places)
+    assert padding <= seen
+    # Of a tensor made of several, the flips hit one or the other; each was hit above already.
+    assert {kinds for place in places for kinds in map(kind, place.named)} == set(KINDS) | padding
+    assert all(seen & set(names) for names in HF_NAMES.values())
+
+
+def megatron_places(folder: Path) -> Iterator[Bytes]:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for index, info in metadata.storage_data.items():
+        if index.fqn not in HF_NAMES:
+            continue
+        file = folder / info.relative_path
+        begin, end = payload(file, info.offset, info.length)
+        chunk = next(
+            c for c in metadata.state_dict_metadata[index.fqn].chunks if c.offsets == index.offset
+        )
+        columns = 1 if len(chunk.sizes) == (2 if "layers" in index.fqn else 1) else chunk.sizes[-1]
+        names = HF_NAMES[index.fqn]
+        if "layers" in index.fqn:
+            names = [name.replace("*", str(index.offset[0])) for name in names]
+        if "linear_fc1" in index.fqn:
+            names = [names[1 if index.offset[1] else 0]]
+        if chunk.sizes[0] == PADDED:
+            middle = begin + VOCAB * columns * ITEM
+            yield Bytes(frozenset([f"{index.fqn} padding rows"]), file, middle, end, columns)
+            end = middle
+        yield Bytes(frozenset(names), file, begin, end, columns)
+
+
+def payload(file: Path, offset: int, length: int) -> tuple[int, int]:
+    """Where an archive's tensor lies in the file that the archive is in."""
+    archive = file.read_bytes()[offset : offset + length]
+    with zipfile.ZipFile(io.BytesIO(archive)) as zipped:
+        info = next(i for i in zipped.infolist() if i.filename.endswith("/data/0"))
+    name, extra = struct.unpack_from("<HH", archive, info.header_offset + 26)
+    begin = offset + info.header_offset + 30 + name + extra
+    return begin, begin + info.file_size
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "common.pt", "hf/config.json"])
+def test_by_checksum(sharded: Path, tmp_path: Path, name: str) -> None:
+    """With checksums on record, the checkpoint alone is enough, and no byte of it is left out."""
+    import_checkpoint(sharded, tmp_path / "megatron", checksum=True)
+    assert verify(tmp_path / "megatron").equal
+    file = tmp_path / "megatron" / "iter_0000000" / name
+
+    flip(file, file.stat().st_size - 1, bit=3)
+
+    differences = verify(tmp_path / "megatron").differences
+    assert [(d.kind, d.name) for d in differences] == [("checksum", name)]
+
+
+def test_files_lost_and_added_are_on_record_without_checksums(
+    megatron: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(megatron, tmp_path / "megatron")) / "iter_0000000"
+    (folder / "hf" / "generation_config.json").unlink()
+    (folder / "__0_9.distcp").write_bytes(b"")
+    (folder / "common.pt").write_bytes((folder / "common.pt").read_bytes() + b"more")
+
+    differences = verify(folder).differences
+
+    assert [(d.kind, d.name) for d in differences] == [
+        ("file", "common.pt"), ("missing", "hf/generation_config.json"),
+        ("unexpected", "__0_9.distcp"),
+    ]  # fmt: skip

@@ -1,0 +1,233 @@
+"""Pickles are programs. Of a hostile one nothing runs; an honest one is read, whatever it names."""
+
+import argparse
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path, PosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from damage import ITERATION, calling, edit_stored, rename_key, write_archive
+
+from megatron_olmo_bridge import export_checkpoint, inspect, verify
+from megatron_olmo_bridge.errors import BridgeError, UnsafePickleError
+from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
+
+SENTINEL = "the-pickle-was-run"
+TOUCH = f"open('{SENTINEL}', 'w').close()"
+NORM = "decoder.final_layernorm.weight"
+STATE, COMMON_STATE = "decoder.final_layernorm._extra_state/shard_0_1", "common_state/shard_0_1"
+
+
+class Calls:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def deep_inside(value: object) -> bytes:
+    """The value in what looks like a checkpoint's state."""
+    return pickle.dumps({"args": argparse.Namespace(x=[{1: (value,)}]), "iteration": 0})
+
+
+HOSTILE = {
+    "os.system": calling("os.system", f"touch {SENTINEL}"),
+    "posix.system": pickle.dumps(Calls(os.system, f"touch {SENTINEL}")),
+    "posix.unlink": deep_inside(Calls(os.unlink, "/none")),
+    "subprocess.Popen": calling("subprocess.Popen", f"touch {SENTINEL}"),
+    "builtins.eval": pickle.dumps(Calls(eval, TOUCH)),
+    "builtins.exec": deep_inside(Calls(exec, TOUCH)),
+    "builtins.compile": calling("__builtin__.compile", TOUCH),  # as Python 2 spells it
+    "builtins.getattr": calling("builtins.getattr", "os", "system"),
+    "builtins.open": calling("builtins.open", SENTINEL, "w"),
+    "builtins.__import__": calling("builtins.__import__", "os"),
+    "importlib.import_module": calling("importlib.import_module", "antigravity"),
+    "pickle.loads": calling("pickle.loads", "x"),
+    "runpy.run_path": calling("runpy.run_path", "x.py"),
+    "operator.attrgetter": calling("operator.attrgetter", "system"),
+    "functools.partial": calling("functools.partial", "x"),
+    "torch.hub.load": calling("torch.hub.load", "someone/repository", "model"),
+    "torch.load": calling("torch.load", "x.pt"),
+    "torch.jit.load": calling("torch.jit.load", "x.pt"),
+    "torch.utils.cpp_extension.load": calling("torch.utils.cpp_extension.load", "x"),
+    "numpy.load": calling("numpy.load", "x.npy"),
+    "numpy.testing._private.utils.runstring": calling(
+        "numpy.testing._private.utils.runstring", TOUCH
+    ),
+    # From protocol 4 on, a name may be a path of attributes.
+    "argparse.Namespace.__class__": b"\x80\x04\x8c\x08argparse\x8c\x13Namespace.__class__\x93.",
+}
+"""By the global that it asks for."""
+
+
+# What an allow-listed name stands for is never imported, so calling it does nothing either.
+HARMLESS = {
+    "megatron.nothing.here": calling("megatron.nothing.here", "x"),
+    "torch.distributed.checkpoint.anything": calling("torch.distributed.checkpoint.anything", "x"),
+}
+
+
+def into_metadata(folder: Path, pickled: bytes) -> None:
+    (folder / ".metadata").write_bytes(pickled)
+
+
+def into_common(folder: Path, pickled: bytes) -> None:
+    write_archive(folder / "common.pt", pickled)
+
+
+def among_shards(folder: Path, key: str, pickled: bytes) -> None:
+    """An archive in a file of its own, in place of a tensor's or an object's."""
+    file = folder / "__1_0.distcp"
+    write_archive(file, pickled)
+    at = {"relative_path": file.name, "offset": 0, "length": file.stat().st_size}
+    edit_stored(folder.parent, key, lambda stored: stored.update(at))
+
+
+def into_common_object(folder: Path, pickled: bytes) -> None:
+    """Where megatron-core 0.19 keeps the common state."""
+    (folder / "common.pt").unlink()
+    rename_key(folder.parent, STATE, COMMON_STATE)
+    among_shards(folder, COMMON_STATE, pickled)
+
+
+def into_tensor(folder: Path, pickled: bytes) -> None:
+    among_shards(folder, NORM, pickled)
+
+
+PLACES = {
+    ".metadata": into_metadata,
+    "common.pt": into_common,
+    COMMON_STATE: into_common_object,
+    "a tensor": into_tensor,
+}
+
+
+@pytest.fixture
+def copy(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint to spoil; the working directory is where a pickle would leave its trace."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(megatron, tmp_path / "megatron"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_of_a_hostile_pickle_runs(
+    copy: Path, tmp_path: Path, megatron: Path, name: str, place: str
+) -> None:
+    PLACES[place](copy / ITERATION, HOSTILE[name])
+    commands: list[Callable[[], object]] = [
+        lambda: inspect(copy),
+        lambda: export_checkpoint(copy, tmp_path / "hf"),
+        lambda: verify(copy, megatron),
+        lambda: verify(megatron, copy),
+    ]
+
+    for command in commands:
+        with pytest.raises(UnsafePickleError) as refused:
+            command()
+
+        assert f"asks for {name}," in str(refused.value)
+        assert "Nothing of it was run" in str(refused.value)
+
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_an_allowed_name_would_do_is_not_done(copy: Path, name: str, place: str) -> None:
+    PLACES[place](copy / ITERATION, HARMLESS[name])
+
+    with pytest.raises(BridgeError):  # it is no metadata, no state, no tensor
+        inspect(copy)
+
+
+def test_a_pickle_can_not_fill_the_memory(copy: Path) -> None:
+    """``set(range(...))`` needs no name outside of the language, and would never end."""
+    bomb = b"\x80\x02cbuiltins\nset\ncbuiltins\nrange\nL999999999999999999L\n\x85R\x85R."
+    into_common(copy / ITERATION, bomb)
+
+    with pytest.raises(UnsafePickleError, match=r"common\.pt"):
+        inspect(copy)
+
+
+# --------------------------------------------------------------------------- honest ones are read
+
+
+def real_args() -> argparse.Namespace:
+    """``args`` as a training run saves them: real objects of the classes that occur there."""
+    enums = pytest.importorskip("megatron.core.transformer.enums")
+    return argparse.Namespace(
+        num_layers=4, hidden_size=128, ffn_hidden_size=384, num_attention_heads=8,
+        group_query_attention=True, num_query_groups=4, kv_channels=16,
+        max_position_embeddings=4096, norm_epsilon=1e-6, rotary_base=500000,
+        position_embedding_type="rope", normalization="RMSNorm", swiglu=True, qk_layernorm=True,
+        untie_embeddings_and_output_weights=True, padded_vocab_size=1024, vocab_size=1024,
+        bf16=True, fp16=False,
+        attention_backend=enums.AttnBackend.auto,
+        attn_mask_type=enums.AttnMaskType.causal,
+        model_type=pytest.importorskip("megatron.core.enums").ModelType.encoder_or_decoder,
+        params_dtype=torch.bfloat16,
+        main_grads_dtype=torch.float32,
+        load=PosixPath("/checkpoints/run"),
+        exit_signal=signal.SIGTERM,
+        lr=np.float64(3e-4),
+        consumed_samples=np.int64(12),
+        loss_scales=np.arange(3, dtype=np.float32),
+        sizes=torch.Size([1, 2]),
+        data_path=["a", PosixPath("b")],
+        known=frozenset({"x"}),
+        blend=(None, {"k": slice(1, 2)}),
+        a_tensor=torch.arange(4.0),
+    )  # fmt: skip
+
+
+def test_the_args_of_a_real_run_are_read(copy: Path, tmp_path: Path, sharded: Path) -> None:
+    """Saved by torch itself, and the only place that says what model it is."""
+    state = {"args": real_args(), "iteration": 0, "checkpoint_version": 3.0}
+    torch.save(state, copy / ITERATION / "common.pt")
+    (copy / ITERATION / "hf" / "config.json").unlink()
+    (copy / ITERATION / "run_config.yaml").unlink()
+
+    found = inspect(copy)
+
+    assert found.size == "olmo2-tiny"
+    assert found.config_from.endswith("common.pt")
+    export_checkpoint(copy, tmp_path / "hf")
+    differences = verify(sharded, tmp_path / "hf").differences
+    assert [d.name for d in differences if d.kind != "config"] == []
+
+
+def test_the_common_state_of_a_newer_megatron_is_read(copy: Path) -> None:
+    """megatron-core 0.19 keeps it in an object, a list with the dictionary in it."""
+    folder = copy / ITERATION
+    into_common_object(folder, b"N.")
+    torch.save([{"args": real_args(), "iteration": 0}], folder / "__1_0.distcp")
+    length = (folder / "__1_0.distcp").stat().st_size
+    edit_stored(copy, COMMON_STATE, lambda stored: stored.update(length=length))
+
+    args = TorchDistFolder.read(folder).args
+
+    assert args is not None
+    assert args["num_layers"] == 4
+    assert args["untie_embeddings_and_output_weights"] is True
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_metadata_is_read_as_torch_itself_pickles_it(copy: Path, protocol: int) -> None:
+    file = copy / ITERATION / ".metadata"
+    metadata = pickle.loads(file.read_bytes())  # this one we wrote ourselves
+    before = TorchDistFolder.read(file.parent)
+
+    file.write_bytes(pickle.dumps(metadata, protocol=protocol))
+
+    assert type(metadata).__module__ == "torch.distributed.checkpoint.metadata"
+    assert TorchDistFolder.read(file.parent) == before

@@ -1,0 +1,200 @@
+"""Import from the hub: the real huggingface_hub against a small stand-in of the hub itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from megatron_olmo_bridge import synth, verify
+
+REPO = "org/tiny"
+REVISION = "stage1-step10-tokens1B"
+COMMITS = {"main": "a" * 40, REVISION: "b" * 40}
+
+
+@dataclass
+class Hub:
+    """Two revisions of one model, and what was asked for."""
+
+    folders: dict[str, Path]
+    """A folder for each commit."""
+    url: str = ""
+    asked: list[str] = field(default_factory=list)
+
+    def commit(self, revision: str) -> str | None:
+        commit = COMMITS.get(revision, revision)
+        return commit if commit in self.folders else None
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The three addresses of the hub that downloading a snapshot needs."""
+
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0].strip("/").split("/")
+        self.hub.asked.append(f"{self.command} {self.path}")
+        match path:
+            case ["api", "models", owner, name, "revision" | "tree" as what, revision, *_]:
+                pass
+            case ["api", "models", owner, name]:
+                what, revision = "revision", "main"
+            case [owner, name, "resolve", revision, *rest]:
+                what = "/".join(rest)
+            case _:
+                return self.fail("EntryNotFound")
+        if f"{owner}/{name}" != REPO:
+            return self.fail("RepoNotFound")
+        commit = self.hub.commit(revision)
+        if commit is None:
+            return self.fail("RevisionNotFound")
+        folder = self.hub.folders[commit]
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+        if what == "revision":
+            siblings = [{"rfilename": p.name} for p in files]
+            return self.answer({"id": REPO, "sha": commit, "siblings": siblings})
+        if what == "tree":
+            return self.answer(
+                [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": tag(p)}
+                 for p in files]
+            )  # fmt: skip
+        if not (folder / what).is_file():
+            return self.fail("EntryNotFound", commit)
+        return self.send(200, (folder / what).read_bytes(), commit, etag=tag(folder / what))
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer(self, value: object) -> None:
+        self.send(200, json.dumps(value).encode(), None, kind="application/json")
+
+    def fail(self, code: str, commit: str | None = None) -> None:
+        self.send(404, b"{}", commit, code=code)
+
+    def send(
+        self, status: int, body: bytes, commit: str | None, etag: str = "", code: str = "",
+        kind: str = "application/octet-stream",
+    ) -> None:  # fmt: skip
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", kind)
+        for name, value in (("X-Repo-Commit", commit), ("ETag", etag and f'"{etag}"'),
+                            ("X-Error-Code", code)):  # fmt: skip
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def tag(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    root = tmp_path_factory.mktemp("hub")
+    folders = {}
+    for seed, commit in enumerate(COMMITS.values()):
+        folders[commit] = synth(
+            "olmo2-tiny", root / commit, seed=seed, layers=2, max_shard_size="500KB"
+        )
+        (folders[commit] / "tokenizer.json").write_text('{"a": "tokenizer"}')
+        (folders[commit] / "pytorch_model.bin").write_bytes(b"not to be fetched")
+    served = Hub(folders)
+    handler = type("HubHandler", (Handler,), {"hub": served})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield served
+    server.shutdown()
+    server.server_close()
+
+
+def olmo_bridge(
+    cwd: Path, hub_url: str, *args: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "HF_ENDPOINT": hub_url, "HF_HOME": str(cwd / "cache"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+    } | environment  # fmt: skip
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    command = [sys.executable, "-m", "megatron_olmo_bridge", *map(str, args)]
+    return subprocess.run(
+        command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit"),
+    [(None, COMMITS["main"]), (REVISION, COMMITS[REVISION]), ("b" * 40, COMMITS[REVISION])],
+)
+def test_a_revision_is_pinned_to_its_commit(
+    hub: Hub, tmp_path: Path, revision: str | None, commit: str
+) -> None:
+    flags = ["--revision", revision] if revision else []
+    done = olmo_bridge(tmp_path, hub.url, "import", REPO, "m", *flags)
+    assert done.returncode == 0, done.stderr
+    recorded = json.loads((tmp_path / "m/iter_0000000/olmo_bridge.json").read_text())
+    assert (recorded["source"], recorded["revision"]) == (REPO, commit)
+    assert verify(hub.folders[commit], tmp_path / "m").equal
+    assert (tmp_path / "m/iter_0000000/hf/tokenizer.json").exists()
+    shown = olmo_bridge(tmp_path, hub.url, "inspect", "m").stdout
+    assert f"{REPO} at {commit}" in shown
+    assert not [a for a in hub.asked if "pytorch_model.bin" in a]
+
+
+def test_the_cache_serves_where_the_hub_is_out_of_reach(hub: Hub, tmp_path: Path) -> None:
+    first = olmo_bridge(tmp_path, hub.url, "import", REPO, "a", "--revision", REVISION)
+    assert first.returncode == 0, first.stderr
+    nowhere = "http://127.0.0.1:9"
+    for name, environment in (("b", {}), ("c", {"HF_HUB_OFFLINE": "1"})):
+        done = olmo_bridge(
+            tmp_path, nowhere, "import", REPO, name, "--revision", REVISION, **environment
+        )
+        assert done.returncode == 0, done.stderr
+        texts = [(tmp_path / n / "iter_0000000/olmo_bridge.json").read_text() for n in ("a", name)]
+        assert texts[0] == texts[1]
+    done = olmo_bridge(tmp_path, nowhere, "import", "org/other", "d", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "olmo-bridge: org/other: no such folder here, the hub can't be reached, "
+        "and it isn't in the cache\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((REPO, "--revision", "no-such"), f"{REPO}: the hub has no revision 'no-such' of it"),
+        (("org/absent",), "org/absent: no such folder here, no such model on the hub"),
+    ],
+)
+def test_what_the_hub_does_not_have(
+    hub: Hub, tmp_path: Path, args: tuple[str, ...], says: str
+) -> None:
+    done = olmo_bridge(tmp_path, hub.url, "import", args[0], "m", *args[1:])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"olmo-bridge: {says}\n"
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_dry_run_of_a_hub_id(hub: Hub, tmp_path: Path) -> None:
+    done = olmo_bridge(tmp_path, hub.url, "import", REPO, "m", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["operation"] == "import"
+    assert not (tmp_path / "m").exists()

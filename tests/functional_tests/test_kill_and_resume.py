@@ -1,0 +1,407 @@
+"""A conversion that is killed leaves nothing that counts as a checkpoint, and can be resumed to the
+same bytes. Real processes, really killed: at moments all over the run, and at chosen places."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killing import KILLABLE, KILLED, MARKER, accepted, finish, finished, kill_after, start
+from trees import tree_hash
+
+from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect, synth, verify
+from megatron_olmo_bridge.convert import to_megatron
+from megatron_olmo_bridge.errors import InputError, OutputError
+
+KILLS = int(os.environ.get("OLMO_BRIDGE_KILLS", "6"))
+"""Kills spread over a run, for each direction."""
+FILE_BYTES = 1 << 20
+OVERWRITTEN = "what was there before"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One direction of conversion of the small model, in several files."""
+
+    operation: str
+    source: Path
+    options: dict[str, Any]
+    """For the library."""
+    arguments: tuple[str, ...]
+    """The same for the command line."""
+    uninterrupted: dict[str, str]
+    """What the tree looks like when nothing was interrupted."""
+
+    def start(self, dst: Path, point: str, *flags: str) -> "subprocess.Popen[str]":
+        command = [self.operation, self.source, dst, *self.arguments, *flags]
+        return start(command, point, FILE_BYTES)
+
+    def run(self, dst: Path, **options: Any) -> None:
+        """In this process."""
+        convert = import_checkpoint if self.operation == "import" else export_checkpoint
+        convert(self.source, dst, **self.options, **options)
+
+    def check(self, dst: Path) -> None:
+        """The tree is the uninterrupted one, and nothing lies beside it."""
+        assert tree_hash(dst) == self.uninterrupted
+        assert [p.name for p in dst.parent.iterdir() if p.name.startswith(dst.name)] == [dst.name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_files() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_megatron, "FILE_BYTES", FILE_BYTES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def conversions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversion]:
+    root = tmp_path_factory.mktemp("conversions")
+    hf = synth("olmo2-tiny", root / "hf", layers=12, max_shard_size="1MB")
+    found = {}
+    for operation, source, options, arguments in (
+        ("import", hf, {"make_vocab_size_divisible_by": 1280},
+         ("--make-vocab-size-divisible-by", "1280")),
+        ("export", root / "import", {"max_shard_size": "1MB"}, ("--max-shard-size", "1MB")),
+    ):  # fmt: skip
+        conversion = Conversion(operation, source, options, arguments, {})
+        conversion.run(root / operation)
+        conversion.uninterrupted.update(tree_hash(root / operation))
+        weights = [n for n in conversion.uninterrupted if n.endswith((".distcp", ".safetensors"))]
+        assert len(weights) > 3
+        found[operation] = conversion
+    return found
+
+
+@pytest.fixture(params=["import", "export"])
+def conversion(request: pytest.FixtureRequest, conversions: dict[str, Conversion]) -> Conversion:
+    return conversions[request.param]
+
+
+# ------------------------------------------------------------------------------- killed anywhere
+
+
+def slow_seconds(conversion: Conversion, dst: Path) -> float:
+    """How long a slow run works, from when it is ready."""
+    process = conversion.start(dst, "slow")
+    begin = ready(process)
+    assert finish(process)[0] == 0
+    return time.monotonic() - begin
+
+
+def ready(process: "subprocess.Popen[str]") -> float:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return time.monotonic()
+
+
+def test_killed_at_any_moment(conversion: Conversion, tmp_path: Path) -> None:
+    duration = slow_seconds(conversion, tmp_path / "slow")
+    conversion.check(tmp_path / "slow")
+    interrupted = 0
+    for i in range(KILLS):
+        dst = tmp_path / f"{i}"
+        process = conversion.start(dst, "slow")
+        ready(process)
+        killed = kill_after(process, duration * (i + 0.5) / KILLS)
+        if not finished(dst):
+            assert killed
+            interrupted += 1
+            assert accepted(dst, conversion.source) == []
+            conversion.run(dst, resume=True)
+        conversion.check(dst)
+    assert interrupted >= KILLS // 2
+
+
+def test_killed_again_and_again(conversion: Conversion, tmp_path: Path) -> None:
+    """Each run keeps what the ones before it completed, so they come to an end all the same."""
+    dst = tmp_path / "dst"
+    complete, kills = 0, 0
+    while kills < 50:
+        code, said = finish(conversion.start(dst, "data:60", "--resume"))
+        if code == 0:
+            break
+        kills += 1
+        assert code == KILLED, said
+        assert accepted(dst, conversion.source) == []
+        journal = (tmp_path / "dst.partial" / MARKER).read_text().splitlines()
+        assert len(journal) >= complete
+        complete = len(journal)
+    assert kills > 1
+    conversion.check(dst)
+
+
+# -------------------------------------------------------------------------- killed at such a place
+
+
+@pytest.mark.parametrize(
+    "point", ["allocated", "data:3", "data:70", "text:1", "text:2", "rename", "tracker", "marker"]
+)
+def test_killed_at(conversion: Conversion, tmp_path: Path, point: str) -> None:
+    dst = tmp_path / "dst"
+
+    code, said = finish(conversion.start(dst, point))
+
+    assert code == KILLED, said
+    assert accepted(dst, conversion.source) == []
+    with pytest.raises(OutputError, match=r"interrupted.*--resume.*--overwrite"):
+        conversion.run(dst)
+    conversion.run(dst, resume=True)
+    conversion.check(dst)
+
+
+@pytest.mark.parametrize(
+    "point", ["allocated", "data:70", "rename:1", "rename:2", "tracker", "removal", "marker"]
+)
+@pytest.mark.parametrize("again", ["--resume", "--overwrite"])
+def test_killed_while_replacing(
+    conversion: Conversion, tmp_path: Path, point: str, again: str
+) -> None:
+    """Until the new one is whole, what was at DST is there, or beside it as DST.replaced."""
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    (dst / "file").write_text(OVERWRITTEN)
+
+    code, said = finish(conversion.start(dst, point, "--overwrite"))
+
+    assert code == KILLED, said
+    renamed = point not in ("allocated", "data:70", "rename:1")
+    kept = tmp_path / "dst.replaced" if renamed else dst
+    if point not in ("removal", "marker"):
+        assert (kept / "file").read_text() == OVERWRITTEN
+    assert accepted(dst, conversion.source) == []
+    if again == "--resume" and not renamed:
+        # DST still holds what it held: only --overwrite says that it may go.
+        with pytest.raises(OutputError, match="Pass --overwrite"):
+            conversion.run(dst, resume=True)
+        assert (dst / "file").read_text() == OVERWRITTEN
+        conversion.run(dst, overwrite=True)
+    else:
+        conversion.run(dst, **{again.removeprefix("--"): True})
+    conversion.check(dst)
+
+
+def test_killed_while_replacing_what_a_kill_left(conversion: Conversion, tmp_path: Path) -> None:
+    """DST lacks only the end of its run, and DST.partial was to replace it: DST is finished."""
+    dst = tmp_path / "dst"
+    assert finish(conversion.start(dst, "tracker"))[0] == KILLED
+    assert finish(conversion.start(dst, "data:70", "--overwrite"))[0] == KILLED
+    assert accepted(dst, conversion.source) == []
+
+    conversion.run(dst, resume=True)
+
+    conversion.check(dst)
+
+
+def test_killed_while_what_is_left_is_removed(conversion: Conversion, tmp_path: Path) -> None:
+    """The marker goes last, so that half of a folder never counts as a whole one."""
+    dst = tmp_path / "dst"
+    assert finish(conversion.start(dst, "rename"))[0] == KILLED
+
+    code, said = finish(conversion.start(dst, "removal", "--overwrite"))
+
+    assert code == KILLED, said
+    assert [p.name for p in (tmp_path / "dst.partial").iterdir()] == [MARKER]
+    assert accepted(dst, conversion.source) == []
+    conversion.run(dst, resume=True)
+    conversion.check(dst)
+
+
+def test_what_is_left_is_refused_from_inside_and_through_links(
+    conversions: dict[str, Conversion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the rename, the folder is complete: only its marker tells."""
+    dst = tmp_path / "dst"
+    assert finish(conversions["import"].start(dst, "rename"))[0] == KILLED
+    (tmp_path / "link").symlink_to(tmp_path / "dst.partial" / "iter_0000000")
+    monkeypatch.chdir(tmp_path / "link")
+
+    for path in (".", tmp_path / "link", "../iter_0000000"):
+        with pytest.raises(InputError, match="an interrupted conversion"):
+            inspect(path)
+
+
+# ------------------------------------------------------------------------------ what resume refuses
+
+
+def interrupted(conversion: Conversion, dst: Path) -> None:
+    assert finish(conversion.start(dst, "data:70"))[0] == KILLED
+
+
+def test_resume_is_refused_with_other_options(conversion: Conversion, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    interrupted(conversion, dst)
+    before = tree_hash(tmp_path)
+
+    with pytest.raises(OutputError, match=r"dst.partial: was begun with another plan.*--overwrite"):
+        conversion.run(dst, dtype="float32", resume=True)
+
+    assert tree_hash(tmp_path) == before
+    conversion.run(dst, resume=True)
+    conversion.check(dst)
+
+
+def test_resume_is_refused_with_another_source(conversion: Conversion, tmp_path: Path) -> None:
+    """The same headers, but written since: its values may be others."""
+    dst = tmp_path / "dst"
+    interrupted(conversion, dst)
+    file = next(conversion.source.rglob("*-00002-*" if conversion.operation == "import" else "__*"))
+    before, status = tree_hash(tmp_path), file.stat()
+
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+    with pytest.raises(OutputError, match="was begun with another source files"):
+        conversion.run(dst, resume=True)
+    assert tree_hash(tmp_path) == before
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    conversion.run(dst, overwrite=True)
+    conversion.check(dst)
+
+
+def test_resume_with_nothing_there_starts_afresh(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.run(tmp_path / "dst", resume=True)
+
+    conversion.check(tmp_path / "dst")
+
+
+def test_resume_of_what_is_complete_has_nothing_to_do(
+    conversion: Conversion, tmp_path: Path
+) -> None:
+    """So that a loop of retries ends, wherever the last kill came."""
+    dst = tmp_path / "dst"
+    conversion.run(dst)
+    before = tree_hash(tmp_path)
+
+    conversion.run(dst, resume=True)
+
+    assert tree_hash(tmp_path) == before
+    with pytest.raises(OutputError, match="exists already"):
+        conversion.run(dst, dtype="float32", resume=True)
+
+
+def test_resume_after_a_kill_before_anything_was_noted(
+    conversion: Conversion, tmp_path: Path
+) -> None:
+    """The folder was made, with or without its marker, and no more."""
+    for name, marked in (("a", False), ("b", True)):
+        (tmp_path / f"{name}.partial").mkdir()
+        if marked:
+            (tmp_path / f"{name}.partial" / MARKER).touch()
+
+        conversion.run(tmp_path / name, resume=True)
+
+        conversion.check(tmp_path / name)
+
+
+# --------------------------------------------------------------------- Ctrl-C, and two runs at once
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_ctrl_c(conversion: Conversion, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    process = conversion.start(dst, "slow")
+    marker = tmp_path / "dst.partial" / MARKER
+    wait_for(lambda: marker.exists() and len(marker.read_text().splitlines()) > 1)
+
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+
+    assert code == 130
+    assert said.splitlines()[-1].startswith("olmo-bridge: interrupted")
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert accepted(dst, conversion.source) == []
+    conversion.run(dst, resume=True)
+    conversion.check(dst)
+
+
+def test_ctrl_c_in_python_leaves_no_lock(
+    conversion: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook the process lives on, and resumes what it was stopped in."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "megatron_olmo_bridge.convert.execute._describe", lambda *_: signal.raise_signal(2)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            conversion.run(tmp_path / "dst")
+
+    conversion.run(tmp_path / "dst", resume=True)
+
+    conversion.check(tmp_path / "dst")
+
+
+def test_two_runs_at_once(conversion: Conversion, tmp_path: Path) -> None:
+    """The second is refused, whatever it was told to do with what it finds."""
+    dst = tmp_path / "dst"
+    process = conversion.start(dst, "slow")
+    marker = tmp_path / "dst.partial" / MARKER
+    wait_for(lambda: marker.exists() and marker.read_text())
+
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(OutputError, match="another olmo-bridge is writing here right now"):
+            conversion.run(dst, **options)
+
+    assert process.poll() is None, "the first run was over too soon for this test"
+    assert finish(process)[0] == 0
+    conversion.check(dst)
+
+
+# ------------------------------------------------------------------- the same bytes by other means
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_same_bytes_whatever_the_workers(
+    conversion: Conversion, tmp_path: Path, workers: int
+) -> None:
+    conversion.run(tmp_path / "dst", workers=workers)
+
+    conversion.check(tmp_path / "dst")
+
+
+def test_same_bytes_under_torchrun(conversion: Conversion, tmp_path: Path) -> None:
+    """Two processes share the files, resume what one alone began, and finish it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [conversion.operation, str(conversion.source), str(tmp_path / "dst")]
+    command += [*conversion.arguments, "--resume"]
+    interrupted(conversion, tmp_path / "dst")
+    program = [str(KILLABLE), "none", str(FILE_BYTES)]
+    if conversion.operation == "export":  # its files are small without help
+        program = ["-m", "megatron_olmo_bridge"]
+
+    done = subprocess.run([*torchrun, *program, *command], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tensors, ") == 1, "one of them speaks for all"
+    conversion.check(tmp_path / "dst")
+
+
+def test_same_bytes_by_any_way_of_copying(
+    conversion: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the kernel's help, as on macOS, and without allocation in advance."""
+    for missing in ("copy_file_range", "sendfile", "preadv", "posix_fallocate"):
+        monkeypatch.delattr(os, missing, raising=False)
+        dst = tmp_path / missing
+
+        conversion.run(dst)
+
+        conversion.check(dst)
+
+
+def test_there_and_back(conversions: dict[str, Conversion], tmp_path: Path) -> None:
+    """What all of the above compare with is right: the export of the import is the source."""
+    conversions["export"].run(tmp_path / "dst")
+
+    assert verify(conversions["import"].source, tmp_path / "dst").equal
