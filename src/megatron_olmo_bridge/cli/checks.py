@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_olmo_bridge.convert.plan import WORKERS
+
 from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def verify(
     second: Annotated[
         Path | None, typer.Argument(metavar="[B]", help="Another, to compare it with.")
     ] = None,
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_olmo_bridge.convert.plan import CopyPlan
+from megatron_olmo_bridge.convert.plan import WORKERS, CopyPlan
 
 from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
 
@@ -63,7 +63,7 @@ def import_(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, or a hub id.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint root to make.")],
     dtype: Dtype = "keep",
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     revision: Annotated[
         str | None, typer.Option(help="Of the hub: stage1-step1907359-tokens4001B, a commit.")
     ] = None,
@@ -132,7 +132,7 @@ def export(
         int | None,
         typer.Option(min=1, help="Rows to keep of a padded vocabulary, if not recorded."),
     ] = None,
-    workers: Workers = 1,
+    workers: Workers = WORKERS,
     resume: Resume = False,
     overwrite: Overwrite = False,
     checksum: Checksum = False,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_olmo_bridge.errors import BridgeError, OutputError
 
-from .plan import CopyPlan, Literal, OutputFile
+from .plan import WORKERS, CopyPlan, Literal, OutputFile
 from .processes import Processes
 from .provenance import PROVENANCE, Provenance
 from .reporter import Reporter
@@ -26,7 +26,7 @@ def execute(
     destination: Path,
     provenance: Provenance,
     *,
-    workers: int = 1,
+    workers: int = WORKERS,
     resume: bool = False,
     overwrite: bool = False,
     checksum: bool = False,

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
 
+WORKERS = 2
+"""Threads where none are asked for: one copies while the other waits for the disk."""
+
 
 @dataclass(frozen=True)
 class Literal:

@@ -14,7 +14,7 @@ from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.formats.torch_dist import iteration_folders
 
 from .execute import execute
-from .plan import CopyPlan, Literal, OutputFile, Payload
+from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .provenance import Provenance
 from .reporter import Reporter
 from .source import Source, check_dtype, config_with_dtype, open_source
@@ -33,7 +33,7 @@ def export_checkpoint(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
-    workers: int = 1,
+    workers: int = WORKERS,
     resume: bool = False,
     overwrite: bool = False,
     checksum: bool = False,

@@ -31,7 +31,7 @@ from megatron_olmo_bridge.mapping.placement import Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 
 from .execute import execute
-from .plan import CopyPlan, Packer
+from .plan import WORKERS, CopyPlan, Packer
 from .provenance import Provenance
 from .reporter import Reporter
 from .source import (
@@ -54,7 +54,7 @@ def import_checkpoint(
     destination: str | Path,
     *,
     dtype: str = "keep",
-    workers: int = 1,
+    workers: int = WORKERS,
     revision: str | None = None,
     make_vocab_size_divisible_by: int = 1,
     release: bool = False,

@@ -16,6 +16,7 @@ from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 
 from .execute import sha256
+from .plan import WORKERS
 from .provenance import PROVENANCE, read_provenance
 from .reporter import Reporter
 from .source import Source, open_source
@@ -57,7 +58,7 @@ def verify(
     first: str | Path,
     second: str | Path | None = None,
     *,
-    workers: int = 1,
+    workers: int = WORKERS,
     reporter: Reporter | None = None,
 ) -> Verification:
     """Compare two checkpoints of either kind, bit for bit and without tolerance.
