@@ -1,8 +1,9 @@
 """Time import and export next to ``cp -r`` of the same bytes, and take their peak memory.
 
-Each is a whole process and ends with its files synced; the rounds are interleaved, so that what
-slows the machine slows all alike, and each begins with its source out of the page cache (or in it). Memory is summed over the process tree every 10 ms, in a round
-more whose times don't count.
+Each is a whole process and ends with its files synced. The rounds are interleaved, so that what
+slows the machine slows all alike; each begins with its source out of the page cache (or in it), and
+cp changes its place from round to round, since who comes first finds freed memory. Memory is
+summed over the process tree every 10 ms, in a round more whose times don't count.
 
     python benchmarks/bench.py --size olmo2-7b
     python benchmarks/bench.py --size olmo2-1b --dtype float32 --to bfloat16
@@ -75,16 +76,18 @@ def run_rounds(args: argparse.Namespace, work: Path) -> dict[str, list[tuple[flo
     }
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for number in range(args.rounds + 1):
-        for name, command in commands.items():
+        order = ["import", "export"]
+        order.insert(number % 3, "cp -r")
+        for name in order:
             watched = args.tight or number == args.rounds
             set_cache(megatron if name == "export" else hf, args.cache)
-            results[name].append(measure(command, watched))
+            results[name].append(measure(commands[name], watched))
             seconds, memory = results[name][-1]
             said = f"{memory:6.0f} MiB" if watched else ""
             print(f"round {number + 1}: {name:7} {seconds:7.2f} s  {said}", flush=True)
             if name != "import":  # the export reads what the import wrote
                 shutil.rmtree(copied if name == "cp -r" else back)
-            elif args.tight:
+            if args.tight and number == 0 and name == "import":
                 shutil.rmtree(hf)
         shutil.rmtree(megatron)
         if args.tight:
