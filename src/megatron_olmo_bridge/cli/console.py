@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             fail(str(error), 2)
         except KeyboardInterrupt:
             fail("interrupted. A partial output can be continued with --resume.", 130)
+        except BrokenPipeError:  # the reader, `head` for example, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}", 2)

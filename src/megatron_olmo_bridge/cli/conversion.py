@@ -109,7 +109,8 @@ def import_(
     _print_done([plan], destination, begin, quiet, json)
     if not json and _first_process():
         say(
-            f"Prove it:    olmo-bridge verify {source} {destination}", quiet or revision is not None
+            f"Prove it:    olmo-bridge verify {source} {destination}",
+            quiet or revision is not None or dtype != "keep",
         )
         say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args", quiet)
 

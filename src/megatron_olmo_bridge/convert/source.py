@@ -28,7 +28,7 @@ from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, publishe
 HF_SUBFOLDER = "hf"
 """In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""
 RUN_CONFIG = "run_config.yaml"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def _name_differences(a: dict[str, TensorView], b: dict[str, TensorView]) -> Ite
     for name in b:
         if name not in a:
             yield Difference("unexpected", name, "only in the second")
-    for name in a.keys() & b.keys():
+    for name in [n for n in a if n in b]:
         if a[name].shape != b[name].shape:
             yield Difference("shape", name, f"{list(a[name].shape)} and {list(b[name].shape)}")
         elif a[name].dtype != b[name].dtype:
