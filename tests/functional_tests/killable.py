@@ -1,8 +1,9 @@
 """``olmo-bridge``, made to be killed: ``killable.py POINT FILE_BYTES import SRC DST ...``
 
 POINT is where the process kills itself: one of POINTS below, some with a count after a colon.
-``slow`` doesn't: it says "ready" and then takes its time, so that somebody else can kill it; nor
-does ``none``.
+``slow`` doesn't: it says "ready" and then takes its time, so that somebody else can kill it.
+``stopped`` stops itself (SIGSTOP) before the n-th tensor, until somebody sends SIGCONT.
+``none`` does nothing of its own.
 FILE_BYTES is the most bytes of a .distcp file, so that a small model takes several; 0 leaves it.
 """
 
@@ -80,10 +81,12 @@ def prepare(point: str) -> None:
 
             Transfer.write = slow
             print("ready", flush=True)
+        case "stopped":
+            before(Transfer, "write", lambda: os.kill(os.getpid(), signal.SIGSTOP), nth)
         case "none":
             pass
         case _:
-            raise SystemExit(f"{point!r} is none of {', '.join(POINTS)}, slow, none")
+            raise SystemExit(f"{point!r} is none of {', '.join(POINTS)}, slow, stopped, none")
 
 
 def main(point: str, file_bytes: str, *command: str) -> None:

@@ -1,11 +1,13 @@
 """A conversion that is killed leaves nothing that counts as a checkpoint, and can be resumed to the
 same bytes. Real processes, really killed: at moments all over the run, and at chosen places."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,20 +305,22 @@ def test_resume_after_a_kill_before_anything_was_noted(
 # --------------------------------------------------------------------- Ctrl-C, and two runs at once
 
 
-def wait_for(condition: Any, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+@contextlib.contextmanager
+def stopped(conversion: Conversion, dst: Path, nth_tensor: int) -> Iterator[Any]:
+    """A run that stands still before the n-th tensor, and goes on afterwards."""
+    process = conversion.start(dst, f"stopped:{nth_tensor}")
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def test_ctrl_c(conversion: Conversion, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
-    process = conversion.start(dst, "slow")
-    marker = tmp_path / "dst.partial" / MARKER
-    wait_for(lambda: marker.exists() and len(marker.read_text().splitlines()) > 1)
-
-    process.send_signal(signal.SIGINT)
+    with stopped(conversion, dst, nth_tensor=90) as process:
+        assert len((tmp_path / "dst.partial" / MARKER).read_text().splitlines()) > 1
+        process.send_signal(signal.SIGINT)
     code, said = finish(process)
 
     assert code == 130
@@ -347,15 +351,11 @@ def test_ctrl_c_in_python_leaves_no_lock(
 def test_two_runs_at_once(conversion: Conversion, tmp_path: Path) -> None:
     """The second is refused, whatever it was told to do with what it finds."""
     dst = tmp_path / "dst"
-    process = conversion.start(dst, "slow")
-    marker = tmp_path / "dst.partial" / MARKER
-    wait_for(lambda: marker.exists() and marker.read_text())
+    with stopped(conversion, dst, nth_tensor=1) as process:
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(OutputError, match="another olmo-bridge is writing here right now"):
+                conversion.run(dst, **options)
 
-    for options in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(OutputError, match="another olmo-bridge is writing here right now"):
-            conversion.run(dst, **options)
-
-    assert process.poll() is None, "the first run was over too soon for this test"
     assert finish(process)[0] == 0
     conversion.check(dst)
 
