@@ -2,7 +2,7 @@
 
 POINT is where the process kills itself: one of POINTS below, some with a count after a colon.
 ``slow`` doesn't: it says "ready" and then takes its time, so that somebody else can kill it.
-``stopped`` stops itself (SIGSTOP) before the n-th tensor, until somebody sends SIGCONT.
+``stopped`` stops itself (SIGSTOP) after the first file is journaled, until SIGCONT.
 ``none`` does nothing of its own.
 FILE_BYTES is the most bytes of a .distcp file, so that a small model takes several; 0 leaves it.
 """
@@ -82,7 +82,14 @@ def prepare(point: str) -> None:
             Transfer.write = slow
             print("ready", flush=True)
         case "stopped":
-            before(Transfer, "write", lambda: os.kill(os.getpid(), signal.SIGSTOP), nth)
+            record, count = Stage.record, itertools.count(1)
+
+            def stop(*args: Any) -> None:
+                record(*args)
+                if next(count) == 1:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+
+            Stage.record = stop
         case "none":
             pass
         case _:

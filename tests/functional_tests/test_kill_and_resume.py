@@ -306,9 +306,9 @@ def test_resume_after_a_kill_before_anything_was_noted(
 
 
 @contextlib.contextmanager
-def stopped(conversion: Conversion, dst: Path, nth_tensor: int) -> Iterator[Any]:
-    """A run that stands still before the n-th tensor, and goes on afterwards."""
-    process = conversion.start(dst, f"stopped:{nth_tensor}")
+def stopped(conversion: Conversion, dst: Path) -> Iterator[Any]:
+    """A run that stands still after its first file is journaled, and goes on afterwards."""
+    process = conversion.start(dst, "stopped")
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     try:
         yield process
@@ -318,7 +318,7 @@ def stopped(conversion: Conversion, dst: Path, nth_tensor: int) -> Iterator[Any]
 
 def test_ctrl_c(conversion: Conversion, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
-    with stopped(conversion, dst, nth_tensor=90) as process:
+    with stopped(conversion, dst) as process:
         assert len((tmp_path / "dst.partial" / MARKER).read_text().splitlines()) > 1
         process.send_signal(signal.SIGINT)
     code, said = finish(process)
@@ -351,7 +351,7 @@ def test_ctrl_c_in_python_leaves_no_lock(
 def test_two_runs_at_once(conversion: Conversion, tmp_path: Path) -> None:
     """The second is refused, whatever it was told to do with what it finds."""
     dst = tmp_path / "dst"
-    with stopped(conversion, dst, nth_tensor=1) as process:
+    with stopped(conversion, dst) as process:
         for options in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(OutputError, match="another olmo-bridge is writing here right now"):
                 conversion.run(dst, **options)
