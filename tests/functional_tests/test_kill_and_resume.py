@@ -305,6 +305,15 @@ def test_resume_after_a_kill_before_anything_was_noted(
 # --------------------------------------------------------------------- Ctrl-C, and two runs at once
 
 
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Where pytest itself was started in the background, a shell has it and its children ignore
+    SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextlib.contextmanager
 def stopped(conversion: Conversion, dst: Path) -> Iterator[Any]:
     """A run that stands still after its first file is journaled, and goes on afterwards."""
@@ -316,6 +325,7 @@ def stopped(conversion: Conversion, dst: Path) -> Iterator[Any]:
         process.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c(conversion: Conversion, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     with stopped(conversion, dst) as process:
@@ -332,6 +342,7 @@ def test_ctrl_c(conversion: Conversion, tmp_path: Path) -> None:
     conversion.check(dst)
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_in_python_leaves_no_lock(
     conversion: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
