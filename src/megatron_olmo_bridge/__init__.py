@@ -12,10 +12,26 @@ if TYPE_CHECKING:
     from .convert.to_hf import export_checkpoint
     from .convert.to_megatron import import_checkpoint
     from .convert.verify import verify
+    from .live.auto_bridge import AutoBridge
+    from .live.strategy import hf_as_megatron
+    from .models.olmo2.provider import (
+        Olmo2ModelProvider,
+        Olmo2ModelProvider1B,
+        Olmo2ModelProvider7B,
+        Olmo2ModelProvider13B,
+        Olmo2ModelProvider32B,
+    )
 
 _HOME = {
+    "AutoBridge": "live.auto_bridge",
+    "Olmo2ModelProvider": "models.olmo2.provider",
+    "Olmo2ModelProvider13B": "models.olmo2.provider",
+    "Olmo2ModelProvider1B": "models.olmo2.provider",
+    "Olmo2ModelProvider32B": "models.olmo2.provider",
+    "Olmo2ModelProvider7B": "models.olmo2.provider",
     "doctor": "convert.doctor",
     "export_checkpoint": "convert.to_hf",
+    "hf_as_megatron": "live.strategy",
     "import_checkpoint": "convert.to_megatron",
     "inspect": "convert.inspect",
     "synth": "convert.synth",
@@ -23,9 +39,16 @@ _HOME = {
 }
 
 __all__ = [
+    "AutoBridge",
+    "Olmo2ModelProvider",
+    "Olmo2ModelProvider1B",
+    "Olmo2ModelProvider7B",
+    "Olmo2ModelProvider13B",
+    "Olmo2ModelProvider32B",
     "__version__",
     "doctor",
     "export_checkpoint",
+    "hf_as_megatron",
     "import_checkpoint",
     "inspect",
     "synth",
@@ -36,5 +59,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Lazy, so that importing the package costs nothing.
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        try:
+            return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in (
+                "megatron",
+                "transformers",
+            ):
+                raise
+            raise ImportError(
+                f"{name} needs megatron-core: pip install 'megatron-olmo-bridge[megatron]'"
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,7 +45,7 @@ def execute(
         stage = Stage(destination, plan, resume=resume, overwrite=overwrite)
         processes.wait_for_each_other()  # all have looked before the first one writes
         if processes.first:
-            with _cleaning_up(stage):
+            with cleaning_up(stage):
                 stage.open()
         processes.wait_for_each_other()
         if not stage.finished:
@@ -56,18 +56,28 @@ def execute(
             reporter.advance(done_before)
             todo = [f for f in plan.files if f.name not in stage.complete]
             mine = share(todo, processes.count)[processes.index]
-            with _cleaning_up(stage):
+            with cleaning_up(stage):
                 _write_files(mine, stage, workers, reporter, record=processes.first)
                 processes.wait_for_each_other()
                 if processes.first:
-                    files = _describe(plan, stage.folder, checksum, workers)
-                    for name, data in plan.texts.items():
-                        stage.write_text(name, data)
-                    path = f"{plan.weights_folder}/{PROVENANCE}"
-                    stage.write_text(path, provenance.encode(plan, files))
-                    stage.commit()
+                    finish(stage, plan, provenance, checksum, workers)
             reporter.end()
         processes.wait_for_each_other()
+
+
+def finish(
+    stage: Stage,
+    plan: CopyPlan,
+    provenance: Provenance,
+    checksum: bool = False,
+    workers: int = WORKERS,
+) -> None:
+    """The weights are written: add the small files, and make the output a checkpoint."""
+    files = _describe(plan, stage.folder, checksum, workers)
+    for name, data in plan.texts.items():
+        stage.write_text(name, data)
+    stage.write_text(f"{plan.weights_folder}/{PROVENANCE}", provenance.encode(plan, files))
+    stage.commit()
 
 
 def share(files: Iterable[OutputFile], count: int) -> list[list[OutputFile]]:
@@ -153,7 +163,7 @@ def sha256(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _cleaning_up(stage: Stage) -> Iterator[None]:
+def cleaning_up(stage: Stage) -> Iterator[None]:
     """After an error that would come again: nothing is left. After a full disk: what is complete,
     and an error that says so. After an interruption: all, to be resumed."""
     try:

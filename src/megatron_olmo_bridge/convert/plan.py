@@ -55,8 +55,8 @@ class CopyPlan:
 
     operation: str
     """``import`` or ``export``."""
-    source: Path
-    """The folder that the weights are in."""
+    source: Path | None
+    """The folder that the weights are in; None if they come out of memory."""
     files: tuple[OutputFile, ...]
     texts: dict[str, bytes]
     """Small files by content, written after the weights."""

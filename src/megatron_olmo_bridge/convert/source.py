@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,8 @@ from megatron_olmo_bridge.formats.hf_folder import (
 )
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
-from megatron_olmo_bridge.mapping.registry import ResolvedMapping
+from megatron_olmo_bridge.mapping.placement import Region
+from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, published_sizes
 
 HF_SUBFOLDER = "hf"
@@ -66,6 +68,24 @@ class Source:
                 pieces += self.megatron[block.parameter].within(block.target, block.source)
             views[name] = TensorView.assembled(name, shape, pieces)
         return views
+
+    def pieces(self, parameter: Parameter, region: Region) -> Iterator[Piece]:
+        """Where the elements of one region of a Megatron parameter are stored.
+
+        Pieces' targets are counted from the region's own first row and column.
+        """
+        at = region.moved(region, Region(0, 0, 0, 0))
+        stored = self.megatron.get(parameter.name)
+        for p in parameter.placements:
+            if part := p.target.intersect(region):
+                target = part.moved(region, at)
+                if p.hf_name is not None:
+                    block = part.moved(p.target, p.source)
+                    yield from self.tensors[p.hf_name].within(block, target)
+                elif stored is not None and stored.shape == parameter.shape:
+                    yield from stored.within(part, target)
+                else:
+                    yield Piece(None, target, target)
 
     @cached_property
     def padding(self) -> dict[str, TensorView]:

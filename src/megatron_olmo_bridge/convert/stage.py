@@ -42,7 +42,8 @@ class Stage:
 
     def _check(self) -> None:
         """Raise OutputError, before anything is written, if the output can't be written."""
-        refuse_overlap(self._plan.source, self.destination)
+        if self._plan.source is not None:
+            refuse_overlap(self._plan.source, self.destination)
         left_by_kill = _started(self.destination)
         for folder in (self.destination, self.folder):
             if folder.exists() and not folder.is_dir():

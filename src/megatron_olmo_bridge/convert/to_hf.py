@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.detect import Kind
@@ -119,16 +120,21 @@ def parse_size(size: str | int) -> int:
 
 def _plan(source: Source, dtype: str, limit: int) -> CopyPlan:
     files = shards(source.tensors, dtype, limit)
-    texts = index_of(files)
-    if source.side_folder is not None:
-        texts |= {f.name: f.read_bytes() for f in side_files(source.side_folder)}
     stored = dtype if dtype != "keep" else source.tensors[next(iter(source.tensors))].dtype
-    recorded = source.hf_config.get("dtype", source.hf_config.get("torch_dtype"))
-    if CONFIG not in texts or recorded != stored or (
-        json.loads(texts[CONFIG]) != source.hf_config
-    ):  # fmt: skip
-        texts[CONFIG] = config_with_dtype(source.hf_config, stored)
+    texts = index_of(files) | side_texts(source.hf_config, stored, source.side_folder)
     return CopyPlan("export", source.folder, files, texts, ".")
+
+
+def side_texts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[str, bytes]:
+    """The small files beside weights of a dtype, by name: config.json, and what the folder has.
+
+    The folder's config.json is taken byte for byte if it says the same.
+    """
+    texts = {} if folder is None else {f.name: f.read_bytes() for f in side_files(folder)}
+    recorded = config.get("dtype", config.get("torch_dtype"))
+    if CONFIG not in texts or recorded != dtype or json.loads(texts[CONFIG]) != config:
+        texts[CONFIG] = config_with_dtype(config, dtype)
+    return texts
 
 
 def shards(tensors: dict[str, TensorView], dtype: str, limit: int) -> tuple[OutputFile, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
 from megatron_olmo_bridge.formats.pickles import built
-from megatron_olmo_bridge.formats.tensors import Piece, TensorView
+from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive, tensor_archive
 from megatron_olmo_bridge.formats.torch_dist import (
     COMMON,
@@ -27,8 +28,9 @@ from megatron_olmo_bridge.formats.torch_dist import (
     encode_metadata,
     stacked_key,
 )
-from megatron_olmo_bridge.mapping.placement import Shape
+from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
+from megatron_olmo_bridge.models.bridge import ModelBridge
 
 from .execute import execute
 from .plan import WORKERS, CopyPlan, Packer
@@ -126,13 +128,7 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
     tensors = _pack_tensors(mapping, source, dtype, packer)
     objects = _pack_extra_states(source, packer)
     model_dtype = tensors[source.bridge.vocab_param].dtype
-    args = source.bridge.megatron_args(padded_vocab, model_dtype)
-    common = {
-        "args": built("argparse.Namespace", args),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-    }
+    common = common_state(source.bridge, padded_vocab, model_dtype)
     run_config: dict[str, Any] = {"model": source.bridge.provider_fields(padded_vocab, model_dtype)}
     texts = {
         METADATA: encode_metadata(tensors, objects),
@@ -185,26 +181,35 @@ def _pack_tensors(
 
 
 def _view(parameter: Parameter, source: Source) -> TensorView:
-    pieces: list[Piece] = []
-    for p in parameter.placements:
-        if p.hf_name is None:
-            pieces.append(Piece(None, p.source, p.target))
-        else:
-            pieces += source.tensors[p.hf_name].within(p.source, p.target)
+    pieces = source.pieces(parameter, Region.whole(parameter.shape))
     return TensorView.assembled(parameter.name, parameter.shape, pieces)
 
 
 def _pack_extra_states(source: Source, packer: Packer) -> dict[str, Stored]:
-    """An ``_extra_state`` object for each module that asks for one. Its content is ``[None]``: no
-    fp8 scaling factors."""
+    """Their content is ``[None]``: no fp8 scaling factors."""
     nothing = object_archive([None])
-    objects = {}
-    for module in source.bridge.extra_state_modules:
-        count = source.bridge.num_layers if "*" in module else 1
+    return {
+        key: Stored(*_inside(packer.add(nothing, None, "", b"")))
+        for key in extra_state_keys(source.bridge)
+    }
+
+
+def extra_state_keys(bridge: ModelBridge) -> Iterator[str]:
+    """Key of an ``_extra_state`` object for each module that asks for one."""
+    for module in bridge.extra_state_modules:
+        count = bridge.num_layers if "*" in module else 1
         for i in range(count):
-            key = f"{stacked_key(module)}._extra_state/shard_{i}_{count}"
-            objects[key] = Stored(*_inside(packer.add(nothing, None, "", b"")))
-    return objects
+            yield f"{stacked_key(module)}._extra_state/shard_{i}_{count}"
+
+
+def common_state(bridge: ModelBridge, padded_vocab: int, dtype: str) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors; for :func:`formats.torch_archive.object_archive`."""
+    return {
+        "args": built("argparse.Namespace", bridge.megatron_args(padded_vocab, dtype)),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
 
 
 def _inside(stored: tuple[str, int, int]) -> tuple[str, int, int]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping as MappingABC
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_olmo_bridge.errors import BridgeError, FormatError, UnsupportedError
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
+
+if TYPE_CHECKING:
+    from .provider import GPTModelProvider
 
 _BRIDGES: dict[str, type[ModelBridge]] = {}
 
@@ -68,6 +71,14 @@ class ModelBridge(ABC):
     @abstractmethod
     def provider_fields(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
         """The ``model`` section of ``run_config.yaml``: ``_target_`` and its fields."""
+
+    @abstractmethod
+    def provider(self, **fields: Any) -> GPTModelProvider:
+        """Builds the model in megatron-core; ``fields`` are any of the provider's.
+
+        Raises:
+            InputError: megatron-core refuses the combination.
+        """
 
     @property
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,19 +48,25 @@ class RMSNorm(torch.nn.Module):
         return scale_by_rms(wide, mean_square, self.weight, self.eps).to(x.dtype)
 
 
+def refuse_bias(kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for the arguments of a linear that has a bias: megatron-core would add it
+    after the norm."""
+    if kwargs["bias"]:
+        raise ValueError("a linear with a norm after it cannot have a bias")
+
+
 class RowParallelLinearPostLN(RowParallelLinear):  # type: ignore[misc]
     """Row-parallel linear whose output, after the reduction over the ranks, is normalised.
 
     Stands where megatron-core expects ``linear_proj`` or ``linear_fc2``; the norm is the child
-    ``post_layernorm``. The linear must be without bias: megatron-core adds it after the norm.
+    ``post_layernorm``. The linear must be without bias.
     """
 
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
     ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        if self.bias is not None:
-            raise ValueError("a linear with a norm after it cannot have a bias")
+        refuse_bias(kwargs)
         self.post_layernorm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _ABSENT = object()
+_FOR_GOOD = contextlib.ExitStack()
+_entered = 0
+"""How many :func:`cpu_runtime` the process is in."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,26 @@ def cpu_runtime() -> Iterator[None]:
     """
     if torch.cuda.is_available():
         raise RuntimeError("cpu_runtime() is for machines without CUDA; here CUDA is available")
+    global _entered
     with contextlib.ExitStack() as stack:
         for patch in PATCHES:
             stack.enter_context(patch.applied())
         stack.enter_context(_no_fork_warning())
         stack.enter_context(_CudaToCpu())
-        yield
+        _entered += 1
+        try:
+            yield
+        finally:
+            _entered -= 1
+
+
+def ensure_cpu_runtime() -> None:
+    """Where there is no CUDA, enter :func:`cpu_runtime` for the rest of the process, and say so.
+
+    Does nothing where there is CUDA or where the process is in it already.
+    """
+    if not torch.cuda.is_available() and not _entered:
+        _FOR_GOOD.enter_context(cpu_runtime())
+        if os.environ.get("RANK", "0") == "0":
+            log = logging.getLogger(__name__)
+            log.warning("no CUDA here: megatron-core runs on the CPU, on gloo")

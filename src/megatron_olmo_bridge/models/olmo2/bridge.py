@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping as MappingABC
 from dataclasses import asdict
 from math import gcd
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import DirectMapping, GatedMLPMapping, QKVMapping
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
@@ -13,6 +13,9 @@ from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
 
 from . import megatron_lm
 from .config import HF_KEYS, Olmo2Config
+
+if TYPE_CHECKING:
+    from megatron_olmo_bridge.models.provider import GPTModelProvider
 
 
 def _published(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int,
@@ -143,6 +146,11 @@ class Olmo2Bridge(ModelBridge):
             "bf16": dtype == "bfloat16",
             "fp16": dtype == "float16",
         }  # fmt: skip
+
+    def provider(self, **fields: Any) -> GPTModelProvider:
+        from .provider import Olmo2ModelProvider  # needs megatron-core
+
+        return Olmo2ModelProvider.from_config(self.config, **fields)
 
     @classmethod
     def hf_config_from_megatron(

@@ -3,96 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
-from megatron_olmo_bridge.models.olmo2.layer_specs import olmo2_block_spec
+from megatron_olmo_bridge.models.provider import GPTModelProvider
+
+from .bridge import Olmo2Bridge
+from .config import Olmo2Config
+from .layer_specs import olmo2_block_spec
 
 
 @dataclass
-class Olmo2ModelProvider(TransformerConfig):  # type: ignore[misc]
-    """megatron-core's config of an OLMo-2 model, with what the model needs beside it.
-
-    Every field of ``TransformerConfig`` can be set: dtypes, parallel sizes, recomputation.
-    """
+class Olmo2ModelProvider(GPTModelProvider):
+    """The config of an OLMo-2 model, and the model built from it."""
 
     normalization: str = "RMSNorm"
+    """Kind of all norms."""
     add_bias_linear: bool = False
+    """No linear has a bias."""
     gated_linear_unit: bool = True
+    """The MLP is down(act(gate(x)) * up(x))."""
     activation_func: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
+    """``act`` of the MLP."""
     qk_layernorm: bool = True
+    """Queries and keys are normalised, over the full width of their projection."""
     hidden_dropout: float = 0.0
+    """Share of a layer's output that is dropped in training."""
     attention_dropout: float = 0.0
-
-    vocab_size: int = 0
-    """Rows of the embedding in the Hugging Face model."""
-    make_vocab_size_divisible_by: int = 1
-    """The embedding is padded to a multiple of this; 1 means no padding."""
-    max_position_embeddings: int = 4096
+    """Share of attention probabilities that is dropped in training."""
+    layernorm_epsilon: float = 1e-6
+    """Added to the mean square in all norms."""
     rotary_base: float = 500000.0
-    share_embeddings_and_output_weights: bool = False
-
-    def __post_init__(self) -> None:
-        if self.pipeline_model_parallel_size > 1:
-            # What the stages send each other is of the parameters' dtype unless said otherwise.
-            self.pipeline_dtype: torch.dtype = self.pipeline_dtype or self.params_dtype
-        super().__post_init__()
+    """Theta of the rotary embedding."""
 
     @classmethod
     def from_config(cls, config: Olmo2Config, **overrides: Any) -> Olmo2ModelProvider:
         """A provider with the model's numbers; ``overrides`` are any of the fields."""
         return cls(**{**asdict(config), **overrides})
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding in Megatron, over all tensor-parallel ranks."""
-        multiple = self.make_vocab_size_divisible_by
-        padded = -(-self.vocab_size // multiple) * multiple
-        if padded % self.tensor_model_parallel_size:
-            raise InputError(
-                f"a vocabulary of {padded} rows cannot be shared out evenly over "
-                f"{self.tensor_model_parallel_size} tensor-parallel ranks; set "
-                "make_vocab_size_divisible_by to a multiple of that"
-            )
-        return padded
+    def block_spec(self, vp_stage: int | None) -> TransformerBlockSubmodules:
+        return olmo2_block_spec(self, vp_stage, self.backend)
 
-    def provide(
-        self,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> GPTModel:
-        """Build this rank's part of the model.
 
-        Args:
-            pre_process: with the embedding; by default as the pipeline stage says.
-            post_process: with final norm and output layer; by default as the pipeline stage says.
-            vp_stage: which of this rank's chunks, under virtual pipeline parallelism.
-        """
-        if pre_process is None:
-            pre_process = parallel_state.is_pipeline_first_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            )
-        if post_process is None:
-            post_process = parallel_state.is_pipeline_last_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            )
-        return GPTModel(
-            self,
-            olmo2_block_spec(self, vp_stage),
-            vocab_size=self.padded_vocab_size,
-            max_sequence_length=self.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=self.rotary_base,
-            vp_stage=vp_stage,
-        )
+def _of_size(name: str, size: str) -> type[Olmo2ModelProvider]:
+    """A provider whose defaults are the numbers of a published size."""
+    numbers = asdict(Olmo2Config.from_hf(Olmo2Bridge.sizes[size]))
+    fields = [(key, type(value), value) for key, value in numbers.items()]
+    cls = make_dataclass(name, fields, bases=(Olmo2ModelProvider,))
+    cls.__module__ = __name__
+    cls.__doc__ = f"{size} as published; its numbers are in ``Olmo2Bridge.sizes``."
+    return cls
+
+
+Olmo2ModelProvider1B = _of_size("Olmo2ModelProvider1B", "olmo2-1b")
+Olmo2ModelProvider7B = _of_size("Olmo2ModelProvider7B", "olmo2-7b")
+Olmo2ModelProvider13B = _of_size("Olmo2ModelProvider13B", "olmo2-13b")
+Olmo2ModelProvider32B = _of_size("Olmo2ModelProvider32B", "olmo2-32b")

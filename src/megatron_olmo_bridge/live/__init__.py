@@ -1,0 +1,1 @@
+"""Live megatron-core models: filled from checkpoints, streamed back out, run and compared."""

@@ -1,0 +1,190 @@
+"""Write a live model to disk, as a Hugging Face or a Megatron checkpoint; whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
+
+from megatron_olmo_bridge.convert.execute import cleaning_up, finish
+from megatron_olmo_bridge.convert.plan import CopyPlan, Literal
+from megatron_olmo_bridge.convert.provenance import Provenance
+from megatron_olmo_bridge.convert.reporter import Reporter
+from megatron_olmo_bridge.convert.source import HF_SUBFOLDER, RUN_CONFIG
+from megatron_olmo_bridge.convert.stage import Stage
+from megatron_olmo_bridge.convert.to_hf import (
+    MAX_SHARD_SIZE,
+    index_of,
+    parse_size,
+    shards,
+    side_texts,
+)
+from megatron_olmo_bridge.convert.transfer import write_all
+from megatron_olmo_bridge.errors import OutputError
+from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
+from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.formats.torch_dist import TRACKER
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.runtime.process_groups import on_first
+
+from .export import stream_weights
+from .shards import LiveModel
+
+ON_DISK = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+"""``content_metadata``: layers stacked, as :mod:`convert.to_megatron` writes them too."""
+
+
+def save_hf(
+    chunks: Sequence[torch.nn.Module],
+    bridge: ModelBridge,
+    destination: str | Path,
+    *,
+    beside: Path | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> None:
+    """Write the weights as ``save_pretrained`` would; all processes call it, the first one writes.
+
+    Args:
+        chunks: as ``provide_distributed_model`` returns them.
+        bridge: of the model.
+        destination: the folder to make.
+        beside: folder with config.json and tokenizer files to copy.
+        max_shard_size: bytes, or a text such as ``5GB``.
+        overwrite: replace what is at ``destination``.
+        reporter: told of the bytes written.
+
+    Raises:
+        OutputError: the output exists, or the disk is too small; then nothing is left of it.
+    """
+    reporter = reporter or Reporter()
+    live = LiveModel.of(chunks, bridge)
+    dtype = _dtype(live)
+    views = {n: TensorView(n, shape, dtype, ()) for n, shape in live.mapping.hf_shapes.items()}
+    files = shards(views, "keep", parse_size(max_shard_size))
+    texts = index_of(files) | side_texts(bridge.hf_config, dtype, beside)
+    plan = CopyPlan("export", beside, files, texts, ".")
+    target = Path(destination).expanduser()
+    stage = on_first(lambda: _opened(Stage(target, plan, resume=False, overwrite=overwrite)))
+    weights = stream_weights(chunks, bridge, names=views, to=0, cpu=True)
+    if stage is None:
+        for _ in weights:
+            raise AssertionError("only the first process is given the weights")
+        return
+    reporter.begin("saving", plan.source_bytes)
+    with cleaning_up(stage):
+        for file in files:
+            fd = os.open(stage.folder / file.name, os.O_RDWR)
+            try:
+                for part in file.parts:
+                    if isinstance(part, Literal):
+                        write_all(fd, part.data, part.offset)
+                        continue
+                    name, tensor = next(weights)
+                    assert name == part.view.name
+                    write_all(fd, _bytes(tensor), part.offset)
+                    reporter.advance(part.nbytes)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            stage.record(file.name)
+        assert next(weights, None) is None
+        finish(stage, plan, Provenance("a live model", None, {"max_shard_size": max_shard_size}))
+    reporter.end()
+
+
+def _opened(stage: Stage) -> Stage:
+    with cleaning_up(stage):
+        stage.open()
+    return stage
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _dtype(live: LiveModel) -> str:
+    return str(live.shards[0].data.dtype).removeprefix("torch.")
+
+
+def save_megatron(
+    chunks: Sequence[torch.nn.Module],
+    bridge: ModelBridge,
+    destination: str | Path,
+    *,
+    beside: Path | None = None,
+    iteration: int = 0,
+) -> None:
+    """Save with stock megatron-core, in a form that it, Megatron-LM and ``export`` load.
+
+    All processes call it. megatron-core starts helper processes for it: the calling script needs
+    the guard ``if __name__ == "__main__"``.
+
+    Args:
+        chunks, bridge, beside: as for :func:`save_hf`.
+        destination: the checkpoint root to make.
+        iteration: number of training steps that are in the weights.
+
+    Raises:
+        OutputError: there is something at ``destination``.
+    """
+    root = Path(destination).expanduser().resolve()
+    partial = root.with_name(root.name + ".partial")
+    folder = partial / f"iter_{iteration:07d}"
+    on_first(lambda: _begin(root, partial, folder))
+    live = LiveModel.of(chunks, bridge)
+    dtype = _dtype(live)
+    # The first process has the embedding, and so knows to how many rows it is padded.
+    padded = [live.mapping.parameters[bridge.vocab_param].shape[0]]
+    dist.broadcast_object_list(padded, 0)
+    rows = padded[0]
+    state: dict[str, Any] = {
+        "args": Namespace(**bridge.megatron_args(rows, dtype)),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+    }
+    unwrapped = unwrap_model(list(chunks))
+    for i, chunk in enumerate(unwrapped):
+        name = "model" if len(unwrapped) == 1 else f"model{i}"
+        state[name] = chunk.sharded_state_dict()
+    dist_checkpointing.save(state, str(folder), content_metadata=ON_DISK)
+    dist.barrier()
+    beside_it = side_texts(bridge.hf_config, dtype, beside)
+    texts = {f"{HF_SUBFOLDER}/{name}": data for name, data in beside_it.items()}
+    run_config = {"model": bridge.provider_fields(rows, dtype)}
+    texts[RUN_CONFIG] = yaml.safe_dump(run_config, sort_keys=False).encode()
+    on_first(lambda: _commit(root, partial, folder, texts, iteration))
+
+
+def _begin(root: Path, partial: Path, folder: Path) -> None:
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise OutputError(f"{root}: exists already; name another folder")
+    if (partial / PARTIAL_MARKER).exists():
+        shutil.rmtree(partial)  # of a save that was killed
+    elif partial.exists():
+        raise OutputError(f"{partial}: is in the way, and no save's. Move it away.")
+    folder.mkdir(parents=True)
+    (partial / PARTIAL_MARKER).touch()
+
+
+def _commit(
+    root: Path, partial: Path, folder: Path, texts: dict[str, bytes], iteration: int
+) -> None:
+    for name, data in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    if root.exists():
+        root.rmdir()
+    partial.rename(root)
+    (root / TRACKER).write_text(str(iteration))
+    (root / PARTIAL_MARKER).unlink()

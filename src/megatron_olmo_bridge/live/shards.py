@@ -1,0 +1,148 @@
+"""What each process holds of a live model, by its own account.
+
+``sharded_state_dict()`` of a megatron-core model says of every tensor which region of which global
+tensor it is, at any parallel layout. That is all that loading and exporting need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.utils import nested_values
+from megatron.core.utils import unwrap_model
+
+from megatron_olmo_bridge.errors import InputError, MappingError
+from megatron_olmo_bridge.formats.torch_dist import stacked_key
+from megatron_olmo_bridge.mapping.placement import Region, Shape
+from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
+from megatron_olmo_bridge.models.bridge import ModelBridge
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A block of a Megatron parameter in this process's memory."""
+
+    parameter: Parameter
+    region: Region
+    """The block, in the whole parameter."""
+    data: torch.Tensor
+    """Its elements, of the model's own dtype, on the model's device."""
+    is_main: bool
+    """Of several processes with the same block, one has this set."""
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The elements as [rows, columns] of the region; the same memory."""
+        return self.data.detach().view(self.region.rows, self.region.columns)
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """The shards of this process's chunks, and the mapping of the whole model."""
+
+    mapping: ResolvedMapping
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, chunks: Sequence[torch.nn.Module], bridge: ModelBridge) -> LiveModel:
+        """Look at the chunks as ``provide_distributed_model`` returns them, wrapped or not.
+
+        Raises:
+            InputError: no chunks.
+            MappingError: a tensor of the model is not in the mapping, has another shape there, or
+                a parameter of the model is in no checkpoint.
+        """
+        if not chunks:
+            raise InputError("there is no model: the list of chunks is empty")
+        tensors: list[ShardedTensor] = []
+        for chunk in unwrap_model(list(chunks)):
+            state = chunk.sharded_state_dict()
+            _check_complete(chunk, state)
+            tensors += sharded_tensors(state)
+        finder = Finder.of(bridge, tensors)
+        return cls(finder.mapping, tuple(finder.shard(tensor) for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds the parameter, and the region of it, that a sharded tensor is."""
+
+    mapping: ResolvedMapping
+    by_key: dict[tuple[str, int | None], Parameter]
+
+    @classmethod
+    def of(cls, bridge: ModelBridge, tensors: Iterable[ShardedTensor]) -> Finder:
+        """For a model with these tensors: they say to how many rows a vocabulary is padded."""
+        mapping = bridge.mapping_registry().resolve()
+        known = mapping.parameters
+        padded = {
+            tensor.global_shape[0]
+            for tensor in tensors
+            if tensor.key in known and known[tensor.key].shape[0] < tensor.global_shape[0]
+        }
+        if len(padded) == 1:
+            mapping = bridge.mapping_registry(padded.pop()).resolve()
+        by_key: dict[tuple[str, int | None], Parameter] = {}
+        for parameter in mapping.parameters.values():
+            by_key[parameter.name, None] = parameter
+            by_key[stacked_key(parameter.pattern), parameter.layer] = parameter
+        return cls(mapping, by_key)
+
+    def shard(self, tensor: ShardedTensor) -> Shard:
+        """The block that a tensor is.
+
+        Raises:
+            MappingError: it is no parameter of the mapping, or of another shape.
+        """
+        axes = tensor.prepend_axis_num
+        layer = tensor.global_offset[0] if axes else None
+        parameter = self.by_key.get((tensor.key, layer))
+        if parameter is None:
+            raise MappingError(f"the model has a tensor {tensor.key} that the mapping doesn't know")
+        shape: Shape = tuple(tensor.global_shape[axes:])
+        if shape != parameter.shape:
+            raise MappingError(
+                f"{parameter.name} has shape {list(shape)} in the model, the config asks for "
+                f"{list(parameter.shape)}"
+            )
+        block = Region.whole(tensor.local_shape)
+        down, *across = tensor.global_offset[axes:]
+        at = Region(down, down, across[0] if across else 0, 0)
+        return Shard(
+            parameter,
+            block.moved(Region(0, 0, 0, 0), at),
+            tensor.data,
+            is_main_replica(tensor.replica_id),
+        )
+
+
+def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
+    """The tensors of a sharded state dict, with those that are stored in two parts as two.
+
+    The parts share the memory of the model's tensor, so that writing to them fills it.
+    """
+    apply_factories(state)
+    found = []
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            found.append(value)
+        elif not isinstance(value, ShardedObject):  # extra state: nothing that a checkpoint sets
+            raise MappingError(f"the model's state has a {type(value).__name__}, not only tensors")
+    return found
+
+
+def _check_complete(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Raise MappingError if a parameter of the model is in no checkpoint of it."""
+    tied = getattr(chunk, "share_embeddings_and_output_weights", False)
+    for name, _ in chunk.named_parameters():
+        if name not in state and not (tied and name.startswith("output_layer.")):
+            raise MappingError(f"{name} is a parameter of the model, but in no checkpoint of it")

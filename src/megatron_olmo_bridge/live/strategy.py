@@ -1,0 +1,112 @@
+"""Stock ``dist_checkpointing.load`` on a Hugging Face folder, without a conversion.
+
+megatron-core looks at the folder before it asks a strategy, so there is a temporary one beside the
+strategy, with a checkpoint's small files and no weights in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.utils import nested_values
+
+from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.convert.to_megatron import common_state, extra_state_keys
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.torch_archive import object_archive
+from megatron_olmo_bridge.formats.torch_dist import COMMON, FORMAT, FORMAT_FILE, stacked_key
+
+from .load import MappedFiles, fill
+from .shards import Finder
+
+
+@contextlib.contextmanager
+def hf_as_megatron(
+    hf: str | Path, *, revision: str | None = None
+) -> Iterator[tuple[str, HFLoadStrategy]]:
+    """A folder and a strategy with which stock megatron-core loads a Hugging Face checkpoint::
+
+        with hf_as_megatron("allenai/OLMo-2-0425-1B") as (folder, strategy):
+            state = dist_checkpointing.load(sharded_state_dict, folder, sharded_strategy=strategy)
+
+    Args:
+        hf: a folder, or a hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        BridgeError: it is no Hugging Face checkpoint of a family that is known, or is damaged.
+    """
+    source = open_source(fetch(str(hf), revision)[0])
+    if source.kind is not Kind.HF:
+        raise InputError(f"{hf}: is a Megatron checkpoint already; megatron-core loads it as it is")
+    with tempfile.TemporaryDirectory(prefix="hf-as-megatron-") as name:
+        folder = Path(name)
+        (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
+        common = common_state(source.bridge, source.padded_vocab_size, source.dtypes[0])
+        (folder / COMMON).write_bytes(object_archive(common))
+        yield name, HFLoadStrategy(source)
+
+
+class HFLoadStrategy:
+    """Loads sharded tensors from a Hugging Face folder; megatron-core 0.16 to 0.19 take it."""
+
+    can_handle_sharded_objects = True
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Any, *_: Any) -> Any:
+        """Fill the tensors of a sharded state dict in place; return it with their data.
+
+        Raises:
+            MappingError: a tensor is none of the model's.
+            InputError: an object is asked for that no Hugging Face checkpoint has.
+        """
+        files = MappedFiles()
+        wanted = [v for v in nested_values(sharded_state_dict) if isinstance(v, ShardedTensor)]
+        finder = Finder.of(self._source.bridge, wanted)
+
+        def loaded(value: ShardedTensor | ShardedObject) -> Any:
+            if isinstance(value, ShardedObject):
+                if "_extra_state" not in value.key:
+                    raise InputError(f"a Hugging Face checkpoint has no {value.key}, only weights")
+                return None
+            if value.data is None:
+                value.init_data(torch.cuda.current_device())
+            fill(finder.shard(value), self._source, files)
+            return value.data
+
+        return dict_list_map_inplace(loaded, sharded_state_dict)
+
+    def load_tensors_metadata(self, checkpoint_dir: Any) -> dict[str, ShardedTensor]:
+        """Every tensor by its key, without data: what there is to load."""
+        mapping, found = self._source.mapping, {}
+        dtype = getattr(torch, self._source.dtypes[0])
+        for parameter in mapping.parameters.values():
+            stack = () if parameter.layer is None else (mapping.num_layers,)
+            empty = torch.empty(*stack, *parameter.shape, dtype=dtype, device="meta")
+            key = stacked_key(parameter.pattern)
+            found[key] = ShardedTensor.from_rank_offsets(key, empty).without_data()
+        return found
+
+    def load_sharded_metadata(self, checkpoint_dir: Any) -> dict[str, Any]:
+        """Every tensor and object by its key."""
+        found: dict[str, Any] = dict(self.load_tensors_metadata(checkpoint_dir))
+        for key in extra_state_keys(self._source.bridge):
+            found[key] = ShardedObject.empty_from_unique_key(key)
+        return found
+
+    def check_backend_compatibility(self, loaded_backend: Any) -> None:
+        """Asked by megatron-core 0.16; the backend that the folder names is of no importance."""
+
+    def check_version_compatibility(self, loaded_version: Any) -> None:
+        """As the backend's."""

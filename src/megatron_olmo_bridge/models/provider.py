@@ -1,0 +1,243 @@
+"""What the providers of all families share: from a config to this rank's part of a model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.nn.backends import AUTO, TRANSFORMER_ENGINE, resolved_name
+from megatron_olmo_bridge.runtime.process_groups import SEED, ensure_process_groups
+
+PreWrapHook = Callable[[list[MegatronModule]], None]
+"""Called with this rank's chunks when they are built and before they are wrapped."""
+
+_UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)  # fmt: skip
+"""Fields of megatron-core's config by which stages get different numbers of layers."""
+
+
+@dataclass
+class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
+    """megatron-core's config of a decoder, with what the model needs beside it.
+
+    Every field of ``TransformerConfig`` can be set, also after construction: dtypes, parallel
+    sizes, recomputation. They are checked when the model is built.
+    """
+
+    vocab_size: int = 0
+    """Rows of the embedding in the Hugging Face model."""
+    make_vocab_size_divisible_by: int = 1
+    """The embedding is padded to a multiple of this; 1 means no padding."""
+    max_position_embeddings: int = 4096
+    """Longest sequence, in tokens."""
+    rotary_base: float = 10000.0
+    """Theta of the rotary embedding."""
+    share_embeddings_and_output_weights: bool = False
+    """Whether the output layer is the embedding's matrix."""
+    backend: str = AUTO
+    """Modules of the layers: ``transformer_engine``, ``local``, or ``auto`` for the best that runs
+    here."""
+    pre_wrap_hooks: list[PreWrapHook] = field(default_factory=list, repr=False, compare=False)
+    """Called in order by :meth:`provide_distributed_model`; this is how weights come in."""
+
+    def __post_init__(self) -> None:
+        """Set what follows from other fields; called on construction and by :meth:`finalize`."""
+        derived: dict[str, tuple[Any, Any]] = self.__dict__.pop("_derived", {})
+        for name, (given, set_here) in derived.items():
+            if getattr(self, name) is set_here:  # derive it again: the other fields may differ now
+                setattr(self, name, given)
+        before = dict(vars(self))
+        half = bool(before["bf16"] or before["fp16"])
+        if half and self.params_dtype is torch.float32:
+            raise InputError("bf16 or fp16 is set, but params_dtype is float32: set params_dtype")
+        self.bf16: bool = self.params_dtype is torch.bfloat16
+        self.fp16: bool = self.params_dtype is torch.float16
+        if self.pipeline_model_parallel_size > 1:
+            # What the stages send each other is of the parameters' dtype unless said otherwise.
+            self.pipeline_dtype: torch.dtype = self.pipeline_dtype or self.params_dtype
+        if resolved_name(self.backend) == TRANSFORMER_ENGINE:
+            # Its fused kernel takes sines and cosines in float32; the unfused one rounds them.
+            self.apply_rope_fusion = True
+        try:
+            super().__post_init__()
+        except (AssertionError, ValueError) as error:
+            raise InputError(f"megatron-core refuses this config: {error}") from error
+        self._derived = {
+            name: (given, value)
+            for name, value in vars(self).items()
+            if (given := before.get(name)) is not value
+        }
+
+    @abstractmethod
+    def block_spec(self, vp_stage: int | None) -> TransformerBlockSubmodules:
+        """The layers of this rank's stage, and the norm after the last."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding in Megatron, over all tensor-parallel ranks."""
+        multiple = self.make_vocab_size_divisible_by
+        padded = -(-self.vocab_size // multiple) * multiple
+        if padded % self.tensor_model_parallel_size:
+            raise InputError(
+                f"a vocabulary of {padded} rows cannot be shared out evenly over "
+                f"{self.tensor_model_parallel_size} tensor-parallel ranks; set "
+                "make_vocab_size_divisible_by to a multiple of that"
+            )
+        return padded
+
+    def finalize(self) -> None:
+        """Check that the fields fit together, as they are now.
+
+        Raises:
+            InputError: a combination that can't be.
+            UnsupportedError: one that could be, but isn't supported.
+        """
+        self._check_layout()
+        self.__post_init__()
+
+    def _check_layout(self) -> None:
+        ranks = self.tensor_model_parallel_size
+        for count, what in (
+            (self.num_attention_heads, "attention heads"),
+            (self.num_query_groups or self.num_attention_heads, "key/value heads"),
+            (self.ffn_hidden_size, "rows of the MLP"),
+        ):
+            if count % ranks:
+                raise InputError(
+                    f"{count} {what} cannot be shared out evenly over {ranks} tensor-parallel ranks"
+                )
+        _ = self.padded_vocab_size
+        stages, virtual = (
+            self.pipeline_model_parallel_size,
+            self.virtual_pipeline_model_parallel_size,
+        )
+        if virtual is not None and stages == 1:
+            raise InputError(
+                "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size above 1"
+            )
+        uneven = any(getattr(self, name) for name in _UNEVEN_STAGES)
+        if self.num_layers % (stages * (virtual or 1)) and not uneven:
+            chunks = f" of {virtual} chunks each" if virtual else ""
+            raise InputError(
+                f"{self.num_layers} layers cannot be shared out evenly over {stages} pipeline "
+                f"stages{chunks}; say how with one of {', '.join(_UNEVEN_STAGES)}"
+            )
+        for name, size in (
+            ("context_parallel_size", self.context_parallel_size),
+            ("expert_model_parallel_size", self.expert_model_parallel_size),
+        ):
+            if size > 1:
+                raise UnsupportedError(
+                    f"{name}={size} is not supported: use tensor, sequence, pipeline or data "
+                    "parallelism"
+                )
+
+    def provide(
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build this rank's part of the model; the process groups must exist.
+
+        Args:
+            pre_process: with the embedding; by default as the pipeline stage says.
+            post_process: with final norm and output layer; by default as the pipeline stage says.
+            vp_stage: which of this rank's chunks, under virtual pipeline parallelism.
+
+        Raises:
+            InputError, UnsupportedError: as :meth:`finalize`.
+        """
+        self.finalize()
+        if pre_process is None:
+            pre_process = parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            )
+        if post_process is None:
+            post_process = parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            )
+        return GPTModel(
+            self,
+            self.block_spec(vp_stage),
+            vocab_size=self.padded_vocab_size,
+            max_sequence_length=self.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=self.rotary_base,
+            vp_stage=vp_stage,
+        )
+
+    def register_pre_wrap_hook(self, hook: PreWrapHook) -> None:
+        """Have a function called with the chunks when they are built, before they are wrapped."""
+        self.pre_wrap_hooks.append(hook)
+
+    def provide_distributed_model(
+        self,
+        ddp_config: DistributedDataParallelConfig | None = None,
+        *,
+        wrap_with_ddp: bool = True,
+        seed: int = SEED,
+    ) -> list[MegatronModule]:
+        """Build this rank's chunks of the model, on its GPU or on the CPU, and fill them.
+
+        Process groups are set up where they aren't yet. In bfloat16 and float16 the chunks are
+        wrapped so that the logits come out in float32.
+
+        Args:
+            ddp_config: of the gradients' reduction; megatron-core's defaults if absent.
+            wrap_with_ddp: for training; without it for inference.
+            seed: of initial weights (where none are loaded) and of dropout.
+
+        Returns:
+            One chunk, or as many as ``virtual_pipeline_model_parallel_size``. A chunk is called as
+            ``chunk(input_ids [b, s], position_ids [b, s], attention_mask)`` and gives this rank's
+            part of the vocabulary, [b, s, padded_vocab_size / TP].
+
+        Raises:
+            InputError, UnsupportedError: the layout can't be, or the processes are too few.
+        """
+        self.finalize()
+        ensure_process_groups(self, seed)
+        virtual = self.virtual_pipeline_model_parallel_size
+        device = torch.cuda.current_device()
+        chunks = []
+        for stage in [None] if virtual is None else range(virtual):
+            chunk = self.provide(vp_stage=stage).to(device)
+            chunk.model_type = ModelType.encoder_or_decoder
+            for parameter in chunk.parameters():
+                tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+            chunks.append(chunk)
+        for hook in self.pre_wrap_hooks:
+            hook(chunks)
+        return self._wrapped(chunks, ddp_config or DistributedDataParallelConfig(), wrap_with_ddp)
+
+    def _wrapped(
+        self, chunks: list[Any], ddp_config: DistributedDataParallelConfig, wrap_with_ddp: bool
+    ) -> list[MegatronModule]:
+        if self.bf16 or self.fp16:
+            chunks = [Float16Module(self, chunk) for chunk in chunks]
+        if wrap_with_ddp:
+            # As Megatron-LM does: buckets of later chunks would be reduced too early to overlap.
+            chunks = [
+                DistributedDataParallel(self, ddp_config, chunk, disable_bucketing=i > 0)
+                for i, chunk in enumerate(chunks)
+            ]
+        return chunks

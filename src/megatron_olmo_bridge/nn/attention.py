@@ -1,0 +1,85 @@
+"""Attention on ``torch.nn.functional.scaled_dot_product_attention``.
+
+megatron-core's own, without Transformer Engine, keeps the scores of all pairs of positions in
+memory. This one keeps none, on the CPU as on GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_olmo_bridge.errors import UnsupportedError
+
+_NOTHING = contextlib.nullcontext()
+
+
+class ScaledDotProductAttention(torch.nn.Module):
+    """Stands where megatron-core expects ``core_attention``; has no parameters.
+
+    Args:
+        config: gives dropout and context parallelism, which is refused.
+        softmax_scale: of the scores; by default 1 / sqrt(head_dim).
+        unused: what megatron-core passes besides: layer number, mask type, process groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        attention_dropout: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise UnsupportedError("context parallelism needs Transformer Engine's attention")
+        self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.dropout, self.sequence_parallel = dropout, config.sequence_parallel
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Causal attention, unless there is a mask.
+
+        Args:
+            query: [s, b, heads / TP, head_dim].
+            key, value: [t, b, key/value heads / TP, head_dim]; t > s where keys are cached, and
+                then the queries are the last ones.
+            attention_mask: bool, [b or 1, 1, s, t], True where attention is not allowed.
+
+        Returns:
+            [s, b, heads / TP * head_dim]
+
+        Raises:
+            UnsupportedError: packed sequences or an attention bias.
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise UnsupportedError(
+                "packed sequences and attention biases need Transformer Engine's attention"
+            )
+        length, past = query.shape[0], key.shape[0] - query.shape[0]
+        allowed = None if attention_mask is None else ~attention_mask
+        if allowed is None and past and length > 1:
+            allowed = query.new_ones(length, length + past, dtype=torch.bool).tril(past)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        with get_cuda_rng_tracker().fork() if dropout and not self.sequence_parallel else _NOTHING:
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=allowed, dropout_p=dropout, scale=self.scale,
+                is_causal=allowed is None and length > 1, enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+        return out.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,79 @@
+"""The two sets of modules that a layer is made of: Transformer Engine's, and plain PyTorch's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+
+from megatron_olmo_bridge.errors import InputError
+
+from .attention import ScaledDotProductAttention
+from .post_norm import RMSNorm, RowParallelLinearPostLN
+
+AUTO, LOCAL, TRANSFORMER_ENGINE = "auto", "local", "transformer_engine"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a layer spec is filled with; each as megatron-core's specs take it."""
+
+    column_parallel_linear: Any
+    row_parallel_linear_post_norm: Any
+    core_attention: Any
+    norm: Any
+
+
+def backend_named(name: str = AUTO) -> Backend:
+    """The modules of ``local`` or ``transformer_engine``; for ``auto`` the best that runs here.
+
+    Raises:
+        InputError: no such backend, or Transformer Engine isn't there.
+    """
+    if resolved_name(name) == LOCAL:
+        return Backend(
+            ColumnParallelLinear, RowParallelLinearPostLN, ScaledDotProductAttention, RMSNorm
+        )
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TENorm,
+    )
+
+    from .te_post_norm import TERowParallelLinearPostLN
+
+    return Backend(TEColumnParallelLinear, TERowParallelLinearPostLN, TEDotProductAttention, TENorm)
+
+
+def resolved_name(name: str) -> str:
+    """``local`` or ``transformer_engine``: what a name, ``auto`` among them, means here.
+
+    Raises:
+        InputError: as :func:`backend_named`.
+    """
+    why_not = why_no_transformer_engine()
+    if name == AUTO:
+        return LOCAL if why_not else TRANSFORMER_ENGINE
+    if name not in (LOCAL, TRANSFORMER_ENGINE):
+        raise InputError(f"backend {name!r} is none of {AUTO}, {TRANSFORMER_ENGINE}, {LOCAL}")
+    if name == TRANSFORMER_ENGINE and why_not:
+        raise InputError(f"backend {name!r} can't be used: {why_not}. Use {LOCAL!r}.")
+    return name
+
+
+@cache
+def why_no_transformer_engine() -> str | None:
+    """Why Transformer Engine's modules can't be built here; None where they can."""
+    if find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    if not torch.cuda.is_available():
+        return "Transformer Engine needs CUDA, and there is none here"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, no library
+        return f"Transformer Engine can't be imported: {error}"
+    return None

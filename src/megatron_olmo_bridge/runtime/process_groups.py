@@ -1,0 +1,164 @@
+"""Process groups for a parallel layout: one process, those of torchrun, or those of Slurm's srun.
+
+Nothing here has to be called before a model is built: :func:`ensure_process_groups` sets up what is
+missing and leaves alone what the user's own code, Megatron-LM's for example, has set up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, MutableMapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
+
+from megatron_olmo_bridge.errors import BridgeError, InputError
+
+from .cpu import ensure_cpu_runtime
+
+T = TypeVar("T")
+
+SEED = 1234
+"""For dropout and for initial weights, where none is asked for; Megatron-LM's default."""
+_FIRST_PORT, _PORTS = 15000, 15000
+"""Ports for the rendezvous of a Slurm job: below those that Linux gives out by itself."""
+
+
+def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None:
+    """Set up torch.distributed and megatron-core's groups for a layout, where they aren't yet.
+
+    Without CUDA the CPU runtime is entered and the groups are gloo's; with it they are NCCL's.
+
+    Args:
+        layout: a provider, or any other config with the parallel sizes.
+        seed: of megatron-core's random numbers.
+
+    Raises:
+        InputError: the processes are not a multiple of those that the layout takes, or the groups
+            exist already for another layout. The message has the command to use.
+    """
+    ensure_cpu_runtime()
+    if not dist.is_initialized():
+        _init_distributed()
+    tensor = layout.tensor_model_parallel_size
+    pipeline = layout.pipeline_model_parallel_size
+    virtual = layout.virtual_pipeline_model_parallel_size
+    _check_world_size(tensor, pipeline)
+    if parallel_state.model_parallel_is_initialized():
+        _check_same_layout(tensor, pipeline, virtual)
+    else:
+        parallel_state.initialize_model_parallel(
+            tensor, pipeline, virtual_pipeline_model_parallel_size=virtual
+        )
+    if not tensor_parallel.get_cuda_rng_tracker().is_initialized():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def destroy_process_groups() -> None:
+    """Undo :func:`ensure_process_groups`; also after a part of it."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def on_first(action: Callable[[], T]) -> T | None:
+    """Do something in the first process, and return its result there; the others wait for it.
+
+    Raises:
+        BridgeError: what the action raised, in all processes.
+    """
+    result: T | None = None
+    errors: list[BridgeError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except BridgeError as error:
+            errors = [error]
+    dist.broadcast_object_list(errors, 0)
+    if errors[0] is not None:
+        raise errors[0]
+    return result
+
+
+def _init_distributed() -> None:
+    env = os.environ
+    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
+        add_slurm(env)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in env:
+        dist.init_process_group(backend)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+def add_slurm(env: MutableMapping[str, str]) -> None:
+    """Say in torchrun's variables what srun says in its own; of one task there is nothing to say.
+
+    The first host of the step is the meeting place, at a port that follows from the job's number.
+
+    Raises:
+        InputError: srun's variables are not all there.
+    """
+    try:
+        if env["SLURM_STEP_NUM_TASKS"] == "1":
+            return
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(_FIRST_PORT + int(env["SLURM_JOB_ID"]) % _PORTS))
+    except KeyError as error:
+        raise InputError(
+            f"this looks like a task of srun, but {error.args[0]} is not set; start it by srun or "
+            "by torchrun"
+        ) from error
+
+
+def first_host(nodelist: str) -> str:
+    """``gpu003`` of Slurm's ``gpu[003-005,7],login``.
+
+    Raises:
+        InputError: it isn't a list of hosts.
+    """
+    match = re.match(r"([^\[\],]+)(?:\[(\w+)[^\]]*\]([^\[\],]*))?", nodelist)
+    if match is None:
+        raise InputError(f"{nodelist!r} is not a list of Slurm nodes")
+    return "".join(part or "" for part in match.groups())
+
+
+def torchrun_command(processes: int) -> str:
+    """The command that starts the running script with so many processes."""
+    script = sys.argv[0] if sys.argv and sys.argv[0].endswith(".py") else None
+    command = [script, *sys.argv[1:]] if script else ["YOUR_SCRIPT.py"]
+    return f"torchrun --nproc_per_node {processes} {shlex.join(command)}"
+
+
+def _check_world_size(tensor: int, pipeline: int) -> None:
+    needed, present = tensor * pipeline, dist.get_world_size()
+    if present % needed:
+        raise InputError(
+            f"tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} takes "
+            f"{needed} processes or a multiple of it, here {'is' if present == 1 else 'are'} "
+            f"{present}. Start it as:\n  {torchrun_command(needed)}"
+        )
+
+
+def _check_same_layout(tensor: int, pipeline: int, virtual: int | None) -> None:
+    wanted = (tensor, pipeline, virtual)
+    found = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+    )
+    if wanted != found:
+        raise InputError(
+            f"this process has groups for tensor, pipeline and virtual pipeline sizes {found}, the "
+            f"model asks for {wanted}. Call destroy_process_groups() before another layout."
+        )
