@@ -27,3 +27,7 @@ class MappingError(BridgeError):
 
 class OutputError(BridgeError):
     """The output can't be written: it exists, overlaps the source, or the disk is too small."""
+
+
+class ProcessError(BridgeError):
+    """A process that was started died of an error that is not one of these."""

@@ -3,21 +3,25 @@
 import importlib
 import importlib.resources
 import inspect
+import subprocess
+import sys
 
 import pytest
 
 import megatron_olmo_bridge
 
-NAMES = {"__version__", "doctor", "export_checkpoint", "import_checkpoint", "inspect", "synth",
-         "verify"}  # fmt: skip
+FUNCTIONS = {"doctor", "export_checkpoint", "hf_as_megatron", "import_checkpoint", "inspect",
+             "synth", "verify"}  # fmt: skip
+CLASSES = {"AutoBridge", "Olmo2ModelProvider", "Olmo2ModelProvider1B", "Olmo2ModelProvider7B",
+           "Olmo2ModelProvider13B", "Olmo2ModelProvider32B"}  # fmt: skip
 
 
 def test_the_names_are_these() -> None:
-    assert set(megatron_olmo_bridge.__all__) == NAMES
+    assert set(megatron_olmo_bridge.__all__) == FUNCTIONS | CLASSES | {"__version__"}
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
-def test_each_name_is_a_documented_and_typed_function(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_each_function_is_documented_and_typed(name: str) -> None:
     function = getattr(megatron_olmo_bridge, name)
     assert inspect.isfunction(function)
     assert inspect.getdoc(function)
@@ -25,6 +29,27 @@ def test_each_name_is_a_documented_and_typed_function(name: str) -> None:
     assert signature.return_annotation is not signature.empty
     for parameter in signature.parameters.values():
         assert parameter.annotation is not parameter.empty
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_each_class_is_documented(name: str) -> None:
+    found = getattr(megatron_olmo_bridge, name)
+    assert inspect.isclass(found)
+    assert found.__doc__
+    assert found.__name__ == name
+
+
+def test_without_megatron_core_a_live_name_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['megatron'] = None\n"
+        "import megatron_olmo_bridge\n"
+        "try: megatron_olmo_bridge.AutoBridge\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == (
+        "AutoBridge needs megatron-core: pip install 'megatron-olmo-bridge[megatron]'"
+    )
 
 
 def test_another_name_is_an_attribute_error() -> None:

@@ -83,7 +83,8 @@ BELOW = {
     "runtime": set(),
     "convert": {"mapping", "formats", "models"},
     "live": {"mapping", "formats", "models", "runtime", "convert"},
-    "cli": {"mapping", "formats", "models", "convert", "live", "runtime"},
+    "inference": {"mapping", "formats", "models", "runtime", "convert", "live"},
+    "cli": {"mapping", "formats", "models", "convert", "inference"},
 }
 """Folders that each folder may import. All may import errors and the version."""
 
@@ -151,6 +152,25 @@ def test_a_mapping_knows_nothing_of_sharding() -> None:
     for file in (PACKAGE / "mapping").rglob("*.py"):
         found = words.search(file.read_text())
         assert not found, f"{relative(file)}: {found}"
+
+
+LAYOUT = re.compile(
+    r"(^|_)(rank|ranks|world|tp|pp|vpp|vp|ep|sp|parallel)(_|$)|get_\\w*rank", re.IGNORECASE
+)
+
+
+@pytest.mark.parametrize("folder", ["live", "mapping"])
+def test_no_arithmetic_over_a_parallel_layout(folder: str) -> None:
+    """Which part of a tensor a process holds is megatron-core's own knowledge, not ours."""
+    for file in (PACKAGE / folder).rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        assert "parallel_state" not in ast.unparse(tree), relative(file)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.BinOp):
+                names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+                names += [n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+                found = [name for name in names if LAYOUT.search(name)]
+                assert not found, f"{relative(file)}:{node.lineno}: {ast.unparse(node)}"
 
 
 # ---------------------------------------------------------------------------------- documentation

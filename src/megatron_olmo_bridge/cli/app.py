@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import checks, conversion
+from . import checks, conversion, inference
 from .console import show_version
 
 app = typer.Typer(
@@ -22,12 +22,13 @@ app = typer.Typer(
       olmo-bridge import hf megatron
       olmo-bridge export megatron back
       olmo-bridge verify hf back
+      olmo-bridge compare hf megatron --tp 2
     """,
-    epilog="Exit codes: 0 done, 1 verify found a difference, 2 bad usage or input, "
-    "130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a difference was found, 2 bad usage or input, 130 interrupted.",
 )
 conversion.add_to(app)
 checks.add_to(app)
+inference.add_to(app)
 
 
 @app.callback()

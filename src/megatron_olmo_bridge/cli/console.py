@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 P = ParamSpec("P")
+MEGATRON_EXTRA = {"megatron", "transformers"}
+"""Packages that come with the extra ``megatron`` and that only some commands need."""
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
@@ -38,7 +40,11 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except BridgeError as error:
             fail(str(error), 2)
         except KeyboardInterrupt:
-            fail("interrupted. A partial output can be continued with --resume.", 130)
+            fail("interrupted. A conversion can be continued with --resume.", 130)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in MEGATRON_EXTRA:
+                raise
+            fail(f"this needs {error.name}: pip install 'megatron-olmo-bridge[megatron]'", 2)
         except BrokenPipeError:  # the reader, `head` for example, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:

@@ -58,7 +58,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         Args:
             query: [s, b, heads / TP, head_dim].
             key, value: [t, b, key/value heads / TP, head_dim]; t > s where keys are cached, and
-                then the queries are the last ones.
+                then the queries are the last ones. Queries and keys are cast to the values' dtype.
             attention_mask: bool, [b or 1, 1, s, t], True where attention is not allowed.
 
         Returns:
@@ -75,7 +75,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         allowed = None if attention_mask is None else ~attention_mask
         if allowed is None and past and length > 1:
             allowed = query.new_ones(length, length + past, dtype=torch.bool).tril(past)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        q, k, v = (x.to(value.dtype).permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout and not self.sequence_parallel else _NOTHING:
             out = scaled_dot_product_attention(

@@ -14,6 +14,7 @@ from megatron_olmo_bridge.errors import InputError
 
 from .attention import ScaledDotProductAttention
 from .post_norm import RMSNorm, RowParallelLinearPostLN
+from .qk_norm import KRMSNorm, QRMSNorm, UnroundedKRMSNorm, UnroundedQRMSNorm
 
 AUTO, LOCAL, TRANSFORMER_ENGINE = "auto", "local", "transformer_engine"
 
@@ -25,6 +26,8 @@ class Backend:
     column_parallel_linear: Any
     row_parallel_linear_post_norm: Any
     core_attention: Any
+    q_norm: Any
+    k_norm: Any
     norm: Any
 
 
@@ -36,7 +39,12 @@ def backend_named(name: str = AUTO) -> Backend:
     """
     if resolved_name(name) == LOCAL:
         return Backend(
-            ColumnParallelLinear, RowParallelLinearPostLN, ScaledDotProductAttention, RMSNorm
+            column_parallel_linear=ColumnParallelLinear,
+            row_parallel_linear_post_norm=RowParallelLinearPostLN,
+            core_attention=ScaledDotProductAttention,
+            q_norm=UnroundedQRMSNorm,
+            k_norm=UnroundedKRMSNorm,
+            norm=RMSNorm,
         )
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -46,7 +54,14 @@ def backend_named(name: str = AUTO) -> Backend:
 
     from .te_post_norm import TERowParallelLinearPostLN
 
-    return Backend(TEColumnParallelLinear, TERowParallelLinearPostLN, TEDotProductAttention, TENorm)
+    return Backend(
+        column_parallel_linear=TEColumnParallelLinear,
+        row_parallel_linear_post_norm=TERowParallelLinearPostLN,
+        core_attention=TEDotProductAttention,
+        q_norm=QRMSNorm,
+        k_norm=KRMSNorm,
+        norm=TENorm,
+    )
 
 
 def resolved_name(name: str) -> str:

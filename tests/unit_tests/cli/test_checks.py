@@ -130,6 +130,16 @@ def test_doctor() -> None:
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_names_every_command_and_exit_code(flag: str) -> None:
     out = run(flag).stdout
-    for command in ("synth", "import", "export", "verify", "inspect", "doctor"):
+    for command in (
+        "synth",
+        "import",
+        "export",
+        "verify",
+        "inspect",
+        "doctor",
+        "compare",
+        "roundtrip",
+        "generate",
+    ):
         assert command in out
-    assert "Exit codes: 0 done, 1 verify found a difference, 2 bad usage or input" in out
+    assert "Exit codes: 0 done, 1 a difference was found, 2 bad usage or input" in out

@@ -96,8 +96,16 @@ def _check_count(name: str, value: object) -> None:
 
 
 def _rope_theta(hf: dict[str, Any]) -> float:
-    """Theta from either spelling: legacy ``rope_theta`` or ``rope_parameters``."""
+    """Theta from any spelling: legacy ``rope_theta``, ``rope_parameters``, or these nested by layer
+    type."""
     rope = hf.get("rope_parameters") or {}
+    if rope and all(isinstance(value, dict) for value in rope.values()):
+        kinds = list(rope.values())
+        if any(kind != kinds[0] for kind in kinds):
+            raise UnsupportedError(
+                f"the config asks for another rope in each of {', '.join(rope)}; OLMo-2 has one"
+            )
+        rope = kinds[0]
     scaling = hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":

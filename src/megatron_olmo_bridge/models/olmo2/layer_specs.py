@@ -18,7 +18,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.backends import AUTO, Backend, backend_named
-from megatron_olmo_bridge.nn.qk_norm import KRMSNorm, QRMSNorm
 
 
 def olmo2_layer_spec(config: TransformerConfig | None = None, backend: str = AUTO) -> ModuleSpec:
@@ -43,8 +42,8 @@ def _layer_spec(modules: Backend) -> ModuleSpec:
         linear_qkv=modules.column_parallel_linear,
         core_attention=modules.core_attention,
         linear_proj=modules.row_parallel_linear_post_norm,
-        q_layernorm=QRMSNorm,
-        k_layernorm=KRMSNorm,
+        q_layernorm=modules.q_norm,
+        k_layernorm=modules.k_norm,
     )
     mlp = MLPSubmodules(
         linear_fc1=modules.column_parallel_linear, linear_fc2=modules.row_parallel_linear_post_norm

@@ -1,0 +1,1 @@
+"""Live models at work, in processes of their own: compared with transformers, and generating."""

@@ -1,0 +1,92 @@
+"""Generation from a checkpoint: processes, tokenizer, text as it comes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from megatron_olmo_bridge.convert.source import Source, check_dtype, fetch, open_source
+
+from .compare import tokenize, tokenizer_of
+from .jobs import TOKEN, Job
+
+_UNFINISHED = "\ufffd"
+"""Ends a text whose last token is a part of a character."""
+
+
+class Generation:
+    """One prompt, continued by a live model in processes of its own.
+
+    Args:
+        checkpoint: of either kind, or a hub id.
+        prompt: text, read by the tokenizer beside the checkpoint; or else
+        tokens: token ids.
+        dtype: of the model; ``keep`` takes the checkpoint's.
+        tp, pp: tensor and pipeline parallel size.
+
+    Attributes:
+        prompt: token ids of the prompt.
+        tokens: those generated so far.
+        text: what they say; None without a text prompt.
+
+    Raises:
+        BridgeError: the checkpoint is not sound, or has no tokenizer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        prompt: str | None,
+        tokens: list[int] | None,
+        dtype: str = "keep",
+        tp: int = 1,
+        pp: int = 1,
+    ) -> None:
+        check_dtype(dtype)
+        source = open_source(fetch(checkpoint, None)[0])
+        self._tokenizer = None if prompt is None else tokenizer_of(source)
+        self.prompt = tokens or [] if prompt is None else tokenize(source, prompt)
+        self.tokens: list[int] = []
+        self._stop_at = _end_tokens(source)
+        self._job = Job(str(source.folder), tp, pp, dtype=dtype, tokens=[self.prompt])
+
+    @property
+    def text(self) -> str | None:
+        return None if self._tokenizer is None else str(self._tokenizer.decode(self.tokens))
+
+    def stream(self, **options: Any) -> Iterator[str]:
+        """Generate; yields the text of each token, or the token ids where there is no text.
+
+        Args:
+            options: of :func:`inference.generate.generate`.
+
+        Raises:
+            BridgeError: what went wrong in one of the processes.
+        """
+        options = {"stop_at": self._stop_at} | options
+        job = replace(self._job, generate=options)
+        said = 0
+        with job.started() as output:
+            for line in output:
+                if not line.startswith(TOKEN):
+                    continue
+                self.tokens.append(int(line.removeprefix(TOKEN)))
+                text = self.text
+                if text is None:
+                    yield f"{self.tokens[-1]} "
+                elif not text.endswith(_UNFINISHED):
+                    yield text[said:]
+                    said = len(text)
+
+
+def _end_tokens(source: Source) -> list[int]:
+    """Tokens after which transformers stops too."""
+    config = dict(source.hf_config)
+    folder = source.side_folder
+    if folder is not None and (file := folder / "generation_config.json").is_file():
+        config |= json.loads(file.read_text())
+    found = config.get("eos_token_id")
+    return [] if found is None else found if isinstance(found, list) else [found]

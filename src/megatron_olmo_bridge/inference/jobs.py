@@ -1,0 +1,62 @@
+"""Work for live models in processes of their own; this process needs no megatron-core."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_olmo_bridge.runtime.launch import processes
+
+LOGITS = "logits"
+TOKEN = "token "
+"""Begins a line of standard output that holds a generated token."""
+
+
+_WORKER = "megatron_olmo_bridge.inference.worker"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, a layout, and what to do with it."""
+
+    checkpoint: str
+    """A Hugging Face folder or a Megatron checkpoint."""
+    tp: int = 1
+    pp: int = 1
+    sp: bool = False
+    dtype: str = "keep"
+    tokens: list[list[int]] = field(default_factory=list)
+    """A batch to run, [b, s]; or, to generate, one prompt."""
+    states: str | None = None
+    """Folder for the logits and hidden states of the batch."""
+    save: str | None = None
+    """Megatron checkpoint to write."""
+    generate: dict[str, Any] | None = None
+    """Options of :func:`inference.generate.generate`."""
+
+    def started(self) -> Any:
+        """Start the processes; a context manager that gives what they print."""
+        return processes(_WORKER, [json.dumps(asdict(self))], self.tp * self.pp)
+
+    def run(self) -> None:
+        """Start the processes and wait for them.
+
+        Raises:
+            BridgeError: what went wrong in one of them.
+        """
+        with self.started() as output:
+            for _ in output:
+                pass
+
+
+def read_states(folder: Path) -> dict[str, torch.Tensor]:
+    """Logits and hidden states that the processes of a job wrote."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("stage-*.safetensors")):
+        found |= load_file(file)
+    return found

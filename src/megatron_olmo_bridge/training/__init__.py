@@ -1,0 +1,1 @@
+"""Training of live models, the way OLMo was trained."""

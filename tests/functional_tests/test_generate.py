@@ -1,0 +1,106 @@
+"""`generate` continues a prompt as transformers does, from a Megatron checkpoint alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from megatron_olmo_bridge import import_checkpoint, synth
+from megatron_olmo_bridge.inference.generation import Generation
+
+PROMPT = [17, 4, 256, 999, 3]
+NEW = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A Megatron checkpoint whose Hugging Face source is gone, and what transformers generates."""
+    folder = tmp_path_factory.mktemp("model")
+    hf = synth("olmo2-tiny", folder / "hf", dtype="float32")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(hf)
+    reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    tokens = reference.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, do_sample=False)
+    import_checkpoint(hf, folder / "megatron")
+    shutil.rmtree(hf)
+    expected = tokens[0, len(PROMPT) :].tolist()
+    assert len(expected) == NEW
+    assert len(set(expected)) > 5  # it isn't one token for ever
+    return folder / "megatron", expected
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}], ids=["tp1", "tp2", "pp2"])
+def test_greedy_tokens_are_those_of_transformers(
+    model: tuple[Path, list[int]], layout: dict[str, int]
+) -> None:
+    checkpoint, expected = model
+    run = Generation(str(checkpoint), prompt=None, tokens=PROMPT, **layout)
+
+    assert "".join(run.stream(max_new_tokens=NEW)).split() == [str(t) for t in expected]
+    assert run.tokens == expected
+
+
+def generate(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "megatron_olmo_bridge", "generate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_text_comes_back_as_text(model: tuple[Path, list[int]]) -> None:
+    checkpoint, expected = model
+    prompt = " ".join(f"w{token}" for token in PROMPT)
+    done = generate(checkpoint, "--prompt", prompt, "--max-new-tokens", 8)
+
+    assert done.stdout.split() == [f"w{token}" for token in expected[:8]]
+
+
+def test_sampling_follows_its_seed(model: tuple[Path, list[int]]) -> None:
+    checkpoint, _ = model
+    sampled = []
+    for seed in (1, 1, 2):
+        done = generate(checkpoint, "--tokens", "17,4,256", "--temperature", 1.5, "--top-p", 0.9,
+                        "--seed", seed, "--max-new-tokens", 12, "--json")  # fmt: skip
+        found = json.loads(done.stdout)
+        assert found["prompt"] == [17, 4, 256]
+        sampled.append(found["tokens"])
+
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert len(sampled[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1,x"], "is not a list of token ids"),
+        (["--tokens", "1024"], "token 1024 is not in the model's vocabulary of 1024"),
+        ([], "give either --prompt TEXT or --tokens 1,2,3"),
+        (["--tokens", "1", "--max-new-tokens", "5000"], "more than the model's 4096 positions"),
+        (["--tokens", "1", "--tp", "3"], "cannot be shared out evenly over 3 tensor-parallel"),
+        (["--tokens", "1", "--top-p", "1.5"], "top-p above 0 and at most 1"),
+    ],
+)
+def test_bad_input(model: tuple[Path, list[int]], arguments: list[str], message: str) -> None:
+    done = generate(model[0], *arguments)
+
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 25
+
+
+def test_it_stops_at_the_end_of_text(model: tuple[Path, list[int]], tmp_path: Path) -> None:
+    checkpoint, expected = model
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    config = next((tmp_path / "ckpt").glob("iter_*/hf/config.json"))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": expected[5]}))
+    run = Generation(str(tmp_path / "ckpt"), prompt=None, tokens=PROMPT)
+    for _ in run.stream(max_new_tokens=NEW):
+        pass
+
+    assert run.tokens == expected[: expected.index(expected[5]) + 1]
