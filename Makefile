@@ -13,7 +13,8 @@ help:
 	@echo "make test         set up, lint, run the tests"
 	@echo "make test-latest  the same tests on Python 3.12 with the newest megatron-core"
 	@echo "make lint         ruff and mypy --strict"
-	@echo "make bench        time import and export next to cp -r; BENCH='--size olmo2-7b' for more"
+	@echo "make bench        time import and export next to cp -r, live loading next to safetensors;"
+	@echo "                  BENCH='--size olmo2-7b' for more"
 	@echo "make clean        remove what these made"
 
 setup: $(VENV)/ready
@@ -46,6 +47,7 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/bench.py $(BENCH)
+	$(VENV)/bin/python benchmarks/live.py
 
 clean:
 	rm -rf $(VENV) $(LATEST) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache

@@ -34,6 +34,9 @@ for model in $models; do
     show python "$here/same_logits.py" "$model" "$model-back"
 done
 
+printf '\n== Live: does megatron-core, on two processes, compute what transformers computes?\n'
+show olmo-bridge compare olmo2-tiny olmo2-tiny-megatron --tp 2 --sp
+
 cat <<TEXT
 
 What was shown
@@ -42,5 +45,6 @@ What was shown
 - Every tensor of source and result is the same, bit for bit, and so is the config.
 - transformers loads the result without a missing or an unexpected tensor, and computes the same
   logits, bit for bit.
+- megatron-core, with the model shared out over two processes, computes the same up to rounding.
 Next: olmo-bridge import allenai/OLMo-2-0425-1B my-megatron-checkpoint
 TEXT

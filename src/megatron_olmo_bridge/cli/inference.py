@@ -164,9 +164,9 @@ def generate(
     if (prompt is None) == (tokens is None):
         raise InputError("give either --prompt TEXT or --tokens 1,2,3")
     run = Generation(checkpoint, prompt=prompt, tokens=_ids(tokens), dtype=dtype, tp=tp, pp=pp)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-               "seed": seed}  # fmt: skip
-    for piece in run.stream(**options):
+    for piece in run.stream(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    ):
         if not (quiet or json):
             typer.echo(piece, nl=False)
     if json:

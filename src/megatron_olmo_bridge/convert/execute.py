@@ -41,28 +41,28 @@ def execute(
         FormatError: a source file ends too soon.
     """
     reporter = reporter or Reporter()
-    with Processes() as processes:
-        stage = Stage(destination, plan, resume=resume, overwrite=overwrite)
-        processes.wait_for_each_other()  # all have looked before the first one writes
-        if processes.first:
-            with cleaning_up(stage):
-                stage.open()
-        processes.wait_for_each_other()
-        if not stage.finished:
-            done_before = sum(
-                p.view.nbytes for f in plan.files if f.name in stage.complete for p in f.payloads
-            )
-            reporter.begin(f"{plan.operation}ing", plan.source_bytes)
-            reporter.advance(done_before)
-            todo = [f for f in plan.files if f.name not in stage.complete]
-            mine = share(todo, processes.count)[processes.index]
-            with cleaning_up(stage):
-                _write_files(mine, stage, workers, reporter, record=processes.first)
-                processes.wait_for_each_other()
-                if processes.first:
-                    finish(stage, plan, provenance, checksum, workers)
-            reporter.end()
-        processes.wait_for_each_other()
+    processes = Processes()
+    stage = Stage(destination, plan, resume=resume, overwrite=overwrite)
+    processes.wait_for_each_other()  # all have looked before the first one writes
+    if processes.first:
+        with cleaning_up(stage):
+            stage.open()
+    processes.wait_for_each_other()
+    if not stage.finished:
+        done_before = sum(
+            p.view.nbytes for f in plan.files if f.name in stage.complete for p in f.payloads
+        )
+        reporter.begin(f"{plan.operation}ing", plan.source_bytes)
+        reporter.advance(done_before)
+        todo = [f for f in plan.files if f.name not in stage.complete]
+        mine = share(todo, processes.count)[processes.index]
+        with cleaning_up(stage):
+            _write_files(mine, stage, workers, reporter, record=processes.first)
+            processes.wait_for_each_other()
+            if processes.first:
+                finish(stage, plan, provenance, checksum, workers)
+        reporter.end()
+    processes.wait_for_each_other()
 
 
 def finish(

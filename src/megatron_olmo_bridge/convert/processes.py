@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from datetime import timedelta
+from functools import cache
 from typing import Any
+
+_BARRIERS = itertools.count()
+"""Numbers the times that this process waited for the others: in all of them the same."""
+_LONGEST_WAIT = timedelta(days=1)
 
 
 class Processes:
-    """This process among those that torchrun started; alone if it started none."""
+    """This process among those that torchrun started; alone if it started none.
+
+    They meet at torchrun's key/value store. A process group would be in the way of the caller's
+    own, and can't be set up twice.
+    """
 
     def __init__(self) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -17,22 +28,26 @@ class Processes:
     def first(self) -> bool:
         return self.index == 0
 
-    def __enter__(self) -> Processes:
-        if self.count > 1:
-            import torch.distributed as dist
-
-            dist.init_process_group("gloo")
-        return self
-
     def wait_for_each_other(self) -> None:
         """Return when every process has come here."""
         if self.count > 1:
-            import torch.distributed as dist
+            number = next(_BARRIERS)
+            self._arrive(f"{number}/here", wait=True)
+            # The store may live in the first process: it must be the last to go.
+            self._arrive(f"{number}/left", wait=self.first)
 
-            dist.barrier()
+    def _arrive(self, place: str, wait: bool) -> None:
+        store = _store()
+        if store.add(f"olmo-bridge/{place}", 1) == self.count:
+            store.set(f"olmo-bridge/{place}/all", "")
+        if wait:
+            store.wait([f"olmo-bridge/{place}/all"], _LONGEST_WAIT)
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self.count > 1 and kind is None:
-            import torch.distributed as dist
 
-            dist.destroy_process_group()
+@cache
+def _store() -> Any:
+    """Of this process, for good: with it the last connection would go."""
+    import torch.distributed as dist
+
+    store, _, _ = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
+    return store

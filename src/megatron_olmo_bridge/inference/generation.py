@@ -11,6 +11,7 @@ from megatron_olmo_bridge.convert.source import Source, check_dtype, fetch, open
 
 from .compare import tokenize, tokenizer_of
 from .jobs import TOKEN, Job
+from .sampling import check_request
 
 _UNFINISHED = "\ufffd"
 """Ends a text whose last token is a part of a character."""
@@ -51,25 +52,39 @@ class Generation:
         self.prompt = tokens or [] if prompt is None else tokenize(source, prompt)
         self.tokens: list[int] = []
         self._stop_at = _end_tokens(source)
+        positions = source.bridge.numbers.get("max_position_embeddings")
+        self._limits: dict[str, Any] = {
+            "vocab_size": source.bridge.vocab_size,
+            "positions": positions,
+        }
         self._job = Job(str(source.folder), tp, pp, dtype=dtype, tokens=[self.prompt])
 
     @property
     def text(self) -> str | None:
         return None if self._tokenizer is None else str(self._tokenizer.decode(self.tokens))
 
-    def stream(self, **options: Any) -> Iterator[str]:
-        """Generate; yields the text of each token, or the token ids where there is no text.
+    def stream(
+        self,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Generate; yields text as it comes, or the token ids where the prompt was token ids.
 
-        Args:
-            options: of :func:`inference.generate.generate`.
+        Arguments are those of :func:`inference.generate.generate`.
 
         Raises:
-            BridgeError: what went wrong in one of the processes.
+            BridgeError: an option is out of its range, or what went wrong in one of the processes.
         """
-        options = {"stop_at": self._stop_at} | options
-        job = replace(self._job, generate=options)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p
+        }  # fmt: skip
+        check_request(self.prompt, **self._limits, **options)
+        options |= {"seed": seed, "stop_at": self._stop_at}
         said = 0
-        with job.started() as output:
+        with replace(self._job, generate=options).started() as output:
             for line in output:
                 if not line.startswith(TOKEN):
                     continue
@@ -80,6 +95,8 @@ class Generation:
                 elif not text.endswith(_UNFINISHED):
                     yield text[said:]
                     said = len(text)
+        if self.text is not None:
+            yield self.text[said:]
 
 
 def _end_tokens(source: Source) -> list[int]:

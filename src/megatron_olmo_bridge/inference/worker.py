@@ -16,11 +16,11 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 
 from megatron_olmo_bridge.live.auto_bridge import AutoBridge
-from megatron_olmo_bridge.live.forward import forward, hidden_states
-from megatron_olmo_bridge.live.generate import generate
 from megatron_olmo_bridge.runtime.launch import reporting_errors
 from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 
+from .forward import forward, hidden_states
+from .generate import generate
 from .jobs import LOGITS, TOKEN, Job
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     """Do a job, as one of its processes."""
     job = Job(**json.loads(sys.argv[1]))
     with reporting_errors():
-        bridge = AutoBridge.from_megatron(job.checkpoint)
+        bridge = AutoBridge.from_checkpoint(job.checkpoint)
         dtype = None if job.dtype == "keep" else getattr(torch, job.dtype)
         provider = bridge.to_megatron_provider(dtype=dtype)
         provider.tensor_model_parallel_size = job.tp

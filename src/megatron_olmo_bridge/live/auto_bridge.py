@@ -54,12 +54,12 @@ class AutoBridge:
         """
         source = open_source(fetch(str(path), revision)[0])
         if source.kind is not Kind.HF:
-            raise InputError(f"{path}: is a Megatron checkpoint; use AutoBridge.from_megatron()")
+            raise InputError(f"{path}: is a Megatron checkpoint; use AutoBridge.from_checkpoint()")
         return cls(source.bridge, source)
 
     @classmethod
-    def from_megatron(cls, path: str | Path, **options: Any) -> AutoBridge:
-        """Open a Megatron checkpoint; ``options`` are those of ``open_source``.
+    def from_checkpoint(cls, path: str | Path, **options: Any) -> AutoBridge:
+        """Open a checkpoint of either kind; ``options`` are those of ``open_source``.
 
         Raises:
             BridgeError: there is none, it is damaged, or it doesn't say what model it holds.
@@ -186,7 +186,7 @@ class AutoBridge:
             wrap_with_ddp: for training.
             fields: of the provider, ``tensor_model_parallel_size=2`` for example.
         """
-        provider = AutoBridge.from_megatron(path).to_megatron_provider()
+        provider = AutoBridge.from_checkpoint(path).to_megatron_provider()
         for name, value in fields.items():
             if not hasattr(provider, name):
                 raise InputError(f"the provider has no field {name!r}")

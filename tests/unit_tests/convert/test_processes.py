@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_olmo_bridge import verify
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 
 HF = Callable[..., Path]
@@ -23,8 +24,8 @@ except BridgeError as error:
 """
 
 
-def together(count: int, *args: object) -> list[str]:
-    """What each of some processes prints that import at the same time."""
+def together(count: int, *args: object, code: str = IMPORT) -> list[str]:
+    """What each of some processes prints that convert at the same time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,7 +33,7 @@ def together(count: int, *args: object) -> list[str]:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)
     }  # fmt: skip
     running = [
-        subprocess.Popen([sys.executable, "-c", IMPORT, *map(str, args)],
+        subprocess.Popen([sys.executable, "-c", code, *map(str, args)],
                          env=common | {"RANK": str(i)}, stdout=subprocess.PIPE, text=True)
         for i in range(count)
     ]  # fmt: skip
@@ -51,6 +52,26 @@ def test_together_they_write_what_one_writes(make_hf: HF, tmp_path: Path) -> Non
     together(3, hf, tmp_path / "three")
     assert len(list((tmp_path / "one").rglob("*.distcp"))) > 5
     assert files(tmp_path / "one") == files(tmp_path / "three")
+
+
+TWICE = """
+import sys
+from megatron_olmo_bridge import export_checkpoint, import_checkpoint
+import_checkpoint(sys.argv[1], sys.argv[2])
+export_checkpoint(sys.argv[2], sys.argv[3])
+import torch.distributed as dist
+assert not dist.is_initialized()  # that is the caller's
+dist.init_process_group("gloo")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_one_conversion_after_another(make_hf: HF, tmp_path: Path) -> None:
+    """And the caller can still set up process groups of its own."""
+    hf = make_hf()
+    together(3, hf, tmp_path / "m", tmp_path / "back", code=TWICE)
+    assert verify(hf, tmp_path / "back").equal
 
 
 def test_all_refuse_what_exists(make_hf: HF, tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""The examples run as their docstrings say, as one process and as several."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_olmo_bridge import synth, verify
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synth("olmo2-tiny", tmp_path_factory.mktemp("hf") / "tiny", dtype="float32")
+
+
+def run(processes: int, name: str, *arguments: object) -> str:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes)]
+    command += [str(EXAMPLES / name), *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_convert(hf: Path, tmp_path: Path, processes: int) -> None:
+    assert run(processes, "convert.py", hf, tmp_path / "out") == "47 tensors: equal\n"
+    assert verify(hf, tmp_path / "out/hf").equal
+
+
+@pytest.mark.parametrize("layout", [(), ("--tp", 2)], ids=["one process", "two processes"])
+def test_load_and_save(hf: Path, tmp_path: Path, layout: tuple[object, ...]) -> None:
+    said = run(2 if layout else 1, "load_and_save.py", hf, tmp_path / "out", *layout)
+
+    assert "largest tensor: model.embed_tokens.weight, 131,072 elements" in said
+    assert verify(hf, tmp_path / "out/hf").equal
+    assert verify(hf, tmp_path / "out/megatron").equal
+
+
+def test_inference(hf: Path) -> None:
+    one, two = run(1, "inference.py", hf, "1,2,3"), run(2, "inference.py", hf, "1,2,3", "--tp", 2)
+
+    assert "rank 0: logits [1, 3, 1024]" in one
+    for rank in (0, 1):
+        assert f"rank {rank}: logits [1, 3, 512]" in two
+    continued = [next(s for s in out.splitlines() if "continued" in s) for out in (one, two)]
+    assert continued[0] == continued[1]
+    assert len(continued[0].split()) == 17
+
+
+def test_hf_as_megatron(hf: Path) -> None:
+    said = run(2, "hf_as_megatron.py", hf, "--tp", 2)
+
+    assert "rank 0: " in said and "rank 1: " in said

@@ -1,0 +1,71 @@
+"""Processes that are started: what they print comes back, and so does what went wrong."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_olmo_bridge.errors import MappingError, ProcessError
+from megatron_olmo_bridge.runtime.launch import processes, reporting_errors
+
+MODULE = """
+import os, sys
+from megatron_olmo_bridge.errors import MappingError
+from megatron_olmo_bridge.runtime.launch import reporting_errors
+rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+print(f"{sys.argv[1]} {rank} of {world}, {os.environ['OMP_NUM_THREADS']} threads", flush=True)
+with reporting_errors():
+    if sys.argv[1] == "refuse":
+        raise MappingError(f"two lines:\\nsaid {world} times")
+    if sys.argv[1] == "crash":
+        raise ZeroDivisionError("of its own")
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "started_module.py").write_text(MODULE)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("RANK", "7")  # of whoever started us: not theirs
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def start(what: str, count: int) -> list[str]:
+    with processes("started_module", [what], count) as output:
+        return sorted(output)
+
+
+def test_one_process_uses_all_cores() -> None:
+    assert start("work", 1) == [f"work 0 of 1, {os.cpu_count()} threads\n"]
+
+
+def test_several_processes_share_the_cores() -> None:
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    assert start("work", 2) == [f"work {rank} of 2, {threads} threads\n" for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_of_this_package_comes_back_as_itself(count: int) -> None:
+    with pytest.raises(MappingError, match=f"two lines:\nsaid {count} times"):
+        start("refuse", count)
+
+
+def test_another_error_comes_back_with_its_last_lines() -> None:
+    with pytest.raises(ProcessError, match="exit code 1(.|\n)*ZeroDivisionError: of its own"):
+        start("crash", 1)
+
+
+def test_an_error_of_the_caller_ends_the_process() -> None:
+    with pytest.raises(KeyboardInterrupt), processes("started_module", ["work"], 1):
+        raise KeyboardInterrupt
+
+
+def test_without_somebody_who_started_it_an_error_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OLMO_BRIDGE_ERROR_FILE", raising=False)
+    with pytest.raises(SystemExit) as exit_, reporting_errors():
+        raise MappingError("nobody listens")
+    assert exit_.value.code == 2
