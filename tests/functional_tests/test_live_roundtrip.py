@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from megatron_olmo_bridge import synth
 
 
@@ -15,10 +13,9 @@ def roundtrip(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nothing_is_lost(tmp_path: Path, dtype: str) -> None:
-    hf = synth("olmo2-tiny", tmp_path / "hf", dtype=dtype)
-    done = roundtrip(hf, "--tp", 2, "--pp", 2, "--work", tmp_path, "--json")
+def test_nothing_is_lost(tmp_path: Path) -> None:
+    hf = synth("olmo2-tiny", tmp_path / "hf", dtype="bfloat16")
+    done = roundtrip(hf, "--tp", 2, "--work", tmp_path, "--json")
 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

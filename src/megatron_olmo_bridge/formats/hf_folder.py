@@ -114,7 +114,7 @@ def _read_arrays(path: Path) -> dict[str, StoredArray]:
         if not files:
             raise InputError(f"{path}: has a {CONFIG} but no safetensors files")
     else:
-        files = [path / name for name in dict.fromkeys(weight_map.values())]
+        files = [path / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
             raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +71,12 @@ def stream_weights(
             whole = torch.empty(shape, dtype=dtype, device="cpu" if cpu else device)
         for owner in sorted({part.owner for part in parts[name]}):
             theirs = [part for part in parts[name] if part.owner == owner]
-            blocks = _exchange(theirs, mine, owner, to, device, dtype)
+            blocks = _exchange(theirs, mine, owner, to, _buffer(theirs, whole, device, dtype))
             if whole is not None:
-                matrix = whole.view(shape[0], -1)
                 for part, block in zip(theirs, blocks, strict=True):
-                    out = cut(matrix, part.target)
-                    out.copy_(block.view_as(out))
+                    out = cut(whole.view(shape[0], -1), part.target)
+                    if out.data_ptr() != block.data_ptr():  # else it was received in its place
+                        out.copy_(block.view_as(out))
         if whole is not None:
             yield name, whole
         del whole  # before the next is made
@@ -104,29 +104,44 @@ def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[Part]]:
     return parts
 
 
+def _buffer(
+    parts: list[Part], whole: torch.Tensor | None, device: torch.device, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    """Makes the memory that blocks are received in: the tensor's own, where they are all of it."""
+    size = sum(part.target.size for part in parts)
+    if whole is not None and whole.device == device and len(parts) == 1 and size == whole.numel():
+        return lambda: whole.view(-1)
+    return lambda: torch.empty(size, dtype=dtype, device=device)
+
+
 def _exchange(
     parts: list[Part],
     mine: dict[ShardKey, Shard],
     owner: int,
     to: int | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    buffer: Callable[[], torch.Tensor],
 ) -> Sequence[torch.Tensor]:
     """What one process holds of a tensor, block by block, where it is wanted; nothing elsewhere."""
     rank, alone = dist.get_rank(), dist.get_world_size() == 1
     if rank == owner:
         blocks = [cut(mine[part.shard].matrix, part.source) for part in parts]
         if to is None and not alone:
-            dist.broadcast(torch.cat([block.reshape(-1) for block in blocks]), owner)
+            dist.broadcast(_packed(blocks), owner)
         elif to is not None and to != owner:
-            dist.send(torch.cat([block.reshape(-1) for block in blocks]), to)
+            dist.send(_packed(blocks), to)
         return blocks
     if to is not None and rank != to:
         return []
-    sizes = [part.target.size for part in parts]
-    packed = torch.empty(sum(sizes), dtype=dtype, device=device)
+    packed = buffer()
     if to is None:
         dist.broadcast(packed, owner)
     else:
         dist.recv(packed, owner)
-    return torch.split(packed, sizes)
+    return torch.split(packed, [part.target.size for part in parts])
+
+
+def _packed(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Blocks one after the other; a single one as it is, if it is contiguous."""
+    if len(blocks) == 1:
+        return blocks[0].reshape(-1)
+    return torch.cat([block.reshape(-1) for block in blocks])

@@ -42,7 +42,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     vocab_size: int = 0
     """Rows of the embedding in the Hugging Face model."""
     make_vocab_size_divisible_by: int = 1
-    """The embedding is padded to a multiple of this; 1 means no padding."""
+    """The embedding is padded to a multiple of this; 1 means no padding. Megatron's training loss
+    counts padding rows as tokens, so with padding it is not quite that of transformers."""
     max_position_embeddings: int = 4096
     """Longest sequence, in tokens."""
     rotary_base: float = 10000.0

@@ -1,1 +1,0 @@
-from megatron_olmo_bridge.inference.forward import *  # temporary

@@ -1,0 +1,142 @@
+"""Fixtures of the tests of live models. A module has them by ``pytest_plugins = ["live_runs"]``.
+
+Starting processes takes longer than all that they do here. So whatever takes as many processes is
+done by the same ones, one launch for all tests; the tests then look at what was written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from live_layouts import (
+    BATCH,
+    HALF_BATCH,
+    LAYOUTS,
+    MUTANTS,
+    Step,
+    hf_tensors,
+    run_live,
+    step,
+    steps_of,
+    train_steps,
+)
+from safetensors.torch import save_file
+from transformers import Olmo2Config, Olmo2ForCausalLM
+
+from megatron_olmo_bridge import synth
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder of this session, the same in all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent
+    (folder / "live").mkdir(exist_ok=True)
+    return folder / "live"
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that the first worker to ask for it has made; the others wait."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder.with_name(f"{folder.name}.done")
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of another worker, which failed
+            make(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(shared: Path) -> Path:
+    """Folders of Hugging Face models: ``plain`` (several files), ``tied``, ``half``, ``wide``."""
+    return once(shared / "models", make_models)
+
+
+def make_models(root: Path) -> None:
+    plain = synth("olmo2-tiny", root / "plain", dtype="float32", max_shard_size="1MB")
+    synth("olmo2-tiny", root / "half", dtype="bfloat16")
+
+    tied = root / "tied"
+    tied.mkdir()
+    tensors = hf_tensors(plain)
+    del tensors["lm_head.weight"]
+    save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+    # The largest two tensors, 64 MiB each, follow each other in the file. The others are half as
+    # large or small, but there are several: all are five times the largest.
+    wide = Olmo2Config(
+        vocab_size=131072, hidden_size=128, intermediate_size=65536, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    Olmo2ForCausalLM(wide).save_pretrained(root / "wide")
+
+
+def launch(processes: int, models: Path, shared: Path, more: Callable[[Path], list[Step]]) -> Path:
+    """The results of what every layout of so many processes is asked for, and of some more."""
+
+    def make(root: Path) -> None:
+        steps = more(root)
+        for name, layout in LAYOUTS.items():
+            if layout.processes == processes:
+                steps += steps_of(name, models, root)
+        run_live(steps, processes)
+
+    return once(shared / f"with-{processes}", make)
+
+
+@pytest.fixture(scope="session")
+def with_1(models: Path, shared: Path) -> Path:
+    plain, half = models / "plain", models / "half"
+    return launch(1, models, shared, lambda root: [
+        step("logits", half, "tp1", root / "half-tp1", batch=HALF_BATCH),
+        step("stock_load", plain, "tp1", root / "stock-tp1"),
+        step("decays", plain, "tp1", root / "decays-tp1"),
+        *train_steps("tp1", models, root),
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def with_2(models: Path, shared: Path) -> Path:
+    plain, half, tied = models / "plain", models / "half", models / "tied"
+    return launch(2, models, shared, lambda root: [
+        step("logits", half, "tp2", root / "half-tp2", batch=HALF_BATCH),
+        step("stock_load", plain, "tp2", root / "stock-tp2"),
+        step("stock_load", plain, "pp2", root / "stock-pp2"),
+        step("decays", plain, "pp2", root / "decays-pp2"),
+        step("decays", tied, "pp2-tied", root / "decays-pp2-tied"),
+        *(step("gradients", plain, "tp2", root / mutant, batch=BATCH, mutant=mutant)
+          for mutant in MUTANTS),
+        *(each for layout in ("tp2", "pp2", "dp2") for each in train_steps(layout, models, root)),
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def with_4(models: Path, shared: Path) -> Path:
+    # First: memory that other steps have left behind could be used again, uncounted.
+    memory = ["export_memory"] if sys.platform == "linux" else []
+    return launch(4, models, shared, lambda root: [
+        *(step(action, models / "wide", "tp2-pp2", root / "export") for action in memory),
+        step("export", models / "plain", "tp2-pp2", root / "export"),
+    ])  # fmt: skip
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    """Each of the layouts, by name."""
+    return request.param
+
+
+@pytest.fixture
+def results(layout: str, request: pytest.FixtureRequest) -> Path:
+    """Folders of results, one for each layout of as many processes, and some more."""
+    return request.getfixturevalue(f"with_{LAYOUTS[layout].processes}")

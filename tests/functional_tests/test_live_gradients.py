@@ -1,0 +1,77 @@
+"""The gradient of every parameter is the one of transformers, at every layout.
+
+Megatron's own path: its DDP, its pipeline schedule in two microbatches, its finalize_model_grads.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from live_layouts import (
+    BATCH,
+    LAYOUTS,
+    MUTANTS,
+    VOCABULARY,
+    labels_of,
+    random_tokens,
+    relative_error,
+    worst,
+)
+from torch.nn.functional import cross_entropy, pad
+from transformers import Olmo2ForCausalLM
+
+pytest_plugins = ["live_runs"]
+
+TOLERANCE = 1e-5
+"""Norm of the difference, relative to the norm of the gradient."""
+
+
+@cache
+def expected(folder: Path, rows: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """transformers' loss and gradients by name, with a vocabulary of so many rows.
+
+    Megatron's loss counts padding rows as tokens with a logit of 0: so does this one.
+    """
+    model = Olmo2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = random_tokens(*BATCH)
+    logits = pad(model(tokens).logits, (0, rows - VOCABULARY))
+    loss = cross_entropy(logits.flatten(0, 1), labels_of(tokens).flatten())
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def errors(run: Path, gradients: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative error of each gradient, by name."""
+    found = torch.load(run / "gradients.pt")["gradients"]
+    assert found.keys() == gradients.keys()
+    return {name: relative_error(found[name], gradient) for name, gradient in gradients.items()}
+
+
+def test_gradients_are_those_of_transformers(models: Path, layout: str, results: Path) -> None:
+    multiple = LAYOUTS[layout].fields.get("make_vocab_size_divisible_by", 1)
+    rows = -(-VOCABULARY // multiple) * multiple
+    loss, gradients = expected(models / LAYOUTS[layout].model, rows)
+    assert all(gradient.norm() > 0 for gradient in gradients.values())
+    found = torch.load(results / layout / "gradients.pt")
+    assert abs(found["loss"] - loss) <= 1e-5
+    name, error = worst(errors(results / layout, gradients))
+    # Ranks that hold the same parameter must take the same step, or they drift apart.
+    copy, difference = worst(found["copies"])
+    print(f"{layout}: largest relative error {error:.1e} ({name}), copies {difference:.1e}")
+    assert error <= TOLERANCE, name
+    assert difference <= TOLERANCE, copy
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_wrong_qk_norms_are_found(models: Path, with_2: Path, mutant: str) -> None:
+    """The same check on QK norms as one might write them: it fails by far."""
+    _, gradients = expected(models / "plain", VOCABULARY)
+    name, error = worst(errors(with_2 / mutant, gradients))
+    print(f"{mutant}: largest relative error {error:.1e} ({name})")
+    assert error > 100 * TOLERANCE
