@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megatron_olmo_bridge.errors import MappingError
-from megatron_olmo_bridge.mapping.placement import Region, uncovered
+from megatron_olmo_bridge.mapping.placement import Region, Shape, uncovered
 from megatron_olmo_bridge.models.bridge import ModelBridge
 
 from .load import cut
@@ -62,24 +62,72 @@ def stream_weights(
     live = LiveModel.of(chunks, bridge)
     mine = {(s.parameter.name, s.region): s for s in live.shards if s.is_main}
     parts = _parts(live, list(mine))
-    receives = to is None or to == dist.get_rank()
-    dtype, device = live.shards[0].data.dtype, live.shards[0].data.device
+    first = live.shards[0].data
+    assembly = _Assembly(mine, to, first.dtype, first.device, cpu)
     for name in live.mapping.hf_shapes if names is None else names:
-        shape = live.mapping.hf_shapes[name]
+        whole = assembly.tensor(live.mapping.hf_shapes[name], parts[name])
+        if whole is not None:
+            yield name, whole
+        del whole  # before the next is made
+
+
+@dataclass(frozen=True)
+class _Assembly:
+    """Puts tensors together out of what the processes hold."""
+
+    mine: dict[ShardKey, Shard]
+    to: int | None
+    dtype: torch.dtype
+    device: torch.device
+    cpu: bool
+
+    def tensor(self, shape: Shape, parts: list[Part]) -> torch.Tensor | None:
+        """One tensor, where it is wanted; all processes take part."""
         whole = None
-        if receives:
-            whole = torch.empty(shape, dtype=dtype, device="cpu" if cpu else device)
-        for owner in sorted({part.owner for part in parts[name]}):
-            theirs = [part for part in parts[name] if part.owner == owner]
-            blocks = _exchange(theirs, mine, owner, to, _buffer(theirs, whole, device, dtype))
+        if self.to is None or self.to == dist.get_rank():
+            device = torch.device("cpu") if self.cpu else self.device
+            whole = torch.empty(shape, dtype=self.dtype, device=device)
+        for owner in sorted({part.owner for part in parts}):
+            theirs = [part for part in parts if part.owner == owner]
+            blocks = self._exchange(theirs, owner, whole)
             if whole is not None:
                 for part, block in zip(theirs, blocks, strict=True):
                     out = cut(whole.view(shape[0], -1), part.target)
                     if out.data_ptr() != block.data_ptr():  # else it was received in its place
                         out.copy_(block.view_as(out))
-        if whole is not None:
-            yield name, whole
-        del whole  # before the next is made
+        return whole
+
+    def _exchange(
+        self, parts: list[Part], owner: int, whole: torch.Tensor | None
+    ) -> Sequence[torch.Tensor]:
+        """What one process holds of a tensor, block by block, where it is wanted; else nothing."""
+        rank, alone = dist.get_rank(), dist.get_world_size() == 1
+        if rank == owner:
+            blocks = [cut(self.mine[part.shard].matrix, part.source) for part in parts]
+            if self.to is None and not alone:
+                dist.broadcast(_packed(blocks), owner)
+            elif self.to is not None and self.to != owner:
+                dist.send(_packed(blocks), self.to)
+            return blocks
+        if whole is None:
+            return []
+        sizes = [part.target.size for part in parts]
+        if sizes == [whole.numel()] and whole.device == self.device:
+            packed = whole.view(-1)
+        else:
+            packed = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        if self.to is None:
+            dist.broadcast(packed, owner)
+        else:
+            dist.recv(packed, owner)
+        return torch.split(packed, sizes)
+
+
+def _packed(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Blocks one after the other; a single one as it is, if it is contiguous."""
+    if len(blocks) == 1:
+        return blocks[0].reshape(-1)
+    return torch.cat([block.reshape(-1) for block in blocks])
 
 
 def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[Part]]:
@@ -102,46 +150,3 @@ def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[Part]]:
         if why := uncovered(shape, (part.target for part in parts[name])):
             raise MappingError(f"the model's processes don't hold all of {name}: {why}")
     return parts
-
-
-def _buffer(
-    parts: list[Part], whole: torch.Tensor | None, device: torch.device, dtype: torch.dtype
-) -> Callable[[], torch.Tensor]:
-    """Makes the memory that blocks are received in: the tensor's own, where they are all of it."""
-    size = sum(part.target.size for part in parts)
-    if whole is not None and whole.device == device and len(parts) == 1 and size == whole.numel():
-        return lambda: whole.view(-1)
-    return lambda: torch.empty(size, dtype=dtype, device=device)
-
-
-def _exchange(
-    parts: list[Part],
-    mine: dict[ShardKey, Shard],
-    owner: int,
-    to: int | None,
-    buffer: Callable[[], torch.Tensor],
-) -> Sequence[torch.Tensor]:
-    """What one process holds of a tensor, block by block, where it is wanted; nothing elsewhere."""
-    rank, alone = dist.get_rank(), dist.get_world_size() == 1
-    if rank == owner:
-        blocks = [cut(mine[part.shard].matrix, part.source) for part in parts]
-        if to is None and not alone:
-            dist.broadcast(_packed(blocks), owner)
-        elif to is not None and to != owner:
-            dist.send(_packed(blocks), to)
-        return blocks
-    if to is not None and rank != to:
-        return []
-    packed = buffer()
-    if to is None:
-        dist.broadcast(packed, owner)
-    else:
-        dist.recv(packed, owner)
-    return torch.split(packed, [part.target.size for part in parts])
-
-
-def _packed(blocks: list[torch.Tensor]) -> torch.Tensor:
-    """Blocks one after the other; a single one as it is, if it is contiguous."""
-    if len(blocks) == 1:
-        return blocks[0].reshape(-1)
-    return torch.cat([block.reshape(-1) for block in blocks])

@@ -75,7 +75,9 @@ def save_hf(
     texts = index_of(files) | side_texts(bridge.hf_config, dtype, beside)
     plan = CopyPlan("export", beside, files, texts, ".")
     target = Path(destination).expanduser()
-    stage = on_first(lambda: _opened(Stage(target, plan, resume=False, overwrite=overwrite)))
+    # What a killed save left is of other weights, perhaps: begin anew.
+    anew = overwrite or not target.exists()
+    stage = on_first(lambda: _opened(Stage(target, plan, resume=False, overwrite=anew)))
     weights = stream_weights(chunks, bridge, names=views, to=0, cpu=True)
     if stage is None:
         for _ in weights:

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.utils import nested_values
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_olmo_bridge.errors import InputError, MappingError
@@ -25,6 +26,11 @@ from megatron_olmo_bridge.formats.torch_dist import stacked_key
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
+
+_BEYOND_SHAPES = (
+    "num_layers", "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon"
+)  # fmt: skip
+"""Numbers in which two models can differ though every tensor of the one fits the other."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class LiveModel:
             raise InputError("there is no model: the list of chunks is empty")
         tensors: list[ShardedTensor] = []
         for chunk in unwrap_model(list(chunks)):
+            _check_numbers(chunk.config, bridge)
             state = chunk.sharded_state_dict()
             _check_complete(chunk, state)
             tensors += sharded_tensors(state)
@@ -138,6 +145,14 @@ def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
         elif not isinstance(value, ShardedObject):  # extra state: nothing that a checkpoint sets
             raise MappingError(f"the model's state has a {type(value).__name__}, not only tensors")
     return found
+
+
+def _check_numbers(config: TransformerConfig, bridge: ModelBridge) -> None:
+    """Raise MappingError if the model is another, though its tensors have the same shapes."""
+    for name in _BEYOND_SHAPES:
+        expected, found = bridge.numbers.get(name), getattr(config, name)
+        if expected is not None and found != expected:
+            raise MappingError(f"{name} is {found} in the model, the config asks for {expected}")
 
 
 def _check_complete(chunk: torch.nn.Module, state: dict[str, Any]) -> None:

@@ -112,11 +112,21 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         self.__post_init__()
 
     def _check_layout(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size",
+                     "make_vocab_size_divisible_by"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be a whole number of at least 1")
         ranks = self.tensor_model_parallel_size
+        groups = self.num_query_groups or self.num_attention_heads
+        if self.num_attention_heads % groups:
+            raise InputError(
+                f"{self.num_attention_heads} attention heads cannot be shared out evenly over "
+                f"{groups} key/value heads"
+            )
         for count, what in (
             (self.num_attention_heads, "attention heads"),
-            (self.num_query_groups or self.num_attention_heads, "key/value heads"),
-            (self.ffn_hidden_size, "rows of the MLP"),
+            (groups, "key/value heads"),
+            (self.ffn_hidden_size or 0, "rows of the MLP"),  # unset, it is still to be derived
         ):
             if count % ranks:
                 raise InputError(

@@ -24,7 +24,7 @@ class ScaledDotProductAttention(torch.nn.Module):
     """Stands where megatron-core expects ``core_attention``; has no parameters.
 
     Args:
-        config: gives dropout and context parallelism, which is refused.
+        config: gives the dropout; context parallelism, windows and other softmaxes are refused.
         softmax_scale: of the scores; by default 1 / sqrt(head_dim).
         unused: what megatron-core passes besides: layer number, mask type, process groups.
     """
@@ -39,6 +39,11 @@ class ScaledDotProductAttention(torch.nn.Module):
         super().__init__()
         if config.context_parallel_size > 1:
             raise UnsupportedError("context parallelism needs Transformer Engine's attention")
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise UnsupportedError(
+                f"window_size={config.window_size} and softmax_type={config.softmax_type!r} need "
+                "Transformer Engine's attention"
+            )
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.dropout, self.sequence_parallel = dropout, config.sequence_parallel

@@ -42,6 +42,8 @@ def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None
         InputError: the processes are not a multiple of those that the layout takes, or the groups
             exist already for another layout. The message has the command to use.
     """
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        add_slurm(os.environ)
     ensure_cpu_runtime()
     if not dist.is_initialized():
         _init_distributed()
@@ -64,6 +66,7 @@ def destroy_process_groups() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        tensor_parallel.get_cuda_rng_tracker().reset()
 
 
 def on_first(action: Callable[[], T]) -> T | None:
@@ -86,13 +89,10 @@ def on_first(action: Callable[[], T]) -> T | None:
 
 
 def _init_distributed() -> None:
-    env = os.environ
-    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
-        add_slurm(env)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in env:
+    if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -127,10 +127,10 @@ def first_host(nodelist: str) -> str:
     Raises:
         InputError: it isn't a list of hosts.
     """
-    match = re.match(r"([^\[\],]+)(?:\[(\w+)[^\]]*\]([^\[\],]*))?", nodelist)
+    match = re.match(r"[^\[\],](?:[^\[\],]|\[\w[\w,-]*\])*(?=,|$)", nodelist)
     if match is None:
         raise InputError(f"{nodelist!r} is not a list of Slurm nodes")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def torchrun_command(processes: int) -> str:

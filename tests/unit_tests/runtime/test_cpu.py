@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
 from megatron_olmo_bridge.models.olmo2.provider import Olmo2ModelProvider
 from megatron_olmo_bridge.runtime import cpu
-from megatron_olmo_bridge.runtime.cpu import PATCHES, Patch, cpu_runtime
+from megatron_olmo_bridge.runtime.cpu import PATCHES, Patch, cpu_runtime, ensure_cpu_runtime
 
 VERSION = tuple(int(part) for part in package_info.__version__.split(".")[:2])
 TINY = Olmo2Config(
@@ -208,3 +211,42 @@ def test_refuses_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA is available"), cpu_runtime():
         pass
+
+
+FOR_GOOD = """
+import torch
+from megatron_olmo_bridge.runtime.cpu import cpu_runtime, ensure_cpu_runtime
+
+ensure_cpu_runtime()
+assert torch.zeros(1, device="cuda").device.type == "cpu"
+ensure_cpu_runtime()
+with cpu_runtime():
+    pass
+assert torch.cuda.current_device() == torch.device("cpu"), "the inner one ended the outer one"
+assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+"""
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, 1), ("1", 0)])
+def test_ensured_for_good_and_said_once_by_the_first_process(rank: str | None, said: int) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FOR_GOOD], capture_output=True, text=True,
+        env=env if rank is None else env | {"RANK": rank},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no CUDA here: megatron-core runs on the CPU, on gloo") == said
+
+
+def test_ensuring_does_nothing_within_the_runtime() -> None:
+    before = [current(patch) for patch in PATCHES]
+    with cpu_runtime():
+        ensure_cpu_runtime()
+    assert [current(patch) for patch in PATCHES] == before
+
+
+def test_ensuring_does_nothing_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [current(patch) for patch in PATCHES]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ensure_cpu_runtime()
+    assert [current(patch) for patch in PATCHES] == before

@@ -53,7 +53,7 @@ def test_an_error_of_this_package_comes_back_as_itself(count: int) -> None:
 
 
 def test_another_error_comes_back_with_its_last_lines() -> None:
-    with pytest.raises(ProcessError, match="exit code 1(.|\n)*ZeroDivisionError: of its own"):
+    with pytest.raises(ProcessError, match=r"exit code 1(.|\n)*ZeroDivisionError: of its own"):
         start("crash", 1)
 
 

@@ -1,0 +1,229 @@
+"""Filling a live model from a checkpoint of either kind."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+if torch.cuda.is_available():
+    pytest.skip("written for the CPU runtime", allow_module_level=True)
+
+from safetensors.torch import load_file
+
+from megatron_olmo_bridge import import_checkpoint
+from megatron_olmo_bridge.convert.reporter import Reporter
+from megatron_olmo_bridge.convert.source import open_source
+from megatron_olmo_bridge.errors import FormatError, InputError, MappingError
+from megatron_olmo_bridge.live.load import load_weights
+from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
+
+Build = Callable[..., list[torch.nn.Module]]
+HFFactory = Callable[..., Path]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def assert_filled(
+    chunks: list[torch.nn.Module], expected: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    found = {n.removeprefix("module."): p for n, p in chunks[0].named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype is dtype
+        assert torch.equal(found[name], value.to(dtype)), name
+
+
+class Told(Reporter):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def begin(self, what: str, total: int) -> None:
+        self.calls.append(("begin", what, total))
+
+    def advance(self, done: int) -> None:
+        self.calls.append(("advance", done))
+
+    def end(self) -> None:
+        self.calls.append(("end",))
+
+
+# ---------------------------------------------------------------------------------- every element
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+@pytest.mark.parametrize(("stored", "dtype"), itertools.product(DTYPES, DTYPES))
+def test_every_parameter_is_set(
+    kind: str, stored: str, dtype: str, build: Build, make_hf: HFFactory, tmp_path: Path,
+    reference: SimpleNamespace,
+) -> None:  # fmt: skip
+    hf = checkpoint = make_hf(dtype=getattr(torch, stored))
+    if kind == "megatron":
+        checkpoint = tmp_path / "megatron"
+        import_checkpoint(hf, checkpoint)
+    chunks = build(hf, params_dtype=getattr(torch, dtype))
+    load_weights(chunks, open_source(checkpoint))
+    expected = reference.parameters(read(hf), reference.config)
+    assert_filled(chunks, expected, getattr(torch, dtype))
+
+
+def test_from_several_files(
+    build: Build, tiny_hf: Path, tiny_megatron: Path, reference: SimpleNamespace
+) -> None:
+    assert len(list(tiny_hf.glob("*.safetensors"))) > 1
+    expected = reference.parameters(read(tiny_hf), Olmo2Bridge.sizes["olmo2-tiny"])
+    for checkpoint in (tiny_hf, tiny_megatron):
+        chunks = build(tiny_hf)
+        load_weights(chunks, open_source(checkpoint))
+        assert_filled(chunks, expected, torch.bfloat16)
+
+
+def test_a_model_that_is_wrapped_for_training(
+    build: Build, make_hf: HFFactory, reference: SimpleNamespace
+) -> None:
+    hf = make_hf()
+    chunks = build(hf, wrap_with_ddp=True)
+    load_weights(chunks, open_source(hf))
+    assert_filled(chunks, reference.parameters(read(hf), reference.config), torch.float32)
+
+
+@pytest.mark.parametrize("imported_with", [None, 1, 64, 128])
+def test_rows_that_pad_the_vocabulary_are_zeros(
+    imported_with: int | None, build: Build, make_hf: HFFactory, tmp_path: Path,
+    reference: SimpleNamespace,
+) -> None:  # fmt: skip
+    hf = checkpoint = make_hf()
+    if imported_with is not None:  # to as many rows, to fewer, to as many as the vocabulary has
+        checkpoint = tmp_path / "megatron"
+        import_checkpoint(hf, checkpoint, make_vocab_size_divisible_by=imported_with)
+    chunks = build(hf, make_vocab_size_divisible_by=128)
+    load_weights(chunks, open_source(checkpoint))
+    expected = reference.parameters(read(hf), reference.config)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        expected[name] = torch.cat([expected[name], torch.zeros(27, 36)])
+    assert_filled(chunks, expected, torch.float32)
+
+
+def test_a_tied_model(build: Build, make_hf: HFFactory, reference: SimpleNamespace) -> None:
+    tied = {"tie_word_embeddings": True}
+    hf = make_hf(**tied)
+    chunks = build(hf)
+    load_weights(chunks, open_source(hf))
+    expected = reference.parameters(read(hf), reference.config | tied)
+    assert "output_layer.weight" not in expected
+    assert_filled(chunks, expected, torch.float32)
+
+
+def test_the_bytes_read_are_told_and_returned(build: Build, make_hf: HFFactory) -> None:
+    hf = make_hf()
+    chunks, told = build(hf, make_vocab_size_divisible_by=128), Told()
+    done = load_weights(chunks, open_source(hf), told)
+    size = sum(tensor.nbytes for tensor in read(hf).values())
+    assert done == size
+    padding = 2 * 27 * 36 * 4  # counted beforehand, but in no file
+    assert told.calls[0] == ("begin", "loading", size + padding)
+    assert told.calls[-1] == ("end",)
+    assert sum(call[1] for call in told.calls[1:-1]) == size
+
+
+def test_the_files_are_not_written_to(build: Build, make_hf: HFFactory) -> None:
+    hf = make_hf()
+    before = (hf / "model.safetensors").read_bytes()
+    chunks = build(hf)
+    load_weights(chunks, open_source(hf))
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.zero_()
+    assert (hf / "model.safetensors").read_bytes() == before
+
+
+# --------------------------------------------------------------------------------- what cannot be
+
+
+def test_another_models_checkpoint_is_refused_by_name(build: Build, make_hf: HFFactory) -> None:
+    chunks = build(make_hf())
+    with pytest.raises(MappingError) as caught:
+        load_weights(chunks, open_source(make_hf("other", intermediate_size=60)))
+    assert str(caught.value) == (
+        "decoder.layers.0.mlp.linear_fc1.weight has shape [100, 36] in the model, the config asks "
+        "for [120, 36]"
+    )
+    assert all(parameter.isnan().all() for parameter in chunks[0].parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 4},  # the model would be the first three layers of another
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12},  # the same shapes
+    ],
+)
+def test_another_models_checkpoint_is_refused_where_the_shapes_agree(
+    changes: dict[str, Any], build: Build, make_hf: HFFactory
+) -> None:
+    chunks = build(make_hf())
+    with pytest.raises(MappingError):
+        load_weights(chunks, open_source(make_hf("other", **changes)))
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_a_file_that_was_cut_off_since_it_was_opened(
+    kind: str, build: Build, make_hf: HFFactory, tmp_path: Path
+) -> None:
+    hf = checkpoint = make_hf()
+    if kind == "megatron":
+        checkpoint = tmp_path / "megatron"
+        import_checkpoint(hf, checkpoint)
+    source = open_source(checkpoint)
+    file = max(source.folder.iterdir(), key=lambda f: f.stat().st_size)
+    with file.open("r+b") as handle:
+        handle.truncate(9000)
+    with pytest.raises(FormatError) as caught:
+        load_weights(build(hf), source)
+    assert str(caught.value) == f"{file}: truncated at byte 9000"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_value_that_is_too_large_for_float16_is_refused(
+    stored: torch.dtype, build: Build, make_hf: HFFactory
+) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][7, 5] = -70000.0
+
+    hf = make_hf(dtype=stored, change=enlarge)
+    with pytest.raises(InputError) as caught:
+        load_weights(build(hf, params_dtype=torch.float16), open_source(hf))
+    assert str(caught.value) == (
+        f"{hf / 'model.safetensors'}: values of decoder.layers.1.mlp.linear_fc1.weight are too "
+        "large for float16 and would become infinite. Use bfloat16 or float32."
+    )
+    load_weights(build(hf, params_dtype=torch.bfloat16), open_source(hf))
+
+
+def test_a_value_that_was_infinite_before_is_taken_as_it_is(
+    build: Build, make_hf: HFFactory
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][:2] = torch.tensor([torch.inf, torch.nan])
+
+    hf = make_hf(change=spoil)
+    chunks = build(hf, params_dtype=torch.float16)
+    load_weights(chunks, open_source(hf))
+    loaded = dict(chunks[0].named_parameters())["module.decoder.final_layernorm.weight"]
+    assert loaded[0] == torch.inf
+    assert loaded[1].isnan()
+    assert loaded[2:].isfinite().all()
