@@ -35,9 +35,8 @@ def test_convert(hf: Path, tmp_path: Path, processes: int) -> None:
     assert verify(hf, tmp_path / "out/hf").equal
 
 
-@pytest.mark.parametrize("layout", [(), ("--tp", 2)], ids=["one process", "two processes"])
-def test_load_and_save(hf: Path, tmp_path: Path, layout: tuple[object, ...]) -> None:
-    said = run(2 if layout else 1, "load_and_save.py", hf, tmp_path / "out", *layout)
+def test_load_and_save(hf: Path, tmp_path: Path) -> None:
+    said = run(2, "load_and_save.py", hf, tmp_path / "out", "--tp", 2)
 
     assert "largest tensor: model.embed_tokens.weight, 131,072 elements" in said
     assert verify(hf, tmp_path / "out/hf").equal
@@ -45,14 +44,11 @@ def test_load_and_save(hf: Path, tmp_path: Path, layout: tuple[object, ...]) -> 
 
 
 def test_inference(hf: Path) -> None:
-    one, two = run(1, "inference.py", hf, "1,2,3"), run(2, "inference.py", hf, "1,2,3", "--tp", 2)
+    said = run(1, "inference.py", hf, "1,2,3")
 
-    assert "rank 0: logits [1, 3, 1024]" in one
-    for rank in (0, 1):
-        assert f"rank {rank}: logits [1, 3, 512]" in two
-    continued = [next(s for s in out.splitlines() if "continued" in s) for out in (one, two)]
-    assert continued[0] == continued[1]
-    assert len(continued[0].split()) == 17
+    assert "rank 0: logits [1, 3, 1024]" in said
+    continued = next(line for line in said.splitlines() if "continued" in line)
+    assert len(continued.split()) == 17
 
 
 def test_hf_as_megatron(hf: Path) -> None:

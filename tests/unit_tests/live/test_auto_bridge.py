@@ -404,6 +404,17 @@ def test_what_an_interrupted_save_leaves_is_no_checkpoint(
 
 
 @needs_process
+def test_what_is_no_saves_is_not_removed(make_hf: HFFactory, tmp_path: Path) -> None:
+    bridge, model = live(make_hf())
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is in the way"):
+        bridge.save_hf_pretrained(model, tmp_path / "out")
+    assert (partial / "notes.txt").read_text() == "mine"
+
+
+@needs_process
 def test_after_an_interrupted_save_the_next_one_begins_anew(
     make_hf: HFFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,18 +166,25 @@ def test_another_models_checkpoint_is_refused_by_name(build: Build, make_hf: HFF
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"num_hidden_layers": 4},  # the model would be the first three layers of another
-        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12},  # the same shapes
+        # The model would be the first three layers of another.
+        ({"num_hidden_layers": 4}, "num_layers is 3 in the model, the config asks for 4"),
+        # Every tensor has the same shape.
+        ({"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12},
+         "num_attention_heads is 6 in the model, the config asks for 3"),
+        ({"rms_norm_eps": 1e-5},
+         "layernorm_epsilon is 1e-06 in the model, the config asks for 1e-05"),
     ],
-)
+)  # fmt: skip
 def test_another_models_checkpoint_is_refused_where_the_shapes_agree(
-    changes: dict[str, Any], build: Build, make_hf: HFFactory
+    changes: dict[str, Any], message: str, build: Build, make_hf: HFFactory
 ) -> None:
     chunks = build(make_hf())
-    with pytest.raises(MappingError):
+    with pytest.raises(MappingError) as caught:
         load_weights(chunks, open_source(make_hf("other", **changes)))
+    assert str(caught.value) == message
+    assert all(parameter.isnan().all() for parameter in chunks[0].parameters())
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
