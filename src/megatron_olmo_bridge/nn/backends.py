@@ -14,7 +14,7 @@ from megatron_olmo_bridge.errors import InputError
 
 from .attention import ScaledDotProductAttention
 from .post_norm import RMSNorm, RowParallelLinearPostLN
-from .qk_norm import KRMSNorm, QRMSNorm, UnroundedKRMSNorm, UnroundedQRMSNorm
+from .qk_norm import KRMSNorm, QRMSNorm, WideningKRMSNorm, WideningQRMSNorm
 
 AUTO, LOCAL, TRANSFORMER_ENGINE = "auto", "local", "transformer_engine"
 
@@ -42,8 +42,8 @@ def backend_named(name: str = AUTO) -> Backend:
             column_parallel_linear=ColumnParallelLinear,
             row_parallel_linear_post_norm=RowParallelLinearPostLN,
             core_attention=ScaledDotProductAttention,
-            q_norm=UnroundedQRMSNorm,
-            k_norm=UnroundedKRMSNorm,
+            q_norm=WideningQRMSNorm,
+            k_norm=WideningKRMSNorm,
             norm=RMSNorm,
         )
     from megatron.core.extensions.transformer_engine import (
@@ -91,4 +91,6 @@ def why_no_transformer_engine() -> str | None:
         import transformer_engine.pytorch  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch, no library
         return f"Transformer Engine can't be imported: {error}"
-    return None
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return None if HAVE_TE else "megatron-core can't use the Transformer Engine that is installed"

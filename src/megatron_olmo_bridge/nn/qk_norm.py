@@ -53,8 +53,8 @@ class FullWidthRMSNorm(torch.nn.Module):
         group: the tensor-parallel ranks, which hold the heads in order.
     """
 
-    rounds = True
-    """Whether the result has the input's dtype; else it is float32."""
+    widens = False
+    """Whether the result, rounded to the input's dtype, is given as float32."""
 
     def __init__(
         self,
@@ -71,15 +71,15 @@ class FullWidthRMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(num_heads * head_dim, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x [s, b, num_heads / TP, head_dim]; same shape, and dtype if ``rounds``."""
+        """Normalise x [s, b, num_heads / TP, head_dim]; same shape, same dtype (see ``widens``)."""
         wide = x.float()
         sum_of_squares = wide.pow(2).sum((-2, -1), keepdim=True)
         if self.group.size() > 1:
             sum_of_squares = _SumOverRanks.apply(sum_of_squares, self.group)  # type: ignore[no-untyped-call]
         mean_square = sum_of_squares / (self.num_heads * self.head_dim)
         weight = self.weight.view(self.num_heads, self.head_dim)[self.heads]
-        out = scale_by_rms(wide, mean_square, weight, self.eps)
-        return out.to(x.dtype) if self.rounds else out
+        out = scale_by_rms(wide, mean_square, weight, self.eps).to(x.dtype)
+        return out.float() if self.widens else out
 
 
 def _check_layout(config: TransformerConfig) -> None:
@@ -108,17 +108,17 @@ class KRMSNorm(FullWidthRMSNorm):
         super().__init__(config.num_query_groups, hidden_size, eps, config.params_dtype, group)
 
 
-class UnroundedQRMSNorm(QRMSNorm):
-    """``q_layernorm`` for a core attention that rounds queries and keys itself, after rope.
+class WideningQRMSNorm(QRMSNorm):
+    """``q_layernorm`` for a core attention that casts queries and keys itself, after rope.
 
     megatron-core's unfused rope rounds sines and cosines to the dtype of what it turns. Given
     float32, it turns in float32, as transformers does.
     """
 
-    rounds = False
+    widens = True
 
 
-class UnroundedKRMSNorm(KRMSNorm):
-    """``k_layernorm``, as :class:`UnroundedQRMSNorm`."""
+class WideningKRMSNorm(KRMSNorm):
+    """``k_layernorm``, as :class:`WideningQRMSNorm`."""
 
-    rounds = False
+    widens = True

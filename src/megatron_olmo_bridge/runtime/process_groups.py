@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
 
-from megatron_olmo_bridge.errors import BridgeError, InputError
+from megatron_olmo_bridge.errors import InputError
 
 from .cpu import ensure_cpu_runtime
 
@@ -42,10 +42,11 @@ def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None
         InputError: the processes are not a multiple of those that the layout takes, or the groups
             exist already for another layout. The message has the command to use.
     """
-    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+    begun = dist.is_initialized()
+    if not begun and "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         add_slurm(os.environ)
     ensure_cpu_runtime()
-    if not dist.is_initialized():
+    if not begun:
         _init_distributed()
     tensor = layout.tensor_model_parallel_size
     pipeline = layout.pipeline_model_parallel_size
@@ -73,14 +74,14 @@ def on_first(action: Callable[[], T]) -> T | None:
     """Do something in the first process, and return its result there; the others wait for it.
 
     Raises:
-        BridgeError: what the action raised, in all processes.
+        Exception: what the action raised, in all processes.
     """
     result: T | None = None
-    errors: list[BridgeError | None] = [None]
+    errors: list[Exception | None] = [None]
     if dist.get_rank() == 0:
         try:
             result = action()
-        except BridgeError as error:
+        except Exception as error:
             errors = [error]
     dist.broadcast_object_list(errors, 0)
     if errors[0] is not None:
