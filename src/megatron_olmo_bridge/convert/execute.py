@@ -7,13 +7,15 @@ import errno
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import BridgeError, OutputError
 
-from .plan import WORKERS, CopyPlan, Literal, OutputFile
+from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .processes import Processes
 from .provenance import PROVENANCE, Provenance
 from .reporter import Reporter
@@ -88,42 +90,80 @@ def share(files: Iterable[OutputFile], count: int) -> list[list[OutputFile]]:
     return [sorted(s, key=lambda f: f.name) for s in shares]
 
 
+class _Work:
+    """Files yet to be written, handed out part by part to the threads that ask.
+
+    A thread keeps to one file, since a file takes one writer at a time; where no file is
+    untouched, it helps with the one that has most left, so that all end together.
+    """
+
+    def __init__(self, files: Iterable[OutputFile]) -> None:
+        self._lock = threading.Lock()
+        self._parts = {file.name: deque(file.parts) for file in files}
+        self._bytes_left = {file.name: file.size for file in files}
+        self._unwritten = {file.name: len(file.parts) for file in files}
+        self._untouched = deque(self._parts)
+
+    def take(self, name: str | None) -> tuple[str, Literal | Payload] | None:
+        """A part to write: of the file last worked at, while it has any."""
+        with self._lock:
+            if name is None or not self._parts[name]:
+                with_parts = (n for n, parts in self._parts.items() if parts)
+                name = (
+                    self._untouched.popleft()
+                    if self._untouched
+                    else max(with_parts, key=self._bytes_left.__getitem__, default=None)
+                )
+            if name is None:
+                return None
+            part = self._parts[name].popleft()
+            self._bytes_left[name] -= part.nbytes
+            return name, part
+
+    def written(self, name: str) -> bool:
+        """A part is in place: is the whole file?"""
+        with self._lock:
+            self._unwritten[name] -= 1
+            return not self._unwritten[name]
+
+
 def _write_files(
     files: list[OutputFile], stage: Stage, workers: int, reporter: Reporter, record: bool
 ) -> None:
-    """Write files with some threads; one more syncs each finished file while the next is written.
+    """Write files with some threads; one more syncs each finished file while others are written.
 
     Raises what the first failing thread raised, after the others have stopped.
     """
     stop = threading.Event()
+    work = _Work(files)
 
-    def sync(name: str, fd: int) -> None:
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    def sync(name: str) -> None:
+        with (stage.folder / name).open("rb+") as handle:
+            os.fsync(handle.fileno())
         if record:
             stage.record(name)
 
-    def write(share_of_files: list[OutputFile]) -> list[Future[None]]:
-        syncs = []
-        with Transfer(reporter.advance, stop) as transfer:
-            for file in share_of_files:
-                fd = os.open(stage.folder / file.name, os.O_RDWR)
-                try:
-                    for part in file.parts:
-                        if isinstance(part, Literal):
-                            write_all(fd, part.data, part.offset)
-                        else:
-                            transfer.write(part.view, part.dtype, fd, part.offset)
-                except BaseException:
-                    os.close(fd)
-                    raise
-                syncs.append(syncer.submit(sync, file.name, fd))
+    def write() -> list[Future[None]]:
+        name, syncs = None, []
+        with Transfer(reporter.advance, stop) as transfer, ExitStack() as open_files:
+            while taken := work.take(name):
+                if taken[0] != name:
+                    open_files.close()
+                    name = taken[0]
+                    # A descriptor of this thread's own: sendfile moves its position.
+                    fd = os.open(stage.folder / name, os.O_RDWR)
+                    open_files.callback(os.close, fd)
+                part = taken[1]
+                if isinstance(part, Literal):
+                    write_all(fd, part.data, part.offset)
+                else:
+                    transfer.write(part.view, part.dtype, fd, part.offset)
+                if work.written(name):
+                    syncs.append(syncer.submit(sync, name))
         return syncs
 
     with ThreadPoolExecutor(1) as syncer, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(write, s) for s in share(files, workers)]
+        futures = [pool.submit(write) for _ in range(workers)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

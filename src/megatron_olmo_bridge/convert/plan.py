@@ -22,6 +22,10 @@ class Literal:
     offset: int
     data: bytes
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
 
 @dataclass(frozen=True)
 class Payload:
