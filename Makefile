@@ -35,7 +35,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready lint
 	$(VENV)/bin/python -m pytest -m "not slow" --cov --cov-report= --cov-fail-under=90 \
-		-n 2 --dist loadfile --durations=15
+		-n 3 --dist loadfile --durations=15
 
 test-latest: $(LATEST)/ready
 	$(LATEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile

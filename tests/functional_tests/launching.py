@@ -1,33 +1,53 @@
-"""Start the stock Megatron scripts beside this file as real processes, and say what went wrong."""
+"""Start the command, and the scripts beside this file as real processes."""
 
+import functools
 import json
-import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from megatron_olmo_bridge.cli.app import app
 
 HERE = Path(__file__).parent
 TOKENS = [[(7 * row + 13 * column * column) % 1000 for column in range(16)] for row in range(2)]
 """A fixed batch, 2 x 16, for vocabularies of 1000 tokens and more."""
 
 
+@functools.cache
+def warm() -> subprocess.Popen[str]:
+    """The process that forks all others; it ends with this one, which closes its input."""
+    command = [sys.executable, str(HERE / "warm.py")]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def run_script(name: str, *arguments: object, processes: int = 1) -> str:
-    """Run a script, under torchrun where it takes several processes; returns what it printed."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
-    command += [str(HERE / name), *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
-    if done.returncode:
-        raise AssertionError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-    return done.stdout
+    """Run a script in one process or several, as torchrun would; returns what they printed."""
+    server = warm()
+    assert server.stdin and server.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        job = {"script": name, "arguments": [str(a) for a in arguments],
+               "processes": processes, "log": str(log)}  # fmt: skip
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        said = log.read_text()
+    if any(codes):
+        raise AssertionError(f"{name} ended with {codes}:\n{said[-8000:]}")
+    return said
 
 
 def stock(action: str, *arguments: object, processes: int = 1) -> str:
     """Run ``stock_megatron.py``."""
-    return run_script("stock_megatron.py", action, *arguments, processes=processes)
+    return run_script("stock_megatron", action, *arguments, processes=processes)
+
+
+def olmo_bridge(*arguments: object) -> Result:
+    """Run a command in this process; the processes that it starts are real."""
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def tokens_argument() -> str:

@@ -135,7 +135,7 @@ Step = dict[str, Any]
 
 def run_live(steps: list[Step], processes: int) -> None:
     """Have ``live_model.py`` do the steps, one after the other."""
-    print(run_script("live_model.py", json.dumps(steps, default=str), processes=processes))
+    print(run_script("live_model", json.dumps(steps, default=str), processes=processes))
 
 
 def step(action: str, hf: Path, layout: str, out: Path, **options: Any) -> Step:

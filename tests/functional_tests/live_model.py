@@ -451,6 +451,5 @@ def main() -> None:
     destroy_process_groups()
 
 
-# megatron-core's checkpoint writer starts processes that import this file again.
 if __name__ == "__main__":
     main()

@@ -519,6 +519,5 @@ def main() -> None:
         args.run(args)
 
 
-# megatron-core's checkpoint writer starts processes that import this file again.
 if __name__ == "__main__":
     main()

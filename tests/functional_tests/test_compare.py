@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launching import olmo_bridge
 from safetensors.torch import load_file, save_file
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
@@ -125,10 +124,9 @@ def test_one_ulp_is_for_verify(hf: Path, tmp_path: Path) -> None:
 
 def test_the_command_line(hf: Path, tmp_path: Path) -> None:
     other = planted(hf, tmp_path / "planted", swap("mlp.gate_proj", "mlp.up_proj"))
-    command = [sys.executable, "-m", "megatron_olmo_bridge", "compare", str(hf), str(other)]
-    done = subprocess.run([*command, "--dtype", "bfloat16"], capture_output=True, text=True)
+    done = olmo_bridge("compare", hf, other, "--dtype", "bfloat16")
 
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert f"NOT the same. The hidden states part at: layer {LAYER}." in done.stdout
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import olmo_bridge
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -47,23 +46,20 @@ def test_greedy_tokens_are_those_of_transformers(
     assert run.tokens == expected
 
 
-def generate(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "megatron_olmo_bridge", "generate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_text_comes_back_as_text(model: tuple[Path, list[int]]) -> None:
     checkpoint, expected = model
     prompt = " ".join(f"w{token}" for token in PROMPT)
-    done = generate(checkpoint, "--prompt", prompt, "--max-new-tokens", NEW)
+    done = olmo_bridge("generate", checkpoint, "--prompt", prompt, "--max-new-tokens", NEW)
 
     assert done.stdout.split() == [f"w{token}" for token in expected]
 
 
 def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
     checkpoint, expected = model
-    done = generate(checkpoint, "--tokens", ",".join(map(str, PROMPT)), "--temperature", 1.5,
-                    "--top-p", 0.9, "--seed", 1, "--max-new-tokens", 12, "--json")  # fmt: skip
+    tokens = ",".join(map(str, PROMPT))
+    sampling = ("--temperature", 1.5, "--top-p", 0.9, "--seed", 1)
+    done = olmo_bridge("generate", checkpoint, "--tokens", tokens, *sampling,
+                       "--max-new-tokens", 12, "--json")  # fmt: skip
     found = json.loads(done.stdout)
 
     assert found["prompt"] == PROMPT
@@ -82,9 +78,9 @@ def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
     ],
 )
 def test_bad_input(model: tuple[Path, list[int]], arguments: list[str], message: str) -> None:
-    done = generate(model[0], *arguments)
+    done = olmo_bridge("generate", model[0], *arguments)
 
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 25

@@ -120,7 +120,7 @@ def test_stock_megatron_lm_loads_it_with_the_printed_flags(
     import_checkpoint(hf, tmp_path / "mg", release=release)
     flags = inspect(tmp_path / "mg").megatron_flags
     parallel = ["--tensor-model-parallel-size", processes] if processes > 1 else []
-    run_script("megatron_training_load.py", tmp_path / "mg", "--logits", tmp_path / "logits.pt",
+    run_script("megatron_training_load", tmp_path / "mg", "--logits", tmp_path / "logits.pt",
                "--", *flags, *parallel, processes=processes)  # fmt: skip
     found = torch.load(tmp_path / "logits.pt")
     model = Olmo2ForCausalLM.from_pretrained(hf, dtype=torch.float32)

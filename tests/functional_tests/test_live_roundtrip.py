@@ -1,23 +1,18 @@
 """`roundtrip`: the whole way there and back, at a parallel layout."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from launching import olmo_bridge
 
 from megatron_olmo_bridge import synth
 
 
-def roundtrip(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "megatron_olmo_bridge", "roundtrip", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_nothing_is_lost(tmp_path: Path) -> None:
     hf = synth("olmo2-tiny", tmp_path / "hf", dtype="bfloat16")
-    done = roundtrip(hf, "--tp", 2, "--work", tmp_path, "--json")
+    done = olmo_bridge("roundtrip", hf, "--tp", 2, "--work", tmp_path, "--json")
 
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["ok"]
     assert len(found["steps"]) == 5
@@ -27,7 +22,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    done = roundtrip(tmp_path)
+    done = olmo_bridge("roundtrip", tmp_path)
 
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "not a checkpoint" in done.stderr

@@ -1,120 +1,12 @@
 """The norms on two gloo processes: what one process computes, forward and backward."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
-import torch
-import torch.distributed as dist
 
 pytest.importorskip("megatron.core")
-if torch.cuda.is_available():
-    pytest.skip("written for the CPU runtime", allow_module_level=True)
 
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer import TransformerConfig
-
-from megatron_olmo_bridge.nn.post_norm import RowParallelLinearPostLN
-from megatron_olmo_bridge.nn.qk_norm import KRMSNorm, QRMSNorm
-from megatron_olmo_bridge.runtime.cpu import cpu_runtime
-
-RANKS, SEQUENCE, BATCH = 2, 6, 2
-HEADS, GROUPS, HEAD_DIM, HIDDEN = 8, 4, 16, 32
+from launching import run_script
 
 
-def start(rank: int, store: str, check: Callable[[int], None]) -> None:
-    with cpu_runtime():
-        dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank,
-                                world_size=RANKS)  # fmt: skip
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-        check(rank)
-        dist.barrier()  # a rank that leaves early would end the other's connection
-        dist.destroy_process_group()
-
-
-def config(**changes: bool) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS,
-        kv_channels=HEAD_DIM, layernorm_epsilon=1e-6, tensor_model_parallel_size=RANKS, **changes,
-    )  # fmt: skip
-
-
-def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
-    """What finalize_model_grads does with these parameters."""
-    total = gradient.clone()
-    dist.all_reduce(total)
-    return total
-
-
-def check_qk_norm(rank: int) -> None:
-    for build, heads in ((QRMSNorm, HEADS), (KRMSNorm, GROUPS)):
-        norm = build(config(), HEAD_DIM, eps=1e-6)
-        torch.manual_seed(3)  # the same numbers on both ranks from here on
-        weight = torch.rand(heads * HEAD_DIM) + 0.5
-        x, gradient = torch.randn(2, SEQUENCE, BATCH, heads, HEAD_DIM)
-        # The ranks' shares of the squares must differ, or summing them is not put to the test.
-        x[..., : heads // 2, :] *= 3
-
-        whole_x, whole_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        whole = torch.nn.functional.rms_norm(
-            whole_x.flatten(-2), (heads * HEAD_DIM,), whole_weight, eps=1e-6
-        ).view_as(x)
-        whole.backward(gradient)
-
-        norm.weight.data.copy_(weight)
-        mine = x.chunk(RANKS, -2)[rank].clone().requires_grad_()
-        output = norm(mine)
-        output.backward(gradient.chunk(RANKS, -2)[rank])
-        torch.testing.assert_close(output, whole.chunk(RANKS, -2)[rank])
-        torch.testing.assert_close(mine.grad, whole_x.grad.chunk(RANKS, -2)[rank])
-        torch.testing.assert_close(sum_over_ranks(norm.weight.grad), whole_weight.grad)
-
-
-def check_post_norm(rank: int, sequence_parallel: bool) -> None:
-    linear = RowParallelLinearPostLN(
-        HIDDEN, HIDDEN, config=config(sequence_parallel=sequence_parallel),
-        init_method=torch.nn.init.normal_, bias=False, input_is_parallel=True, skip_bias_add=True,
-    )  # fmt: skip
-    torch.manual_seed(3)
-    weight, gain = torch.randn(HIDDEN, HIDDEN), torch.rand(HIDDEN) + 0.5
-    x, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN)
-
-    whole_x, whole_weight, whole_gain = (t.clone().requires_grad_() for t in (x, weight, gain))
-    whole = torch.nn.functional.rms_norm(
-        torch.nn.functional.linear(whole_x, whole_weight), (HIDDEN,), whole_gain, eps=1e-6
-    )
-    whole.backward(gradient)
-
-    linear.weight.data.copy_(weight.chunk(RANKS, 1)[rank])
-    linear.post_layernorm.weight.data.copy_(gain)
-    mine = x.chunk(RANKS, -1)[rank].clone().requires_grad_()
-    output, _ = linear(mine)
-    expected = whole.chunk(RANKS, 0)[rank] if sequence_parallel else whole
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    output.backward(gradient.chunk(RANKS, 0)[rank] if sequence_parallel else gradient)
-    found = linear.post_layernorm.weight.grad
-    if sequence_parallel:
-        assert linear.post_layernorm.weight.sequence_parallel
-        found = sum_over_ranks(found)
-    near = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(found, whole_gain.grad, **near)
-    torch.testing.assert_close(mine.grad, whole_x.grad.chunk(RANKS, -1)[rank], **near)
-    torch.testing.assert_close(linear.weight.grad, whole_weight.grad.chunk(RANKS, 1)[rank], **near)
-
-
-def check_post_norm_plain(rank: int) -> None:
-    check_post_norm(rank, sequence_parallel=False)
-
-
-def check_post_norm_sequence_parallel(rank: int) -> None:
-    check_post_norm(rank, sequence_parallel=True)
-
-
-@pytest.mark.parametrize(
-    "check", [check_qk_norm, check_post_norm_plain, check_post_norm_sequence_parallel]
-)
-def test_two_ranks_compute_what_one_does(check: Callable[[int], None], tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(start, (str(tmp_path / "store"), check), nprocs=RANKS)
+@pytest.mark.parametrize("check", ["qk_norm", "post_norm", "post_norm_sequence_parallel"])
+def test_two_ranks_compute_what_one_does(check: str) -> None:
+    run_script("nn_on_two_ranks", check, processes=2)

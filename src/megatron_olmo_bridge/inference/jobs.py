@@ -17,7 +17,7 @@ TOKEN = "token "
 """Begins a line of standard output that holds a generated token."""
 
 
-_WORKER = "megatron_olmo_bridge.inference.worker"
+_WORKER = "megatron_olmo_bridge.inference"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,7 @@ def check_request(
         raise InputError("the prompt is empty: give it at least one token")
     if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
         raise InputError(f"token {wrong[0]} is not in the model's vocabulary of {vocab_size}")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise InputError("the temperature must be at least 0, top-p above 0 and at most 1")
     if positions is not None and len(prompt) + max_new_tokens > positions:
         raise InputError(

@@ -1,6 +1,6 @@
 """What the processes do that ``compare``, ``roundtrip`` and ``generate`` start.
 
-``python -m megatron_olmo_bridge.inference.worker JOB`` with a :class:`inference.jobs.Job` as JSON.
+``python -m megatron_olmo_bridge.inference JOB`` with a :class:`inference.jobs.Job` as JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +58,3 @@ def _run(model: list[Any], job: Job, vocab_size: int) -> None:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         states = {name: tensor.contiguous() for name, tensor in found.items()}
         save_file(states, Path(job.states or ".") / f"stage-{stage}.safetensors")
-
-
-if __name__ == "__main__":
-    main()
