@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.formats.detect import Kind
-from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder, iteration_folders, stacked_key
+from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder, iteration_folders
+from megatron_olmo_bridge.mapping.mappings import WILDCARD
 
 from .provenance import read_provenance
 from .source import Source, open_source
@@ -91,12 +93,11 @@ def mapping_rows(source: Source) -> list[dict[str, str]]:
     """A row for each placement, layers written as ``*``: which block stands where."""
     rows = []
     for parameter in source.mapping.parameters.values():
-        if parameter.layer:  # all layers are alike; layer 0 speaks for them
+        if any(parameter.index):  # all are alike; layer 0 and expert 0 speak for them
             continue
         for p in parameter.placements:
             name = p.hf_name or "zeros"
-            if parameter.layer is not None:
-                name = name.replace(".layers.0.", ".layers.*.")
+            name = re.sub(r"\.0(?=\.)", f".{WILDCARD}", name, count=len(parameter.index))
             rows.append({"megatron": parameter.pattern, "block": _block(p.target, parameter.shape),
                          "hf": name, "hf_block": _block(p.source, parameter.shape)})  # fmt: skip
     return rows + [
@@ -114,8 +115,8 @@ def _layout(source: Source) -> str:
     if source.hf_folder is not None:
         return f"{len(source.hf_folder.shards)} safetensors file(s)"
     dist = TorchDistFolder.read(source.folder)
-    layered = [p for p in source.mapping.parameters.values() if p.layer is not None]
-    stacked = any(stacked_key(p.pattern) in dist.tensors for p in layered)
+    layered = [p for p in source.mapping.parameters.values() if p.index]
+    stacked = any(p.key(len(p.index)) in dist.tensors for p in layered)
     cuts = max(len(view.pieces) for view in source.megatron.values())
     keys = "layers stacked in one key" if stacked else "a key for each layer"
     others = len(dist.tensors) - len(dist.weights)

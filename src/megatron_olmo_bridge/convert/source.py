@@ -23,7 +23,7 @@ from megatron_olmo_bridge.formats.hf_folder import (
 )
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
-from megatron_olmo_bridge.mapping.placement import Region
+from megatron_olmo_bridge.mapping.placement import Region, source_of
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, published_sizes
 
@@ -65,7 +65,9 @@ class Source:
         for name, shape in self.mapping.hf_shapes.items():
             pieces: list[Piece] = []
             for block in self.mapping.hf_blocks[name]:
-                pieces += self.megatron[block.parameter].within(block.target, block.source)
+                pieces += self.megatron[block.parameter].within(
+                    block.target, block.source, block.transposed
+                )
             views[name] = TensorView.assembled(name, shape, pieces)
         return views
 
@@ -80,8 +82,8 @@ class Source:
             if part := p.target.intersect(region):
                 target = part.moved(region, at)
                 if p.hf_name is not None:
-                    block = part.moved(p.target, p.source)
-                    yield from self.tensors[p.hf_name].within(block, target)
+                    block = source_of(part, p.target, p.source, p.transposed)
+                    yield from self.tensors[p.hf_name].within(block, target, p.transposed)
                 elif stored is not None and stored.shape == parameter.shape:
                     yield from stored.within(part, target)
                 else:

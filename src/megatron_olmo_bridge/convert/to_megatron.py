@@ -160,23 +160,23 @@ def _pack_tensors(
     shapes: dict[str, Shape] = {}
     for parameter in mapping.parameters.values():
         view = _view(parameter, source)
-        key = stacked_key(parameter.pattern)
+        axes = len(parameter.index)
+        key = parameter.key(axes)
         target = view.dtype if dtype == "keep" else dtype
         if dtypes.setdefault(key, target) != target:
             raise FormatError(
                 f"{source.folder}: {parameter.name} is {target}, the same tensor of other layers "
                 f"is {dtypes[key]}; Megatron stores them as one. Pass --dtype."
             )
-        stack: Shape = () if parameter.layer is None else (1,)
-        at: Shape = () if parameter.layer is None else (parameter.layer,)
-        shapes[key] = (mapping.num_layers,) * len(stack) + parameter.shape
+        stack = (1,) * axes
+        shapes[key] = mapping.counts[:axes] + parameter.shape
         for region in parameter.chunks:
             shape = (region.rows, *parameter.shape[1:])
             before, after = tensor_archive(stack + shape, target)
             part = view.region(region, shape)
             stored = Stored(*_inside(packer.add(before, part, target, after)))
             offset = (region.top, *(0 for _ in parameter.shape[1:]))
-            chunks[key].append(Chunk(at + offset, stack + shape, stored))
+            chunks[key].append(Chunk(parameter.index + offset, stack + shape, stored))
     return {key: GlobalTensor(dtypes[key], shapes[key], tuple(chunks[key])) for key in chunks}
 
 

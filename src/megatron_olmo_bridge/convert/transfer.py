@@ -12,10 +12,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError
-from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, StoredArray, TensorView
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK = 4 << 20
 """Bytes of a tensor that pass through memory at a time."""
@@ -85,6 +88,7 @@ class Transfer:
         self._sources: dict[Path, int] = {}
         self._open = ExitStack()
         self._spare = bytearray(BLOCK)
+        self._matrices: dict[StoredArray, torch.Tensor] = {}
 
     def __enter__(self) -> Transfer:
         return self
@@ -118,6 +122,7 @@ class Transfer:
 
         The bytes are overwritten by the next block.
         """
+        self._matrices.clear()
         rows = view.shape[0] if view.shape else 1
         step = max(1, BLOCK // max(1, view.row_bytes))
         buffer = memoryview(bytearray(min(rows, step) * view.row_bytes))
@@ -163,6 +168,9 @@ class Transfer:
                 begin = row * view.row_bytes + left
                 out[begin : begin + width] = bytes(width)
             return
+        if piece.transposed:
+            self._read_transposed(piece, view, first, last, out[(first - top) * view.row_bytes :])
+            return
         stride = _columns(piece.array.shape) * item
         source_row = piece.source.top + first - piece.target.top
         at = piece.array.offset + source_row * stride
@@ -179,6 +187,29 @@ class Transfer:
             at_row = row * stride + source_left
             out[begin : begin + width] = rows[at_row : at_row + width]
             begin += view.row_bytes
+
+    def _read_transposed(
+        self, piece: Piece, view: TensorView, first: int, last: int, out: memoryview
+    ) -> None:
+        """Rows ``first`` to ``last`` out of the columns of an array.
+
+        Columns are far apart in the file, so the whole array is read, and kept while others of its
+        rows are asked for: a few MiB.
+        """
+        import torch
+
+        array, dtype = piece.array, getattr(torch, view.dtype)
+        assert array is not None
+        if array not in self._matrices:
+            data = bytearray(array.nbytes)
+            self._read(piece, self._fd(array.file), array.offset, memoryview(data))
+            self._matrices[array] = torch.frombuffer(data, dtype=dtype).view(array.shape)
+        left = piece.source.left + first - piece.target.top
+        block = self._matrices[array][
+            piece.source.top : piece.source.bottom, left : left + last - first
+        ]
+        rows = torch.frombuffer(out, dtype=dtype, count=(last - first) * _columns(view.shape))
+        rows.view(last - first, -1)[:, piece.target.left : piece.target.right] = block.T
 
     def _read(self, piece: Piece, fd: int, offset: int, out: memoryview) -> None:
         done = 0
@@ -238,6 +269,8 @@ def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
 
 
 def _worth_kernel_copies(view: TensorView) -> bool:
+    if any(p.transposed for p in view.pieces):
+        return False
     runs = sum(1 if _contiguous(p, view) else p.target.rows for p in view.pieces)
     return runs == 1 or view.nbytes >= runs * SHORT_RUN
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import FormatError
-from megatron_olmo_bridge.mapping.placement import Region, Shape, uncovered
+from megatron_olmo_bridge.mapping.placement import Region, Shape, source_of, uncovered
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element of the dtypes that weights are converted in, by torch's names."""
@@ -40,6 +40,8 @@ class Piece:
     """The block in the array."""
     target: Region
     """The block in the tensor; of the same extent."""
+    transposed: bool = False
+    """Whether the rows of the one are the columns of the other."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,19 @@ class TensorView:
             raise FormatError(f"{name}: its parts have different dtypes: {sorted(dtypes)}")
         return cls(name, shape, dtypes.pop(), pieces)
 
-    def within(self, region: Region, at: Region) -> Iterator[Piece]:
-        """The pieces of one region, as pieces of another tensor where it stands at ``at``."""
+    def within(self, region: Region, at: Region, transposed: bool = False) -> Iterator[Piece]:
+        """The pieces of one region, as pieces of another tensor where it stands at ``at``.
+
+        Args:
+            transposed: rows of this tensor are columns of the other.
+        """
         for piece in self.pieces:
             if part := piece.target.intersect(region):
                 yield Piece(
-                    piece.array, part.moved(piece.target, piece.source), part.moved(region, at)
+                    piece.array,
+                    source_of(part, piece.target, piece.source, piece.transposed),
+                    source_of(part, region, at, transposed),
+                    piece.transposed != transposed,
                 )
 
     def region(self, region: Region, shape: Shape) -> TensorView:

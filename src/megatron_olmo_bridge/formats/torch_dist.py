@@ -168,8 +168,9 @@ class TorchDistFolder:
         expected: dict[str, Shape] = {}
         for parameter in mapping.parameters.values():
             for key, region, stacked in keys[parameter.name]:
-                shape = (region.rows, *parameter.shape[1:])
-                expected[key] = (mapping.num_layers, *shape) if stacked else shape
+                axes = len(parameter.index)
+                counts = mapping.counts[axes - stacked : axes]
+                expected[key] = (*counts, region.rows, *parameter.shape[1:])
         check_tensors(expected, {k: t.shape for k, t in self.weights.items()}, self.path)
         arrays = {key: list(self._arrays(key)) for key in expected}
         views = {}
@@ -177,27 +178,29 @@ class TorchDistFolder:
             pieces = [
                 piece
                 for key, region, stacked in keys[parameter.name]
-                for piece in _pieces(arrays[key], region, parameter.layer if stacked else None)
+                for piece in _pieces(
+                    arrays[key], region, parameter.index[len(parameter.index) - stacked :]
+                )
             ]
             views[parameter.name] = TensorView.assembled(
                 f"{self.path}: {parameter.name}", parameter.shape, pieces
             )
         return views
 
-    def _keys(self, parameter: Parameter) -> list[tuple[str, Region, bool]]:
-        """Keys that hold a parameter, the rows of it that each holds, and whether layers are
-        stacked in it."""
-        whole = Region.whole(parameter.shape)
-        stacked = stacked_key(parameter.pattern)
-        if parameter.layer is not None and stacked in self.tensors:
-            return [(stacked, whole, True)]
+    def _keys(self, parameter: Parameter) -> list[tuple[str, Region, int]]:
+        """Keys that hold a parameter, the rows of it that each holds, and how many of the
+        parameter's indices (layer, expert) are axes of it."""
+        whole, axes = Region.whole(parameter.shape), len(parameter.index)
+        for stacked in range(axes, -1, -1):
+            if parameter.key(stacked) in self.tensors:
+                return [(parameter.key(stacked), whole, stacked)]
         halves = [parameter.name + suffix for suffix in _GATED_SUFFIXES]
         if len(parameter.chunks) == 2 and halves[0] in self.tensors:
-            return list(zip(halves, parameter.chunks, (False, False), strict=True))
-        if parameter.layer is not None and parameter.name not in self.tensors:
-            per_layer = any(re.search(r"\.layers\.\d+\.", key) for key in self.weights)
-            return [(parameter.name if per_layer else stacked, whole, not per_layer)]
-        return [(parameter.name, whole, False)]
+            return list(zip(halves, parameter.chunks, (0, 0), strict=True))
+        # Absent: by the name that it would have here.
+        per_layer = any(re.search(r"\.layers\.\d+\.", key) for key in self.weights)
+        stacked = 0 if per_layer else axes
+        return [(parameter.key(stacked), whole, stacked)]
 
     def _arrays(self, key: str) -> Iterable[tuple[Chunk, StoredArray]]:
         tensor = self.tensors[key]
@@ -218,17 +221,16 @@ class TorchDistFolder:
 
 
 def _pieces(
-    arrays: list[tuple[Chunk, StoredArray]], region: Region, layer: int | None
+    arrays: list[tuple[Chunk, StoredArray]], region: Region, index: tuple[int, ...]
 ) -> Iterable[Piece]:
-    """The chunks of a global tensor (of one layer of it) as pieces of ``region``."""
+    """The chunks of a global tensor, at an index of its first axes, as pieces of ``region``."""
     for chunk, array in arrays:
         offset = chunk.offset
-        if layer is not None:
-            if not offset[0] <= layer < offset[0] + chunk.shape[0]:
-                continue
-            shape = array.shape[1:]
-            skipped = (layer - offset[0]) * (array.nbytes // max(1, array.shape[0]))
-            array = StoredArray(array.file, array.offset + skipped, shape, array.dtype)
+        if not all(at <= i < at + n for i, at, n in zip(index, offset, chunk.shape, strict=False)):
+            continue
+        for i in index:
+            skipped = (i - offset[0]) * (array.nbytes // max(1, array.shape[0]))
+            array = StoredArray(array.file, array.offset + skipped, array.shape[1:], array.dtype)
             offset = offset[1:]
         source = Region.whole(array.shape)
         left = offset[1] if len(offset) > 1 else 0

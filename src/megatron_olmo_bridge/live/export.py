@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_olmo_bridge.errors import MappingError
-from megatron_olmo_bridge.mapping.placement import Region, Shape, uncovered
+from megatron_olmo_bridge.mapping.placement import Region, Shape, source_of, uncovered
 from megatron_olmo_bridge.models.bridge import ModelBridge
 
 from .load import cut
@@ -30,6 +30,7 @@ class Part:
     """The block, in the owner's shard."""
     target: Region
     """The block, in the Hugging Face tensor."""
+    transposed: bool
 
 
 def stream_weights(
@@ -103,7 +104,11 @@ class _Assembly:
         """What one process holds of a tensor, block by block, where it is wanted; else nothing."""
         rank, alone = dist.get_rank(), dist.get_world_size() == 1
         if rank == owner:
-            blocks = [cut(self.mine[part.shard].matrix, part.source) for part in parts]
+            blocks = [
+                block.T if part.transposed else block
+                for part in parts
+                for block in [cut(self.mine[part.shard].matrix, part.source)]
+            ]
             if self.to is None and not alone:
                 dist.broadcast(_packed(blocks), owner)
             elif self.to is not None and self.to != owner:
@@ -142,7 +147,8 @@ def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[Part]]:
     for name, shape in live.mapping.hf_shapes.items():
         parts[name] = [
             Part(owner, (block.parameter, region), found.moved(region, _ORIGIN),
-                 found.moved(block.target, block.source))
+                 source_of(found, block.target, block.source, block.transposed),
+                 block.transposed)
             for block in live.mapping.hf_blocks[name]
             for owner, region in regions[block.parameter]
             if (found := block.target.intersect(region))

@@ -92,6 +92,7 @@ def fill(shard: Shard, source: Source, files: MappedFiles) -> int:
                 block.zero_()
                 continue
             stored = cut(files.matrix(piece.array), piece.source)
+            stored = stored.T if piece.transposed else stored
             block.copy_(stored)
             read += stored.nbytes
             if block.dtype is torch.float16 is not stored.dtype and _too_large(stored, block):

@@ -22,7 +22,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_olmo_bridge.errors import InputError, MappingError
-from megatron_olmo_bridge.formats.torch_dist import stacked_key
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
@@ -84,7 +83,8 @@ class Finder:
     """Finds the parameter, and the region of it, that a sharded tensor is."""
 
     mapping: ResolvedMapping
-    by_key: dict[tuple[str, int | None], Parameter]
+    by_key: dict[tuple[str, tuple[int, ...]], Parameter]
+    """By key, and by the index along the axes that layers and experts are stacked on in it."""
 
     @classmethod
     def of(cls, bridge: ModelBridge, tensors: Iterable[ShardedTensor]) -> Finder:
@@ -98,10 +98,11 @@ class Finder:
         }
         if len(padded) == 1:
             mapping = bridge.mapping_registry(padded.pop()).resolve()
-        by_key: dict[tuple[str, int | None], Parameter] = {}
+        by_key: dict[tuple[str, tuple[int, ...]], Parameter] = {}
         for parameter in mapping.parameters.values():
-            by_key[parameter.name, None] = parameter
-            by_key[stacked_key(parameter.pattern), parameter.layer] = parameter
+            axes = len(parameter.index)
+            for stacked in range(axes + 1):
+                by_key[parameter.key(stacked), parameter.index[axes - stacked :]] = parameter
         return cls(mapping, by_key)
 
     def shard(self, tensor: ShardedTensor) -> Shard:
@@ -111,8 +112,7 @@ class Finder:
             MappingError: it is no parameter of the mapping, or of another shape.
         """
         axes = tensor.prepend_axis_num
-        layer = tensor.global_offset[0] if axes else None
-        parameter = self.by_key.get((tensor.key, layer))
+        parameter = self.by_key.get((tensor.key, tuple(tensor.global_offset[:axes])))
         if parameter is None:
             raise MappingError(f"the model has a tensor {tensor.key} that the mapping doesn't know")
         shape: Shape = tuple(tensor.global_shape[axes:])

@@ -23,7 +23,7 @@ from megatron_olmo_bridge.convert.to_megatron import common_state, extra_state_k
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.torch_archive import object_archive
-from megatron_olmo_bridge.formats.torch_dist import COMMON, FORMAT, FORMAT_FILE, stacked_key
+from megatron_olmo_bridge.formats.torch_dist import COMMON, FORMAT, FORMAT_FILE
 
 from .load import MappedFiles, fill
 from .shards import Finder
@@ -92,9 +92,10 @@ class HFLoadStrategy:
         mapping, found = self._source.mapping, {}
         dtype = getattr(torch, self._source.dtypes[0])
         for parameter in mapping.parameters.values():
-            stack = () if parameter.layer is None else (mapping.num_layers,)
+            axes = len(parameter.index)
+            stack = mapping.counts[:axes]
             empty = torch.empty(*stack, *parameter.shape, dtype=dtype, device="meta")
-            key = stacked_key(parameter.pattern)
+            key = parameter.key(axes)
             found[key] = ShardedTensor.from_rank_offsets(key, empty).without_data()
         return found
 

@@ -9,13 +9,13 @@ from typing import Self
 
 from .placement import Placement, Region, Shape
 
-LAYER = "*"
-"""Stands for the layer's number in names, as in Megatron-Bridge."""
+WILDCARD = "*"
+"""In names: the layer's number; a second one is the expert's. As in Megatron-Bridge."""
 
 
 @dataclass(frozen=True)
 class Mapping(ABC):
-    """How one Megatron parameter is made of Hugging Face tensors. Names may hold one ``*``."""
+    """How one Megatron parameter is made of Hugging Face tensors. Names may hold wildcards."""
 
     megatron_param: str
 
@@ -36,14 +36,21 @@ class Mapping(ABC):
         """The blocks that megatron-core's own ``sharded_state_dict`` stores separately."""
         return [Region.whole(self.shape)]
 
-    def at_layer(self, layer: int) -> Self:
-        """The same mapping with ``*`` replaced by a layer's number."""
+    def at(self, index: tuple[int, ...]) -> Self:
+        """The same mapping with each ``*`` replaced by a number: the layer's, the expert's."""
         named = {
-            f.name: value.replace(LAYER, str(layer))
+            f.name: numbered(value, index)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), str)
         }
         return replace(self, **named)
+
+
+def numbered(pattern: str, index: tuple[int, ...]) -> str:
+    """A name with its first wildcards replaced by these numbers."""
+    for number in index:
+        pattern = pattern.replace(WILDCARD, str(number), 1)
+    return pattern
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,25 @@ class DirectMapping(Mapping):
         padding = Region.whole(self.shape)._replace(top=block.bottom)
         if padding.rows:
             yield Placement(None, padding, padding)
+
+
+@dataclass(frozen=True)
+class TransposedMapping(Mapping):
+    """A matrix that Hugging Face stores as [in, out]: GPT-2's ``Conv1D``."""
+
+    hf_param: str
+    hf_shape: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return self.hf_shape[::-1]
+
+    def hf_shapes(self) -> dict[str, Shape]:
+        return {self.hf_param: self.hf_shape}
+
+    def placements(self) -> Iterator[Placement]:
+        block = Region.whole(self.hf_shape)
+        yield Placement(self.hf_param, block, block.transposed, transposed=True)
 
 
 @dataclass(frozen=True)
@@ -129,3 +155,38 @@ class GatedMLPMapping(Mapping):
     def chunks(self) -> list[Region]:
         gate = Region.whole((self.ffn_hidden_size, self.hidden_size))
         return [gate, gate._replace(top=gate.bottom, bottom=2 * gate.bottom)]
+
+
+@dataclass(frozen=True)
+class FusedQKVMapping(Mapping):
+    """``linear_qkv`` out of one tensor with all of q, then all of k, then all of v: GPT-2's.
+
+    The weight is ``Conv1D``'s, [hidden_size, 3 * hidden_size], and so transposed; of the bias,
+    [3 * hidden_size], ``hidden_size`` is None.
+    """
+
+    hf_param: str
+    num_attention_heads: int
+    kv_channels: int
+    hidden_size: int | None
+
+    @property
+    def shape(self) -> Shape:
+        rows = 3 * self.num_attention_heads * self.kv_channels
+        return (rows,) if self.hidden_size is None else (rows, self.hidden_size)
+
+    def hf_shapes(self) -> dict[str, Shape]:
+        return {self.hf_param: self.shape[::-1]}
+
+    def placements(self) -> Iterator[Placement]:
+        width, columns = self.num_attention_heads * self.kv_channels, self.hidden_size or 1
+        row = 0
+        for head in range(self.num_attention_heads):
+            for part in range(3):
+                top = part * width + head * self.kv_channels
+                block = Region(top, top + self.kv_channels, 0, columns)
+                target = block._replace(top=row, bottom=row + self.kv_channels)
+                transposed = self.hidden_size is not None
+                source = block.transposed if transposed else block
+                yield Placement(self.hf_param, source, target, transposed)
+                row += self.kv_channels

@@ -50,6 +50,11 @@ class Region(NamedTuple):
         """Whether all of ``other``, which isn't empty, lies in this region."""
         return self.intersect(other) == other
 
+    @property
+    def transposed(self) -> Region:
+        """The same block of the transposed tensor."""
+        return Region(self.left, self.right, self.top, self.bottom)
+
     def moved(self, origin: Region, to: Region) -> Region:
         """This region, seen from ``to`` as it was seen from ``origin``."""
         down, across = to.top - origin.top, to.left - origin.left
@@ -63,13 +68,22 @@ class Region(NamedTuple):
 class Placement:
     """The block ``source`` of the Hugging Face tensor ``hf_name`` stands at ``target``.
 
-    Both regions have the same extent. Where ``hf_name`` is None the target region is zeros (padding
-    rows of a vocabulary) and ``source`` equals ``target``.
+    Both regions have the same extent; with ``transposed``, the rows of the one are the columns of
+    the other. Where ``hf_name`` is None the target region is zeros (padding rows of a vocabulary)
+    and ``source`` equals ``target``.
     """
 
     hf_name: str | None
     source: Region
     target: Region
+    transposed: bool = False
+
+
+def source_of(part: Region, target: Region, source: Region, transposed: bool) -> Region:
+    """Where a part of ``target`` comes from, of which all comes from ``source``."""
+    if transposed:
+        return part.moved(target, source.transposed).transposed
+    return part.moved(target, source)
 
 
 def uncovered(shape: Sequence[int], regions: Iterable[Region]) -> str | None:

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 
 from megatron_olmo_bridge.errors import MappingError
 
-from .mappings import LAYER, Mapping
+from .mappings import WILDCARD, Mapping, numbered
 from .placement import Placement, Region, Shape, uncovered
 
 SHOWN_NAMES = 8
@@ -27,10 +28,17 @@ class Parameter:
     """``decoder.layers.3.mlp.linear_fc2.weight``"""
     pattern: str
     """``decoder.layers.*.mlp.linear_fc2.weight``"""
-    layer: int | None
+    index: tuple[int, ...]
+    """Of the layer; of layer and expert; empty for what is in no layer."""
     shape: Shape
     placements: tuple[Placement, ...]
     chunks: tuple[Region, ...]
+
+    def key(self, stacked: int) -> str:
+        """The name with the last indices left out, as megatron-core names what it stacks along an
+        axis: ``decoder.layers.mlp.linear_fc2.weight``."""
+        kept = numbered(self.pattern, self.index[: len(self.index) - stacked])
+        return kept.replace(f".{WILDCARD}", "")
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,15 @@ class Block:
     parameter: str
     source: Region
     target: Region
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class ResolvedMapping:
     """What the registry says of one model. Built only if both sides are covered exactly once."""
 
-    num_layers: int
+    counts: tuple[int, ...]
+    """Of layers, and of experts where there are any."""
     parameters: dict[str, Parameter]
     hf_shapes: dict[str, Shape]
     """Hugging Face tensors in the order of the model's state dict."""
@@ -60,7 +70,9 @@ class ResolvedMapping:
         for parameter in self.parameters.values():
             for p in parameter.placements:
                 if p.hf_name is not None:
-                    blocks[p.hf_name].append(Block(parameter.name, p.source, p.target))
+                    blocks[p.hf_name].append(
+                        Block(parameter.name, p.source, p.target, p.transposed)
+                    )
         object.__setattr__(self, "hf_blocks", dict(blocks))
         faults = [
             f"{p.name}: {why}"
@@ -93,13 +105,17 @@ class ResolvedMapping:
 
 
 class MegatronMappingRegistry:
-    """A family's table: one mapping for each Megatron parameter, ``*`` for the layer."""
+    """A family's table: one mapping for each Megatron parameter, ``*`` for layer and expert."""
 
     def __init__(
-        self, *mappings: Mapping, num_layers: int, ignored: dict[str, str] | None = None
+        self,
+        *mappings: Mapping,
+        num_layers: int,
+        num_experts: int | None = None,
+        ignored: dict[str, str] | None = None,
     ) -> None:
         self.mappings = mappings
-        self.num_layers = num_layers
+        self.counts = (num_layers,) if num_experts is None else (num_layers, num_experts)
         self.ignored = ignored or {}
 
     def resolve(self) -> ResolvedMapping:
@@ -111,30 +127,33 @@ class MegatronMappingRegistry:
         """
         parameters: dict[str, Parameter] = {}
         hf_shapes: dict[str, Shape] = {}
-        for pattern, layer, mapping in self._by_layer():
+        for pattern, index, mapping in self._by_layer():
             name = mapping.megatron_param
             if name in parameters:
                 raise MappingError(f"two mappings write the Megatron parameter {name}")
             parameters[name] = Parameter(
-                name, pattern, layer, mapping.shape,
+                name, pattern, index, mapping.shape,
                 tuple(mapping.placements()), tuple(mapping.chunks()),
             )  # fmt: skip
             for hf_name, shape in mapping.hf_shapes().items():
                 if hf_shapes.setdefault(hf_name, shape) != shape:
                     raise MappingError(f"two mappings give {hf_name} different shapes")
-        return ResolvedMapping(self.num_layers, parameters, hf_shapes, self.ignored)
+        return ResolvedMapping(self.counts, parameters, hf_shapes, self.ignored)
 
-    def _by_layer(self) -> Iterable[tuple[str, int | None, Mapping]]:
+    def _by_layer(self) -> Iterable[tuple[str, tuple[int, ...], Mapping]]:
         """Layer by layer where the layers stand in the table, as the model's state dict does."""
-        layered = [m for m in self.mappings if LAYER in m.megatron_param]
+        layered = [m for m in self.mappings if WILDCARD in m.megatron_param]
         first = self.mappings.index(layered[0]) if layered else len(self.mappings)
         for i, mapping in enumerate(self.mappings):
             if i == first:
-                for layer in range(self.num_layers):
+                for layer in range(self.counts[0]):
                     for m in layered:
-                        yield m.megatron_param, layer, m.at_layer(layer)
-            if LAYER not in mapping.megatron_param:
-                yield mapping.megatron_param, None, mapping
+                        axes = m.megatron_param.count(WILDCARD)
+                        for rest in product(*map(range, self.counts[1:axes])):
+                            index = (layer, *rest)
+                            yield m.megatron_param, index, m.at(index)
+            if WILDCARD not in mapping.megatron_param:
+                yield mapping.megatron_param, (), mapping
 
 
 def check_tensors(

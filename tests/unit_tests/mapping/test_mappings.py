@@ -106,5 +106,5 @@ def test_both_sides_are_covered_once(mapping: Mapping) -> None:
 
 
 def test_the_wildcard_becomes_the_layer_in_every_name() -> None:
-    mapping = QKVMapping("d.*.qkv", "m.*.q", "m.*.k", "m.*.v", 6, 2, 4, 24).at_layer(11)
+    mapping = QKVMapping("d.*.qkv", "m.*.q", "m.*.k", "m.*.v", 6, 2, 4, 24).at((11,))
     assert mapping == QKVMapping("d.11.qkv", "m.11.q", "m.11.k", "m.11.v", 6, 2, 4, 24)

@@ -59,10 +59,10 @@ def test_layers_are_written_out_in_the_order_of_the_model() -> None:
         "embed", "h.0.ln", "h.0.gate", "h.0.up", "h.1.ln", "h.1.gate", "h.1.up", "norm",
     ]  # fmt: skip
     fc1 = mapping.parameters["layers.1.fc1"]
-    assert (fc1.pattern, fc1.layer, fc1.shape) == ("layers.*.fc1", 1, (10, 3))
+    assert (fc1.pattern, fc1.index, fc1.shape) == ("layers.*.fc1", (1,), (10, 3))
     assert [p.hf_name for p in fc1.placements] == ["h.1.gate", "h.1.up"]
     assert fc1.chunks == (Region(0, 5, 0, 3), Region(5, 10, 0, 3))
-    assert mapping.parameters["final"].layer is None
+    assert mapping.parameters["final"].index == ()
 
 
 def test_the_placements_read_backwards() -> None:
