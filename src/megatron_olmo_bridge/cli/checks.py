@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_olmo_bridge.convert.plan import WORKERS
+from megatron_olmo_bridge.errors import InputError
 
 from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
 
@@ -23,7 +24,8 @@ SHOWN = 40
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
     for name, command, helped in (
-        ("verify", verify, True), ("inspect", inspect, True), ("doctor", doctor, False)
+        ("verify", verify, True), ("inspect", inspect, True), ("models", models, False),
+        ("doctor", doctor, False),
     ):  # fmt: skip
         app.command(name, no_args_is_help=helped)(guarded(command))
 
@@ -104,6 +106,11 @@ def inspect(
     if quiet:
         return
     if megatron_args:
+        if not found.megatron_flags:
+            raise InputError(
+                f"Megatron-LM's command line can't say all that {found.family} is; build the model "
+                "with its provider, as examples/load_and_save.py does"
+            )
         say(shlex.join(found.megatron_flags))
         return
     padded = f", padded to {found.padded_vocab_size}"
@@ -128,6 +135,8 @@ def inspect(
     table(["", ""], said)
     say("")
     table(["number", "value"], [[k, str(v)] for k, v in found.numbers.items()])
+    for note in found.notes:
+        say(f"\nNote: {note}.")
     if tensors:
         say("")
         rows = [[t["name"], str(t["shape"]), t["dtype"], str(t["pieces"])] for t in found.tensors]
@@ -136,6 +145,27 @@ def inspect(
         say("")
         rows = [[r["megatron"], r["block"], r["hf"], r["hf_block"]] for r in found.mapping]
         table(["Megatron parameter", "block", "Hugging Face tensor", "block"], rows)
+
+
+def models(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As README.md has it.")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Say which models are supported: families, architectures, sizes, parallel layouts."""
+    from megatron_olmo_bridge.models import catalogue
+
+    found = catalogue.catalogue()
+    if json:
+        print_json([asdict(family) for family in found])
+    elif markdown:
+        say(catalogue.markdown().rstrip())
+    elif not quiet:
+        for family in found:
+            say(f"{family.family}: {', '.join(family.architectures)}")
+            sizes = [[name, f"{count:,}"] for name, count in family.sizes.items()]
+            table(["size", "parameters"], sizes)
+            say(f"Compared with transformers at {family.layouts}; {family.verified}.\n")
 
 
 def doctor(quiet: Quiet = False, json: Json = False) -> None:

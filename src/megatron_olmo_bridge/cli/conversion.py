@@ -35,7 +35,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def synth(
-    name: Annotated[str, typer.Argument(help="olmo2-tiny, olmo2-1b, -7b, -13b or -32b.")],
+    name: Annotated[str, typer.Argument(help="A size of `olmo-bridge models`: olmo2-7b.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
@@ -73,6 +73,10 @@ def import_(
     release: Annotated[
         bool, typer.Option("--release", help="For Megatron-LM older than November 2025.")
     ] = False,
+    num_labels: Annotated[
+        int | None,
+        typer.Option(min=1, help="A new classification head of zeros, for so many classes."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     checksum: Checksum = False,
@@ -89,10 +93,11 @@ def import_(
         olmo-bridge import ./hf ./megatron --dtype bfloat16 --workers 2
     """
     from megatron_olmo_bridge.convert import to_megatron
+    from megatron_olmo_bridge.convert.inspect import inspect
 
     options: dict[str, Any] = {
         "dtype": dtype, "revision": revision, "release": release,
-        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by, "num_labels": num_labels,
     }  # fmt: skip
     if quiet or json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of a download
@@ -110,9 +115,18 @@ def import_(
     if not json and _first_process():
         say(
             f"Prove it:    olmo-bridge verify {source} {destination}",
-            quiet or revision is not None or dtype != "keep",
+            quiet or revision is not None or dtype != "keep" or num_labels is not None,
         )
-        say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args", quiet)
+        if num_labels is not None:
+            say(
+                f"The head is new: score.weight, {num_labels} rows of zeros. Train it before use.",
+                quiet,
+            )
+        found = inspect(destination)
+        for note in found.notes:
+            say(f"Note: {note}.", quiet)
+        if found.megatron_flags:
+            say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args", quiet)
 
 
 def export(

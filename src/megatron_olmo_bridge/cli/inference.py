@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel size: processes a layer.")]
 Pp = Annotated[int, typer.Option("--pp", min=1, help="Pipeline parallel size: stages.")]
 Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism; needs --tp above 1.")]
+Ep = Annotated[int, typer.Option("--ep", min=1, help="Expert parallel size.")]
 SHOWN_LAYERS = 12
 """Layers of the table around the place where two models part; --json has all."""
 
@@ -34,6 +35,7 @@ def compare(
     tp: Tp = 1,
     pp: Pp = 1,
     sp: Sp = False,
+    ep: Ep = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     prompt: Annotated[str | None, typer.Option(help="Text to run on.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Random tokens, without a prompt.")] = 128,
@@ -53,7 +55,7 @@ def compare(
     from megatron_olmo_bridge.inference.compare import compare as run
 
     found = run(
-        hf, other, tp=tp, pp=pp, sp=sp, dtype=dtype, prompt=prompt, tokens=tokens,
+        hf, other, tp=tp, pp=pp, sp=sp, ep=ep, dtype=dtype, prompt=prompt, tokens=tokens,
         threshold=threshold,
     )  # fmt: skip
     if json:
@@ -73,7 +75,7 @@ def _print_comparison(found: Comparison) -> None:
             ["mean logit error", f"{found.mean_error:.3g}"],
             ["top-1 agreement", f"{found.top1_agreement:.2%}"],
             ["KL divergence", f"{found.kl_divergence:.3g} nats"],
-            ["loss", f"{found.loss[0]:.6f} and {found.loss[1]:.6f}"],
+            *([["loss", f"{found.loss[0]:.6f} and {found.loss[1]:.6f}"]] if found.loss else []),
             *(["config differs", line] for line in found.config_differences),
         ],
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_olmo_bridge.errors import UnsupportedError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder, iteration_folders
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
@@ -39,6 +40,9 @@ class Inspection:
     tensors: list[dict[str, Any]]
     mapping: list[dict[str, str]]
     megatron_flags: list[str]
+    """Empty where Megatron-LM's command line can't say what the model is."""
+    notes: list[str]
+    """What somebody who converts it should know."""
 
 
 def inspect(
@@ -83,10 +87,17 @@ def inspect(
             for n, v in views.items()
         ],
         mapping=mapping_rows(source),
-        megatron_flags=source.bridge.megatron_flags(
-            source.padded_vocab_size, source.tensors[next(iter(source.tensors))].dtype
-        ),
+        megatron_flags=_megatron_flags(source),
+        notes=source.bridge.notes,
     )
+
+
+def _megatron_flags(source: Source) -> list[str]:
+    dtype = source.tensors[next(iter(source.tensors))].dtype
+    try:
+        return source.bridge.megatron_flags(source.padded_vocab_size, dtype)
+    except UnsupportedError:
+        return []
 
 
 def mapping_rows(source: Source) -> list[dict[str, str]]:

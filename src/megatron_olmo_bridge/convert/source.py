@@ -25,7 +25,12 @@ from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.mapping.placement import Region, source_of
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
-from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, published_sizes
+from megatron_olmo_bridge.models.bridge import (
+    ModelBridge,
+    as_classifier,
+    bridge_for,
+    published_sizes,
+)
 
 HF_SUBFOLDER = "hf"
 """In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""
@@ -49,6 +54,8 @@ class Source:
     side_folder: Path | None
     """Where config, generation config and tokenizer files are."""
     hf_folder: HFFolder | None = None
+    new: frozenset[str] = frozenset()
+    """Tensors that no file has, and that begin as zeros: a new classification head."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorView]:
@@ -58,9 +65,10 @@ class Source:
             known = [n for n in self.mapping.hf_shapes if n in found]
             others = [n for n in found if n not in self.mapping.hf_shapes]
             ignored = self.mapping.reason_to_ignore
-            return {
+            held = {
                 n: TensorView.of_array(n, found[n]) for n in known + others if ignored(n) is None
             }
+            return held | {n: self._zeros(n, held) for n in self.new}
         views = {}
         for name, shape in self.mapping.hf_shapes.items():
             pieces: list[Piece] = []
@@ -70,6 +78,11 @@ class Source:
                 )
             views[name] = TensorView.assembled(name, shape, pieces)
         return views
+
+    def _zeros(self, name: str, held: dict[str, TensorView]) -> TensorView:
+        shape = self.mapping.hf_shapes[name]
+        block, dtype = Region.whole(shape), next(iter(held.values())).dtype
+        return TensorView(name, shape, dtype, (Piece(None, block, block),))
 
     def pieces(self, parameter: Parameter, region: Region) -> Iterator[Piece]:
         """Where the elements of one region of a Megatron parameter are stored.
@@ -126,6 +139,7 @@ def open_source(
     iteration: int | str | None = None,
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
+    num_labels: int | None = None,
     strict: bool = True,
 ) -> Source:
     """Open a checkpoint and check it against the mapping of its model, from headers alone.
@@ -136,6 +150,8 @@ def open_source(
         hf_config: folder with a config.json, for a Megatron checkpoint that doesn't say enough.
         vocab_size: rows of the Hugging Face embedding, where a Megatron checkpoint with a padded
             vocabulary doesn't say.
+        num_labels: give a Hugging Face language model a new classification head of so many
+            classes, of zeros, instead of its own.
         strict: refuse a Hugging Face folder whose tensors are not those of its config.
 
     Raises:
@@ -145,19 +161,33 @@ def open_source(
     try:
         kind, folder = detect(path, iteration)
         if kind is Kind.HF:
-            return _open_hf(folder, strict)
+            return _open_hf(folder, strict, num_labels)
+        if num_labels is not None:
+            raise InputError(f"{path}: only a Hugging Face checkpoint can be given a new head")
         return _open_megatron(folder, hf_config, vocab_size)
     except PermissionError as error:
         raise InputError(f"{error.filename}: no permission to read it") from error
 
 
-def _open_hf(folder: Path, strict: bool) -> Source:
-    hf = HFFolder.read(folder)
+def _open_hf(folder: Path, strict: bool, num_labels: int | None) -> Source:
+    hf, new = HFFolder.read(folder), frozenset[str]()
     bridge = bridge_for(hf.config, folder / CONFIG)
+    names = bridge.hf_names(hf.arrays)
+    hf = replace(hf, arrays={names.get(name, name): a for name, a in hf.arrays.items()})
+    if num_labels is not None:
+        if bridge.num_labels is not None:
+            raise InputError(f"{folder}: has a classification head of {bridge.num_labels} classes")
+        config = as_classifier(hf.config, num_labels)
+        bridge, new = bridge_for(config, folder / CONFIG), frozenset(("score.weight",))
+        kept = {name: a for name, a in hf.arrays.items() if name != "lm_head.weight"}
+        hf = replace(hf, config=config, arrays=kept)
     mapping = bridge.mapping_registry().resolve()
     if strict:
-        mapping.check_hf({name: a.shape for name, a in hf.arrays.items()}, folder)
-    return Source(Kind.HF, folder, bridge, mapping, {}, folder / CONFIG, folder, hf)
+        held = {name: a.shape for name, a in hf.arrays.items()}
+        mapping.check_hf(held | {name: mapping.hf_shapes[name] for name in new}, folder)
+    return Source(
+        Kind.HF, folder, bridge, mapping, {}, folder / CONFIG, folder, hf_folder=hf, new=new
+    )
 
 
 def _open_megatron(folder: Path, hf_config: str | Path | None, vocab_size: int | None) -> Source:

@@ -61,7 +61,7 @@ def synth(
         raise InputError("--layers must be at least 1")
     config = dict(sizes[name].sizes[name])
     if layers is not None:
-        config["num_hidden_layers"] = layers
+        config = sizes[name].with_layers(config, layers)
     shapes = sizes[name](config).mapping_registry().resolve().hf_shapes
     files = shards(
         {n: TensorView(n, shape, dtype, ()) for n, shape in shapes.items()},
@@ -109,7 +109,7 @@ def _random(name: str, count: int, generator: torch.Generator) -> torch.Tensor:
     import torch
 
     values = torch.empty(count)
-    if "norm" in name:
+    if "norm" in name or (".ln_" in name and name.endswith(".weight")):
         return values.uniform_(0.5, 1.5, generator=generator)
     return values.normal_(0, 0.02, generator=generator)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_olmo_bridge.formats.torch_dist import (
     encode_metadata,
     stacked_key,
 )
+from megatron_olmo_bridge.mapping.mappings import WILDCARD
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
@@ -60,6 +62,7 @@ def import_checkpoint(
     revision: str | None = None,
     make_vocab_size_divisible_by: int = 1,
     release: bool = False,
+    num_labels: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     checksum: bool = False,
@@ -75,6 +78,7 @@ def import_checkpoint(
         revision: branch, tag or commit on the hub.
         make_vocab_size_divisible_by: pad the vocabulary with zero rows up to a multiple of this.
         release: name the iteration ``release``, for Megatron-LM older than November 2025.
+        num_labels: instead of the language model's head, a new one of so many classes, of zeros.
         resume: continue an interrupted run; starts afresh where there is none.
         overwrite: replace what is at ``destination``.
         checksum: record a SHA-256 of each file.
@@ -88,7 +92,7 @@ def import_checkpoint(
             Nothing is left at ``destination`` then.
     """
     plan, provenance = plan_import(
-        source, dtype=dtype, revision=revision, release=release,
+        source, dtype=dtype, revision=revision, release=release, num_labels=num_labels,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )  # fmt: skip
     execute(
@@ -105,19 +109,22 @@ def plan_import(
     revision: str | None = None,
     make_vocab_size_divisible_by: int = 1,
     release: bool = False,
+    num_labels: int | None = None,
 ) -> tuple[CopyPlan, Provenance]:
     """The plan of an import, from headers alone; arguments as :func:`import_checkpoint`."""
     check_dtype(dtype)
     if make_vocab_size_divisible_by < 1:
         raise InputError("--make-vocab-size-divisible-by must be at least 1")
     folder, name, commit = fetch(str(source), revision)
-    opened = open_source(folder)
+    opened = open_source(folder, num_labels=num_labels)
     if opened.kind is not Kind.HF:
         raise InputError(f"{source}: is a Megatron checkpoint already; import reads Hugging Face")
     vocab = opened.bridge.vocab_size
     padded = vocab + -vocab % make_vocab_size_divisible_by
     plan = _plan(opened, padded, dtype, release)
     options = {"dtype": dtype, "padded_vocab_size": padded, "release": release}
+    if num_labels is not None:
+        options["new_head_of_zeros"] = num_labels
     return plan, Provenance(name, commit, options)
 
 
@@ -138,8 +145,8 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
     }
     for file in side_files(source.folder):
         texts[f"{HF_SUBFOLDER}/{file.name}"] = file.read_bytes()
-    if dtype != "keep":
-        texts[f"{HF_SUBFOLDER}/{CONFIG}"] = config_with_dtype(source.hf_config, dtype)
+    if dtype != "keep" or source.new:
+        texts[f"{HF_SUBFOLDER}/{CONFIG}"] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(
         "import",
         source.folder,
@@ -182,7 +189,8 @@ def _pack_tensors(
 
 def _view(parameter: Parameter, source: Source) -> TensorView:
     pieces = source.pieces(parameter, Region.whole(parameter.shape))
-    return TensorView.assembled(parameter.name, parameter.shape, pieces)
+    dtype = source.tensors[parameter.placements[0].hf_name or ""].dtype
+    return TensorView.assembled(parameter.name, parameter.shape, pieces, dtype)
 
 
 def _pack_extra_states(source: Source, packer: Packer) -> dict[str, Stored]:
@@ -195,11 +203,13 @@ def _pack_extra_states(source: Source, packer: Packer) -> dict[str, Stored]:
 
 
 def extra_state_keys(bridge: ModelBridge) -> Iterator[str]:
-    """Key of an ``_extra_state`` object for each module that asks for one."""
-    for module in bridge.extra_state_modules:
-        count = bridge.num_layers if "*" in module else 1
-        for i in range(count):
-            yield f"{stacked_key(module)}._extra_state/shard_{i}_{count}"
+    """Key of every ``_extra_state`` object, as megatron-core names them for layers and experts."""
+    counts = (bridge.num_layers, bridge.num_experts or 1)
+    for pattern in bridge.extra_state_patterns():
+        axes = counts[: pattern.count(WILDCARD)]
+        of = ".".join(map(str, axes or (1,)))
+        for index in product(*map(range, axes)):
+            yield f"{stacked_key(pattern)}/shard_{'.'.join(map(str, index or (0,)))}_{of}"
 
 
 def common_state(bridge: ModelBridge, padded_vocab: int, dtype: str) -> dict[str, Any]:

@@ -68,8 +68,10 @@ class TensorView:
         return cls(name, array.shape, array.dtype, (Piece(array, whole, whole),))
 
     @classmethod
-    def assembled(cls, name: str, shape: Shape, pieces: Iterable[Piece]) -> TensorView:
-        """A view of these pieces.
+    def assembled(
+        cls, name: str, shape: Shape, pieces: Iterable[Piece], dtype: str = ""
+    ) -> TensorView:
+        """A view of these pieces; ``dtype`` is only needed where all are zeros.
 
         Raises:
             FormatError: they don't cover the shape exactly once, or have more than one dtype.
@@ -77,7 +79,7 @@ class TensorView:
         pieces = tuple(sorted(pieces, key=lambda p: p.target))
         if why := uncovered(shape, (p.target for p in pieces)):
             raise FormatError(f"{name}: {why}")
-        dtypes = {p.array.dtype for p in pieces if p.array}
+        dtypes = {p.array.dtype for p in pieces if p.array} or {dtype}
         if len(dtypes) != 1:
             raise FormatError(f"{name}: its parts have different dtypes: {sorted(dtypes)}")
         return cls(name, shape, dtypes.pop(), pieces)

@@ -15,6 +15,8 @@ import torch
 from megatron_olmo_bridge.convert.source import Source, check_dtype, fetch, open_source
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.hf_folder import read_config
+from megatron_olmo_bridge.models.bridge import bridge_for
 
 from .jobs import LOGITS, Job, read_states
 
@@ -60,8 +62,9 @@ class Comparison:
     """Share of positions at which both find the same token likeliest."""
     kl_divergence: float
     """Of the model from the reference, mean over positions, in nats."""
-    loss: tuple[float, float]
-    """Mean cross-entropy of the next token: of the reference, of the model."""
+    loss: tuple[float, float] | None
+    """Mean cross-entropy of the next token: of the reference, of the model. None of a classifier.
+    """
     layers: list[Layer]
     """Embedding, layers, final norm, logits."""
     config_differences: list[str]
@@ -84,6 +87,7 @@ def compare(
     tp: int = 1,
     pp: int = 1,
     sp: bool = False,
+    ep: int = 1,
     dtype: str = "float32",
     prompt: str | None = None,
     tokens: int = 128,
@@ -94,7 +98,8 @@ def compare(
     Args:
         hf: the reference: a Hugging Face folder or hub id, run by transformers.
         other: a checkpoint of either kind, run by megatron-core in processes of its own.
-        tp, pp, sp: tensor and pipeline parallel size, sequence parallelism of these.
+        tp, pp, sp, ep: tensor and pipeline parallel size, sequence parallelism, expert parallel
+            size of these.
         dtype: of both models: ``float32``, ``bfloat16`` or ``float16``.
         prompt: text to run on; it is read by the tokenizer of ``hf``.
         tokens: without a prompt, how many random ones.
@@ -116,7 +121,7 @@ def compare(
     if len(batch[0]) < 2:
         raise InputError("two tokens at least are needed: the loss is of the next token")
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as work:
-        Job(str(model.folder), tp, pp, sp, dtype, batch, states=work).run()
+        Job(str(model.folder), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=work).run()
         found = read_states(Path(work))
     return comparison(reference, found, batch, dtype, threshold, differences)
 
@@ -155,7 +160,7 @@ def comparison(
         magnitude=float(a.abs().max()),
         top1_agreement=float((a.argmax(-1) == b.argmax(-1)).double().mean()),
         kl_divergence=_kl(a, b),
-        loss=(_loss(a, ids), _loss(b, ids)),
+        loss=(_loss(a, ids), _loss(b, ids)) if a.dim() == 3 else None,
         layers=layers,
         config_differences=config_differences or [],
     )
@@ -163,11 +168,13 @@ def comparison(
 
 def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
     """Hidden states and logits by transformers, in float32 on the CPU, by the worker's names."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, report = AutoModelForCausalLM.from_pretrained(
+    is_classifier = bridge_for(read_config(folder), folder).num_labels is not None
+    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model, report = auto.from_pretrained(
         folder, dtype=getattr(torch, dtype), output_loading_info=True
     )
     if wrong := {k: v for k, v in report.items() if v and k.endswith("_keys")}:
@@ -186,9 +193,13 @@ def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
 @contextmanager
 def _collecting(model: Any, found: States) -> Iterator[None]:
     """Keeps what the parts of a transformers model give, by the names of ``hidden_states``."""
-    modules = {"embedding": model.embed_tokens}
-    modules |= {f"layer {i}": layer for i, layer in enumerate(model.layers)}
-    modules["final norm"] = model.norm
+    if model.config.model_type == "gpt2":  # its dropout stands after tokens and positions are added
+        embedding, layers, norm = model.drop, model.h, model.ln_f
+    else:
+        embedding, layers, norm = model.embed_tokens, model.layers, model.norm
+    modules = {"embedding": embedding}
+    modules |= {f"layer {i}": layer for i, layer in enumerate(layers)}
+    modules["final norm"] = norm
 
     def keep(name: str, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output

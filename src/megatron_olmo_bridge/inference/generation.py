@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_olmo_bridge.convert.source import Source, check_dtype, fetch, open_source
+from megatron_olmo_bridge.errors import InputError
 
 from .compare import tokenize, tokenizer_of
 from .jobs import TOKEN, Job
@@ -48,6 +49,8 @@ class Generation:
     ) -> None:
         check_dtype(dtype)
         source = open_source(fetch(checkpoint, None)[0])
+        if source.bridge.num_labels is not None:
+            raise InputError(f"{checkpoint}: has a classification head, and generates nothing")
         self._tokenizer = None if prompt is None else tokenizer_of(source)
         self.prompt = tokens or [] if prompt is None else tokenize(source, prompt)
         self.tokens: list[int] = []

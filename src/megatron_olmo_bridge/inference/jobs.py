@@ -29,6 +29,7 @@ class Job:
     tp: int = 1
     pp: int = 1
     sp: bool = False
+    ep: int = 1
     dtype: str = "keep"
     tokens: list[list[int]] = field(default_factory=list)
     """A batch to run, [b, s]; or, to generate, one prompt."""
@@ -41,7 +42,7 @@ class Job:
 
     def started(self) -> Any:
         """Start the processes; a context manager that gives what they print."""
-        return processes(_WORKER, [json.dumps(asdict(self))], self.tp * self.pp)
+        return processes(_WORKER, [json.dumps(asdict(self))], self.tp * self.pp * self.ep)
 
     def run(self) -> None:
         """Start the processes and wait for them.

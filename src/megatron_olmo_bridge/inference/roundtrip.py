@@ -85,7 +85,10 @@ def roundtrip(
         saved, back, states = folder / "megatron", folder / "hf", folder / "states"
         states.mkdir()
         with step(f"load at TP {tp}, PP {pp}, run, save with stock megatron-core") as done:
-            Job(str(source.folder), tp, pp, sp, dtype, batch, str(states), str(saved)).run()
+            Job(
+                str(source.folder), tp, pp, sp, dtype=dtype, tokens=batch, states=str(states),
+                save=str(saved),
+            ).run()  # fmt: skip
             done(True, f"{source.parameters:,} parameters in {dtype}")
         with step("verify the save against the source") as done:
             done(*_verdict(verify(source.folder, saved)))

@@ -34,6 +34,7 @@ def main() -> None:
         provider.tensor_model_parallel_size = job.tp
         provider.pipeline_model_parallel_size = job.pp
         provider.sequence_parallel = job.sp
+        provider.expert_model_parallel_size = job.ep
         provider.make_vocab_size_divisible_by = job.tp
         model = provider.provide_distributed_model(wrap_with_ddp=False)
         if job.states:

@@ -42,17 +42,20 @@ class AutoBridge:
         self.source = source
 
     @classmethod
-    def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None) -> AutoBridge:
+    def from_hf_pretrained(
+        cls, path: str | Path, *, revision: str | None = None, num_labels: int | None = None
+    ) -> AutoBridge:
         """Open a Hugging Face checkpoint; its headers are read, its weights not yet.
 
         Args:
             path: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``.
             revision: branch, tag or commit on the hub.
+            num_labels: instead of a language model's head, a new one of so many classes, of zeros.
 
         Raises:
             BridgeError: there is none, it is damaged, or of a family that is not known.
         """
-        source = open_source(fetch(str(path), revision)[0])
+        source = open_source(fetch(str(path), revision)[0], num_labels=num_labels)
         if source.kind is not Kind.HF:
             raise InputError(f"{path}: is a Megatron checkpoint; use AutoBridge.from_checkpoint()")
         return cls(source.bridge, source)

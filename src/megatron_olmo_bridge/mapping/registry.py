@@ -140,6 +140,10 @@ class MegatronMappingRegistry:
                     raise MappingError(f"two mappings give {hf_name} different shapes")
         return ResolvedMapping(self.counts, parameters, hf_shapes, self.ignored)
 
+    def resolve_hf(self) -> dict[str, Shape]:
+        """Name and shape of every Hugging Face tensor, unchecked."""
+        return {n: s for _, _, m in self._by_layer() for n, s in m.hf_shapes().items()}
+
     def _by_layer(self) -> Iterable[tuple[str, tuple[int, ...], Mapping]]:
         """Layer by layer where the layers stand in the table, as the model's state dict does."""
         layered = [m for m in self.mappings if WILDCARD in m.megatron_param]

@@ -2,89 +2,187 @@
 
 from __future__ import annotations
 
+import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
 from collections.abc import Mapping as MappingABC
+from dataclasses import asdict
+from importlib import import_module
+from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_olmo_bridge.errors import BridgeError, FormatError, UnsupportedError
+from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsupportedError
+from megatron_olmo_bridge.mapping.mappings import DirectMapping, Mapping
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
+
+from .config import HF_KEYS
+from .tables import EMBEDDING
 
 if TYPE_CHECKING:
     from .provider import GPTModelProvider
 
+FAMILIES = ("olmo2", "olmo3", "olmo", "olmoe", "flex_olmo", "gpt2")
+"""Folders beside this file; each has a ``bridge.py``, which registers itself."""
 _BRIDGES: dict[str, type[ModelBridge]] = {}
+_CLASSIFIER = "ForSequenceClassification"
 
 
 class ModelBridge(ABC):
     """One model family: its numbers, its mapping, and its way to stock Megatron-LM and back.
 
-    A bridge holds numbers only; making one reads no weights.
+    A bridge holds numbers only; making one reads no weights. A family says what its table is, and
+    names its classes; the rest follows.
     """
 
     family: ClassVar[str]
     """Name of the family, as in ``olmo2``."""
     sizes: ClassVar[dict[str, dict[str, Any]]]
     """Published sizes: name to ``config.json``."""
+    config_class: ClassVar[Any]
+    """Dataclass of the numbers that fix shapes and arithmetic, by megatron-core's names; its
+    ``from_hf`` reads them from a ``config.json``."""
+    provider_class: ClassVar[str]
+    """``module:Class`` of the provider, which needs megatron-core."""
+    layouts: ClassVar[str] = "TP, PP, SP"
+    """Parallel layouts that logits and gradients were compared at with transformers'."""
+    hf_keys: ClassVar[frozenset[str]] = HF_KEYS
+    """Keys of ``config.json`` that :attr:`numbers` stands for."""
+    hf_embedding: ClassVar[str] = "model.embed_tokens.weight"
+    ignored: ClassVar[dict[str, str]] = {
+        "*rotary_emb.inv_freq": "computed from rope_theta, not a weight"
+    }
+    """Patterns of Hugging Face names that have no place in Megatron, each with its reason."""
+    vocab_param: ClassVar[str] = EMBEDDING
+    """The Megatron parameter with a row for each token: its rows are the padded vocabulary."""
 
     def __init__(self, hf_config: dict[str, Any]) -> None:
         self.hf_config = hf_config
+        self.config = self.config_class.from_hf(hf_config)
+        self.num_labels = _num_labels(hf_config)
+        """Classes of a classification head; None for a language model."""
 
     @classmethod
+    def with_layers(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """The config of a model of another depth."""
+        return {**config, "num_hidden_layers": layers}
+
     @abstractmethod
+    def table(self, padded_vocab_size: int | None) -> list[Mapping]:
+        """The family's table, without the head."""
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Everything that fixes shapes and arithmetic, by megatron-core's names."""
+        head = {"num_labels": self.num_labels, "pad_token_id": self.hf_config.get("pad_token_id")}
+        return asdict(self.config) | (head if self.num_labels else {})
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_layers)
+
+    @property
+    def num_experts(self) -> int | None:
+        return getattr(self.config, "num_moe_experts", None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the Hugging Face embedding."""
+        return int(self.config.vocab_size)
+
+    def mapping_registry(self, padded_vocab_size: int | None = None) -> MegatronMappingRegistry:
+        """The family's table with the head, for this model's numbers."""
+        rows, ignored = self.table(padded_vocab_size), dict(self.ignored)
+        if self.num_labels:
+            shape = (self.num_labels, self.config.hidden_size)
+            rows.append(DirectMapping("score.weight", "score.weight", shape))
+        elif self.config.share_embeddings_and_output_weights:
+            ignored["lm_head.weight"] = f"tied to {self.hf_embedding}"
+        else:
+            shape = (self.config.vocab_size, self.config.hidden_size)
+            rows.append(
+                DirectMapping("output_layer.weight", "lm_head.weight", shape, padded_vocab_size)
+            )
+        return MegatronMappingRegistry(
+            *rows, num_layers=self.num_layers, num_experts=self.num_experts, ignored=ignored
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What somebody who converts this model should be told."""
+        return []
+
+    def hf_names(self, stored: Collection[str]) -> dict[str, str]:
+        """Tensors' names in a folder, as the table has them; for those that differ."""
+        return {}
+
+    def extra_state_patterns(self) -> Iterator[str]:
+        """Names of the ``_extra_state`` objects for which the local or the Transformer Engine spec
+        asks: one for each linear and each norm of megatron-core's."""
+        for mapping in self.mapping_registry().mappings:
+            module, _, last = mapping.megatron_param.rpartition(".")
+            if not module.startswith("decoder.") or not last.endswith("weight"):
+                continue
+            if not module.endswith((".q_layernorm", ".k_layernorm", ".router")):
+                yield f"{module}.{last.removesuffix('weight')}_extra_state"
+
+    def megatron_args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+        """``args`` of the checkpoint, read by Megatron-LM's ``--use-checkpoint-args``."""
+        return self.numbers | {
+            "padded_vocab_size": padded_vocab_size,
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+            "no_save_optim": True,
+            "no_save_rng": True,
+        }
+
+    def megatron_flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
+        """What stock Megatron-LM must be told on the command line besides.
+
+        Raises:
+            UnsupportedError: its command line can't say what this model is.
+        """
+        raise UnsupportedError(
+            f"Megatron-LM's command line can't say all that {self.config.label} is; build the "
+            f"model with {self.provider_class.rpartition(':')[2]}"
+        )
+
+    @classmethod
     def hf_config_from_megatron(
         cls, values: MappingABC[str, Any], vocab_size: int | None
     ) -> dict[str, Any]:
-        """A ``config.json`` from Megatron-LM's ``args`` or Megatron-Bridge's ``model`` section."""
+        """A ``config.json`` from Megatron-LM's ``args`` or Megatron-Bridge's ``model`` section.
 
-    hf_keys: ClassVar[frozenset[str]]
-    """Keys of ``config.json`` that :attr:`numbers` stands for."""
+        Raises:
+            InputError: they lack something.
+            UnsupportedError: they are of another family, or don't say enough for this one.
+        """
+        raise UnsupportedError(
+            f"{cls.family} can't be told from these settings: pass --hf-config with a folder that "
+            "has the model's config.json"
+        )
 
-    @property
-    @abstractmethod
-    def numbers(self) -> dict[str, Any]:
-        """Everything that fixes shapes and arithmetic, by megatron-core's names."""
-
-    @property
-    @abstractmethod
-    def num_layers(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Rows of the Hugging Face embedding."""
-
-    vocab_param: ClassVar[str]
-    """The Megatron parameter with a row for each token: its rows are the padded vocabulary."""
-
-    @abstractmethod
-    def mapping_registry(self, padded_vocab_size: int | None = None) -> MegatronMappingRegistry:
-        """The family's table, for this model's numbers."""
-
-    @abstractmethod
-    def megatron_args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-        """``args`` of the checkpoint, read by Megatron-LM's ``--use-checkpoint-args``."""
-
-    @abstractmethod
-    def megatron_flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
-        """What stock Megatron-LM must be told on the command line besides."""
-
-    @abstractmethod
     def provider_fields(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
         """The ``model`` section of ``run_config.yaml``: ``_target_`` and its fields."""
+        rows, usual = self.vocab_size, gcd(padded_vocab_size, 128)
+        return {
+            "_target_": self.provider_class.replace(":", "."),
+            **self.numbers,
+            # A multiple that pads the vocabulary to just the checkpoint's rows.
+            "make_vocab_size_divisible_by":
+                usual if padded_vocab_size - rows < usual else padded_vocab_size,
+            "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+        }  # fmt: skip
 
-    @abstractmethod
     def provider(self, **fields: Any) -> GPTModelProvider:
         """Builds the model in megatron-core; ``fields`` are any of the provider's.
 
         Raises:
             InputError: megatron-core refuses the combination.
         """
-
-    @property
-    @abstractmethod
-    def extra_state_modules(self) -> list[str]:
-        """Modules (``*`` for the layer) for which the local or the Transformer Engine spec asks an
-        ``_extra_state`` object."""
+        provider: type[GPTModelProvider] = pkgutil.resolve_name(self.provider_class)
+        return provider(**{**self.numbers, **fields})
 
     def size_name(self) -> str | None:
         """The published size that this model has, ``olmo2-7b`` for example."""
@@ -111,6 +209,11 @@ def register_bridge(*architectures: str) -> Any:
 def known_architectures() -> list[str]:
     """Values of ``architectures`` and ``model_type`` that a bridge handles."""
     return list(_families())
+
+
+def architectures_of(bridge: type[ModelBridge]) -> list[str]:
+    """The names that a bridge handles."""
+    return [name for name, handler in _families().items() if handler is bridge]
 
 
 def published_sizes() -> dict[str, type[ModelBridge]]:
@@ -143,6 +246,36 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
 
 
 def _families() -> dict[str, type[ModelBridge]]:
-    from .olmo2 import bridge  # noqa: F401  (importing registers)
-
+    for family in FAMILIES:
+        import_module(f"{__package__}.{family}.bridge")
     return _BRIDGES
+
+
+def _num_labels(hf_config: dict[str, Any]) -> int | None:
+    """Classes of the head, if it is a classifier's; transformers' default is 2."""
+    names = hf_config.get("architectures") or [""]
+    if not str(names[0]).endswith(_CLASSIFIER):
+        return None
+    count = len(hf_config.get("id2label") or ()) or hf_config.get("num_labels") or 2
+    if type(count) is not int or count < 1:
+        raise InputError(f"the model's num_labels must be a positive whole number, not {count!r}")
+    return count
+
+
+def as_classifier(hf_config: dict[str, Any], num_labels: int) -> dict[str, Any]:
+    """The config of the same model with a classification head of so many classes.
+
+    Raises:
+        UnsupportedError: transformers has no such head for the family.
+    """
+    names = hf_config.get("architectures") or [""]
+    name = str(names[0]).replace("ForCausalLM", _CLASSIFIER)
+    if name not in known_architectures() or not name.endswith(_CLASSIFIER):
+        raise UnsupportedError(f"{names[0]} has no classification head here")
+    labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+    return {
+        **hf_config,
+        "architectures": [name],
+        "id2label": labels,
+        "label2id": {label: int(i) for i, label in labels.items()},
+    }

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
-from megatron_olmo_bridge.nn.backends import AUTO, TRANSFORMER_ENGINE, resolved_name
+from megatron_olmo_bridge.nn.backends import (
+    AUTO,
+    TRANSFORMER_ENGINE,
+    Backend,
+    backend_named,
+    resolved_name,
+)
+from megatron_olmo_bridge.nn.classification import GPTModelForSequenceClassification
 from megatron_olmo_bridge.runtime.process_groups import SEED, ensure_process_groups
 
 PreWrapHook = Callable[[list[MegatronModule]], None]
@@ -48,8 +58,14 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     """Longest sequence, in tokens."""
     rotary_base: float = 10000.0
     """Theta of the rotary embedding."""
+    position_embedding_type: str = "rope"
+    """``rope``, or ``learned_absolute`` for an embedding of positions."""
     share_embeddings_and_output_weights: bool = False
     """Whether the output layer is the embedding's matrix."""
+    num_labels: int = 0
+    """Classes of a classification head, which stands instead of the output layer; 0 for none."""
+    pad_token_id: int | None = None
+    """The token that a classifier's sequences are padded with."""
     backend: str = AUTO
     """Modules of the layers: ``transformer_engine``, ``local``, or ``auto`` for the best that runs
     here."""
@@ -84,9 +100,32 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             if (given := before.get(name)) is not value
         }
 
+    @classmethod
+    def from_config(cls, config: Any, **overrides: Any) -> Self:
+        """A provider with the numbers of a family's config; ``overrides`` are any of the fields."""
+        return cls(**{**asdict(config), **overrides})
+
+    @property
+    def modules(self) -> Backend:
+        """What the layers are made of."""
+        return backend_named(self.backend)
+
     @abstractmethod
+    def layer_spec(self) -> ModuleSpec:
+        """One layer."""
+
+    def final_norm(self) -> Any:
+        """The norm after the last layer."""
+        return self.modules.norm
+
     def block_spec(self, vp_stage: int | None) -> TransformerBlockSubmodules:
-        """The layers of this rank's stage, and the norm after the last."""
+        """The layers of this rank's stage, and the norm after the last (built there only).
+
+        A bare layer spec would leave that norm to megatron-core, whose local one refuses sequence
+        parallelism.
+        """
+        layers = [self.layer_spec()] * get_num_layers_to_build(self, vp_stage=vp_stage)
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=self.final_norm())
 
     @property
     def padded_vocab_size(self) -> int:
@@ -148,15 +187,17 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
                 f"{self.num_layers} layers cannot be shared out evenly over {stages} pipeline "
                 f"stages{chunks}; say how with one of {', '.join(_UNEVEN_STAGES)}"
             )
-        for name, size in (
-            ("context_parallel_size", self.context_parallel_size),
-            ("expert_model_parallel_size", self.expert_model_parallel_size),
-        ):
-            if size > 1:
-                raise UnsupportedError(
-                    f"{name}={size} is not supported: use tensor, sequence, pipeline or data "
-                    "parallelism"
-                )
+        if self.context_parallel_size > 1:
+            raise UnsupportedError(
+                f"context_parallel_size={self.context_parallel_size} is not supported: use tensor, "
+                "sequence, pipeline, expert or data parallelism"
+            )
+        shares, experts = self.expert_model_parallel_size, self.num_moe_experts
+        if shares > 1 and (experts is None or experts % shares):
+            raise InputError(
+                f"{experts or 'no'} experts cannot be shared out evenly over {shares} "
+                "expert-parallel ranks"
+            )
 
     def provide(
         self,
@@ -183,15 +224,17 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             post_process = parallel_state.is_pipeline_last_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             )
-        return GPTModel(
+        model = GPTModelForSequenceClassification if self.num_labels else GPTModel
+        tied = self.share_embeddings_and_output_weights and not self.num_labels
+        return model(
             self,
             self.block_spec(vp_stage),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type="rope",
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type=self.position_embedding_type,
             rotary_base=self.rotary_base,
             vp_stage=vp_stage,
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_olmo_bridge.errors import UnsupportedError
@@ -24,14 +25,16 @@ class ScaledDotProductAttention(torch.nn.Module):
     """Stands where megatron-core expects ``core_attention``; has no parameters.
 
     Args:
-        config: gives the dropout; context parallelism, windows and other softmaxes are refused.
+        config: gives dropout and windows; context parallelism and other softmaxes are refused.
+        layer_number: from 1; layers may have a window or none.
         softmax_scale: of the scores; by default 1 / sqrt(head_dim).
-        unused: what megatron-core passes besides: layer number, mask type, process groups.
+        unused: what megatron-core passes besides: mask type, process groups.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
+        layer_number: int = 1,
         softmax_scale: float | None = None,
         attention_dropout: float | None = None,
         **unused: Any,
@@ -39,11 +42,15 @@ class ScaledDotProductAttention(torch.nn.Module):
         super().__init__()
         if config.context_parallel_size > 1:
             raise UnsupportedError("context parallelism needs Transformer Engine's attention")
-        if config.window_size is not None or config.softmax_type != "vanilla":
+        if config.softmax_type != "vanilla":
             raise UnsupportedError(
-                f"window_size={config.window_size} and softmax_type={config.softmax_type!r} need "
-                "Transformer Engine's attention"
+                f"softmax_type={config.softmax_type!r} needs Transformer Engine's attention"
             )
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
+        """Tokens that a query sees, itself among them."""
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.dropout, self.sequence_parallel = dropout, config.sequence_parallel
@@ -78,8 +85,9 @@ class ScaledDotProductAttention(torch.nn.Module):
             )
         length, past = query.shape[0], key.shape[0] - query.shape[0]
         allowed = None if attention_mask is None else ~attention_mask
-        if allowed is None and past and length > 1:
-            allowed = query.new_ones(length, length + past, dtype=torch.bool).tril(past)
+        seen = self._seen(length, past, query.device)
+        if seen is not None:
+            allowed = seen if allowed is None else allowed & seen
         q, k, v = (x.to(value.dtype).permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout and not self.sequence_parallel else _NOTHING:
@@ -88,3 +96,12 @@ class ScaledDotProductAttention(torch.nn.Module):
                 is_causal=allowed is None and length > 1, enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _seen(self, length: int, past: int, device: torch.device) -> torch.Tensor | None:
+        """bool [length, length + past], True where a key is before the query and in its window;
+        None where that is plain causality, or all keys."""
+        narrow = self.window is not None and length + past > self.window
+        if not narrow and (length == 1 or not past):
+            return None
+        seen = torch.ones(length, length + past, dtype=torch.bool, device=device).tril(past)
+        return seen.triu(past - self.window + 1) if self.window is not None else seen

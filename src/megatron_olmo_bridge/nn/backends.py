@@ -8,11 +8,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megatron_olmo_bridge.errors import InputError
 
 from .attention import ScaledDotProductAttention
+from .layer_norm import LayerNorm
 from .post_norm import RMSNorm, RowParallelLinearPostLN
 from .qk_norm import KRMSNorm, QRMSNorm, WideningKRMSNorm, WideningQRMSNorm
 
@@ -24,11 +25,19 @@ class Backend:
     """What a layer spec is filled with; each as megatron-core's specs take it."""
 
     column_parallel_linear: Any
+    row_parallel_linear: Any
     row_parallel_linear_post_norm: Any
     core_attention: Any
     q_norm: Any
     k_norm: Any
     norm: Any
+    """RMSNorm."""
+    layer_norm: Any
+
+    @property
+    def transformer_engine(self) -> bool:
+        """Whether these are Transformer Engine's modules."""
+        return self.norm is not RMSNorm
 
 
 def backend_named(name: str = AUTO) -> Backend:
@@ -40,27 +49,32 @@ def backend_named(name: str = AUTO) -> Backend:
     if resolved_name(name) == LOCAL:
         return Backend(
             column_parallel_linear=ColumnParallelLinear,
+            row_parallel_linear=RowParallelLinear,
             row_parallel_linear_post_norm=RowParallelLinearPostLN,
             core_attention=ScaledDotProductAttention,
             q_norm=WideningQRMSNorm,
             k_norm=WideningKRMSNorm,
             norm=RMSNorm,
+            layer_norm=LayerNorm,
         )
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
         TENorm,
+        TERowParallelLinear,
     )
 
     from .te_post_norm import TERowParallelLinearPostLN
 
     return Backend(
         column_parallel_linear=TEColumnParallelLinear,
+        row_parallel_linear=TERowParallelLinear,
         row_parallel_linear_post_norm=TERowParallelLinearPostLN,
         core_attention=TEDotProductAttention,
         q_norm=QRMSNorm,
         k_norm=KRMSNorm,
         norm=TENorm,
+        layer_norm=TENorm,
     )
 
 

@@ -51,12 +51,16 @@ def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None
     tensor = layout.tensor_model_parallel_size
     pipeline = layout.pipeline_model_parallel_size
     virtual = layout.virtual_pipeline_model_parallel_size
-    _check_world_size(tensor, pipeline)
+    expert = layout.expert_model_parallel_size
+    _check_world_size(tensor, pipeline, expert)
     if parallel_state.model_parallel_is_initialized():
-        _check_same_layout(tensor, pipeline, virtual)
+        _check_same_layout(tensor, pipeline, virtual, expert)
     else:
         parallel_state.initialize_model_parallel(
-            tensor, pipeline, virtual_pipeline_model_parallel_size=virtual
+            tensor,
+            pipeline,
+            virtual_pipeline_model_parallel_size=virtual,
+            expert_model_parallel_size=expert,
         )
     if not tensor_parallel.get_cuda_rng_tracker().is_initialized():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -141,25 +145,29 @@ def torchrun_command(processes: int) -> str:
     return f"torchrun --nproc_per_node {processes} {shlex.join(command)}"
 
 
-def _check_world_size(tensor: int, pipeline: int) -> None:
-    needed, present = tensor * pipeline, dist.get_world_size()
+def _check_world_size(tensor: int, pipeline: int, expert: int) -> None:
+    needed, present = tensor * pipeline * expert, dist.get_world_size()
     if present % needed:
+        experts = f" x expert_model_parallel_size {expert}" if expert > 1 else ""
         raise InputError(
-            f"tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} takes "
+            f"tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline}"
+            f"{experts} takes "
             f"{needed} processes or a multiple of it, here {'is' if present == 1 else 'are'} "
             f"{present}. Start it as:\n  {torchrun_command(needed)}"
         )
 
 
-def _check_same_layout(tensor: int, pipeline: int, virtual: int | None) -> None:
-    wanted = (tensor, pipeline, virtual)
+def _check_same_layout(tensor: int, pipeline: int, virtual: int | None, expert: int) -> None:
+    wanted = (tensor, pipeline, virtual, expert)
     found = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
     )
     if wanted != found:
         raise InputError(
-            f"this process has groups for tensor, pipeline and virtual pipeline sizes {found}, the "
-            f"model asks for {wanted}. Call destroy_process_groups() before another layout."
+            "this process has groups for tensor, pipeline, virtual pipeline and expert sizes "
+            f"{found}, the model asks for {wanted}. Call destroy_process_groups() before another "
+            "layout."
         )

@@ -34,7 +34,7 @@ def test_olmo2_by_any_of_its_names(says: dict[str, Any]) -> None:
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
         # The architecture is what the weights are of; a model_type doesn't overrule it.
         ({"architectures": ["Olmo2ForReward"], "model_type": "olmo2"}, "Olmo2ForReward"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
         ({}, "model_type None"),
     ],
 )
@@ -45,12 +45,12 @@ def test_an_unknown_architecture_is_refused_with_those_known(
         bridge_for(NUMBERS | says, "folder/config.json")
     assert str(caught.value) == (
         f"folder/config.json: architecture {named} is not known here. "
-        "Known are: Olmo2ForCausalLM, Olmo1124ForCausalLM, olmo2, olmo_1124."
+        f"Known are: {', '.join(known_architectures())}."
     )
 
 
 def test_known_architectures_and_published_sizes() -> None:
     assert "Olmo2ForCausalLM" in known_architectures()
-    assert published_sizes() == dict.fromkeys(
-        ("olmo2-tiny", "olmo2-1b", "olmo2-7b", "olmo2-13b", "olmo2-32b"), Olmo2Bridge
-    )
+    assert [name for name, bridge in published_sizes().items() if bridge is Olmo2Bridge] == [
+        "olmo2-tiny", "olmo2-1b", "olmo2-7b", "olmo2-13b", "olmo2-32b",
+    ]  # fmt: skip

@@ -18,13 +18,13 @@ if torch.cuda.is_available():
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_olmo_bridge.errors import BridgeError, InputError, UnsupportedError
 from megatron_olmo_bridge.models import provider as provider_module
 from megatron_olmo_bridge.models.olmo2 import provider as olmo2_provider_module
-from megatron_olmo_bridge.models.olmo2.layer_specs import olmo2_block_spec
+from megatron_olmo_bridge.models.olmo2.layer_specs import olmo2_layer_spec
 from megatron_olmo_bridge.models.provider import GPTModelProvider
 from megatron_olmo_bridge.runtime.cpu import cpu_runtime
 from megatron_olmo_bridge.runtime.process_groups import (
@@ -36,8 +36,8 @@ from megatron_olmo_bridge.runtime.process_groups import (
 class Provider(GPTModelProvider):
     """A family that is OLMo-2's layers and nothing besides."""
 
-    def block_spec(self, vp_stage: int | None) -> TransformerBlockSubmodules:
-        return olmo2_block_spec(self, vp_stage, self.backend)
+    def layer_spec(self) -> ModuleSpec:
+        return olmo2_layer_spec(self, self.backend)
 
 
 def make(**fields: Any) -> Provider:
@@ -92,11 +92,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"sequence_parallel": True},
      "megatron-core refuses this config: Cannot use sequence parallelism without tensor "
      "parallelism"),
+    ({"expert_model_parallel_size": 2},
+     "no experts cannot be shared out evenly over 2 expert-parallel ranks"),
 ]  # fmt: skip
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({name: 2},
-     f"{name}=2 is not supported: use tensor, sequence, pipeline or data parallelism")
-    for name in ("context_parallel_size", "expert_model_parallel_size")
+    ({"context_parallel_size": 2}, "context_parallel_size=2 is not supported: use tensor, "
+     "sequence, pipeline, expert or data parallelism"),
 ]  # fmt: skip
 
 

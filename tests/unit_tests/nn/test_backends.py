@@ -185,6 +185,7 @@ def test_an_installed_transformer_engine_is_used_where_there_is_cuda_and_only_th
         "megatron:TEColumnParallelLinear",
         "megatron:TEDotProductAttention",
         "megatron:TENorm",
+        "megatron:TERowParallelLinear",
         "megatron_olmo_bridge:TERowParallelLinearPostLN",
     }
 

@@ -155,6 +155,7 @@ def layout(tp: int = 1, pp: int = 1, vpp: int | None = None) -> SimpleNamespace:
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
+        expert_model_parallel_size=1,
     )
 
 
@@ -222,8 +223,9 @@ def test_another_layout_is_refused_until_the_groups_are_destroyed(
     with pytest.raises(InputError) as caught:
         ensure_process_groups(layout(pp=2, vpp=2))
     assert str(caught.value) == (
-        "this process has groups for tensor, pipeline and virtual pipeline sizes (1, 1, None), the "
-        "model asks for (1, 2, 2). Call destroy_process_groups() before another layout."
+        "this process has groups for tensor, pipeline, virtual pipeline and expert sizes "
+        "(1, 1, None, 1), the model asks for (1, 2, 2, 1). Call destroy_process_groups() before "
+        "another layout."
     )
     monkeypatch.undo()
     destroy_process_groups()
@@ -312,7 +314,8 @@ from megatron_olmo_bridge.runtime.process_groups import (
     destroy_process_groups, ensure_process_groups)
 
 layout = SimpleNamespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
-                         virtual_pipeline_model_parallel_size=None)
+                         virtual_pipeline_model_parallel_size=None,
+                         expert_model_parallel_size=1)
 for _ in range(2):
     ensure_process_groups(layout)
     assert dist.get_world_size() == 1

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, make_dataclass
-from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer import ModuleSpec
 
 from megatron_olmo_bridge.models.provider import GPTModelProvider
 
 from .bridge import Olmo2Bridge
 from .config import Olmo2Config
-from .layer_specs import olmo2_block_spec
+from .layer_specs import olmo2_layer_spec
 
 
 @dataclass
@@ -39,13 +38,8 @@ class Olmo2ModelProvider(GPTModelProvider):
     rotary_base: float = 500000.0
     """Theta of the rotary embedding."""
 
-    @classmethod
-    def from_config(cls, config: Olmo2Config, **overrides: Any) -> Olmo2ModelProvider:
-        """A provider with the model's numbers; ``overrides`` are any of the fields."""
-        return cls(**{**asdict(config), **overrides})
-
-    def block_spec(self, vp_stage: int | None) -> TransformerBlockSubmodules:
-        return olmo2_block_spec(self, vp_stage, self.backend)
+    def layer_spec(self) -> ModuleSpec:
+        return olmo2_layer_spec(self, self.backend)
 
 
 def _of_size(name: str, size: str) -> type[Olmo2ModelProvider]:

@@ -1,0 +1,60 @@
+"""FlexOlmo: the published size; its table is OLMo-2's attention and OLMoE's experts."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from megatron_olmo_bridge.mapping.mappings import Mapping
+from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.config import published
+from megatron_olmo_bridge.models.olmoe.config import MOE_HF_KEYS, MoEConfig
+from megatron_olmo_bridge.models.tables import (
+    ATTENTION,
+    MLP,
+    attention,
+    embedding,
+    experts,
+    norm,
+    post_norm,
+)
+
+
+class FlexOlmoConfig(MoEConfig):
+    """As OLMoE's, without clamping."""
+
+    label = "FlexOlmo"
+
+
+def _published(*shape: int, experts: int = 7, top: int = 5, vocab: int = 100352) -> dict[str, Any]:
+    return published(
+        "FlexOlmoForCausalLM", *shape, vocab=vocab, eos=100257, pad=100277,
+        model_type="flex_olmo", max_position_embeddings=4096, rms_norm_eps=1e-6,
+        rope_theta=500000, norm_topk_prob=False, num_experts=experts, num_experts_per_tok=top,
+        output_router_logits=False, router_aux_loss_coef=0.01,
+    )  # fmt: skip
+
+
+@register_bridge("FlexOlmoForCausalLM", "flex_olmo")
+class FlexOlmoBridge(ModelBridge):
+    """FlexOlmo: OLMo-2's post-norm blocks, with experts."""
+
+    family = "flex_olmo"
+    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+        "flex-olmo-tiny": _published(2, 128, 8, 4, 96, experts=4, top=3, vocab=1024),
+        "flex-olmo-7x7b": _published(32, 4096, 32, 32, 11008),
+    }
+    layouts = "TP, PP, SP, EP"
+    config_class = FlexOlmoConfig
+    provider_class = "megatron_olmo_bridge.models.flex_olmo.provider:FlexOlmoModelProvider"
+    hf_keys = MOE_HF_KEYS
+
+    def table(self, padded_vocab_size: int | None) -> list[Mapping]:
+        c = self.config
+        return [
+            embedding(c, padded_vocab_size),
+            *attention(c, qk_norm=True),
+            post_norm(c, f"{ATTENTION}.linear_proj", "post_attention_layernorm"),
+            *experts(c, c.num_moe_experts),
+            post_norm(c, MLP, "post_feedforward_layernorm"),
+            norm(c, "decoder.final_layernorm.", "model.norm."),
+        ]

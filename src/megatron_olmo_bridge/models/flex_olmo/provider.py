@@ -1,0 +1,29 @@
+"""Builds FlexOlmo in megatron-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer import ModuleSpec
+
+from megatron_olmo_bridge.models.layer_specs import decoder_layer, mixture_of_experts
+from megatron_olmo_bridge.models.olmoe.provider import MoEModelProvider
+from megatron_olmo_bridge.nn.post_norm_moe import PostNormMoELayer
+
+
+@dataclass
+class FlexOlmoModelProvider(MoEModelProvider):
+    """The config of a FlexOlmo model, and the model built from it."""
+
+    def layer_spec(self) -> ModuleSpec:
+        experts = mixture_of_experts(self.modules, self)
+        return decoder_layer(
+            self.modules,
+            row_parallel_linear=self.modules.row_parallel_linear_post_norm,
+            qk_norm=True,
+            mlp=ModuleSpec(
+                module=PostNormMoELayer,
+                params={"norm": self.modules.norm},
+                submodules=experts.submodules,
+            ),
+        )

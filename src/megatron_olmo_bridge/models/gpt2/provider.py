@@ -1,0 +1,49 @@
+"""Builds GPT-2 in megatron-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.transformer import ModuleSpec
+from torch.nn.functional import gelu
+
+from megatron_olmo_bridge.models.layer_specs import decoder_layer
+from megatron_olmo_bridge.models.provider import GPTModelProvider
+
+gelu_new = partial(gelu, approximate="tanh")
+
+
+@dataclass
+class GPT2ModelProvider(GPTModelProvider):
+    """The config of a GPT-2 model, and the model built from it."""
+
+    normalization: str = "LayerNorm"
+    """Kind of all norms."""
+    layernorm_epsilon: float = 1e-5
+    """Added to the variance in all norms."""
+    position_embedding_type: str = "learned_absolute"
+    """An embedding of positions is added to that of tokens."""
+    share_embeddings_and_output_weights: bool = True
+    """Whether the output layer is the embedding's matrix."""
+    activation: str = "gelu_new"
+    """Of the MLP: ``gelu_new`` (by tanh) or ``gelu`` (exact)."""
+    hidden_dropout: float = 0.0
+    """Share of a layer's output that is dropped in training."""
+    attention_dropout: float = 0.0
+    """Share of attention probabilities that is dropped in training."""
+
+    def __post_init__(self) -> None:
+        self.activation_func = gelu_new if self.activation == "gelu_new" else gelu
+        super().__post_init__()
+
+    def layer_spec(self) -> ModuleSpec:
+        return decoder_layer(
+            self.modules,
+            pre_norm=self.modules.layer_norm,
+            row_parallel_linear=self.modules.row_parallel_linear,
+        )
+
+    def final_norm(self) -> Any:
+        return self.modules.layer_norm

@@ -1,0 +1,39 @@
+"""OLMo: the published sizes and the mapping table."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from megatron_olmo_bridge.mapping.mappings import Mapping
+from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.config import published
+from megatron_olmo_bridge.models.tables import attention, embedding, gated_mlp
+
+from .config import OLMO_HF_KEYS, OlmoConfig
+
+
+def _published(*shape: int, tied: bool, clip: float | None = None,
+               vocab: int = 50304) -> dict[str, Any]:  # fmt: skip
+    return published(
+        "OlmoForCausalLM", *shape, vocab=vocab, eos=50279, pad=1, model_type="olmo",
+        max_position_embeddings=2048, rope_theta=10000.0, clip_qkv=clip, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+@register_bridge("OlmoForCausalLM", "OlmoForSequenceClassification", "olmo")
+class OlmoBridge(ModelBridge):
+    """OLMo: pre-norm blocks, norms without weights."""
+
+    family = "olmo"
+    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+        "olmo-tiny": _published(4, 128, 8, 4, 384, tied=False, clip=0.4, vocab=1024),
+        "olmo-1b": _published(16, 2048, 16, 16, 8192, tied=True),
+        "olmo-7b": _published(32, 4096, 32, 32, 11008, tied=False),
+    }
+    config_class = OlmoConfig
+    provider_class = "megatron_olmo_bridge.models.olmo.provider:OlmoModelProvider"
+    hf_keys = OLMO_HF_KEYS
+
+    def table(self, padded_vocab_size: int | None) -> list[Mapping]:
+        c = self.config
+        return [embedding(c, padded_vocab_size), *attention(c, qk_norm=False), *gated_mlp(c)]

@@ -1,0 +1,40 @@
+"""Builds OLMo in megatron-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer import ModuleSpec
+
+from megatron_olmo_bridge.models.layer_specs import decoder_layer
+from megatron_olmo_bridge.models.olmo2.provider import Olmo2ModelProvider
+from megatron_olmo_bridge.nn.layer_norm import WeightlessLayerNorm
+from megatron_olmo_bridge.nn.self_attention import ClippedSelfAttention
+
+
+@dataclass
+class OlmoModelProvider(Olmo2ModelProvider):
+    """The config of an OLMo model, and the model built from it."""
+
+    normalization: str = "LayerNorm"
+    """Kind of all norms; they have no weights."""
+    qk_layernorm: bool = False
+    """Queries and keys are not normalised."""
+    layernorm_epsilon: float = 1e-5
+    """Added to the variance in all norms."""
+    rotary_base: float = 10000.0
+    """Theta of the rotary embedding."""
+    clip_qkv: float | None = None
+    """Queries, keys and values are clamped to this; None for not at all."""
+
+    def layer_spec(self) -> ModuleSpec:
+        return decoder_layer(
+            self.modules,
+            pre_norm=WeightlessLayerNorm,
+            attention=ClippedSelfAttention,
+            row_parallel_linear=self.modules.row_parallel_linear,
+        )
+
+    def final_norm(self) -> Any:
+        return WeightlessLayerNorm

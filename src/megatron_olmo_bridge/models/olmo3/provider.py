@@ -1,0 +1,34 @@
+"""Builds OLMo-3 in megatron-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer import ModuleSpec
+
+from megatron_olmo_bridge.models.layer_specs import decoder_layer
+from megatron_olmo_bridge.models.olmo2.provider import Olmo2ModelProvider
+from megatron_olmo_bridge.nn.self_attention import RopePerLayerTypeSelfAttention
+
+
+@dataclass
+class Olmo3ModelProvider(Olmo2ModelProvider):
+    """The config of an OLMo-3 model, and the model built from it.
+
+    ``window_size`` and ``window_attn_skip_freq`` are megatron-core's own fields; ``rotary_base`` is
+    of the layers with a window.
+    """
+
+    full_attention_rope: dict[str, Any] | None = None
+    """YaRN of the layers without a window: ``rotary_base``, ``scaling_factor``,
+    ``original_max_position_embeddings``, ``beta_fast``, ``beta_slow``, ``attention_factor``. None
+    for the same rope as the others."""
+
+    def layer_spec(self) -> ModuleSpec:
+        return decoder_layer(
+            self.modules,
+            attention=RopePerLayerTypeSelfAttention,
+            row_parallel_linear=self.modules.row_parallel_linear_post_norm,
+            qk_norm=True,
+        )

@@ -1,0 +1,50 @@
+"""OLMoE: the published sizes and the mapping table."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from megatron_olmo_bridge.mapping.mappings import Mapping
+from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.config import published
+from megatron_olmo_bridge.models.tables import ATTENTION, attention, embedding, experts, norm
+
+from .config import OLMOE_HF_KEYS, OlmoeConfig
+
+
+def _published(*shape: int, experts: int = 64, top: int = 8, clip: float | None = None,
+               vocab: int = 50304) -> dict[str, Any]:  # fmt: skip
+    return published(
+        "OlmoeForCausalLM", *shape, vocab=vocab, eos=50279, pad=1, model_type="olmoe",
+        max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0, clip_qkv=clip,
+        norm_topk_prob=False, num_experts=experts, num_experts_per_tok=top,
+        output_router_logits=False, router_aux_loss_coef=0.01,
+    )  # fmt: skip
+
+
+@register_bridge("OlmoeForCausalLM", "olmoe")
+class OlmoeBridge(ModelBridge):
+    """OLMoE: pre-norm blocks, QK norm over the full projection width, experts."""
+
+    family = "olmoe"
+    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+        "olmoe-tiny": _published(2, 128, 8, 4, 96, experts=8, top=3, clip=0.5, vocab=1024),
+        "olmoe-1b-7b": _published(16, 2048, 16, 16, 1024),
+    }
+    layouts = "TP, PP, SP, EP"
+    config_class = OlmoeConfig
+    provider_class = "megatron_olmo_bridge.models.olmoe.provider:OlmoeModelProvider"
+    hf_keys = OLMOE_HF_KEYS
+
+    def table(self, padded_vocab_size: int | None) -> list[Mapping]:
+        c = self.config
+        return [
+            embedding(c, padded_vocab_size),
+            # The norm before attention, by the name that checkpoints have it under.
+            norm(c, f"{ATTENTION}.linear_qkv.layer_norm_", "model.layers.*.input_layernorm."),
+            *attention(c, qk_norm=True),
+            norm(c, "decoder.layers.*.pre_mlp_layernorm.",
+                 "model.layers.*.post_attention_layernorm."),
+            *experts(c, c.num_moe_experts),
+            norm(c, "decoder.final_layernorm.", "model.norm."),
+        ]  # fmt: skip

@@ -1,0 +1,50 @@
+"""Builds OLMoE in megatron-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer import ModuleSpec
+
+from megatron_olmo_bridge.models.layer_specs import decoder_layer, mixture_of_experts
+from megatron_olmo_bridge.models.olmo2.provider import Olmo2ModelProvider
+from megatron_olmo_bridge.nn.self_attention import ClippedSelfAttention
+
+
+@dataclass
+class MoEModelProvider(Olmo2ModelProvider):
+    """What OLMoE and FlexOlmo share: top-k experts by the router's softmax."""
+
+    moe_router_pre_softmax: bool = True
+    """Whether the router's weights are of all experts' softmax; else they sum to one."""
+    moe_router_load_balancing_type: str = "aux_loss"
+    """How tokens are kept spread over the experts, in training."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the loss that spreads them."""
+
+    def __post_init__(self) -> None:
+        # On the CPU experts run one after the other; Transformer Engine has a kernel for all.
+        self.moe_grouped_gemm = self.modules.transformer_engine
+        super().__post_init__()
+
+
+@dataclass
+class OlmoeModelProvider(MoEModelProvider):
+    """The config of an OLMoE model, and the model built from it."""
+
+    layernorm_epsilon: float = 1e-5
+    """Added to the mean square in all norms."""
+    rotary_base: float = 10000.0
+    """Theta of the rotary embedding."""
+    clip_qkv: float | None = None
+    """Queries, keys and values are clamped to this, after the QK norm; None for not at all."""
+
+    def layer_spec(self) -> ModuleSpec:
+        return decoder_layer(
+            self.modules,
+            pre_norm=self.modules.norm,
+            attention=ClippedSelfAttention,
+            row_parallel_linear=self.modules.row_parallel_linear,
+            qk_norm=True,
+            mlp=mixture_of_experts(self.modules, self),
+        )

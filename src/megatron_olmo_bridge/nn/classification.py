@@ -1,0 +1,90 @@
+"""A classification head: the class of a sequence, from its last token's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch.nn.functional import cross_entropy
+
+from megatron_olmo_bridge.errors import InputError
+
+
+class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
+    """``GPTModel`` with ``score`` instead of the output layer, on the last pipeline stage.
+
+    ``score`` has no bias, and every tensor-parallel rank has all of it: it is small, and the state
+    that it reads is whole on each rank. ``config`` gives ``num_labels`` and ``pad_token_id``.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if self.post_process:
+            del self.output_layer
+            self.score = torch.nn.Linear(
+                config.hidden_size, config.num_labels, bias=False, dtype=config.params_dtype
+            )
+            if config.perform_initialization:
+                config.init_method(self.score.weight)
+
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *unused: Any,
+        **unused_too: Any,
+    ) -> torch.Tensor:
+        """Logits [b, num_labels], or given labels [b] the losses [b]; hidden states [s, b, h] are
+        passed on by stages before the last.
+
+        Raises:
+            InputError: several sequences, and no pad_token_id to find their ends by.
+        """
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            # All ranks compute the same from here on: their gradients are equal, not parts.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
+        last = last_tokens(input_ids, self.config.pad_token_id)
+        pooled = hidden_states[last, torch.arange(len(last), device=last.device)]
+        logits = self.score(pooled)
+        if labels is None:
+            return logits  # type: ignore[no-any-return]
+        return cross_entropy(logits.float(), labels, reduction="none")
+
+
+def last_tokens(input_ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:
+    """Position [b] of the rightmost token [b, s] of each sequence that isn't padding.
+
+    Source: ``GenericForSequenceClassification.forward`` of transformers.
+
+    Raises:
+        InputError: several sequences and no ``pad_token_id``.
+    """
+    count, length = input_ids.shape
+    if pad_token_id is None:
+        if count > 1:
+            raise InputError(
+                "a batch of several sequences needs pad_token_id, to find their last tokens: set "
+                "it on the provider, or in config.json"
+            )
+        return input_ids.new_full((1,), length - 1)
+    positions = torch.arange(length, device=input_ids.device)
+    return (positions * (input_ids != pad_token_id)).argmax(-1)
+
+
+def padding_mask(input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """The attention mask [b, 1, s, s] of padded sequences, True where attention is not allowed.
+
+    Padding is seen by itself alone: a query that sees nothing would be NaN.
+    """
+    length = input_ids.shape[1]
+    ones = torch.ones(length, length, dtype=torch.bool, device=input_ids.device)
+    hidden = ones.triu(1) | (input_ids == pad_token_id)[:, None, None, :]
+    return hidden & ~torch.eye(length, dtype=torch.bool, device=input_ids.device)
