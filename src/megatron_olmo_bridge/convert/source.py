@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,13 @@ from typing import Any
 
 import yaml
 
-from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsupportedError
+from megatron_olmo_bridge.errors import (
+    BridgeError,
+    FormatError,
+    InputError,
+    MappingError,
+    UnsupportedError,
+)
 from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.hf_folder import (
     CONFIG,
@@ -29,6 +36,7 @@ from megatron_olmo_bridge.models.bridge import (
     ModelBridge,
     as_classifier,
     bridge_for,
+    looks_like,
     published_sizes,
 )
 
@@ -184,7 +192,8 @@ def _open_hf(folder: Path, strict: bool, num_labels: int | None) -> Source:
     mapping = bridge.mapping_registry().resolve()
     if strict:
         held = {name: a.shape for name, a in hf.arrays.items()}
-        mapping.check_hf(held | {name: mapping.hf_shapes[name] for name in new}, folder)
+        with _saying_what_it_looks_like(held, bridge):
+            mapping.check_hf(held | {name: mapping.hf_shapes[name] for name in new}, folder)
     return Source(
         Kind.HF, folder, bridge, mapping, {}, folder / CONFIG, folder, hf_folder=hf, new=new
     )
@@ -202,8 +211,24 @@ def _open_megatron(folder: Path, hf_config: str | Path | None, vocab_size: int |
             f"{bridge.vocab_size} that {config_from} names"
         )
     mapping = bridge.mapping_registry(rows).resolve()
-    views = dist.views(mapping)
+    with _saying_what_it_looks_like(dist.weights, bridge):
+        views = dist.views(mapping)
     return Source(Kind.MEGATRON, folder, bridge, mapping, views, config_from, side_folder)
+
+
+@contextmanager
+def _saying_what_it_looks_like(names: Collection[str], bridge: ModelBridge) -> Iterator[None]:
+    """Adds to the error of tensors that are not the config's: whose they look like."""
+    try:
+        yield
+    except MappingError as error:
+        others = looks_like(names)
+        if others and bridge.family not in others:
+            raise MappingError(
+                f"{error}\nThe names are those of {' or '.join(others)}, the config is of "
+                f"{bridge.family}: is it another model's config.json?"
+            ) from error
+        raise
 
 
 def _config_of(
@@ -238,6 +263,8 @@ def _config_of(
             return bridge.hf_config_from_megatron(values, vocab_size), where, None
         except (BridgeError, TypeError, ValueError) as error:
             errors.append(error)
+    # A family that lacks something is nearer to it than one that it isn't.
+    errors.sort(key=lambda error: isinstance(error, UnsupportedError))
     kind = UnsupportedError if isinstance(errors[0], UnsupportedError) else InputError
     raise kind(f"{where}: {errors[0]}") from errors[0]
 

@@ -27,7 +27,9 @@ from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
 
 _BEYOND_SHAPES = (
-    "num_layers", "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon"
+    "num_layers", "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon",
+    "clip_qkv", "window_size", "window_attn_skip_freq", "moe_router_topk",
+    "moe_router_pre_softmax", "activation",
 )  # fmt: skip
 """Numbers in which two models can differ though every tensor of the one fits the other."""
 
@@ -150,7 +152,7 @@ def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
 def _check_numbers(config: TransformerConfig, bridge: ModelBridge) -> None:
     """Raise MappingError if the model is another, though its tensors have the same shapes."""
     for name in _BEYOND_SHAPES:
-        expected, found = bridge.numbers.get(name), getattr(config, name)
+        expected, found = bridge.numbers.get(name), getattr(config, name, None)
         if expected is not None and found != expected:
             raise MappingError(f"{name} is {found} in the model, the config asks for {expected}")
 

@@ -55,7 +55,7 @@ class GPT2Bridge(ModelBridge):
 
     def hf_names(self, stored: Collection[str]) -> dict[str, str]:
         """The first GPT-2 checkpoints have no ``transformer.`` before their names."""
-        if any(name.startswith("transformer.") for name in stored):
+        if "wte.weight" not in stored:
             return {}
         return {name: f"transformer.{name}" for name in stored if name != "lm_head.weight"}
 
