@@ -110,7 +110,8 @@ def mapping_rows(source: Source) -> list[dict[str, str]]:
             name = p.hf_name or "zeros"
             name = re.sub(r"\.0(?=\.)", f".{WILDCARD}", name, count=len(parameter.index))
             rows.append({"megatron": parameter.pattern, "block": _block(p.target, parameter.shape),
-                         "hf": name, "hf_block": _block(p.source, parameter.shape)})  # fmt: skip
+                         "hf": name, "hf_block": _block(p.source, parameter.shape)
+                         + (" transposed" if p.transposed else "")})  # fmt: skip
     return rows + [
         {"megatron": "", "block": f"ignored: {reason}", "hf": pattern, "hf_block": ""}
         for pattern, reason in source.mapping.ignored.items()

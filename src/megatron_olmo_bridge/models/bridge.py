@@ -249,7 +249,10 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
 def _families() -> dict[str, type[ModelBridge]]:
     for family in FAMILIES:
         import_module(f"{__package__}.{family}.bridge")
-    return _BRIDGES
+    # In the table's order, whichever was imported first; those that a user registered come last.
+    order = {family: i for i, family in enumerate(FAMILIES)}
+    named = sorted(_BRIDGES.items(), key=lambda item: order.get(item[1].family, len(order)))
+    return dict(named)
 
 
 def looks_like(names: Collection[str]) -> list[str]:

@@ -54,7 +54,4 @@ def markdown() -> str:
 
 def human_count(count: int) -> str:
     """``7.30B``"""
-    for unit, size in (("B", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f}{unit}"
-    return str(count)
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"

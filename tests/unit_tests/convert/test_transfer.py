@@ -112,6 +112,38 @@ def test_the_way_through_memory_gives_the_same_bytes(
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_transposed_tensor(tmp_path: Path, dtype: str) -> None:
+    """Whole, and beside another: two blocks of columns, of which one is transposed."""
+    tensor = torch.randn(40, 30).to(getattr(torch, dtype))
+    array = store(tmp_path / "array", tensor, 7)
+    whole = Region.whole((40, 30))
+    view = TensorView.assembled("t", (30, 40), [Piece(array, whole, whole.transposed, True)])
+    assert torch.equal(written(tmp_path / "out", view, dtype), tensor.T)
+
+    both = [
+        Piece(array, Region(2, 12, 3, 28), Region(0, 10, 0, 25)),
+        Piece(array, Region(5, 20, 1, 11), Region(0, 10, 25, 40), True),
+    ]
+    view = TensorView.assembled("t", (10, 40), both)
+    expected = torch.cat([tensor[2:12, 3:28], tensor[5:20, 1:11].T], dim=1)
+    assert torch.equal(written(tmp_path / "both", view, dtype), expected)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_view_of_a_transposed_view(tmp_path: Path) -> None:
+    """A tensor that is turned twice is where it was; a region of one that is turned is found."""
+    tensor = torch.randn(40, 20)
+    array = store(tmp_path / "array", tensor)
+    whole = Region.whole((40, 20))
+    turned = TensorView.assembled("t", (20, 40), [Piece(array, whole, whole.transposed, True)])
+    back = turned.within(whole.transposed, whole, transposed=True)
+    assert list(back) == [Piece(array, whole, whole)]
+    part = turned.region(Region(3, 9, 10, 25), (6, 15))
+    assert torch.equal(written(tmp_path / "out", part, "float32"), tensor.T[3:9, 10:25])
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_zeros_are_zeros_either_way(tmp_path: Path) -> None:
     tensor = torch.randn(30, 10)
     stored = Piece(store(tmp_path / "s", tensor), Region(0, 30, 0, 10), Region(0, 30, 0, 10))

@@ -7,9 +7,11 @@ import torch
 
 from megatron_olmo_bridge.mapping.mappings import (
     DirectMapping,
+    FusedQKVMapping,
     GatedMLPMapping,
     Mapping,
     QKVMapping,
+    TransposedMapping,
 )
 from megatron_olmo_bridge.mapping.placement import Region, uncovered
 
@@ -24,7 +26,8 @@ def apply(mapping: Mapping, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
             matrix[t.top : t.bottom, t.left : t.right] = 0
         else:
             source = tensors[p.hf_name].view(tensors[p.hf_name].shape[0], -1)
-            matrix[t.top : t.bottom, t.left : t.right] = source[s.top : s.bottom, s.left : s.right]
+            block = source[s.top : s.bottom, s.left : s.right]
+            matrix[t.top : t.bottom, t.left : t.right] = block.T if p.transposed else block
     return out
 
 
@@ -49,6 +52,30 @@ def test_qkv_interleaves_by_query_group(
     expected = torch.cat([q, k, v], dim=1).reshape(-1, hidden)
     assert mapping.shape == (groups * (per_group + 2) * head_dim, hidden)
     assert torch.equal(apply(mapping, tensors), expected)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), itertools.product((1, 2, 5), (1, 4)))
+def test_fused_qkv_is_interleaved_and_transposed(heads: int, head_dim: int) -> None:
+    width = heads * head_dim
+    mapping = FusedQKVMapping("qkv", "c_attn", heads, head_dim, 7)
+    tensors = {"c_attn": torch.randn(7, 3 * width)}
+    assert mapping.hf_shapes() == {"c_attn": (7, 3 * width)}
+    q, k, v = (part.T.view(heads, head_dim, 7) for part in tensors["c_attn"].split(width, dim=1))
+    expected = torch.cat([q, k, v], dim=1).reshape(-1, 7)
+    assert torch.equal(apply(mapping, tensors), expected)
+
+    bias = FusedQKVMapping("qkv", "c_attn", heads, head_dim, None)
+    tensors = {"c_attn": torch.randn(3 * width)}
+    assert bias.hf_shapes() == {"c_attn": (3 * width,)}
+    expected = tensors["c_attn"].view(3, heads, head_dim).transpose(0, 1).reshape(-1)
+    assert torch.equal(apply(bias, tensors), expected)
+
+
+def test_transposed() -> None:
+    mapping = TransposedMapping("fc1", "c_fc", (5, 3))
+    tensors = random_tensors(mapping)
+    assert mapping.shape == (3, 5)
+    assert torch.equal(apply(mapping, tensors), tensors["c_fc"].T)
 
 
 def test_gated_is_gate_over_up() -> None:
@@ -108,3 +135,8 @@ def test_both_sides_are_covered_once(mapping: Mapping) -> None:
 def test_the_wildcard_becomes_the_layer_in_every_name() -> None:
     mapping = QKVMapping("d.*.qkv", "m.*.q", "m.*.k", "m.*.v", 6, 2, 4, 24).at((11,))
     assert mapping == QKVMapping("d.11.qkv", "m.11.q", "m.11.k", "m.11.v", 6, 2, 4, 24)
+
+
+def test_two_wildcards_are_layer_and_expert() -> None:
+    mapping = GatedMLPMapping("d.*.e.*.fc1", "m.*.e.*.gate", "m.*.e.*.up", 6, 5).at((3, 7))
+    assert mapping == GatedMLPMapping("d.3.e.7.fc1", "m.3.e.7.gate", "m.3.e.7.up", 6, 5)

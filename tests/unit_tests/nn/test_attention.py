@@ -122,6 +122,35 @@ def test_a_given_scale_takes_the_place_of_the_heads_width() -> None:
     torch.testing.assert_close(by_default, plain, **NEAR)
 
 
+@pytest.mark.parametrize("window", [1, 3, SEQUENCE, SEQUENCE + 5])
+@pytest.mark.parametrize("new", [1, 3, SEQUENCE])
+def test_a_window_is_a_mask_also_with_cached_keys(window: int, new: int) -> None:
+    """Of so many tokens, the query's own among them; of every second layer."""
+    query, key, value = random_qkv()
+    settings = config(window_size=(window - 1, 0), window_attn_skip_freq=2)
+    positions = torch.arange(SEQUENCE)
+    apart = positions[:, None] - positions
+    hidden = (apart < 0) | (apart >= window)
+    plain = both(config())[0]
+    expected = plain(query, key, value, hidden[None, None])
+    windowed = ScaledDotProductAttention(settings, layer_number=1)
+    torch.testing.assert_close(windowed(query[-new:], key, value, None), expected[-new:], **NEAR)
+    # The second layer has no window.
+    full = ScaledDotProductAttention(settings, layer_number=2)
+    torch.testing.assert_close(full(query, key, value, None), plain(query, key, value, None))
+
+
+def test_a_window_and_a_mask_both_hide() -> None:
+    query, key, value = random_qkv()
+    hidden = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    hidden[2:, 1] = True
+    settings = config(window_size=(2, 0))
+    found = ScaledDotProductAttention(settings)(query, key, value, hidden[None, None])
+    narrow = hidden | ~torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(-2)
+    expected = both(config())[0](query, key, value, narrow[None, None])
+    torch.testing.assert_close(found, expected, **NEAR)
+
+
 @pytest.mark.parametrize("groups", [HEADS, 2])
 @pytest.mark.parametrize("new", [1, 3, SEQUENCE])
 def test_with_cached_keys_the_queries_are_the_last_ones(groups: int, new: int) -> None:
