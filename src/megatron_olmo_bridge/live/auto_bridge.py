@@ -148,6 +148,7 @@ class AutoBridge:
         names = None
         if self.source is not None and self.source.hf_folder is not None:
             names = [n for n in self.source.hf_folder.arrays if n in self.source.mapping.hf_shapes]
+            names += self.source.new
         return stream_weights(model, self.bridge, names=names, to=rank, cpu=cpu)
 
     def save_hf_pretrained(

@@ -74,10 +74,9 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Set what follows from other fields; called on construction and by :meth:`finalize`."""
-        derived: dict[str, tuple[Any, Any]] = self.__dict__.pop("_derived", {})
-        for name, (given, set_here) in derived.items():
-            if getattr(self, name) is set_here:  # derive it again: the other fields may differ now
-                setattr(self, name, given)
+        derived: dict[str, Any] = self.__dict__.pop("_derived", {})
+        for name, given in derived.items():  # derive it again: the other fields may differ now
+            setattr(self, name, given)
         before = dict(vars(self))
         half = bool(before["bf16"] or before["fp16"])
         if half and self.params_dtype is torch.float32:
@@ -95,10 +94,15 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         except (AssertionError, ValueError) as error:
             raise InputError(f"megatron-core refuses this config: {error}") from error
         self._derived = {
-            name: (given, value)
+            name: given
             for name, value in vars(self).items()
             if (given := before.get(name)) is not value
         }
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A field that is set is no longer derived from the others."""
+        self.__dict__.get("_derived", {}).pop(name, None)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_config(cls, config: Any, **overrides: Any) -> Self:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import cross_entropy
 
 from megatron_olmo_bridge.errors import InputError
@@ -28,6 +29,10 @@ class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
             )
             if config.perform_initialization:
                 config.init_method(self.score.weight)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As every module's: GPTModel's own takes it for granted that there is an output layer."""
+        return MegatronModule.sharded_state_dict(self, *args, **kwargs)
 
     def _postprocess(
         self,

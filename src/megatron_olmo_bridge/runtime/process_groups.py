@@ -6,6 +6,7 @@ missing and leaves alone what the user's own code, Megatron-LM's for example, ha
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -52,7 +53,8 @@ def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None
     pipeline = layout.pipeline_model_parallel_size
     virtual = layout.virtual_pipeline_model_parallel_size
     expert = layout.expert_model_parallel_size
-    _check_world_size(tensor, pipeline, expert)
+    expert_tensor = layout.expert_tensor_parallel_size or tensor
+    _check_world_size(tensor, pipeline, expert, expert_tensor)
     if parallel_state.model_parallel_is_initialized():
         _check_same_layout(tensor, pipeline, virtual, expert)
     else:
@@ -61,6 +63,7 @@ def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None
             pipeline,
             virtual_pipeline_model_parallel_size=virtual,
             expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
         )
     if not tensor_parallel.get_cuda_rng_tracker().is_initialized():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -145,8 +148,9 @@ def torchrun_command(processes: int) -> str:
     return f"torchrun --nproc_per_node {processes} {shlex.join(command)}"
 
 
-def _check_world_size(tensor: int, pipeline: int, expert: int) -> None:
-    needed, present = tensor * pipeline * expert, dist.get_world_size()
+def _check_world_size(tensor: int, pipeline: int, expert: int, expert_tensor: int) -> None:
+    needed = math.lcm(tensor, expert_tensor * expert) * pipeline
+    present = dist.get_world_size()
     if present % needed:
         experts = f" x expert_model_parallel_size {expert}" if expert > 1 else ""
         raise InputError(

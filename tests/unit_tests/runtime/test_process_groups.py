@@ -156,6 +156,7 @@ def layout(tp: int = 1, pp: int = 1, vpp: int | None = None) -> SimpleNamespace:
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
         expert_model_parallel_size=1,
+        expert_tensor_parallel_size=None,
     )
 
 
@@ -315,7 +316,7 @@ from megatron_olmo_bridge.runtime.process_groups import (
 
 layout = SimpleNamespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
                          virtual_pipeline_model_parallel_size=None,
-                         expert_model_parallel_size=1)
+                         expert_model_parallel_size=1, expert_tensor_parallel_size=None)
 for _ in range(2):
     ensure_process_groups(layout)
     assert dist.get_world_size() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from megatron.core.transformer import ModuleSpec
 
@@ -17,6 +18,8 @@ class FlexOlmoModelProvider(MoEModelProvider):
 
     def layer_spec(self) -> ModuleSpec:
         experts = mixture_of_experts(self.modules, self)
+        # A ModuleSpec in megatron-core 0.16.1, a partial in 0.19.
+        given = experts.keywords if isinstance(experts, partial) else vars(experts)
         return decoder_layer(
             self.modules,
             row_parallel_linear=self.modules.row_parallel_linear_post_norm,
@@ -24,6 +27,6 @@ class FlexOlmoModelProvider(MoEModelProvider):
             mlp=ModuleSpec(
                 module=PostNormMoELayer,
                 params={"norm": self.modules.norm},
-                submodules=experts.submodules,
+                submodules=given["submodules"],
             ),
         )

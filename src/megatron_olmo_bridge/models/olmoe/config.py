@@ -8,7 +8,8 @@ from typing import Any
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.models.config import HF_KEYS, DecoderConfig, check_count
 
-MOE_HF_KEYS = HF_KEYS | {"num_experts", "num_experts_per_tok", "norm_topk_prob"}
+MOE_HF_KEYS = HF_KEYS | {"num_experts", "num_experts_per_tok", "norm_topk_prob",
+                         "router_aux_loss_coef"}  # fmt: skip
 OLMOE_HF_KEYS = MOE_HF_KEYS | {"clip_qkv"}
 
 
@@ -21,6 +22,8 @@ class MoEConfig(DecoderConfig):
     """Experts that a token is sent to."""
     moe_router_pre_softmax: bool = True
     """Whether the router's weights are of all experts' softmax; else they sum to one."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the loss that keeps tokens spread over the experts, in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,6 +40,7 @@ class MoEConfig(DecoderConfig):
             "num_moe_experts": hf.get("num_experts", 0),
             "moe_router_topk": hf.get("num_experts_per_tok", 0),
             "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+            "moe_aux_loss_coeff": float(hf.get("router_aux_loss_coef", 0.01)),
         }
 
 
