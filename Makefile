@@ -50,4 +50,4 @@ bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/live.py
 
 clean:
-	rm -rf $(VENV) $(LATEST) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache

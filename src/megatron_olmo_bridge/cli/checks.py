@@ -17,6 +17,9 @@ from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, pr
 if TYPE_CHECKING:
     from megatron_olmo_bridge.convert.verify import Difference
 
+Heads = Annotated[
+    int | None, typer.Option(min=1, help="Attention heads of OLM's step_N.pt, which doesn't say.")
+]
 SHOWN = 40
 """Differences that the table shows; --json has all."""
 
@@ -31,10 +34,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 def verify(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint of either kind.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint of any kind.")],
     second: Annotated[
         Path | None, typer.Argument(metavar="[B]", help="Another, to compare it with.")
     ] = None,
+    heads: Heads = None,
     workers: Workers = WORKERS,
     quiet: Quiet = False,
     json: Json = False,
@@ -46,11 +50,13 @@ def verify(
     differs. Example:
 
         olmo-bridge verify ./hf ./megatron
+
+        olmo-bridge verify ./checkpoints/step_100.pt ./megatron --heads 4
     """
     from megatron_olmo_bridge.convert.verify import verify as run
 
     with ProgressBar(quiet or json) as bar:
-        result = run(first, second, workers=workers, reporter=bar)
+        result = run(first, second, heads=heads, workers=workers, reporter=bar)
     if json:
         print_json({"equal": result.equal} | asdict(result))
     elif not quiet:
@@ -77,7 +83,7 @@ def _print_differences(differences: list[Difference]) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint of either kind.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint of any kind.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     mapping: Annotated[
         bool, typer.Option("--mapping", help="Show which Hugging Face block stands where.")
@@ -90,6 +96,7 @@ def inspect(
         Path | None, typer.Option(metavar="DIR", help="Folder with config.json, if PATH has none.")
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="If it is not recorded.")] = None,
+    heads: Heads = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -99,7 +106,7 @@ def inspect(
     """
     from megatron_olmo_bridge.convert.inspect import inspect as run
 
-    found = run(path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size)
+    found = run(path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, heads=heads)
     if json:
         print_json(asdict(found))
         return

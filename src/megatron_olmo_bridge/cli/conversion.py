@@ -23,6 +23,9 @@ Checksum = Annotated[
     bool, typer.Option("--checksum", help="Record a SHA-256 of each file (reads all once more).")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Heads = Annotated[
+    int | None, typer.Option(min=1, help="Attention heads, if SRC is of OLM, which doesn't say.")
+]
 ShardSize = Annotated[str, typer.Option(help="Most bytes of tensors in a file: 5GB, 500MB.")]
 EXPECTED_RATE = 500e6
 """Bytes per second that --dry-run reckons with: a middling SSD. docs/benchmarks.md has more."""
@@ -60,7 +63,9 @@ def synth(
 
 
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, or a hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A folder, or a hub id; or OLM's step_N.pt.")
+    ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint root to make.")],
     dtype: Dtype = "keep",
     workers: Workers = WORKERS,
@@ -77,6 +82,11 @@ def import_(
         int | None,
         typer.Option(min=1, help="A new classification head of zeros, for so many classes."),
     ] = None,
+    heads: Heads = None,
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with config.json and tokenizer, for OLM's SRC."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     checksum: Checksum = False,
@@ -91,6 +101,8 @@ def import_(
         olmo-bridge import allenai/OLMo-2-0425-1B ./megatron
 
         olmo-bridge import ./hf ./megatron --dtype bfloat16 --workers 2
+
+        olmo-bridge import ./checkpoints/step_100.pt ./megatron --heads 4
     """
     from megatron_olmo_bridge.convert import to_megatron
     from megatron_olmo_bridge.convert.inspect import inspect
@@ -98,6 +110,7 @@ def import_(
     options: dict[str, Any] = {
         "dtype": dtype, "revision": revision, "release": release,
         "make_vocab_size_divisible_by": make_vocab_size_divisible_by, "num_labels": num_labels,
+        "heads": heads, "hf_config": hf_config,
     }  # fmt: skip
     if quiet or json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of a download
@@ -114,8 +127,9 @@ def import_(
     _print_done([plan], destination, begin, quiet, json)
     if not json and _first_process():
         say(
-            f"Prove it:    olmo-bridge verify {source} {destination}",
-            quiet or revision is not None or dtype != "keep" or num_labels is not None,
+            f"Prove it:    olmo-bridge verify {source} {destination}"
+            + (f" --heads {heads}" if heads else ""),
+            quiet or dtype != "keep" or any((revision, num_labels, hf_config)),
         )
         if num_labels is not None:
             say(
@@ -131,7 +145,10 @@ def import_(
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A checkpoint root or an iter_ folder.")
+        Path,
+        typer.Argument(
+            metavar="SRC", help="A checkpoint root or an iter_ folder; or OLM's step_N.pt."
+        ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
     dtype: Dtype = "keep",
@@ -147,6 +164,7 @@ def export(
         int | None,
         typer.Option(min=1, help="Rows to keep of a padded vocabulary, if not recorded."),
     ] = None,
+    heads: Heads = None,
     workers: Workers = WORKERS,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -163,12 +181,14 @@ def export(
         olmo-bridge export ./megatron ./hf
 
         olmo-bridge export ./run ./hf --iteration all --hf-config ./olmo2-1b
+
+        olmo-bridge export ./checkpoints/step_100.pt ./hf --heads 4
     """
     from megatron_olmo_bridge.convert import to_hf
 
     options: dict[str, Any] = {
         "dtype": dtype, "iteration": iteration, "max_shard_size": max_shard_size,
-        "hf_config": hf_config, "vocab_size": vocab_size,
+        "hf_config": hf_config, "vocab_size": vocab_size, "heads": heads,
     }  # fmt: skip
     if dry_run:
         planned = to_hf.plan_exports(source, destination, **options)

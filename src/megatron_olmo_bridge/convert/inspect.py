@@ -51,20 +51,24 @@ def inspect(
     iteration: int | str | None = None,
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
+    heads: int | None = None,
 ) -> Inspection:
-    """Describe a checkpoint of either kind; its tensors are checked against its mapping.
+    """Describe a checkpoint of any kind; its tensors are checked against its mapping.
 
     Raises:
         BridgeError: it is no checkpoint, is damaged, or is not supported.
     """
-    source = open_source(path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size)
+    source = open_source(
+        path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, heads=heads
+    )
+    is_file = source.kind is Kind.OLM
+    root = source.folder.parent
     files = {
-        f.relative_to(source.folder).as_posix(): f.stat().st_size
-        for f in sorted(source.folder.rglob("*"))
+        f.relative_to(root if is_file else source.folder).as_posix(): f.stat().st_size
+        for f in ([source.folder] if is_file else sorted(source.folder.rglob("*")))
         if f.is_file()
     }
     views = source.megatron or source.tensors
-    root = source.folder.parent
     iterations = [f.name for f in iteration_folders(root)] if source.kind is Kind.MEGATRON else []
     return Inspection(
         kind=source.kind.value,
@@ -126,6 +130,8 @@ def _block(region: tuple[int, int, int, int], shape: tuple[int, ...]) -> str:
 def _layout(source: Source) -> str:
     if source.hf_folder is not None:
         return f"{len(source.hf_folder.shards)} safetensors file(s)"
+    if source.kind is Kind.OLM:
+        return "a file of its trainer"
     dist = TorchDistFolder.read(source.folder)
     layered = [p for p in source.mapping.parameters.values() if p.index]
     stacked = any(p.key(len(p.index)) in dist.tensors for p in layered)

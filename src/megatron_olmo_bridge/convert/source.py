@@ -1,4 +1,4 @@
-"""A checkpoint of either kind, opened with its model: tensors by Hugging Face names."""
+"""A checkpoint of any kind, opened with its model: tensors by Hugging Face names."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from megatron_olmo_bridge.formats.hf_folder import (
     HFFolder,
     read_config,
 )
+from megatron_olmo_bridge.formats.olm import read_olm
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.mapping.placement import Region, source_of
@@ -39,6 +40,7 @@ from megatron_olmo_bridge.models.bridge import (
     looks_like,
     published_sizes,
 )
+from megatron_olmo_bridge.models.gpt2 import olm
 
 HF_SUBFOLDER = "hf"
 """In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""
@@ -52,11 +54,11 @@ class Source:
 
     kind: Kind
     folder: Path
-    """The very folder that holds the weights."""
+    """The very folder that holds the weights; of OLM the file."""
     bridge: ModelBridge
     mapping: ResolvedMapping
     megatron: dict[str, TensorView]
-    """Tensors by Megatron names; empty for a Hugging Face checkpoint."""
+    """Tensors by Megatron names; empty for a checkpoint of another kind."""
     config_from: Path
     """The file that says what model it is."""
     side_folder: Path | None
@@ -64,10 +66,14 @@ class Source:
     hf_folder: HFFolder | None = None
     new: frozenset[str] = frozenset()
     """Tensors that no file has, and that begin as zeros: a new classification head."""
+    olm: dict[str, TensorView] | None = None
+    """Of OLM: the Hugging Face tensors, each put together from the file's."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorView]:
         """Every tensor of the Hugging Face model, in the mapping's order."""
+        if self.olm is not None:
+            return self.olm
         if self.hf_folder is not None:
             found = self.hf_folder.arrays
             known = [n for n in self.mapping.hf_shapes if n in found]
@@ -148,18 +154,22 @@ def open_source(
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
     num_labels: int | None = None,
+    heads: int | None = None,
     strict: bool = True,
 ) -> Source:
     """Open a checkpoint and check it against the mapping of its model, from headers alone.
 
     Args:
-        path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder.
+        path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder, or a
+            ``.pt`` file of OLM's trainer.
         iteration: of a Megatron checkpoint root; None takes the tracker's.
-        hf_config: folder with a config.json, for a Megatron checkpoint that doesn't say enough.
+        hf_config: folder with a config.json, for a Megatron checkpoint that doesn't say enough,
+            or one of OLM.
         vocab_size: rows of the Hugging Face embedding, where a Megatron checkpoint with a padded
             vocabulary doesn't say.
         num_labels: give a Hugging Face language model a new classification head of so many
             classes, of zeros, instead of its own.
+        heads: attention heads of a checkpoint of OLM, which doesn't say.
         strict: refuse a Hugging Face folder whose tensors are not those of its config.
 
     Raises:
@@ -168,10 +178,16 @@ def open_source(
     path = Path(path).expanduser()
     try:
         kind, folder = detect(path, iteration)
+        if heads is not None and kind is not Kind.OLM:
+            raise InputError(f"{path}: --heads is for a checkpoint of OLM; this one says it itself")
         if kind is Kind.HF:
             return _open_hf(folder, strict, num_labels)
         if num_labels is not None:
             raise InputError(f"{path}: only a Hugging Face checkpoint can be given a new head")
+        if kind is Kind.OLM:
+            if iteration is not None or vocab_size is not None:
+                raise InputError(f"{path}: --iteration and --vocab-size are not for one of OLM")
+            return _open_olm(folder, hf_config, heads)
         return _open_megatron(folder, hf_config, vocab_size)
     except PermissionError as error:
         raise InputError(f"{error.filename}: no permission to read it") from error
@@ -229,6 +245,16 @@ def _saying_what_it_looks_like(names: Collection[str], bridge: ModelBridge) -> I
                 f"{bridge.family}: is it another model's config.json?"
             ) from error
         raise
+
+
+def _open_olm(file: Path, hf_config: str | Path | None, heads: int | None) -> Source:
+    arrays, side_folder = read_olm(file), Path(hf_config) if hf_config else None
+    config = read_config(side_folder) if side_folder else None
+    config_from = side_folder / CONFIG if side_folder else file
+    bridge = olm.bridge_of(arrays, heads, config, file, config_from)
+    mapping = bridge.mapping_registry().resolve()
+    views = olm.hf_views(arrays, mapping.hf_shapes, file)
+    return Source(Kind.OLM, file, bridge, mapping, {}, config_from, side_folder, olm=views)
 
 
 def _config_of(

@@ -1,4 +1,4 @@
-"""Export: a Megatron ``torch_dist`` checkpoint becomes a Hugging Face checkpoint."""
+"""Export: a Megatron ``torch_dist`` checkpoint, or one of OLM, becomes a Hugging Face one."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def export_checkpoint(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
+    heads: int | None = None,
     workers: int = WORKERS,
     resume: bool = False,
     overwrite: bool = False,
@@ -43,13 +44,15 @@ def export_checkpoint(
     """Write a Megatron checkpoint as ``save_pretrained`` would write its model.
 
     Args:
-        source: a checkpoint root or an iteration's folder, saved at any parallel layout.
+        source: a checkpoint root or an iteration's folder, saved at any parallel layout; or OLM's
+            ``step_N.pt``.
         destination: the folder to make; with ``iteration="all"`` one folder in it for each.
         dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``.
         iteration: a number, ``release`` or ``all``; None takes the tracker's.
         max_shard_size: bytes, or a text such as ``5GB``.
         hf_config: folder with config.json and tokenizer, where the checkpoint has none.
         vocab_size: rows to keep of a padded vocabulary, where the checkpoint doesn't record it.
+        heads: attention heads of a checkpoint of OLM, which doesn't say.
         workers, resume, overwrite, checksum, reporter: as for ``import_checkpoint``.
 
     Returns:
@@ -60,7 +63,7 @@ def export_checkpoint(
     """
     plans = plan_exports(
         source, destination, dtype=dtype, iteration=iteration, max_shard_size=max_shard_size,
-        hf_config=hf_config, vocab_size=vocab_size,
+        hf_config=hf_config, vocab_size=vocab_size, heads=heads,
     )  # fmt: skip
     for plan, provenance, folder in plans:
         execute(
@@ -79,6 +82,7 @@ def plan_exports(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
+    heads: int | None = None,
 ) -> list[tuple[CopyPlan, Provenance, Path]]:
     """The plan of each iteration's export and the folder it goes to, from headers alone."""
     check_dtype(dtype)
@@ -94,8 +98,10 @@ def plan_exports(
         targets = [(n, destination / f.name) for n, f in zip(names, folders, strict=True)]
     plans = []
     for which, folder in targets:
-        opened = open_source(source, iteration=which, hf_config=hf_config, vocab_size=vocab_size)
-        if opened.kind is not Kind.MEGATRON:
+        opened = open_source(
+            source, iteration=which, hf_config=hf_config, vocab_size=vocab_size, heads=heads
+        )
+        if opened.kind is Kind.HF:
             raise InputError(
                 f"{source}: is a Hugging Face checkpoint already; export reads Megatron"
             )

@@ -1,4 +1,4 @@
-"""Import: a Hugging Face checkpoint becomes a Megatron ``torch_dist`` checkpoint."""
+"""Import: a Hugging Face checkpoint, or one of OLM, becomes a Megatron ``torch_dist`` one."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ def import_checkpoint(
     make_vocab_size_divisible_by: int = 1,
     release: bool = False,
     num_labels: int | None = None,
+    heads: int | None = None,
+    hf_config: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     checksum: bool = False,
@@ -71,7 +73,7 @@ def import_checkpoint(
     """Write a Hugging Face checkpoint as a Megatron checkpoint that loads at any layout.
 
     Args:
-        source: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``.
+        source: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``; or OLM's ``step_N.pt``.
         destination: the checkpoint root to make; ``iter_0000000`` (or ``release``) goes into it.
         dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``.
         workers: threads that write.
@@ -79,6 +81,8 @@ def import_checkpoint(
         make_vocab_size_divisible_by: pad the vocabulary with zero rows up to a multiple of this.
         release: name the iteration ``release``, for Megatron-LM older than November 2025.
         num_labels: instead of the language model's head, a new one of so many classes, of zeros.
+        heads: attention heads of a checkpoint of OLM, which doesn't say.
+        hf_config: for one of OLM, a folder with its config.json and tokenizer.
         resume: continue an interrupted run; starts afresh where there is none.
         overwrite: replace what is at ``destination``.
         checksum: record a SHA-256 of each file.
@@ -93,7 +97,7 @@ def import_checkpoint(
     """
     plan, provenance = plan_import(
         source, dtype=dtype, revision=revision, release=release, num_labels=num_labels,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by, heads=heads, hf_config=hf_config,
     )  # fmt: skip
     execute(
         plan, Path(destination).expanduser(), provenance, workers=workers, resume=resume,
@@ -110,15 +114,19 @@ def plan_import(
     make_vocab_size_divisible_by: int = 1,
     release: bool = False,
     num_labels: int | None = None,
+    heads: int | None = None,
+    hf_config: str | Path | None = None,
 ) -> tuple[CopyPlan, Provenance]:
     """The plan of an import, from headers alone; arguments as :func:`import_checkpoint`."""
     check_dtype(dtype)
     if make_vocab_size_divisible_by < 1:
         raise InputError("--make-vocab-size-divisible-by must be at least 1")
     folder, name, commit = fetch(str(source), revision)
-    opened = open_source(folder, num_labels=num_labels)
-    if opened.kind is not Kind.HF:
+    opened = open_source(folder, num_labels=num_labels, heads=heads, hf_config=hf_config)
+    if opened.kind is Kind.MEGATRON:
         raise InputError(f"{source}: is a Megatron checkpoint already; import reads Hugging Face")
+    if opened.kind is Kind.HF and hf_config is not None:
+        raise InputError(f"{source}: --hf-config is for a checkpoint of OLM; this one has its own")
     vocab = opened.bridge.vocab_size
     padded = vocab + -vocab % make_vocab_size_divisible_by
     plan = _plan(opened, padded, dtype, release)
@@ -143,9 +151,9 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
         COMMON: object_archive(common),
         RUN_CONFIG: yaml.safe_dump(run_config, sort_keys=False).encode(),
     }
-    for file in side_files(source.folder):
+    for file in side_files(source.side_folder) if source.side_folder else ():
         texts[f"{HF_SUBFOLDER}/{file.name}"] = file.read_bytes()
-    if dtype != "keep" or source.new:
+    if dtype != "keep" or source.new or source.kind is Kind.OLM:
         texts[f"{HF_SUBFOLDER}/{CONFIG}"] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(
         "import",

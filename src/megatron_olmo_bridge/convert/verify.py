@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError, MappingError
-from megatron_olmo_bridge.formats.detect import detect
+from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
@@ -58,13 +58,15 @@ def verify(
     first: str | Path,
     second: str | Path | None = None,
     *,
+    heads: int | None = None,
     workers: int = WORKERS,
     reporter: Reporter | None = None,
 ) -> Verification:
-    """Compare two checkpoints of either kind, bit for bit and without tolerance.
+    """Compare two checkpoints of any kind, bit for bit and without tolerance.
 
     Both are read as Hugging Face tensors through the placements; no more than a few MiB of a tensor
     are in memory. With one path, compare its files with what was recorded when they were written.
+    ``heads`` are the attention heads of a checkpoint of OLM, which doesn't say.
 
     Raises:
         BridgeError: a path is no checkpoint, or is damaged.
@@ -75,7 +77,8 @@ def verify(
     opened = []
     for path in (first, second):
         try:
-            opened.append(open_source(path, strict=False))
+            of_olm = detect(Path(path).expanduser())[0] is Kind.OLM
+            opened.append(open_source(path, heads=heads if of_olm else None, strict=False))
         except MappingError as error:
             return Verification([Difference("mapping", str(path), str(error))], 0, 0)
     a, b = opened

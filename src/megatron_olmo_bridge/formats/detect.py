@@ -31,13 +31,15 @@ class Kind(Enum):
 
     HF = "Hugging Face"
     MEGATRON = "Megatron torch_dist"
+    OLM = "OLM"
 
 
 def detect(path: Path, iteration: int | str | None = None) -> tuple[Kind, Path]:
-    """What a path holds, and the very folder with the weights.
+    """What a path holds, and the very folder (of OLM: file) with the weights.
 
     Args:
-        path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder.
+        path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder, or a
+            ``.pt`` file of OLM's trainer.
         iteration: for a root, the iteration; None takes the tracker's.
 
     Raises:
@@ -46,8 +48,13 @@ def detect(path: Path, iteration: int | str | None = None) -> tuple[Kind, Path]:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    if path.is_file() and path.suffix == ".pt":
+        return Kind.OLM, path
     if not path.is_dir():
-        raise InputError(f"{path}: is a file; name the folder that holds the checkpoint")
+        raise InputError(
+            f"{path}: is a file; name the folder that holds the checkpoint (of OLM's trainer alone "
+            "the file, step_N.pt)"
+        )
     for folder in (path, path.resolve().parent):
         if (folder / PARTIAL_MARKER).exists():
             raise InputError(

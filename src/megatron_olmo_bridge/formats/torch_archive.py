@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.mapping.placement import Shape
 
-from .pickles import Persistent, dumps, inert, loads
+from .pickles import Inert, Persistent, dumps, inert, loads
 from .tensors import ITEM_SIZE, StoredArray
 
 ALIGNMENT = 64
@@ -159,26 +159,46 @@ def read_tensor(file: Path, offset: int, length: int) -> StoredArray:
     Raises:
         FormatError: not a plain contiguous tensor of a dtype that weights have.
     """
-    value = read_archive(file, offset, length)
-    where = f"{file} at byte {offset}"
-    if getattr(value, "global_name", "") == "torch._utils._rebuild_parameter":
+    return array_of(read_archive(file, offset, length), file, f"{file} at byte {offset}")
+
+
+def array_of(value: Any, file: Path, where: str) -> StoredArray:
+    """Where the elements of a tensor are, that :func:`read_archive` found in a file.
+
+    Raises:
+        FormatError: not a plain contiguous tensor of a dtype that weights have.
+    """
+    if _calls(value, "torch._utils._rebuild_parameter") and value.args:
         value = value.args[0]
-    if getattr(value, "global_name", "") != "torch._utils._rebuild_tensor_v2":
+    if not _calls(value, "torch._utils._rebuild_tensor_v2"):
         raise FormatError(f"{where}: holds {value!r:.80}, not a plain tensor")
-    storage, start, shape, strides = value.args[:4]
-    shape = getattr(shape, "args", (shape,))[0]
+    storage, start, shape, strides = (*value.args, None, None, None, None)[:4]
+    if _calls(shape, "torch.Size") and shape.args:
+        shape = shape.args[0]
+    tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
+    if not (tuples and isinstance(storage, StoredStorage)) or any(
+        type(n) is not int or n < 0 for n in (start, *shape, *strides)
+    ):
+        raise FormatError(f"{where}: holds {value!r:.80}, which is no tensor")
     if storage.dtype not in ITEM_SIZE:
         raise FormatError(f"{where}: tensors of {storage.dtype} are not converted")
+    if len(shape) != len(strides):
+        raise FormatError(f"{where}: shape {shape} and strides {strides} don't fit")
     step = 1
     for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
         if extent > 1 and stride != step:
             raise FormatError(f"{where}: the tensor is not contiguous (strides {strides})")
         step *= extent
-    if start < 0 or start + step > storage.count:
+    if start + step > storage.count:
         raise FormatError(f"{where}: the tensor is larger than its storage")
     return StoredArray(
         file, storage.offset + start * ITEM_SIZE[storage.dtype], tuple(shape), storage.dtype
     )
+
+
+def _calls(value: Any, name: str) -> bool:
+    """Whether a value read from a pickle is the call of this global."""
+    return isinstance(value, Inert) and value.global_name == name
 
 
 class _Window(io.RawIOBase):

@@ -1,0 +1,161 @@
+"""GPT-2 built from OLM's blocks: which of its tensors stands where in the Hugging Face model.
+
+The names and the arithmetic are those of ``GPT2Model`` in olm/models/openai/gpt2.py of the PyPI
+package ``openlanguagemodel`` 2.2.1, which a student puts together from its blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import InputError, MappingError
+from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
+from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered
+from megatron_olmo_bridge.mapping.placement import Region, Shape
+from megatron_olmo_bridge.mapping.registry import bulleted, check_tensors
+from megatron_olmo_bridge.models.bridge import bridge_for
+
+from .bridge import HF, GPT2Bridge
+
+TOKENS = "blocks.0.blocks.0.embedding.weight"
+POSITIONS = "blocks.0.blocks.1.pos_embedding.weight"
+A = f"blocks.1.stack.{WILDCARD}.blocks.0.block.blocks"
+F = f"blocks.1.stack.{WILDCARD}.blocks.1.block.blocks"
+UP = f"{F}.1.up_proj.weight"
+HEAD = "blocks.2.blocks.1.weight"
+"""With ``tie_weights`` it is the embedding once more, and has no place of its own."""
+
+AS_IT_IS = {
+    "transformer.wte.weight": [TOKENS],
+    "transformer.wpe.weight": [POSITIONS],
+    f"{HF}.ln_1.weight": [f"{A}.0.gamma"],
+    f"{HF}.ln_1.bias": [f"{A}.0.beta"],
+    f"{HF}.attn.c_attn.bias": [f"{A}.1.{x}_proj.bias" for x in "qkv"],
+    f"{HF}.attn.c_proj.bias": [f"{A}.1.out_proj.bias"],
+    f"{HF}.ln_2.weight": [f"{F}.0.gamma"],
+    f"{HF}.ln_2.bias": [f"{F}.0.beta"],
+    f"{HF}.mlp.c_fc.bias": [f"{F}.1.up_proj.bias"],
+    f"{HF}.mlp.c_proj.bias": [f"{F}.1.down_proj.bias"],
+    "transformer.ln_f.weight": ["blocks.2.blocks.0.gamma"],
+    "transformer.ln_f.bias": ["blocks.2.blocks.0.beta"],
+    "lm_head.weight": [HEAD],
+}
+"""Hugging Face tensor to OLM's, which stand in it one below the other."""
+TRANSPOSED = {
+    f"{HF}.attn.c_attn.weight": [f"{A}.1.{x}_proj.weight" for x in "qkv"],
+    f"{HF}.attn.c_proj.weight": [f"{A}.1.out_proj.weight"],
+    f"{HF}.mlp.c_fc.weight": [UP],
+    f"{HF}.mlp.c_proj.weight": [f"{F}.1.down_proj.weight"],
+}
+"""OLM's are [out, in]; one below the other and transposed they are Hugging Face's ``Conv1D``."""
+
+SAID_BY_THE_CODE = {
+    # LayerNorm's default in olm/nn/norms/layer_norm.py, which GPT2Model leaves as it is.
+    "layer_norm_epsilon": 1e-5,
+    # ClassicFFN's default in olm/nn/feedforward/classic_ffn.py: GELU(approximate="none").
+    "activation_function": "gelu",
+}
+
+
+def bridge_of(
+    arrays: Mapping[str, StoredArray],
+    heads: int | None,
+    config: dict[str, Any] | None,
+    file: Path,
+    config_from: Path,
+) -> GPT2Bridge:
+    """The model that a checkpoint's shapes tell, but for the number of attention heads.
+
+    Args:
+        arrays: the checkpoint's tensors by OLM's names.
+        heads: attention heads; None takes the config's.
+        config: a ``config.json`` to use; None makes one.
+        file: the checkpoint, for messages.
+        config_from: where ``config`` is from, or the checkpoint.
+
+    Raises:
+        InputError: nothing says the number of heads, or the config is of another model.
+        MappingError: the tensors that tell the sizes are absent: another model.
+    """
+    asked = [TOKENS, POSITIONS, numbered(UP, (0,)), HEAD]
+    if absent := [n for n in asked if n not in arrays or len(arrays[n].shape) != 2]:
+        raise MappingError(
+            f"{file}: not GPT-2 as OLM's GPT2Model is put together, the only one of its models "
+            f"that is converted; it has no such matrices:\n{bulleted(absent)}"
+        )
+    (vocab, hidden), positions = arrays[TOKENS].shape, arrays[POSITIONS].shape[0]
+    ffn = arrays[numbered(UP, (0,))].shape[0]
+    if heads is None and config is None:
+        raise InputError(
+            f"{file}: doesn't say how many attention heads its model has, and its tensors are "
+            "the same for any number. Pass --heads, or --hf-config with a folder that has the "
+            "model's config.json."
+        )
+    made = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab,
+        "n_positions": positions, "n_embd": hidden, "n_layer": len(_layers(arrays)),
+        "n_head": heads or (config or {}).get("n_head"),
+        "n_inner": None if ffn == 4 * hidden else ffn, **SAID_BY_THE_CODE,
+        # Without them transformers takes GPT-2's own, which lie outside a small vocabulary.
+        "bos_token_id": None, "eos_token_id": None,
+        "tie_word_embeddings": arrays[HEAD] == arrays[TOKENS],
+        "torch_dtype": arrays[TOKENS].dtype,
+    }  # fmt: skip
+    bridge = bridge_for(config or made, config_from)
+    if not isinstance(bridge, GPT2Bridge):
+        raise InputError(f"{config_from}: is the config of {bridge.family}, {file} is GPT-2")
+    said, true = bridge.numbers, asdict(bridge.config_class.from_hf(made))
+    if wrong := [f"{k} is {said[k]}, not {v}" for k, v in true.items() if said[k] != v]:
+        raise InputError(f"{config_from}: not the config of {file}:\n{bulleted(wrong)}")
+    return bridge
+
+
+def hf_views(
+    arrays: Mapping[str, StoredArray], hf_shapes: Mapping[str, Shape], file: Path
+) -> dict[str, TensorView]:
+    """Every Hugging Face tensor, put together from OLM's; of these each is used just once.
+
+    A head that is the embedding once more is left out, as Hugging Face leaves it out.
+
+    Args:
+        arrays: the checkpoint's tensors by OLM's names.
+        hf_shapes: name and shape of every Hugging Face tensor, in the order of the result.
+        file: the checkpoint, for messages.
+
+    Raises:
+        MappingError: tensors are missing, or are too many, or are of another shape.
+        FormatError: the parts of a tensor have different dtypes.
+    """
+    expected: dict[str, Shape] = {}
+    places: dict[str, list[tuple[str, Region, bool]]] = defaultdict(list)
+    for hf_name, shape in hf_shapes.items():
+        index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
+        pattern = re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)
+        transposed = pattern in TRANSPOSED
+        names = (TRANSPOSED if transposed else AS_IT_IS)[pattern]
+        rows, *columns = shape[::-1] if transposed else shape
+        for i, name in enumerate(numbered(n, index) for n in names):
+            expected[name] = (rows // len(names), *columns)
+            at = Region.whole(expected[name])
+            at = at.moved(at, at._replace(top=i * at.rows))
+            places[hf_name].append((name, at.transposed if transposed else at, transposed))
+    used = {n: a for n, a in arrays.items() if n in expected or n != HEAD}
+    check_tensors(expected, {name: array.shape for name, array in used.items()}, file)
+    return {
+        hf_name: TensorView.assembled(hf_name, shape, [
+            Piece(arrays[name], Region.whole(expected[name]), target, transposed)
+            for name, target, transposed in places[hf_name]
+        ])
+        for hf_name, shape in hf_shapes.items()
+    }  # fmt: skip
+
+
+def _layers(arrays: Mapping[str, StoredArray]) -> set[str]:
+    """Numbers of the layers; as many as there are, so that a gap is found to be missing."""
+    before, after = map(re.escape, UP.split(WILDCARD))
+    return {m[1] for name in arrays if (m := re.fullmatch(rf"{before}(\d+){after}", name))}
