@@ -105,7 +105,9 @@ def import_(
         olmo-bridge import ./checkpoints/step_100.pt ./megatron --heads 4
     """
     from megatron_olmo_bridge.convert import to_megatron
-    from megatron_olmo_bridge.convert.inspect import inspect
+    from megatron_olmo_bridge.convert.source import HF_SUBFOLDER
+    from megatron_olmo_bridge.formats.hf_folder import read_config
+    from megatron_olmo_bridge.models.bridge import bridge_for
 
     options: dict[str, Any] = {
         "dtype": dtype, "revision": revision, "release": release,
@@ -136,10 +138,10 @@ def import_(
                 f"The head is new: score.weight, {num_labels} rows of zeros. Train it before use.",
                 quiet,
             )
-        found = inspect(destination)
-        for note in found.notes:
+        bridge = bridge_for(read_config(destination / plan.weights_folder / HF_SUBFOLDER), "")
+        for note in bridge.notes:
             say(f"Note: {note}.", quiet)
-        if found.megatron_flags:
+        if bridge.megatron_flags(bridge.vocab_size, "float32"):
             say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args", quiet)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.errors import UnsupportedError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder, iteration_folders
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
@@ -91,17 +90,11 @@ def inspect(
             for n, v in views.items()
         ],
         mapping=mapping_rows(source),
-        megatron_flags=_megatron_flags(source),
+        megatron_flags=source.bridge.megatron_flags(
+            source.padded_vocab_size, source.tensors[next(iter(source.tensors))].dtype
+        ),
         notes=source.bridge.notes,
     )
-
-
-def _megatron_flags(source: Source) -> list[str]:
-    dtype = source.tensors[next(iter(source.tensors))].dtype
-    try:
-        return source.bridge.megatron_flags(source.padded_vocab_size, dtype)
-    except UnsupportedError:
-        return []
 
 
 def mapping_rows(source: Source) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from operator import index as index_of
 from pathlib import Path
 from typing import Any
@@ -172,15 +173,15 @@ class TorchDistFolder:
                 counts = mapping.counts[axes - stacked : axes]
                 expected[key] = (*counts, region.rows, *parameter.shape[1:])
         check_tensors(expected, {k: t.shape for k, t in self.weights.items()}, self.path)
-        arrays = {key: list(self._arrays(key)) for key in expected}
+        stacking = {key: stacked for found in keys.values() for key, _, stacked in found}
+        arrays = {key: _by_index(self._arrays(key), stacking[key]) for key in expected}
         views = {}
         for parameter in mapping.parameters.values():
             pieces = [
                 piece
                 for key, region, stacked in keys[parameter.name]
-                for piece in _pieces(
-                    arrays[key], region, parameter.index[len(parameter.index) - stacked :]
-                )
+                for index in [parameter.index[len(parameter.index) - stacked :]]
+                for piece in _pieces(arrays[key].get(index, ()), region, index)
             ]
             views[parameter.name] = TensorView.assembled(
                 f"{self.path}: {parameter.name}", parameter.shape, pieces
@@ -220,14 +221,24 @@ class TorchDistFolder:
             yield chunk, array
 
 
+def _by_index(
+    arrays: Iterable[tuple[Chunk, StoredArray]], axes: int
+) -> dict[tuple[int, ...], list[tuple[Chunk, StoredArray]]]:
+    """A global tensor's chunks by each index of its first axes that they hold a part of."""
+    found: dict[tuple[int, ...], list[tuple[Chunk, StoredArray]]] = defaultdict(list)
+    for chunk, array in arrays:
+        ends = zip(chunk.offset[:axes], chunk.shape[:axes], strict=True)
+        for index in product(*(range(at, at + count) for at, count in ends)):
+            found[index].append((chunk, array))
+    return found
+
+
 def _pieces(
-    arrays: list[tuple[Chunk, StoredArray]], region: Region, index: tuple[int, ...]
+    arrays: Iterable[tuple[Chunk, StoredArray]], region: Region, index: tuple[int, ...]
 ) -> Iterable[Piece]:
-    """The chunks of a global tensor, at an index of its first axes, as pieces of ``region``."""
+    """Chunks of a global tensor, at an index of its first axes, as pieces of ``region``."""
     for chunk, array in arrays:
         offset = chunk.offset
-        if not all(at <= i < at + n for i, at, n in zip(index, offset, chunk.shape, strict=False)):
-            continue
         for i in index:
             skipped = (i - offset[0]) * (array.nbytes // max(1, array.shape[0]))
             array = StoredArray(array.file, array.offset + skipped, array.shape[1:], array.dtype)

@@ -137,15 +137,9 @@ class ModelBridge(ABC):
         }
 
     def megatron_flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
-        """What stock Megatron-LM must be told on the command line besides.
-
-        Raises:
-            UnsupportedError: its command line can't say what this model is.
-        """
-        raise UnsupportedError(
-            f"Megatron-LM's command line can't say all that {self.config.label} is; build the "
-            f"model with {self.provider_class.rpartition(':')[2]}"
-        )
+        """What stock Megatron-LM must be told on the command line besides; nothing where that can't
+        say what this model is."""
+        return []
 
     @classmethod
     def hf_config_from_megatron(

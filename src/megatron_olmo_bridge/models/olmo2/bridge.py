@@ -72,7 +72,7 @@ class Olmo2Bridge(ModelBridge):
 
     def megatron_flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
         if self.num_labels:
-            return super().megatron_flags(padded_vocab_size, dtype)
+            return []
         return megatron_lm.megatron_lm_flags(
             self.config, padded_vocab_size=padded_vocab_size, dtype=dtype
         )
