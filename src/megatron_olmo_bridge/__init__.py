@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .convert.average import average_checkpoints
     from .convert.doctor import doctor
     from .convert.inspect import inspect
     from .convert.synth import synth
@@ -29,6 +30,7 @@ _HOME = {
     "Olmo2ModelProvider1B": "models.olmo2.provider",
     "Olmo2ModelProvider32B": "models.olmo2.provider",
     "Olmo2ModelProvider7B": "models.olmo2.provider",
+    "average_checkpoints": "convert.average",
     "doctor": "convert.doctor",
     "export_checkpoint": "convert.to_hf",
     "hf_as_megatron": "live.strategy",
@@ -46,6 +48,7 @@ __all__ = [
     "Olmo2ModelProvider13B",
     "Olmo2ModelProvider32B",
     "__version__",
+    "average_checkpoints",
     "doctor",
     "export_checkpoint",
     "hf_as_megatron",

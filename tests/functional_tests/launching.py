@@ -1,10 +1,15 @@
 """Start the command, and the scripts beside this file as real processes."""
 
+import contextlib
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from typer.testing import CliRunner, Result
@@ -52,3 +57,29 @@ def olmo_bridge(*arguments: object) -> Result:
 
 def tokens_argument() -> str:
     return json.dumps(TOKENS)
+
+
+def with_hub(
+    cwd: Path, url: str, *arguments: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a process of its own, for which the hub is at another address."""
+    environment = {
+        "HF_ENDPOINT": url, "HF_HOME": str(cwd / "cache"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+    } | environment  # fmt: skip
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    command = [sys.executable, "-m", "megatron_olmo_bridge", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@contextlib.contextmanager
+def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server of this process, while it is up."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()

@@ -168,7 +168,7 @@ def test_a_head_that_there_is_not(size: str, says: str, tmp_path: Path) -> None:
     hf = synth(size, tmp_path / "hf")
     done = olmo_bridge("import", hf, tmp_path / "megatron", "--num-labels", 3)
     assert done.exit_code == 2
-    assert says in done.stderr
+    assert f"{hf / 'config.json'}: {says}" in done.stderr
 
 
 # ------------------------------------------------------------------------------ what is refused

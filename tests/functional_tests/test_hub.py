@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from launching import served, with_hub
 
 from megatron_olmo_bridge import synth, verify
 
@@ -114,29 +111,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         )
         (folders[commit] / "tokenizer.json").write_text('{"a": "tokenizer"}')
         (folders[commit] / "pytorch_model.bin").write_bytes(b"not to be fetched")
-    served = Hub(folders)
-    handler = type("HubHandler", (Handler,), {"hub": served})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield served
-    server.shutdown()
-    server.server_close()
-
-
-def olmo_bridge(
-    cwd: Path, hub_url: str, *args: object, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    environment = {
-        "HF_ENDPOINT": hub_url, "HF_HOME": str(cwd / "cache"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
-    } | environment  # fmt: skip
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    command = [sys.executable, "-m", "megatron_olmo_bridge", *map(str, args)]
-    return subprocess.run(
-        command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=120
-    )
+    hub = Hub(folders)
+    with served(type("HubHandler", (Handler,), {"hub": hub})) as hub.url:
+        yield hub
 
 
 @pytest.mark.parametrize(
@@ -147,29 +124,29 @@ def test_a_revision_is_pinned_to_its_commit(
     hub: Hub, tmp_path: Path, revision: str | None, commit: str
 ) -> None:
     flags = ["--revision", revision] if revision else []
-    done = olmo_bridge(tmp_path, hub.url, "import", REPO, "m", *flags)
+    done = with_hub(tmp_path, hub.url, "import", REPO, "m", *flags)
     assert done.returncode == 0, done.stderr
     recorded = json.loads((tmp_path / "m/iter_0000000/olmo_bridge.json").read_text())
     assert (recorded["source"], recorded["revision"]) == (REPO, commit)
     assert verify(hub.folders[commit], tmp_path / "m").equal
     assert (tmp_path / "m/iter_0000000/hf/tokenizer.json").exists()
-    shown = olmo_bridge(tmp_path, hub.url, "inspect", "m").stdout
+    shown = with_hub(tmp_path, hub.url, "inspect", "m").stdout
     assert f"{REPO} at {commit}" in shown
     assert not [a for a in hub.asked if "pytorch_model.bin" in a]
 
 
 def test_the_cache_serves_where_the_hub_is_out_of_reach(hub: Hub, tmp_path: Path) -> None:
-    first = olmo_bridge(tmp_path, hub.url, "import", REPO, "a", "--revision", REVISION)
+    first = with_hub(tmp_path, hub.url, "import", REPO, "a", "--revision", REVISION)
     assert first.returncode == 0, first.stderr
     nowhere = "http://127.0.0.1:9"
     for name, environment in (("b", {}), ("c", {"HF_HUB_OFFLINE": "1"})):
-        done = olmo_bridge(
+        done = with_hub(
             tmp_path, nowhere, "import", REPO, name, "--revision", REVISION, **environment
         )
         assert done.returncode == 0, done.stderr
         texts = [(tmp_path / n / "iter_0000000/olmo_bridge.json").read_text() for n in ("a", name)]
         assert texts[0] == texts[1]
-    done = olmo_bridge(tmp_path, nowhere, "import", "org/other", "d", HF_HUB_OFFLINE="1")
+    done = with_hub(tmp_path, nowhere, "import", "org/other", "d", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert done.stderr == (
         "olmo-bridge: org/other: no such folder here, the hub can't be reached, "
@@ -187,14 +164,14 @@ def test_the_cache_serves_where_the_hub_is_out_of_reach(hub: Hub, tmp_path: Path
 def test_what_the_hub_does_not_have(
     hub: Hub, tmp_path: Path, args: tuple[str, ...], says: str
 ) -> None:
-    done = olmo_bridge(tmp_path, hub.url, "import", args[0], "m", *args[1:])
+    done = with_hub(tmp_path, hub.url, "import", args[0], "m", *args[1:])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"olmo-bridge: {says}\n"
     assert not (tmp_path / "m").exists()
 
 
 def test_a_dry_run_of_a_hub_id(hub: Hub, tmp_path: Path) -> None:
-    done = olmo_bridge(tmp_path, hub.url, "import", REPO, "m", "--dry-run", "--json")
+    done = with_hub(tmp_path, hub.url, "import", REPO, "m", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["operation"] == "import"
     assert not (tmp_path / "m").exists()

@@ -347,6 +347,19 @@ def test_bad_options_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("compare", "CKPT", "CKPT"), ("roundtrip", "CKPT"), ("generate", "CKPT", "--tokens", "1,2")],
+    ids=lambda command: command[0],
+)
+def test_a_command_that_cannot_be_told_the_heads_says_what_can(
+    checkpoint: Path, command: tuple[str, ...]
+) -> None:
+    result = run(*(checkpoint if word == "CKPT" else word for word in command))
+    assert result.exit_code == 2
+    assert f"first export it: olmo-bridge export {checkpoint} DST --heads N" in result.stderr
+
+
 def test_options_of_olm_are_for_olm(single: Path, megatron: Path, tmp_path: Path) -> None:
     for args, says in (
         (("import", single, tmp_path / "x", "--heads", 4), "--heads is for a checkpoint of OLM"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +125,20 @@ def tiny_megatron(tiny_hf: Path) -> Path:
     """The import of :func:`tiny_hf`. For reading only."""
     import_checkpoint(tiny_hf, tiny_hf.parent / "megatron")
     return tiny_hf.parent / "megatron"
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU runtime, and the process groups of a single process as soon as a model is built."""
+    pytest.importorskip("megatron.core")
+    from megatron_olmo_bridge.runtime.cpu import cpu_runtime
+    from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
+
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    with cpu_runtime():
+        yield
+        destroy_process_groups()
 
 
 def megatron_parameters(tensors: Tensors, config: dict[str, Any]) -> Tensors:

@@ -10,8 +10,8 @@ import pytest
 
 import megatron_olmo_bridge
 
-FUNCTIONS = {"doctor", "export_checkpoint", "hf_as_megatron", "import_checkpoint", "inspect",
-             "synth", "verify"}  # fmt: skip
+FUNCTIONS = {"average_checkpoints", "doctor", "export_checkpoint", "hf_as_megatron",
+             "import_checkpoint", "inspect", "synth", "verify"}  # fmt: skip
 CLASSES = {"AutoBridge", "Olmo2ModelProvider", "Olmo2ModelProvider1B", "Olmo2ModelProvider7B",
            "Olmo2ModelProvider13B", "Olmo2ModelProvider32B"}  # fmt: skip
 

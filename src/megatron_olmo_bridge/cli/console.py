@@ -38,7 +38,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except BridgeError as error:
-            fail(str(error), 2)
+            fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             fail("interrupted. A conversion can be continued with --resume.", 130)
         except ModuleNotFoundError as error:
@@ -91,7 +91,10 @@ def table(columns: list[str], rows: list[list[str]], title: str | None = None) -
         column.overflow = "fold"
     for row in rows:
         out.add_row(*row)
-    console.print(out)
+    # Printed by echo: rich ends a broken pipe with exit code 1, "a difference was found".
+    with console.capture() as rendered:
+        console.print(out)
+    typer.echo(rendered.get(), nl=False)
 
 
 def human_bytes(count: float) -> str:

@@ -1,4 +1,4 @@
-"""Commands that write checkpoints: synth, import, export."""
+"""Commands that write checkpoints: synth, import, export, average."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_olmo_bridge.convert.plan import WORKERS, CopyPlan
+from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 
 from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
 
@@ -33,7 +34,9 @@ EXPECTED_RATE = 500e6
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    for name, command in (("synth", synth), ("import", import_), ("export", export)):
+    for name, command in (
+        ("synth", synth), ("import", import_), ("export", export), ("average", average),
+    ):  # fmt: skip
         app.command(name, no_args_is_help=True)(guarded(command))
 
 
@@ -167,6 +170,15 @@ def export(
         typer.Option(min=1, help="Rows to keep of a padded vocabulary, if not recorded."),
     ] = None,
     heads: Heads = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Then upload DST, with a model card.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository of the hub private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch of the hub to push to; made if it is absent.")
+    ] = None,
     workers: Workers = WORKERS,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -185,6 +197,8 @@ def export(
         olmo-bridge export ./run ./hf --iteration all --hf-config ./olmo2-1b
 
         olmo-bridge export ./checkpoints/step_100.pt ./hf --heads 4
+
+        olmo-bridge export ./run ./hf --push-to-hub me/my-olmo --private
     """
     from megatron_olmo_bridge.convert import to_hf
 
@@ -192,6 +206,9 @@ def export(
         "dtype": dtype, "iteration": iteration, "max_shard_size": max_shard_size,
         "hf_config": hf_config, "vocab_size": vocab_size, "heads": heads,
     }  # fmt: skip
+    if quiet or json:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of an upload
+    _check_push(push_to_hub, private, revision, iteration)
     if dry_run:
         planned = to_hf.plan_exports(source, destination, **options)
         _print_plans([_summary(plan, folder) for plan, _, folder in planned], quiet, json)
@@ -202,7 +219,93 @@ def export(
             source, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
             checksum=checksum, reporter=bar,
         )  # fmt: skip
-    _print_done(plans, destination, begin, quiet, json)
+    pushed = {}
+    if push_to_hub is not None and _first_process():
+        pushed["url"] = _push(destination, push_to_hub, private, revision)
+    _print_done(plans, destination, begin, quiet, json, pushed)
+    if pushed and not json:
+        say(f"On the hub:  {pushed['url']}", quiet)
+
+
+def _check_push(
+    repo: str | None, private: bool, revision: str | None, iteration: str | None
+) -> None:
+    """Before the export, which may take long: what is known to fail after it."""
+    from megatron_olmo_bridge.convert.hub import check_can_push
+
+    if repo is not None:
+        if iteration == "all":
+            raise InputError("--push-to-hub takes a single model: name one --iteration")
+        check_can_push(repo)
+    elif private or revision is not None:
+        raise InputError("--private and --revision go with --push-to-hub")
+
+
+def _push(folder: Path, repo: str, private: bool, revision: str | None) -> str:
+    from megatron_olmo_bridge.convert.hub import push_to_hub
+    from megatron_olmo_bridge.convert.model_card import write_model_card
+
+    write_model_card(folder, name=repo)
+    try:
+        return push_to_hub(folder, repo, private=private, revision=revision)
+    except BridgeError as error:
+        raise OutputError(
+            f"{error}.\nThe export itself is complete: {folder}. To push it, run the same again "
+            "with --resume, which does not write it anew."
+        ) from error
+
+
+def average(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="A B ...", help="Folders of either kind, iter_ folders, hub ids."),
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="0.5,0.25,0.25", help="A share for each, of their sum; else equal."),
+    ] = None,
+    dtype: Dtype = "keep",
+    max_shard_size: ShardSize = "5GB",
+    workers: Workers = WORKERS,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    checksum: Checksum = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Average the weights of several checkpoints of one model ("souping").
+
+    DST is a Hugging Face folder, with the config and tokenizer of A. Examples:
+
+        olmo-bridge average ./seed1 ./seed2 ./seed3 ./soup
+
+        olmo-bridge average ./run/iter_0001000 ./run/iter_0002000 ./soup --weights 1,2
+    """
+    from megatron_olmo_bridge.convert.average import average_checkpoints, plan_average
+
+    options: dict[str, Any] = {
+        "weights": _numbers(weights), "dtype": dtype, "max_shard_size": max_shard_size
+    }  # fmt: skip
+    if dry_run:
+        plan, _ = plan_average(sources, destination, **options)
+        _print_plans([_summary(plan, destination)], quiet, json)
+        return
+    begin = time.monotonic()
+    with ProgressBar(quiet or json) as bar:
+        plan = average_checkpoints(
+            sources, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
+            checksum=checksum, reporter=bar,
+        )  # fmt: skip
+    _print_done([plan], destination, begin, quiet, json)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--weights {text} is no list of numbers such as 0.5,0.25,0.25") from None
 
 
 def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
@@ -238,7 +341,12 @@ def _print_plans(plans: list[dict[str, Any]], quiet: bool, json: bool) -> None:
 
 
 def _print_done(
-    plans: list[CopyPlan], destination: Path, begin: float, quiet: bool, json: bool
+    plans: list[CopyPlan],
+    destination: Path,
+    begin: float,
+    quiet: bool,
+    json: bool,
+    also: dict[str, str] | None = None,
 ) -> None:
     if not _first_process():
         return
@@ -247,7 +355,7 @@ def _print_done(
     if json:
         print_json({
             "destination": str(destination), "bytes_written": written, "seconds": seconds,
-            "plans": [p.digest for p in plans],
+            "plans": [p.digest for p in plans], **(also or {}),
         })  # fmt: skip
         return
     count = sum(1 for plan in plans for _ in plan.payloads)

@@ -52,9 +52,9 @@ def execute(
     processes.wait_for_each_other()
     if not stage.finished:
         done_before = sum(
-            p.view.nbytes for f in plan.files if f.name in stage.complete for p in f.payloads
+            p.source_bytes for f in plan.files if f.name in stage.complete for p in f.payloads
         )
-        reporter.begin(f"{plan.operation}ing", plan.source_bytes)
+        reporter.begin(f"{plan.operation.removesuffix('e')}ing", plan.source_bytes)
         reporter.advance(done_before)
         todo = [f for f in plan.files if f.name not in stage.complete]
         mine = share(todo, processes.count)[processes.index]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, TensorView
 
 WORKERS = 2
 """Threads where none are asked for: one copies while the other waits for the disk."""
@@ -39,6 +39,11 @@ class Payload:
     def nbytes(self) -> int:
         return self.view.nbytes // ITEM_SIZE[self.view.dtype] * ITEM_SIZE[self.dtype]
 
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(view.nbytes for view in self.view.stored)
+
 
 @dataclass(frozen=True)
 class OutputFile:
@@ -58,9 +63,10 @@ class CopyPlan:
     """Everything that a conversion writes, from headers alone. Names are relative to the output."""
 
     operation: str
-    """``import`` or ``export``."""
+    """``import``, ``export`` or ``average``."""
     source: Path | None
-    """The folder that the weights are in; None if they come out of memory."""
+    """The folder that the weights are in (the first of several); None if they come out of
+    memory."""
     files: tuple[OutputFile, ...]
     texts: dict[str, bytes]
     """Small files by content, written after the weights."""
@@ -76,7 +82,7 @@ class CopyPlan:
     @cached_property
     def source_bytes(self) -> int:
         """Bytes of weights to read."""
-        return sum(p.view.nbytes for p in self.payloads)
+        return sum(p.source_bytes for p in self.payloads)
 
     @cached_property
     def output_bytes(self) -> int:
@@ -85,7 +91,13 @@ class CopyPlan:
     @cached_property
     def source_files(self) -> list[Path]:
         return sorted(
-            {x.array.file for p in self.payloads for x in p.view.pieces if x.array is not None}
+            {
+                x.array.file
+                for p in self.payloads
+                for view in p.view.stored
+                for x in view.pieces
+                if x.array is not None
+            }
         )
 
     @cached_property
@@ -100,7 +112,9 @@ class CopyPlan:
                     sha.update(b"%d " % part.offset + hashlib.sha256(part.data).digest())
                     continue
                 sha.update(f"{part.offset} {part.dtype} {part.view.dtype}".encode())
-                for piece in part.view.pieces:
+                if isinstance(part.view, MeanView):
+                    sha.update(f" {[(w, view.dtype) for w, view in part.view.terms]}".encode())
+                for piece in (p for view in part.view.stored for p in view.pieces):
                     array = piece.array
                     at = f"{names[array.file]} {array.offset} {array.shape}" if array else "zeros"
                     sha.update(f" {at} {piece.source} {piece.target}".encode())

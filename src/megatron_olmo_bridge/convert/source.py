@@ -45,7 +45,8 @@ from megatron_olmo_bridge.models.gpt2 import olm
 HF_SUBFOLDER = "hf"
 """In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""
 RUN_CONFIG = "run_config.yaml"
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""``owner/name``"""
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,10 @@ def _open_hf(folder: Path, strict: bool, num_labels: int | None) -> Source:
     if num_labels is not None:
         if bridge.num_labels is not None:
             raise InputError(f"{folder}: has a classification head of {bridge.num_labels} classes")
-        config = as_classifier(hf.config, num_labels)
+        try:
+            config = as_classifier(hf.config, num_labels)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{folder / CONFIG}: {error}") from error
         bridge, new = bridge_for(config, folder / CONFIG), frozenset(("score.weight",))
         kept = {name: a for name, a in hf.arrays.items() if name != "lm_head.weight"}
         hf = replace(hf, config=config, arrays=kept)
@@ -320,7 +324,7 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
         InputError: there is no such folder, repository or revision.
     """
     path = Path(source).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(source):
+    if path.exists() or not HUB_ID.fullmatch(source):
         if revision is not None:
             raise InputError(f"{source}: is a path; --revision is for a hub id such as "
                              "allenai/OLMo-2-0425-1B")  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError
-from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, StoredArray, TensorView
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, Piece, StoredArray, TensorView
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ class Transfer:
                 out = _cast(data, view.dtype, dtype, _where(view, top, bottom))
             at = top * view.row_bytes // ITEM_SIZE[view.dtype] * ITEM_SIZE[dtype]
             write_all(target, out, offset + at)
-            self._advance((bottom - top) * view.row_bytes)
+            self._advance((bottom - top) * sum(read.row_bytes for read in view.stored))
 
     def blocks(self, view: TensorView) -> Iterator[tuple[int, int, memoryview]]:
         """First row, last row and bytes of each block of whole rows, in order.
@@ -129,9 +129,32 @@ class Transfer:
         for top in range(0, rows, step):
             bottom = min(rows, top + step)
             block = buffer[: (bottom - top) * view.row_bytes]
-            for piece in view.pieces:
-                self._read_rows(piece, view, top, bottom, block)
+            self._fill(view, top, bottom, block)
             yield top, bottom, block
+
+    def _fill(self, view: TensorView, top: int, bottom: int, out: memoryview) -> None:
+        """Put some rows of a tensor into ``out``."""
+        if isinstance(view, MeanView):
+            self._fill_mean(view, top, bottom, out)
+        for piece in view.pieces:
+            self._read_rows(piece, view, top, bottom, out)
+
+    def _fill_mean(self, view: MeanView, top: int, bottom: int, out: memoryview) -> None:
+        """Add up in float64: rounded to float32, the mean of copies is then the copy bit for bit,
+        whatever their number and weights. Summed in float32, that of three is not."""
+        import torch
+
+        torch.set_num_threads(1)  # of this thread, as in _cast
+        total = torch.zeros(len(out) // ITEM_SIZE[view.dtype], dtype=torch.float64)
+        for weight, term in view.terms:
+            rows = memoryview(bytearray((bottom - top) * term.row_bytes))
+            self._fill(term, top, bottom, rows)
+            total.add_(torch.frombuffer(rows, dtype=getattr(torch, term.dtype)), alpha=weight)
+        total /= sum(weight for weight, _ in view.terms)
+        mean = memoryview(bytearray(4 * len(total)))
+        torch.frombuffer(mean, dtype=torch.float32).copy_(total)
+        where = f"the mean of {view.name}"
+        out[:] = mean if view.dtype == "float32" else _cast(mean, "float32", view.dtype, where)
 
     def _copy(self, piece: Piece, source_at: int, target: int, target_at: int, count: int) -> None:
         if piece.array is None:  # the target file is new: its bytes are zero
@@ -269,7 +292,7 @@ def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
 
 
 def _worth_kernel_copies(view: TensorView) -> bool:
-    if any(p.transposed for p in view.pieces):
+    if isinstance(view, MeanView) or any(p.transposed for p in view.pieces):
         return False
     runs = sum(1 if _contiguous(p, view) else p.target.rows for p in view.pieces)
     return runs == 1 or view.nbytes >= runs * SHORT_RUN

@@ -16,6 +16,7 @@ from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 
 from .execute import sha256
+from .model_card import MODEL_CARD
 from .plan import WORKERS
 from .provenance import PROVENANCE, read_provenance
 from .reporter import Reporter
@@ -82,7 +83,7 @@ def verify(
         except MappingError as error:
             return Verification([Difference("mapping", str(path), str(error))], 0, 0)
     a, b = opened
-    differences = list(_config_differences(a, b)) + list(_name_differences(a.tensors, b.tensors))
+    differences = list(config_differences(a, b)) + list(name_differences(a.tensors, b.tensors))
     differences += [
         Difference("missing", name, "in neither, though the config asks for it")
         for name in a.mapping.hf_shapes
@@ -102,7 +103,8 @@ def verify(
     return Verification(differences, len(pairs), total, notes)
 
 
-def _name_differences(a: dict[str, TensorView], b: dict[str, TensorView]) -> Iterator[Difference]:
+def name_differences(a: dict[str, TensorView], b: dict[str, TensorView]) -> Iterator[Difference]:
+    """Names, shapes and dtypes that are not the same."""
     for name in a:
         if name not in b:
             yield Difference("missing", name, "only in the first")
@@ -160,7 +162,7 @@ def _compare(
     return Difference("values", a.name, f"{wrong} of {size} differ; {example}")
 
 
-def _config_differences(a: Source, b: Source) -> Iterator[Difference]:
+def config_differences(a: Source, b: Source) -> Iterator[Difference]:
     """What the models' numbers, and their config.json where both have one, say differently."""
     mine, theirs = a.bridge.numbers, b.bridge.numbers
     if a.bridge.family != b.bridge.family:
@@ -199,7 +201,7 @@ def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verificati
             detail = f"{file.stat().st_size} bytes, recorded were {entry['bytes']}"
             differences.append(Difference("file", name, detail))
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    for name in sorted(present - files.keys() - {PROVENANCE}):
+    for name in sorted(present - files.keys() - {PROVENANCE, MODEL_CARD}):
         differences.append(Difference("unexpected", name, "there, but not recorded"))
     checkable = {n: e for n, e in files.items() if "sha256" in e and (folder / n).is_file()}
     total = sum((folder / n).stat().st_size for n in checkable)

@@ -61,6 +61,11 @@ class TensorView:
     def row_bytes(self) -> int:
         return Region.whole(self.shape).columns * ITEM_SIZE[self.dtype]
 
+    @property
+    def stored(self) -> tuple[TensorView, ...]:
+        """The views whose bytes are read for it."""
+        return (self,)
+
     @classmethod
     def of_array(cls, name: str, array: StoredArray) -> TensorView:
         """A view of the whole of one array."""
@@ -104,3 +109,22 @@ class TensorView:
         return TensorView(
             self.name, shape, self.dtype, tuple(self.within(region, Region.whole(shape)))
         )
+
+
+@dataclass(frozen=True)
+class MeanView(TensorView):
+    """A weighted mean of tensors of one shape: computed while it is read, with no pieces."""
+
+    terms: tuple[tuple[float, TensorView], ...]
+    """Weight and tensor of each; the weights may have any sum."""
+
+    @classmethod
+    def of(cls, terms: Iterable[tuple[float, TensorView]], dtype: str) -> MeanView:
+        """The mean, rounded to ``dtype``; named as the first of the tensors."""
+        terms = tuple(terms)
+        first = terms[0][1]
+        return cls(first.name, first.shape, dtype, (), terms)
+
+    @property
+    def stored(self) -> tuple[TensorView, ...]:
+        return tuple(view for _, view in self.terms)

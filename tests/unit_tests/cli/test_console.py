@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -64,6 +65,16 @@ def test_a_table_shows_brackets_and_long_names_whole(capsys: pytest.CaptureFixtu
     assert name in out
     for text in ("a title", "name", "block", "[0:5, 1:2]", "[bold]b", "[/]"):
         assert text in out
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    """``olmo-bridge models | head -1``: exit code 1 would say that a difference was found."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "megatron_olmo_bridge", "models"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @contextlib.contextmanager

@@ -46,6 +46,18 @@ def test_import_and_export(tiny_hf: Path, tmp_path: Path) -> None:
     assert run("verify", tiny_hf, tmp_path / "back").exit_code == 0
 
 
+def test_average(tiny_hf: Path, tiny_megatron: Path, tmp_path: Path) -> None:
+    options = ("--weights", "3,1", "--max-shard-size", "500KB")
+    plan = done("average", tiny_hf, tiny_megatron, tmp_path / "soup", *options, "--dry-run")
+    assert "average of 47 tensors: reads 4.20 MB, writes 2.11 MB; " in plan
+    assert not (tmp_path / "soup").exists()
+    out = done("average", tiny_hf, tiny_megatron, tmp_path / "soup", *options)
+    assert out.startswith(f"{tmp_path / 'soup'}: 47 tensors, 2.11 MB in ")
+    assert run("verify", tiny_hf, tmp_path / "soup").exit_code == 0
+    said = json.loads(done("average", tiny_hf, tiny_hf, tmp_path / "soup", "--overwrite", "--json"))
+    assert said["destination"] == str(tmp_path / "soup")
+
+
 def test_quiet(tiny_hf: Path, tmp_path: Path) -> None:
     assert done("import", tiny_hf, tmp_path / "m", "--quiet") == ""
     assert done("export", tmp_path / "m", tmp_path / "back", "-q") == ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,13 @@ from megatron_olmo_bridge import AutoBridge
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.inference.forward import forward
 from megatron_olmo_bridge.inference.generate import generate
-from megatron_olmo_bridge.runtime.cpu import cpu_runtime
-from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 
 HFFactory = Callable[..., Path]
 Chunks = list[torch.nn.Module]
 VOCAB = 101
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    with cpu_runtime():
-        yield
-        destroy_process_groups()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def loaded(hf: Path, **fields: Any) -> Chunks:

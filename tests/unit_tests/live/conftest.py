@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,6 @@ import torch
 
 Chunks = list[torch.nn.Module]
 Build = Callable[..., Chunks]
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU runtime, and the process groups of a single process as soon as a model is built."""
-    from megatron_olmo_bridge.runtime.cpu import cpu_runtime
-    from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
-
-    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    with cpu_runtime():
-        yield
-        destroy_process_groups()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,9 +25,7 @@ from megatron_olmo_bridge.models import provider as provider_module
 from megatron_olmo_bridge.models.olmo2 import provider as olmo2_provider_module
 from megatron_olmo_bridge.models.olmo2.layer_specs import olmo2_layer_spec
 from megatron_olmo_bridge.models.provider import GPTModelProvider
-from megatron_olmo_bridge.runtime.cpu import cpu_runtime
 from megatron_olmo_bridge.runtime.process_groups import (
-    destroy_process_groups,
     ensure_process_groups,
 )
 
@@ -49,15 +46,6 @@ def make(**fields: Any) -> Provider:
         "qk_layernorm": True, "hidden_dropout": 0.0, "attention_dropout": 0.0,
     }  # fmt: skip
     return Provider(**{**numbers, **fields})
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    with cpu_runtime():
-        yield
-        destroy_process_groups()
 
 
 # --------------------------------------------------------------------------------- what cannot be

@@ -94,7 +94,8 @@ def bridge_of(
         raise InputError(
             f"{file}: doesn't say how many attention heads its model has, and its tensors are "
             "the same for any number. Pass --heads, or --hf-config with a folder that has the "
-            "model's config.json."
+            "model's config.json. For a command without these options, first export it: "
+            f"olmo-bridge export {file} DST --heads N"
         )
     made = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab,

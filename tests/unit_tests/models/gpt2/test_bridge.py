@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,19 +50,6 @@ def test_the_first_checkpoints_have_no_prefix() -> None:
     reason = bridge.mapping_registry().resolve().reason_to_ignore
     assert reason("transformer.h.3.attn.bias") == "the causal mask, not a weight"
     assert reason("transformer.h.3.attn.c_attn.bias") is None
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    pytest.importorskip("megatron.core")
-    from megatron_olmo_bridge.runtime.cpu import cpu_runtime
-    from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
-
-    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    with cpu_runtime():
-        yield
-        destroy_process_groups()
 
 
 @pytest.mark.usefixtures("one_process")

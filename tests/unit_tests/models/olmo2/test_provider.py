@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,8 +19,6 @@ from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
 from megatron_olmo_bridge.models.olmo2.provider import Olmo2ModelProvider
-from megatron_olmo_bridge.runtime.cpu import cpu_runtime
-from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 
 # layers, hidden, heads, key/value heads, ffn, parameters
 PUBLISHED = {
@@ -31,15 +28,6 @@ PUBLISHED = {
     "32B": (64, 5120, 40, 8, 27648, 32_234_279_936),
 }
 TINY: dict[str, Any] = Olmo2Bridge.sizes["olmo2-tiny"] | {"num_hidden_layers": 2}
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    with cpu_runtime():
-        yield
-        destroy_process_groups()
 
 
 def provider_of(hf: dict[str, Any], **fields: Any) -> Olmo2ModelProvider:

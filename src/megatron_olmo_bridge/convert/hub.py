@@ -1,0 +1,85 @@
+"""A Hugging Face checkpoint goes to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import InputError, OutputError
+
+from .provenance import PROVENANCE
+from .source import HUB_ID
+
+
+def check_can_push(repo: str) -> None:
+    """Raise InputError for what can be known to fail without asking the hub."""
+    from huggingface_hub import get_token
+
+    if not HUB_ID.fullmatch(repo):
+        raise InputError(f"--push-to-hub {repo}: is no hub id; write owner/name")
+    if not get_token():
+        raise InputError(
+            f"--push-to-hub {repo}: the hub wants a token. Run `hf auth login`, or set HF_TOKEN; "
+            "https://huggingface.co/settings/tokens makes one that may write."
+        )
+
+
+def push_to_hub(
+    folder: Path, repo: str, *, private: bool = False, revision: str | None = None
+) -> str:
+    """Upload a Hugging Face folder; the repository, and the branch, are made if there are none.
+
+    All but the record of the conversion, which names local paths, goes up. What is on the hub
+    already is not sent again, so that a push that was cut off is simply repeated.
+
+    Args:
+        folder: what ``export`` wrote.
+        repo: ``owner/name``.
+        private: make a new repository private; one that exists stays what it is.
+        revision: the branch; ``main`` by default.
+
+    Returns:
+        The address of the model.
+
+    Raises:
+        InputError: there is no token, or ``repo`` is no hub id.
+        OutputError: the hub refuses, or can't be reached. What it has then is no checkpoint, or the
+            one before.
+    """
+    check_can_push(repo)
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, revision=revision, ignore_patterns=[PROVENANCE],
+            commit_message=f"Upload {folder.resolve().name}",
+        )  # fmt: skip
+    except Exception as error:  # of the HTTP library, which differs from version to version
+        raise OutputError(f"{repo}: {_reason(error, api.endpoint)}") from error
+    return f"{url}/tree/{revision}" if revision is not None else str(url)
+
+
+def _reason(error: Exception, endpoint: str) -> str:
+    """What the hub's answer means, and what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__  # uploads wrap it
+    status = cause.response.status_code if cause is not None else None
+    said = str(cause or error).strip().splitlines()
+    last = said[-1] if said else type(error).__name__
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+    if isinstance(error, HFValidationError):
+        return last
+    if status is None:
+        return f"the hub at {endpoint} could not be reached, or broke off: {last}"
+    return {
+        401: "the hub does not accept the token. Run `hf auth login`, or set HF_TOKEN anew",
+        403: "the token may not write here: it lacks the permission, or the owner is another",
+        404: "the hub has no such owner, or the token may not see it",
+    }.get(status, f"the hub answers {status}: {last}")
