@@ -43,16 +43,11 @@ def fixed_tokens(vocab_size: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def load_and_run(flags: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what Megatron-LM's ``pretrain`` does up to the first batch; return tokens and logits."""
+def initialize(flags: list[str]) -> argparse.Namespace:
+    """Do what Megatron-LM's ``pretrain`` does before it builds a model; returns its args."""
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.module import Float16Module
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
-    from megatron.training.models.gpt import GPTModelBuilder
 
     sys.argv = [sys.argv[0], *flags]
     # Asked of the GPU's driver under tensor parallelism. 9: CUDA_DEVICE_MAX_CONNECTIONS is checked.
@@ -68,7 +63,19 @@ def load_and_run(flags: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     parallel_state.initialize_model_parallel(args.tensor_model_parallel_size)
     initialize_megatron(allow_no_cuda=True, skip_mpu_initialization=True)
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
+    return args
 
+
+def load_and_run(flags: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what Megatron-LM's ``pretrain`` does up to the first batch; return tokens and logits."""
+    from megatron.core import tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.module import Float16Module
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    args = initialize(flags)
     # As get_model() and the model provider of pretrain_gpt.py; DDP doesn't matter to a load.
     model_config = gpt_config_from_args(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()

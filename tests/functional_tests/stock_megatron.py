@@ -3,7 +3,8 @@
 Nothing of the bridge's mapping or file formats is used here, only its layer spec and provider. Run
 it by torchrun, or as one process without. Where there is no CUDA, it runs on gloo.
 
-    save   random weights, the same at any layout, into a checkpoint; and the same as HF tensors
+    save   random weights, the same at any layout, or those of another checkpoint, into a
+           checkpoint; and the same as HF tensors
     load   a checkpoint into a poisoned model; the logits of a fixed batch of tokens
     keys   what the model asks a checkpoint for
 """
@@ -100,7 +101,11 @@ def build(args: argparse.Namespace) -> tuple[Olmo2ModelProvider, list[GPTModel]]
     )
     stages = [None] if args.vpp is None else list(range(args.vpp))
     device = torch.cuda.current_device()
-    return provider, [provider.provide(vp_stage=stage).to(device) for stage in stages]
+    chunks = [provider.provide(vp_stage=stage).to(device) for stage in stages]
+    for chunk in chunks:  # as Megatron-LM's get_model does
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return provider, chunks
 
 
 # --------------------------------------------------------------------- weights, by hand, no bridge
@@ -149,7 +154,6 @@ def fill(chunks: list[GPTModel], seed: int) -> None:
     """Random weights that depend on the parameter's name and whole shape only."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in global_parameters(chunks):
-        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         axis = partition_axis(parameter)
         shape = list(parameter.shape)
         if axis is not None:
@@ -369,7 +373,10 @@ def model_states(chunks: list[GPTModel], metadata: dict[str, Any]) -> dict[str, 
 
 def save(args: argparse.Namespace) -> None:
     provider, chunks = build(args)
-    fill(chunks, args.seed)
+    if args.checkpoint:
+        read(args, chunks)
+    else:
+        fill(chunks, args.seed)
     metadata: dict[str, Any] = {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -424,8 +431,8 @@ def no_strides() -> Iterator[None]:
         TensorProperties.__setstate__ = restore  # type: ignore[method-assign]
 
 
-def load(args: argparse.Namespace) -> None:
-    provider, chunks = build(args)
+def read(args: argparse.Namespace, chunks: list[GPTModel]) -> None:
+    """Fill the chunks from ``--checkpoint``; what it doesn't fill is NaN before, and an error."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, float("nan"))
@@ -440,6 +447,11 @@ def load(args: argparse.Namespace) -> None:
         chunk.load_state_dict(found[name], strict=True)
         for parameter, value in chunk.named_parameters():
             assert not value.isnan().any(), f"{parameter} was not loaded, or not all of it"
+
+
+def load(args: argparse.Namespace) -> None:
+    provider, chunks = build(args)
+    read(args, chunks)
     config = read_config(args)
     batch = tokens(args, config).to(torch.cuda.current_device())
     with torch.no_grad():
@@ -484,13 +496,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
         command.add_argument("--vocab-divisible-by", type=int, default=1)
         command.add_argument("--seed", type=int, default=0)
-        if run is load:
-            command.add_argument("--checkpoint", type=pathlib.Path, required=True)
-            command.add_argument("--logits", type=pathlib.Path, required=True)
+        if run is not keys:
+            command.add_argument("--checkpoint", type=pathlib.Path, required=run is load)
             command.add_argument("--tokens", help="JSON: the batch, a list of lists of ids")
             command.add_argument(
                 "--strict", choices=("raise_all", "raise_unexpected"), default="raise_unexpected"
             )
+        if run is load:
+            command.add_argument("--logits", type=pathlib.Path, required=True)
             continue
         command.add_argument(
             "--per-layer-keys",
