@@ -2,7 +2,10 @@
 
 
 class BridgeError(Exception):
-    """Base of all errors that this package raises on purpose. The command line exits with 2."""
+    """Base of all errors that this package raises on purpose."""
+
+    exit_code = 2
+    """Of the command line."""
 
 
 class InputError(BridgeError):
@@ -31,3 +34,13 @@ class OutputError(BridgeError):
 
 class ProcessError(BridgeError):
     """A process that was started died of an error that is not one of these."""
+
+
+class TrainingStopped(BridgeError):  # noqa: N818
+    """Training ended before its last step. What was saved is complete."""
+
+
+class AskedToStop(TrainingStopped):
+    """By SIGTERM or Ctrl-C; the step it stopped at is saved, and the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

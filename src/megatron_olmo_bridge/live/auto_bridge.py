@@ -116,7 +116,7 @@ class AutoBridge:
                     "made from a config, there are no weights: pass load_weights=False"
                 )
             # Every parameter is set from the checkpoint; random ones would be made for nothing.
-            provider.perform_initialization = False
+            provider.initialize = False
             provider.register_pre_wrap_hook(self.load_hf_weights)
         return provider
 

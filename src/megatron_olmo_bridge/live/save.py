@@ -144,6 +144,27 @@ def save_megatron(
     partial = root.with_name(root.name + ".partial")
     folder = partial / f"iter_{iteration:07d}"
     on_first(lambda: _begin(root, partial, folder))
+    state, texts = megatron_state(chunks, bridge, beside=beside, iteration=iteration)
+    dist_checkpointing.save(state, str(folder), content_metadata=ON_DISK)
+    dist.barrier()
+    on_first(lambda: _commit(root, partial, folder, texts, iteration))
+
+
+def megatron_state(
+    chunks: Sequence[torch.nn.Module],
+    bridge: ModelBridge,
+    *,
+    beside: Path | None = None,
+    iteration: int = 0,
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What a Megatron checkpoint of a live model holds; all processes call it.
+
+    Args:
+        chunks, bridge, beside, iteration: as for :func:`save_megatron`.
+
+    Returns:
+        The state for ``dist_checkpointing.save``, and the small files that belong beside it.
+    """
     live = LiveModel.of(chunks, bridge)
     dtype = _dtype(live)
     # The first process has the embedding, and so knows to how many rows it is padded.
@@ -154,18 +175,22 @@ def save_megatron(
         "args": Namespace(**bridge.megatron_args(rows, dtype)),
         "checkpoint_version": 3.0,
         "iteration": iteration,
+        **model_states(chunks),
     }
-    unwrapped = unwrap_model(list(chunks))
-    for i, chunk in enumerate(unwrapped):
-        name = "model" if len(unwrapped) == 1 else f"model{i}"
-        state[name] = chunk.sharded_state_dict()
-    dist_checkpointing.save(state, str(folder), content_metadata=ON_DISK)
-    dist.barrier()
     beside_it = side_texts(bridge.hf_config, dtype, beside)
     texts = {f"{HF_SUBFOLDER}/{name}": data for name, data in beside_it.items()}
     run_config = {"model": bridge.provider_fields(rows, dtype)}
     texts[RUN_CONFIG] = yaml.safe_dump(run_config, sort_keys=False).encode()
-    on_first(lambda: _commit(root, partial, folder, texts, iteration))
+    return state, texts
+
+
+def model_states(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """The chunks' sharded state dicts, by the names that Megatron-LM gives them."""
+    unwrapped = unwrap_model(list(chunks))
+    return {
+        "model" if len(unwrapped) == 1 else f"model{i}": chunk.sharded_state_dict()
+        for i, chunk in enumerate(unwrapped)
+    }
 
 
 def _begin(root: Path, partial: Path, folder: Path) -> None:
@@ -182,11 +207,16 @@ def _begin(root: Path, partial: Path, folder: Path) -> None:
 def _commit(
     root: Path, partial: Path, folder: Path, texts: dict[str, bytes], iteration: int
 ) -> None:
-    for name, data in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
+    write_texts(folder, texts)
     if root.exists():
         root.rmdir()
     partial.rename(root)
     (root / TRACKER).write_text(str(iteration))
     (root / PARTIAL_MARKER).unlink()
+
+
+def write_texts(folder: Path, texts: dict[str, bytes]) -> None:
+    """Write small files into a folder, by their names in it."""
+    for name, data in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)

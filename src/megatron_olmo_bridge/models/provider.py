@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -69,6 +70,14 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     backend: str = AUTO
     """Modules of the layers: ``transformer_engine``, ``local``, or ``auto`` for the best that runs
     here."""
+    init_truncation: float | None = None
+    """Initial weights are normal with ``init_method_std``, all of them alike, cut off at so many
+    standard deviations: OLMo's are at 3. None leaves them to megatron-core, whose last layers of
+    blocks are narrower."""
+    initialize: bool = True
+    """False leaves weights as they come out of memory: for those that are loaded. Not the same as
+    ``perform_initialization=False``, with which megatron-core doesn't mark what tensor-parallel
+    ranks share out either, and counts it once in the gradient's norm."""
     pre_wrap_hooks: list[PreWrapHook] = field(default_factory=list, repr=False, compare=False)
     """Called in order by :meth:`provide_distributed_model`; this is how weights come in."""
 
@@ -86,6 +95,12 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         if self.pipeline_model_parallel_size > 1:
             # What the stages send each other is of the parameters' dtype unless said otherwise.
             self.pipeline_dtype: torch.dtype = self.pipeline_dtype or self.params_dtype
+        if not self.initialize:
+            self._init_all_by(_leave)
+        elif self.init_truncation is not None:
+            self._init_all_by(
+                partial(_truncated_normal, std=self.init_method_std, at=self.init_truncation)
+            )
         if resolved_name(self.backend) == TRANSFORMER_ENGINE:
             # Its fused kernel takes sines and cosines in float32; the unfused one rounds them.
             self.apply_rope_fusion = True
@@ -98,6 +113,11 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             for name, value in vars(self).items()
             if (given := before.get(name)) is not value
         }
+
+    def _init_all_by(self, method: Callable[[torch.Tensor], Any]) -> None:
+        self.init_method: Any = method
+        self.output_layer_init_method: Any = method
+        self.embedding_init_method: Any = method
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A field that is set is no longer derived from the others."""
@@ -299,3 +319,11 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
                 for i, chunk in enumerate(chunks)
             ]
         return chunks
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """Initialises nothing."""
+
+
+def _truncated_normal(weight: torch.Tensor, std: float, at: float) -> torch.Tensor:
+    return torch.nn.init.trunc_normal_(weight, std=std, a=-at * std, b=at * std)

@@ -68,10 +68,15 @@ def _error(error_file: Path, said: str, code: int) -> BridgeError:
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """In a started process: hand an error of this package over to the one that started it."""
+    """In a started process: hand an error of this package over to the one that started it.
+
+    In any other process it is raised.
+    """
     try:
         yield
     except BridgeError as error:
-        if path := os.environ.get(_ERROR_FILE):
-            Path(path).write_text(f"{type(error).__name__}:{error}")
-        sys.exit(2)
+        path = os.environ.get(_ERROR_FILE)
+        if path is None:
+            raise
+        Path(path).write_text(f"{type(error).__name__}:{error}")
+        sys.exit(error.exit_code)
