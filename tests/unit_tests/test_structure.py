@@ -81,11 +81,23 @@ BELOW = {
     "models": {"mapping", "formats", "nn", "runtime"},
     "nn": set(),
     "runtime": set(),
-    "training": set(),
+    "data": {"convert"},
+    "training": {"data", "formats", "models", "nn", "runtime", "convert", "live"},
+    "classification": {"data", "formats", "models", "nn", "runtime", "convert", "live", "training"},
     "convert": {"mapping", "formats", "models"},
     "live": {"mapping", "formats", "models", "runtime", "convert"},
     "inference": {"mapping", "formats", "models", "runtime", "convert", "live"},
-    "cli": {"mapping", "formats", "models", "convert", "inference"},
+    "cli": {
+        "mapping",
+        "formats",
+        "models",
+        "runtime",
+        "convert",
+        "inference",
+        "data",
+        "training",
+        "classification",
+    },
 }
 """Folders that each folder may import. All may import errors and the version."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import checks, conversion, inference
+from . import checks, conversion, data, inference, report, training
 from .console import show_version
 
 app = typer.Typer(
@@ -29,6 +29,9 @@ app = typer.Typer(
 conversion.add_to(app)
 checks.add_to(app)
 inference.add_to(app)
+data.add_to(app)
+training.add_to(app)
+report.add_to(app)
 
 
 @app.callback()

@@ -1,12 +1,16 @@
-"""Which parameters are decayed: OLMo's choice, in megatron-core's terms."""
+"""Which parameters are decayed, in megatron-core's terms."""
 
 from __future__ import annotations
 
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from megatron_olmo_bridge.errors import InputError
 
-def olmo_weight_decay() -> dict[ParamKey, ParamGroupOverride]:
+Overrides = dict[ParamKey, ParamGroupOverride]
+
+
+def olmo_weight_decay() -> Overrides:
     """``config_overrides`` of ``get_megatron_optimizer``: decay everything but the embeddings.
 
     megatron-core's own choice is the other way round: it decays the embeddings and spares every
@@ -20,3 +24,19 @@ def olmo_weight_decay() -> dict[ParamKey, ParamGroupOverride]:
     # Tied to an output layer on another pipeline stage, that layer's copy is an embedding too.
     embeddings = ParamKey(name="*embedding.word_embeddings.weight", attr="shared_embedding")
     return {embeddings: ParamGroupOverride(wd_mult=0.0)}
+
+
+def decay_overrides(decayed: str) -> Overrides | None:
+    """``config_overrides`` for a value of ``optimizer.decayed``.
+
+    Raises:
+        InputError: no such choice.
+    """
+    choices: dict[str, Overrides | None] = {
+        "all_but_embeddings": olmo_weight_decay(),
+        "matrices": None,  # megatron-core's default: vectors and biases are spared
+        "all": {},
+    }
+    if decayed not in choices:
+        raise InputError(f"optimizer.decayed={decayed!r} is none of {', '.join(choices)}")
+    return choices[decayed]

@@ -1,0 +1,148 @@
+"""What ``train --dry-run`` prints: the run's settings with their sources, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from typing import Any
+
+from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.training.config import TrainingConfig
+from megatron_olmo_bridge.training.estimate import LEFT_OUT, UTILISATION, Estimate
+from megatron_olmo_bridge.training.layout import model_of
+from megatron_olmo_bridge.training.monitor.human import SI, duration, short
+
+from .console import human_bytes, print_json, say, table
+
+Setting = tuple[str, Any]
+OURS = "ours"
+"""A source that begins so is no citation, but our choice and its reason."""
+
+
+def print_dry_run(
+    config: TrainingConfig, estimate: Estimate, *, quiet: bool = False, json: bool = False
+) -> None:
+    """Print a run's settings, parameters, tokens, FLOPs and memory; ``json`` has every field."""
+    if json:
+        worst = estimate.worst.stage
+        print_json({"config": asdict(config), "estimate": asdict(estimate) | {"worst": worst}})
+    elif not quiet:
+        _print_settings(config)
+        _print_totals(estimate, config.train.micro_batch_size)
+        _print_memory(estimate)
+
+
+def _print_settings(config: TrainingConfig) -> None:
+    documents: list[str] = []
+    rows = []
+    for key, value in shown_settings(config):
+        source = config.sources.get(key) or config.sources.get(key.partition(".")[0], "")
+        rows.append([key, _text(value), _short_citation(source, documents)])
+    say(f"{config.name}: {_model(config)}\n")
+    table(["setting", "value", "source"], rows)
+    for number, document in enumerate(documents, 1):
+        say(f"[{number}] {document}")
+    say("What is not listed has its default; --json lists all.\n")
+
+
+def shown_settings(config: TrainingConfig) -> Iterator[Setting]:
+    """``section.field`` and value of what is not at its default or has a source of its own."""
+    yield "model", _size(config)
+    for section in fields(config):
+        values = getattr(config, section.name)
+        if section.name == "provider":
+            yield from ((f"provider.{name}", value) for name, value in values.items())
+        elif is_dataclass(values):
+            for f in fields(values):
+                key, value = f"{section.name}.{f.name}", getattr(values, f.name)
+                usual = f.default_factory() if f.default_factory is not MISSING else f.default
+                if value != usual or key in config.sources:
+                    yield key, value
+
+
+def _size(config: TrainingConfig) -> str:
+    """The published size that the model is, or its family."""
+    known = published_sizes()
+    named = [name for name in known if known[name].sizes[name] == config.model]
+    return named[0] if named else model_of(config).family
+
+
+def _model(config: TrainingConfig) -> str:
+    numbers = model_of(config).config
+    return (
+        f"{numbers.num_layers} layers, {numbers.hidden_size} wide, "
+        f"{numbers.num_attention_heads} heads, vocabulary of {numbers.vocab_size}"
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value)
+
+
+def _short_citation(source: str, documents: list[str]) -> str:
+    """``[1] optimizer.learning_rate``: the document's number, and the place in it."""
+    document, colon, place = source.partition(": ")
+    if not colon:
+        return source
+    if document == OURS:
+        document, place = source, ""
+    if document not in documents:
+        documents.append(document)
+    return f"[{documents.index(document) + 1}] {place}".strip()
+
+
+def _flop(count: float) -> str:
+    text = short(count, SI)
+    digits = text.rstrip("".join(SI))
+    return f"{digits} {text[len(digits) :]}FLOP" if count < 1e21 else f"{count:.3g} FLOP"
+
+
+def _print_totals(estimate: Estimate, micro: int) -> None:
+    e = estimate
+    days = f"{e.gpu_days:,.0f} days" if e.gpu_days >= 10 else duration(e.gpu_days * 86400)
+    active = f"; a token meets {short(e.active_parameters)}"
+    rows = [
+        [
+            "parameters",
+            f"{e.parameters:,} ({short(e.parameters)})",
+            f"{e.parameters_without_embeddings:,} without embeddings"
+            + (active if e.active_parameters != e.parameters else ""),
+        ],
+        [
+            "step",
+            f"{short(e.tokens_per_step)} tokens",
+            f"{micro * e.micro_batches * e.data_parallel_size} sequences: "
+            f"{e.data_parallel_size} data-parallel ranks x {e.micro_batches} micro-batches x "
+            f"{micro}",
+        ],
+        ["run", f"{short(e.tokens)} tokens", f"{e.steps:,} steps, {e.sequences:,} sequences"],
+        [
+            "compute",
+            _flop(e.flops),
+            f"{_flop(e.flops_per_token)} a token; {days} of one H100 at "
+            f"{UTILISATION:.0%} of its peak",
+        ],
+    ]
+    table(["total", "", ""], rows)
+    say("")
+
+
+def _print_memory(estimate: Estimate) -> None:
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    several = len(estimate.stages) > 1
+    rows = [
+        [
+            *([str(stage.stage), str(stage.layers)] if several else []),
+            short(stage.parameters),
+            *(human_bytes(getattr(stage, part)) for part in parts),
+        ]
+        for stage in estimate.stages
+    ]
+    processes = f"{estimate.processes} process{'es' if estimate.processes > 1 else ''}"
+    say(f"Memory of each of {processes}, estimated:\n")
+    table([*(["stage", "layers"] if several else []), "parameters", *parts], rows)
+    say(f"Counted for Transformer Engine.\nNot counted: {LEFT_OUT}.")

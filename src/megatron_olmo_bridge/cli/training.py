@@ -1,0 +1,124 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_olmo_bridge.errors import AskedToStop
+
+from .console import Json, Quiet, guarded, print_json, say
+
+if TYPE_CHECKING:
+    from megatron_olmo_bridge.training.config import TrainingConfig
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register this module's commands."""
+    app.command("train", no_args_is_help=True)(guarded(train))
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="FILE.py, or FILE.py:FUNCTION; see recipes/.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the config: parallel.tp=2."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            min=1,
+            help="Start so many here, as torchrun would; with --dry-run, reckon with so many.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print config, memory, tokens and FLOPs; train nothing."),
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Train a model as a recipe says. Start it again, and it goes on where it was. Examples:
+
+        olmo-bridge train recipes/olmo2/olmo2_tiny.py data.path=data/text checkpoint.save=runs/first
+
+        olmo-bridge train recipes/olmo2/olmo2_1b.py parallel.tp=2 --dry-run
+
+        torchrun --nproc_per_node 8 -m megatron_olmo_bridge train recipes/olmo2/olmo2_7b.py \\
+            data.path=data/text checkpoint.save=runs/7b
+
+    Exits with 75 when it was asked to stop (SIGTERM, Ctrl-C) and has saved its last step.
+    """
+    from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
+
+    config = apply_overrides(load_recipe(recipe), overrides or [])
+    if dry_run:
+        _dry_run(config, processes, quiet, json)
+    elif processes and processes > 1 and "RANK" not in os.environ:
+        _start(processes, [recipe, *(overrides or [])], quiet, json)
+    else:
+        _train(config, quiet, json)
+
+
+def _train(config: TrainingConfig, quiet: bool, json: bool) -> None:
+    from megatron_olmo_bridge.runtime.launch import reporting_errors
+
+    _no_warnings()
+    if config.classification is None:
+        from megatron_olmo_bridge.training.train import train as run
+    else:
+        from megatron_olmo_bridge.classification.train import train as run
+
+    with reporting_errors():
+        figures = run(config, say=lambda line: say(line, quiet or json))
+    if json and os.environ.get("RANK", "0") == "0":
+        print_json(figures)
+
+
+def _no_warnings() -> None:
+    if not sys.warnoptions:  # libraries' warnings are for those who change the code
+        warnings.simplefilter("ignore")
+
+
+def _start(processes: int, arguments: list[str], quiet: bool, json: bool) -> None:
+    from megatron_olmo_bridge.runtime.launch import processes as started
+
+    flags = ["--quiet"] * quiet + ["--json"] * json
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with started("megatron_olmo_bridge", ["train", *arguments, *flags], processes) as output:
+            for line in output:
+                typer.echo(line, nl=False)
+    except KeyboardInterrupt:
+        raise AskedToStop(
+            "asked to stop. The same command goes on from the last checkpoint."
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _dry_run(config: TrainingConfig, processes: int | None, quiet: bool, json: bool) -> None:
+    _no_warnings()
+    from megatron_olmo_bridge.training.estimate import estimate
+    from megatron_olmo_bridge.training.layout import checks, smallest
+    from megatron_olmo_bridge.training.train import resolved
+
+    from .dry_run import print_dry_run
+
+    config, _ = resolved(config)
+    count = processes or int(os.environ.get("WORLD_SIZE", "0")) or smallest(config)
+    checks(config, count)
+    print_dry_run(config, estimate(config, count), quiet=quiet, json=json)

@@ -1,0 +1,77 @@
+"""Cross entropy of logits whose vocabulary is shared out over tensor-parallel ranks.
+
+megatron-core's own counts the rows that pad a vocabulary as tokens, and gives no log-sum-exp, of
+which the z-loss is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy and log-sum-exp of every position; both can be differentiated.
+
+    Args:
+        logits: [..., padded vocabulary / TP], this rank's rows of the vocabulary; any dtype.
+        labels: [...], token ids; the same on all tensor-parallel ranks.
+        vocab_size: rows that are tokens. What comes after them is padding, and gets no probability.
+
+    Returns:
+        Two tensors [...], float32, in nats; the same on all ranks.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    loss, log_sum_exp = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits, labels, vocab_size, group
+    )
+    return loss, log_sum_exp
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """One pass over the logits in either direction; ranks exchange a number for each position."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, group: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = logits.shape[-1]
+        first = columns * dist.get_rank(group)
+        scores = logits.float()
+        if first + columns > vocab_size:
+            real = max(0, vocab_size - first)
+            # Not -inf: a rank may have nothing but padding, of which the softmax would be NaN.
+            scores = scores.clone()
+            scores[..., real:] = torch.finfo(torch.float32).min
+        logp = scores.log_softmax(-1)
+        local = scores[..., 0] - logp[..., 0]  # log-sum-exp over this rank's columns
+        top = _reduced(local, dist.ReduceOp.MAX, group)
+        total = top + _reduced((local - top).exp(), dist.ReduceOp.SUM, group).log()
+        inside = (labels >= first) & (labels < first + columns)
+        index = torch.where(inside, labels - first, 0).unsqueeze(-1)
+        shift = (local - total).unsqueeze(-1)
+        target = torch.where(inside, (logp.gather(-1, index) + shift).squeeze(-1), 0.0)
+        ctx.save_for_backward(logp, shift, index, inside)
+        ctx.dtype = logits.dtype
+        return -_reduced(target, dist.ReduceOp.SUM, group), total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None, None]:
+        logp, shift, index, inside = ctx.saved_tensors
+        of_loss, of_total = grads
+        grad = (logp + shift).exp_().mul_((of_loss + of_total).unsqueeze(-1))
+        grad.scatter_add_(-1, index, (-of_loss * inside).unsqueeze(-1))
+        return grad.to(ctx.dtype), None, None, None
+
+
+def _reduced(x: torch.Tensor, operation: Any, group: Any) -> torch.Tensor:
+    if dist.get_world_size(group) == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x, operation, group)
+    return x

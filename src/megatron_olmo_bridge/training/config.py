@@ -1,0 +1,231 @@
+"""Everything that a training run is told, as plain dataclasses.
+
+A recipe is a function that returns a :class:`TrainingConfig`; the command line overrides its fields
+as ``section.field=value``. Nothing here needs torch or megatron-core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at once, and in which arithmetic."""
+
+    steps: int = 0
+    """Optimizer steps of the whole run; tokens = steps x global_batch_size x sequence_length."""
+    global_batch_size: int = 8
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch_size: int = 1
+    """Sequences that a process runs at once; the rest of its share is accumulated."""
+    sequence_length: int = 4096
+    """Tokens of a sequence."""
+    precision: str = "bfloat16"
+    """Of parameters and activations: float32, or bfloat16 (the optimizer then keeps float32)."""
+    seed: int = 1234
+    """Of initial weights, of the data's order and of dropout."""
+
+
+@dataclass
+class DataConfig:
+    """What is trained on: the output of ``prepare-data``."""
+
+    path: list[str] = field(default_factory=list)
+    """Prefixes of .bin and .idx files. Several are blended."""
+    weights: list[float] | None = None
+    """Share of the samples that comes from each path; by default as many as it has."""
+    validation: list[str] = field(default_factory=list)
+    """Prefixes of held-out data; without any, there is no evaluation."""
+    cache: str | None = None
+    """Folder for the index of samples; by default beside the data."""
+    tokenizer: str | None = None
+    """Folder or hub id; by default the one that the data was prepared with."""
+    workers: int = 0
+    """Processes that read ahead; 0 reads in the training process."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, and what is added to the loss."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decayed: str = "all_but_embeddings"
+    """Which parameters decay: ``all_but_embeddings`` (OLMo), ``matrices`` (GPT-2: embeddings, but
+    neither norms nor biases) or ``all``."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient, over all parameters; 0 does not clip."""
+    z_loss: float = 0.0
+    """Weight of the mean square of log-sum-exp of the logits, in the loss that is trained on."""
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate, step by step: up linearly, then as ``decay`` says."""
+
+    warmup_steps: int = 0
+    decay: str = "cosine"
+    """``cosine``, ``linear``, ``wsd`` (warmup-stable-decay: constant, then linear to the minimum)
+    or ``constant``."""
+    min_lr_ratio: float = 0.1
+    """The lowest learning rate, as a share of the peak."""
+    end_step: int | None = None
+    """Step at which the minimum is reached; by default the last. OLMo-2's cosine ends after it."""
+    wsd_decay_steps: int = 0
+    """Length of the last part of ``wsd``."""
+
+
+@dataclass
+class StabilityConfig:
+    """What happens when the loss leaps. A loss that is not a number always stops the run."""
+
+    on_spike: str = "stop"
+    """``stop``; ``skip`` (the step is not taken: OLMo-core's SkipStepAdamW); or ``ignore``."""
+    sigma: float = 10.0
+    """A spike is a loss, or with ``skip`` a gradient norm too, this many standard deviations above
+    the mean of the last ``window`` steps."""
+    window: int = 128
+    """Until so many steps were seen, there are no spikes."""
+
+
+@dataclass
+class ParallelConfig:
+    """How a model is shared out over processes; what is left over is data parallelism."""
+
+    tp: int = 1
+    """Tensor parallel size: processes that share each layer."""
+    pp: int = 1
+    """Pipeline parallel size: stages of layers."""
+    vpp: int | None = None
+    """Chunks of layers on each stage, interleaved."""
+    ep: int = 1
+    """Expert parallel size."""
+    sp: bool = False
+    """Sequence parallelism: what tensor parallelism leaves whole is shared out by tokens."""
+    distributed_optimizer: bool = True
+    """Each data-parallel rank keeps a part of the optimizer's state (ZeRO-1)."""
+    overlap: bool = False
+    """Reduce gradients and gather parameters while computing; for GPUs."""
+    recompute: str = "none"
+    """Activations that are computed again in the backward pass: ``none``, ``selective``
+    (attention) or ``full`` (each layer)."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Where the run lives, and how often it is saved."""
+
+    save: str | None = None
+    """The run's folder: checkpoints, log, report. Started again on it, a run continues. Without
+    one nothing is saved."""
+    interval: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int | None = None
+    """Older checkpoints are deleted; by default all are kept."""
+    asynchronous: bool = False
+    """Write while training goes on."""
+
+
+@dataclass
+class InitConfig:
+    """Where the weights come from; by default they are random."""
+
+    hf: str | None = None
+    """A Hugging Face folder or hub id; the model is then this one's. Nothing is converted."""
+    revision: str | None = None
+    """Of the hub."""
+    checkpoint: str | None = None
+    """A Megatron checkpoint, of any run at any layout."""
+    optimizer: bool = False
+    """Take the optimizer's moments from ``init.checkpoint`` too, as OLMo's stage 2 does."""
+
+
+@dataclass
+class ExportConfig:
+    """Hugging Face checkpoints, written while training."""
+
+    hf: str | None = None
+    """Folder; each goes into ``step_N`` in it, with a model card."""
+    interval: int | None = None
+    """Steps between them; by default only the last step is exported."""
+    dtype: str = "keep"
+    """Of the exported weights: keep, float32, bfloat16 or float16."""
+
+
+@dataclass
+class EvaluationConfig:
+    """The loss on ``data.validation``."""
+
+    interval: int = 1000
+    """Steps between evaluations; there is one before the first and one after the last step too."""
+    batches: int = 10
+    """Global batches of each; always the same ones."""
+
+
+@dataclass
+class LoggingConfig:
+    """What one sees. With a run's folder: ``log.jsonl`` and ``report.html`` in it."""
+
+    interval: int = 10
+    """Steps between lines."""
+    tensorboard: bool = False
+    """Also write ``tensorboard/`` into the run's folder."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases."""
+
+
+@dataclass
+class ClassificationConfig:
+    """Fine-tuning of a classifier: the data are texts with labels, not tokens."""
+
+    train: str = ""
+    """A .jsonl or .csv file."""
+    validation: str = ""
+    """The same, held out; early stopping and the report look at it."""
+    text: str = "text"
+    """Name of the field or column with the text."""
+    label: str = "label"
+    """Name of the field or column with the label."""
+    class_weights: str = "none"
+    """``none``, or ``balanced``: inversely to how often a class occurs."""
+    patience: int | None = None
+    """Stop after so many evaluations without a better macro-F1, and keep the best."""
+    baseline: str | None = None
+    """An encoder to train on the same data and to report beside: a folder or a hub id."""
+    baseline_lr: float | None = None
+    """Its peak learning rate; by default ``optimizer.lr``."""
+
+
+@dataclass
+class TrainingConfig:
+    """A whole run."""
+
+    name: str = "run"
+    model: dict[str, Any] = field(default_factory=dict)
+    """The model as its ``config.json`` says it; empty with ``init``, which brings it along."""
+    provider: dict[str, Any] = field(default_factory=dict)
+    """Any further fields of megatron-core's ``TransformerConfig`` or of the provider."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    classification: ClassificationConfig | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where published values come from: ``section.field`` (or ``section``) to a citation."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.train.sequence_length

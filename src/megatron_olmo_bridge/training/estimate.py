@@ -1,0 +1,359 @@
+"""What a run takes, before it runs: parameters, FLOPs, and memory by part.
+
+Arithmetic on the family's mapping table; neither torch nor megatron-core is needed. Parameters are
+exact, also those of each rank; memory is an estimate, which says what it leaves out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_olmo_bridge.errors import UnsupportedError
+from megatron_olmo_bridge.models.bridge import ModelBridge
+
+from .config import TrainingConfig
+from .layout import Layout, model_of, smallest
+from .monitor.gpu_peaks import peak_flops
+
+PEAK_FLOPS = peak_flops("NVIDIA H100 80GB HBM3") or math.nan
+UTILISATION = 0.4
+"""What GPU-days are of: an H100 SXM, and the share of its peak that good runs reach."""
+LEFT_OUT = "CUDA's context, NCCL's buffers, workspaces, fragmentation: some GB on a GPU"
+"""What the memory is without."""
+
+_COLUMN = ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")
+_ROW = ("linear_proj", "linear_fc2")
+_UNEVEN = (
+    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A rank of one pipeline stage; all counts but the first three are bytes."""
+
+    stage: int
+    layers: int
+    parameters: int
+    """Elements that the rank holds."""
+    weights: int
+    gradients: int
+    """float32, in bfloat16 runs too: ``grad_reduce_in_fp32``."""
+    optimizer: int
+    """Two moments in float32, and float32 weights beside bfloat16 ones."""
+    activations: int
+    """What the forward pass keeps for the backward pass, of all micro-batches under way."""
+    logits: int
+    """On the last stage: logits of one micro-batch, in float32 again, and their gradient."""
+    total: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes."""
+
+    processes: int
+    data_parallel_size: int
+    micro_batches: int
+    """Of each process, in one step."""
+    parameters: int
+    """Of the Hugging Face model."""
+    parameters_without_embeddings: int
+    """Without the embeddings of tokens and positions; an untied output layer counts."""
+    active_parameters: int
+    """That a token meets: of the experts, those that it is sent to."""
+    padded_vocab_size: int
+    steps: int
+    sequences: int
+    tokens: int
+    tokens_per_step: int
+    flops_per_token: float
+    """Forward and backward; see :func:`flops_per_token`."""
+    flops: float
+    gpu_days: float
+    """Of an H100 at 40 % utilisation: an orientation."""
+    stages: list[StageMemory]
+    """One for each pipeline stage."""
+
+    @property
+    def worst(self) -> StageMemory:
+        """The stage that takes most memory."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+
+def estimate(config: TrainingConfig, processes: int | None = None) -> Estimate:
+    """What a run takes on so many processes; by default the fewest that its layout can do with.
+
+    The layout is taken to be possible: :func:`.layout.checks` says whether it is.
+
+    Raises:
+        InputError: the processes or the batch don't fit the layout; there is no model.
+        UnsupportedError: stages of unequal depth that are not counted here.
+    """
+    bridge = model_of(config)
+    layout = Layout.of(config, processes or smallest(config))
+    per_token = flops_per_token(bridge, config.train.sequence_length)
+    sequences = config.train.steps * config.train.global_batch_size
+    tokens = sequences * config.train.sequence_length
+    return Estimate(
+        processes=layout.processes,
+        data_parallel_size=layout.dp,
+        micro_batches=layout.micro_batches,
+        parameters=parameter_count(bridge),
+        parameters_without_embeddings=_count(bridge, embeddings=False),
+        active_parameters=_count(bridge, active=True),
+        padded_vocab_size=padded_vocab_size(config, bridge),
+        steps=config.train.steps,
+        sequences=sequences,
+        tokens=tokens,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_token=per_token,
+        flops=per_token * tokens,
+        gpu_days=per_token * tokens / (UTILISATION * PEAK_FLOPS) / 86400,
+        stages=[_Rank(config, bridge, layout, stage).memory() for stage in range(layout.pp)],
+    )
+
+
+def parameter_count(bridge: ModelBridge) -> int:
+    """Elements of the Hugging Face model; tied weights count once."""
+    return _count(bridge)
+
+
+def flops_per_token(bridge: ModelBridge, sequence_length: int) -> float:
+    """Floating point operations of forward and backward pass, by each token of a full sequence.
+
+    6 for each element of a matrix that a token is multiplied by: the output layer counts, the
+    embedding's rows are looked up and don't; of experts, those that a token is sent to. And 12 for
+    each element of a query and each key that it sees, on average: half of the sequence, as the mask
+    is causal, or less in layers with a window. Source: PaLM (Chowdhery et al. 2022), appendix B,
+    which counts masked keys too; that they are left out is how Megatron-LM counts
+    (``num_floating_point_operations`` in ``megatron/training/training.py``). Recomputation does
+    not count.
+    """
+    config = bridge.config
+    matrices = sum(
+        row.size * row.layers * row.used
+        for row in _rows(bridge)
+        if len(row.shape) == 2 and row.module not in ("word_embeddings", "position_embeddings")
+    )
+    if config.share_embeddings_and_output_weights and not bridge.num_labels:
+        matrices += config.vocab_size * config.hidden_size
+    width = config.num_attention_heads * config.kv_channels
+    keys = sum(
+        seen * (1 - seen / (2 * sequence_length))
+        for window in _windows(bridge)
+        for seen in [min(window or sequence_length, sequence_length)]
+    )
+    return float(6 * matrices + 12 * width * keys)
+
+
+def padded_vocab_size(config: TrainingConfig, bridge: ModelBridge) -> int:
+    """Rows of the embedding in Megatron; unless told otherwise, as many as ``tp`` divides."""
+    multiple = int(config.provider.get("make_vocab_size_divisible_by", config.parallel.tp))
+    return -(-bridge.vocab_size // multiple) * multiple
+
+
+def shards(name: str, tp: int) -> int:
+    """Into how many equal parts megatron-core cuts a parameter under tensor parallelism.
+
+    Column-parallel linears are cut with their biases, row-parallel ones without; norms, routers and
+    the embedding of positions are whole on every rank.
+    """
+    *_, module, kind = name.split(".")
+    column = module in _COLUMN and kind in ("weight", "bias")
+    return tp if column or (module in _ROW and kind == "weight") else 1
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A Megatron parameter of the family's table, for all layers and experts at once."""
+
+    name: str
+    shape: tuple[int, ...]
+    layers: int
+    """How often it is there: 1 outside of layers."""
+    experts: int
+    """How often in a layer."""
+    used: int
+    """How many of these a token is sent to."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def module(self) -> str:
+        return self.name.split(".")[-2]
+
+
+def _rows(bridge: ModelBridge, padded_vocab_size: int | None = None) -> Iterator[_Row]:
+    for mapping in bridge.mapping_registry(padded_vocab_size).mappings:
+        wildcards = mapping.megatron_param.count("*")
+        layers = bridge.num_layers if wildcards else 1
+        experts, used = 1, 1
+        if wildcards > 1:
+            experts, used = bridge.num_experts or 1, int(bridge.config.moe_router_topk)
+        yield _Row(mapping.megatron_param, mapping.shape, layers, experts, used)
+
+
+def _count(bridge: ModelBridge, *, embeddings: bool = True, active: bool = False) -> int:
+    return sum(
+        row.size * row.layers * (row.used if active else row.experts)
+        for row in _rows(bridge)
+        if embeddings or not row.name.startswith("embedding.")
+    )
+
+
+def _windows(bridge: ModelBridge) -> list[int | None]:
+    """Of each layer the tokens that a query sees, itself among them; None for all before it."""
+    window = getattr(bridge.config, "window_size", None)
+    every = getattr(bridge.config, "window_attn_skip_freq", None)
+    if window is None:
+        return [None] * bridge.num_layers
+    if isinstance(every, list):
+        windowed = [bool(flag) for flag in every]
+    else:
+        windowed = [not every or (i + 1) % every != 0 for i in range(bridge.num_layers)]
+    return [window[0] + 1 if flag else None for flag in windowed]
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One rank of a pipeline stage."""
+
+    config: TrainingConfig
+    bridge: ModelBridge
+    layout: Layout
+    stage: int
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.layout.pp - 1
+
+    @property
+    def value_bytes(self) -> int:
+        return 2 if self.config.train.precision == "bfloat16" else 4
+
+    @property
+    def layers(self) -> int:
+        """Layers of this stage, by megatron-core's ``get_num_layers_to_build``."""
+        given, stages = self.config.provider, self.layout.pp
+        if odd := [name for name in _UNEVEN if given.get(name)]:
+            raise UnsupportedError(f"the estimate can't count stages made by {', '.join(odd)}")
+        ends = {
+            stage: int(layers)
+            for stage, name in ((0, "first"), (stages - 1, "last"))
+            if (layers := given.get(f"num_layers_in_{name}_pipeline_stage"))
+        }
+        rest = (self.bridge.num_layers - sum(ends.values())) // max(stages - len(ends), 1)
+        return ends.get(self.stage, rest)
+
+    def parameters(self) -> tuple[int, int]:
+        """Elements that the rank holds: without experts, and of experts."""
+        dense = experts = 0
+        tied = self.bridge.config.share_embeddings_and_output_weights and not self.bridge.num_labels
+        padded = padded_vocab_size(self.config, self.bridge)
+        for row in _rows(self.bridge, padded):
+            if row.experts > 1:
+                size = row.size // shards(row.name, self.layout.etp)
+                experts += size * self.layers * (row.experts // self.layout.ep)
+                continue
+            size = row.size // shards(row.name, self.layout.tp)
+            if row.name.startswith("decoder.layers."):
+                dense += size * self.layers
+            elif row.name.startswith("embedding."):
+                copied = tied and self.last and row.module == "word_embeddings"
+                dense += size if self.stage == 0 or copied else 0
+            else:
+                dense += size if self.last else 0
+        return dense, experts
+
+    def memory(self) -> StageMemory:
+        dense, experts = self.parameters()
+        parameters = dense + experts
+        state = 12 if self.value_bytes == 2 else 8
+        if self.config.parallel.distributed_optimizer:
+            optimizer = state * (dense / self.layout.dp + experts / self.layout.expert_dp)
+        else:
+            optimizer = float(state * parameters)
+        weights, gradients = self.value_bytes * parameters, 4 * parameters
+        activations, logits = round(self.activations()), round(self.logits())
+        return StageMemory(
+            self.stage, self.layers, parameters, weights, gradients, round(optimizer),
+            activations, logits,
+            weights + gradients + round(optimizer) + activations + logits,
+        )  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.config.train.micro_batch_size * self.config.train.sequence_length
+
+    @property
+    def whole(self) -> float:
+        """Bytes of one hidden state on this rank; sequence parallelism shares it out."""
+        ranks = self.layout.tp if self.config.parallel.sp else 1
+        return self.value_bytes * int(self.bridge.config.hidden_size) / ranks
+
+    def activations(self) -> float:
+        """Bytes kept for the backward pass.
+
+        After Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer
+        Models), for Transformer Engine's modules with flash attention, which keeps no scores,
+        without dropout, and with gated MLPs. Left out: masks, rope's tables, norms' statistics.
+        Selective recomputation saves nothing that is counted here. Without Transformer Engine
+        norms and activation functions keep float32 values and intermediate ones: up to 1.6 times as
+        much was counted.
+        """
+        layer = self.tokens * self.layer_bytes()
+        under_way = self._in_flight() * self.layers
+        if self.config.parallel.recompute == "full":  # each layer's input, and one layer at work
+            kept = under_way * self.tokens * self.whole + layer
+        else:
+            kept = under_way * layer
+        ends = 2 * self.tokens * self.whole if self.last else 0.0  # final norm, output layer
+        return kept + ends
+
+    def layer_bytes(self) -> float:
+        """Bytes that one layer keeps of a token.
+
+        Whole on each tensor-parallel rank: the inputs of both halves of the layer, and of their
+        norms. Shared out: queries, keys, values and what attention gives; the MLP's hidden states
+        before and after its activation. The QK norm calculates in float32 and keeps its input and
+        its result in that. A token's experts keep their inputs and outputs as well.
+        """
+        kept = 4 * self.whole
+        width = self.bridge.config.hidden_size
+        for row in _rows(self.bridge):
+            if row.name.endswith(("linear_qkv.weight", "linear_fc1.weight")):
+                values = row.shape[0]
+            elif row.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                values = row.shape[1]
+            elif row.name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+                kept += 8 * row.size / self.layout.tp
+                continue
+            else:
+                continue
+            ranks = self.layout.tp if row.experts == 1 else self.layout.etp
+            kept += self.value_bytes * row.used * values / ranks
+            kept += self.value_bytes * row.used * width if row.experts > 1 else 0
+        return kept
+
+    def _in_flight(self) -> float:
+        """Micro-batches of which this stage keeps activations at once; under the interleaved
+        schedule parts of them: Megatron's 1F1B fills the pipeline before its first backward."""
+        stages, chunks, behind = self.layout.pp, self.layout.vpp, self.layout.pp - self.stage - 1
+        if chunks == 1:
+            return min(behind + 1, self.layout.micro_batches)
+        begun = 2 * behind + (chunks - 1) * stages + 1
+        return min(begun, chunks * self.layout.micro_batches) / chunks
+
+    def logits(self) -> float:
+        """Bytes that the loss works on: the logits, and in float32 their softmax and gradient."""
+        if not self.last or self.bridge.num_labels:
+            return 0.0
+        columns = padded_vocab_size(self.config, self.bridge) / self.layout.tp
+        return self.tokens * columns * (self.value_bytes + 8)

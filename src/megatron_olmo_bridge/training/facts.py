@@ -1,0 +1,38 @@
+"""What holds for the whole of a run, for its log."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import megatron.core
+import torch
+import torch.distributed as dist
+
+from megatron_olmo_bridge._version import __version__
+from megatron_olmo_bridge.models.bridge import ModelBridge
+
+from .config import TrainingConfig
+from .estimate import flops_per_token, parameter_count
+from .monitor.run_log import RunFacts
+from .recipes import as_dict
+
+
+def run_facts(config: TrainingConfig, bridge: ModelBridge) -> RunFacts:
+    """Of a run on the processes that are there."""
+    return RunFacts(
+        name=config.name,
+        steps=config.train.steps,
+        tokens_per_step=config.tokens_per_step,
+        parameters=parameter_count(bridge),
+        flops_per_token=flops_per_token(bridge, config.train.sequence_length),
+        processes=dist.get_world_size(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        config=as_dict(config),
+        versions={
+            "megatron-olmo-bridge": __version__,
+            "megatron-core": megatron.core.__version__,
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+    )

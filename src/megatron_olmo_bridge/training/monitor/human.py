@@ -1,0 +1,65 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+COUNTS = ("", "K", "M", "B", "T")
+"""Thousands, millions, billions, as tokens and parameters are counted."""
+SI = ("", "k", "M", "G", "T", "P", "E")
+"""Prefixes of units."""
+
+
+def short(value: float, units: tuple[str, ...] = COUNTS) -> str:
+    """Three digits and a unit: ``4.19B``; ``5e+34`` where no unit is large enough."""
+    scaled = value
+    for unit in units:
+        if abs(scaled) < 999.5:
+            if not unit:
+                return f"{scaled:.3g}"
+            decimals = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
+            return f"{scaled:.{decimals}f}{unit}"
+        scaled /= 1000
+    return f"{value:.0e}"
+
+
+def compact(value: float, decimals: int) -> str:
+    """So many decimals, or three digits and a unit from 1000 on: ``22.72``, ``48.6K``."""
+    return f"{value:.{decimals}f}" if abs(value) < 1000 else short(value)
+
+
+def flops(per_second: float) -> str:
+    """``412 TFLOP/s``"""
+    number = short(per_second, SI)
+    digits = number.rstrip("".join(SI))
+    return f"{digits} {number[len(digits) :]}FLOP/s"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: ``3d 04h``, ``2h 05m``, ``4m 09s``, ``12s``."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats a token; infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def when(seconds: float) -> str:
+    """A time in seconds since 1970: ``2026-03-01 17:05 UTC``."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,349 @@
+"""The pictures of a report: a run's curves as SVG, for light and dark, wide and narrow screens."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .history import RunHistory
+from .human import COUNTS, SI, flops, short
+from .log_file import Line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = NDArray[np.float64]
+THIN = 800
+"""Points of a curve; of more, the lowest and the highest of each stretch are drawn."""
+FEW = 60
+"""Up to so many points each gets a dot, and there is no smoothed curve."""
+FONTS = ["Inter", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"]
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours, legible on the page's background of that theme."""
+
+    ink: str
+    muted: str
+    grid: str
+    faint: str
+    main: str
+    second: str
+    bad: str
+    mark: str
+
+
+LIGHT = Theme(
+    ink="#1c2330", muted="#667085", grid="#e7eaf0", faint="#a9c0ee", main="#2557c7",
+    second="#c2590a", bad="#c4262e", mark="#7a3fc0",
+)  # fmt: skip
+DARK = Theme(
+    ink="#e7eaf1", muted="#97a1b3", grid="#2a303d", faint="#3d5a99", main="#84abff",
+    second="#ffa657", bad="#ff7b72", mark="#c59bff",
+)  # fmt: skip
+WIDE, NARROW = (9.4, 3.5), (4.6, 3.3)
+"""Width and height in inches, of 72 CSS pixels each in the SVG."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture, yet to be drawn."""
+
+    name: str
+    title: str
+    summary: str
+    """What it shows, in words and numbers."""
+    draw: Callable[[Axes, Theme], None]
+    history: RunHistory
+
+    def svg(self, theme: Theme, size: tuple[float, float]) -> bytes:
+        """Draw it. The same log gives the same bytes."""
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        style: dict[Any, Any] = {
+            "svg.fonttype": "none", "svg.hashsalt": self.name, "font.family": "sans-serif",
+            "font.sans-serif": FONTS, "font.size": 9, "text.color": theme.ink,
+            "axes.edgecolor": theme.grid, "axes.labelcolor": theme.muted, "axes.labelsize": 8.5,
+            "xtick.color": theme.muted, "ytick.color": theme.muted, "grid.color": theme.grid,
+            "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5,
+        }  # fmt: skip
+        with matplotlib.rc_context(style):
+            figure = Figure(figsize=size)
+            figure.patch.set_alpha(0)
+            axes = figure.add_subplot()
+            self._frame(axes)
+            self.draw(axes, theme)
+            _marks(axes, self.history, theme)
+            _arrange(figure, axes)
+            out = io.BytesIO()
+            FigureCanvasSVG(figure)
+            figure.savefig(out, format="svg", metadata={"Date": None})
+        return out.getvalue()
+
+    def _frame(self, axes: Axes) -> None:
+        """Tokens below, steps above, a quiet grid."""
+        from matplotlib.ticker import MaxNLocator
+
+        axes.patch.set_alpha(0)
+        axes.grid(True, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, which="both")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        tokens = self.history.facts.tokens_per_step
+        last = max(self.history.steps[-1]["step"], 2) * tokens
+        axes.set_xlim(-0.012 * last, 1.012 * last)
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(_tick())
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        above = axes.secondary_xaxis("top", functions=_scaled(1 / tokens))
+        above.set_xlabel("steps")
+        above.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        above.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        above.tick_params(length=0)
+        above.spines["top"].set_visible(False)
+
+
+def _arrange(figure: Figure, axes: Axes) -> None:
+    """The same margins in all pictures, so that their steps stand below each other."""
+    width, height = figure.get_size_inches()
+    handles, labels = axes.get_legend_handles_labels()
+    columns = int(width / 1.45)
+    rows = math.ceil(len(labels) / columns) if len(labels) > 1 else 0
+    figure.subplots_adjust(
+        left=0.62 / width, right=1 - 0.64 / width, bottom=0.5 / height,
+        top=1 - (0.52 + 0.2 * rows) / height,
+    )  # fmt: skip
+    if rows:
+        figure.legend(
+            handles, labels, ncols=columns, loc="upper left", bbox_to_anchor=(0, 1),
+            borderaxespad=0, frameon=False, handlelength=1.4, columnspacing=1.4,
+        )  # fmt: skip
+
+
+def plots(history: RunHistory) -> list[Plot]:
+    """All pictures of a run, in the order of the page; none before the first step is logged."""
+    if not history.steps:
+        return []
+    made = [
+        ("loss", "Loss", _loss_summary, _draw_loss),
+        ("learning-rate", "Learning rate", _rate_summary, _draw_rate),
+        ("gradient-norm", "Gradient norm", _norm_summary, _draw_norm),
+        ("throughput", "Throughput", _throughput_summary, _draw_throughput),
+    ]
+
+    def drawing(
+        draw: Callable[[Axes, RunHistory, Theme], None],
+    ) -> Callable[[Axes, Theme], None]:
+        return lambda axes, theme: draw(axes, history, theme)
+
+    return [
+        Plot(name, title, summary(history), drawing(draw), history)
+        for name, title, summary, draw in made
+    ]
+
+
+# ------------------------------------------------------------------------------------ the pictures
+
+
+def _draw_loss(axes: Axes, history: RunHistory, theme: Theme) -> None:
+    _measured(axes, history, "loss", theme, "training")
+    x, y = _curve(history, history.evaluations, "loss")
+    if x.size:
+        axes.plot(x, y, color=theme.second, linewidth=1.6, marker="o", markersize=4,
+                  label="evaluation", zorder=4)  # fmt: skip
+    axes.set_ylabel("nats per token")
+    _, losses = _curve(history, history.steps, "loss")
+    skipped = losses.size // 20 if losses.size > FEW else 0
+    shown = np.concatenate([losses[skipped:], y[1:] if skipped else y])
+    shown = shown[np.isfinite(shown)]
+    _logarithmic(axes, shown, beyond=2.5)
+    if skipped and shown.size and np.nanmax(losses) > 1.1 * shown.max():
+        # The fall at the start would flatten all that comes after it.
+        lowest, highest = shown.min(), shown.max()
+        axes.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.05 * (highest - lowest))
+
+
+def _draw_rate(axes: Axes, history: RunHistory, theme: Theme) -> None:
+    x, y = _curve(history, history.steps, "lr")
+    axes.plot(*_thin(x, y), color=theme.main, linewidth=1.8, label="learning rate",
+              marker="o" if x.size <= FEW else None, markersize=3.5)  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
+
+
+def _draw_norm(axes: Axes, history: RunHistory, theme: Theme) -> None:
+    _measured(axes, history, "grad_norm", theme, "before clipping")
+    _logarithmic(axes, _curve(history, history.steps, "grad_norm")[1], beyond=1)
+    axes.set_ylabel("L2 norm")
+    clip = history.facts.config.get("optimizer", {}).get("clip_grad")
+    if clip:
+        axes.axhline(clip, color=theme.muted, linewidth=1, linestyle=":", label="clipped above")
+
+
+def _draw_throughput(axes: Axes, history: RunHistory, theme: Theme) -> None:
+    _measured(axes, history, "tokens_per_second", theme, "tokens/s")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(_tick())
+    axes.set_ylabel("tokens/s")
+    per_token = history.facts.flops_per_token
+    if per_token > 0:
+        right = axes.secondary_yaxis("right", functions=_scaled(per_token))
+        right.set_ylabel("model FLOP/s")
+        right.yaxis.set_major_formatter(_tick(SI))
+        right.tick_params(length=0)
+        right.spines["right"].set_visible(False)
+
+
+def _measured(axes: Axes, history: RunHistory, name: str, theme: Theme, label: str) -> None:
+    """What each line of the log says, and a smoothed curve."""
+    x, y = _curve(history, history.steps, name)
+    if x.size <= FEW:
+        axes.plot(x, y, color=theme.main, linewidth=1.6, marker="o", markersize=3.5, label=label)
+        return
+    axes.plot(*_thin(x, y), color=theme.faint, linewidth=0.9, label=label)
+    axes.plot(*_thin(x, _smoothed(y)), color=theme.main, linewidth=1.8, label="smoothed")
+
+
+def _marks(axes: Axes, history: RunHistory, theme: Theme) -> None:
+    """Checkpoints, skipped steps, resumes and the end of a run that stopped early."""
+    tokens = history.facts.tokens_per_step
+    below = axes.get_xaxis_transform()
+
+    def at(kind: str) -> list[float]:
+        return [event["step"] * tokens for event in history.events if event["event"] == kind]
+
+    for kind, marker, colour, height in (
+        ("checkpoint", "^", theme.muted, 0.02), ("skipped", "x", theme.bad, 0.05)
+    ):  # fmt: skip
+        if where := at(kind):
+            axes.plot(where, [height] * len(where), marker, color=colour, markersize=4.5,
+                      transform=below, label=kind, clip_on=False, zorder=5)  # fmt: skip
+    stopped = [history.end["step"] * tokens] if history.state == "stopped" else []
+    for label, where, colour in (
+        ("resumed", at("resumed"), theme.mark), ("stopped", stopped, theme.bad)
+    ):  # fmt: skip
+        for number, x in enumerate(where):
+            axes.axvline(x, color=colour, linewidth=1.1, linestyle="--", zorder=1,
+                         label=label if number == 0 else None)  # fmt: skip
+
+
+def _logarithmic(axes: Axes, values: Curve, beyond: float) -> None:
+    """A logarithmic y axis, if values span more than a factor; its ticks are plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    values = values[np.isfinite(values) & (values > 0)]
+    if values.size < 2 or values.max() <= beyond * values.min():
+        return
+    axes.set_yscale("log")
+    decades = np.log10(values.max() / values.min())
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1.2 else (1.0, 3.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs if decades < 4 else (1.0,)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _scaled(factor: float) -> tuple[Any, Any]:
+    """There and back, for an axis on the other side."""
+    return lambda value: value * factor, lambda value: value / factor
+
+
+def _tick(units: tuple[str, ...] = COUNTS) -> Callable[[float, float], str]:
+    """Labels of an axis: ``1.5M``, and ``20M``, without zeros after a point."""
+
+    def label(value: float, _: float) -> str:
+        text = short(value, units)
+        number = text.rstrip("".join(units))
+        return f"{float(number):g}{text[len(number) :]}"
+
+    return label
+
+
+# ---------------------------------------------------------------------------------------- the data
+
+
+def _curve(history: RunHistory, lines: list[Line], name: str) -> tuple[Curve, Curve]:
+    """Tokens seen, and a measure: [lines], float64."""
+    tokens = history.facts.tokens_per_step
+    x = np.array([line["step"] * tokens for line in lines], dtype=np.float64)
+    return x, np.array([line[name] for line in lines], dtype=np.float64)
+
+
+def _thin(x: Curve, y: Curve) -> tuple[Curve, Curve]:
+    """A curve that looks the same with at most THIN points: no peak is lost, and no gap."""
+    if x.size <= THIN:
+        return x, y
+    kept = {0, x.size - 1}
+    for part in np.array_split(np.arange(x.size), THIN // 2):
+        known = part[np.isfinite(y[part])]
+        if known.size < part.size:
+            kept.add(int(part[~np.isfinite(y[part])][0]))
+        if known.size:
+            kept |= {int(known[y[known].argmin()]), int(known[y[known].argmax()])}
+    index = sorted(kept)
+    return x[index], y[index]
+
+
+def _smoothed(y: Curve) -> Curve:
+    """A weighted mean around each point (Hann window, a 20th of the curve), of what is a number."""
+    weights = np.hanning((y.size // 20 | 1) + 2)
+    known = np.isfinite(y)
+    sums = np.convolve(np.where(known, y, 0.0), weights, "same")
+    return np.where(known, sums / np.convolve(known, weights, "same"), np.nan)
+
+
+# --------------------------------------------------------------------------------------- the words
+
+
+def _loss_summary(history: RunHistory) -> str:
+    steps = [line for line in history.steps if np.isfinite(line["loss"])]
+    text = "No loss was a number."
+    if steps:
+        best = min(steps, key=lambda line: line["loss"])
+        text = (
+            f"From {steps[0]['loss']:.3f} at step {steps[0]['step']:,} to "
+            f"{steps[-1]['loss']:.3f} at step {steps[-1]['step']:,}; "
+            f"lowest {best['loss']:.3f} at step {best['step']:,}."
+        )
+    if missing := [line["step"] for line in history.steps if not np.isfinite(line["loss"])]:
+        text += f" Not a number at step {missing[0]:,}."
+    if history.evaluations:
+        last = history.evaluations[-1]
+        text += f" Evaluation: {last['loss']:.3f} at step {last['step']:,}."
+    return text
+
+
+def _rate_summary(history: RunHistory) -> str:
+    peak = max(history.steps, key=lambda line: line["lr"])
+    last = history.steps[-1]["lr"]
+    return f"Highest {peak['lr']:.2e} at step {peak['step']:,}; last {last:.2e}."
+
+
+def _norm_summary(history: RunHistory) -> str:
+    known = [line for line in history.steps if np.isfinite(line["grad_norm"])]
+    if not known:
+        return "Never a number."
+    highest = max(known, key=lambda line: line["grad_norm"])
+    median = float(np.median([line["grad_norm"] for line in known]))
+    return (
+        f"Over all parameters. Median {median:.3g}; "
+        f"highest {highest['grad_norm']:.3g} at step {highest['step']:,}."
+    )
+
+
+def _throughput_summary(history: RunHistory) -> str:
+    figures = history.figures()
+    text = f"Median {short(figures['tokens_per_second'])} tokens/s"
+    text += f", {flops(figures['flops_per_second'])} of the model"
+    if figures["utilisation"] is not None:
+        text += f", {figures['utilisation']:.1%} of the peak"
+    return f"{text}, on {history.facts.hardware}."

@@ -1,0 +1,227 @@
+"""What one sees of a run while it goes on, and the record that its report is made from."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import BridgeError
+
+from ..config import LoggingConfig
+from .gpu_peaks import peak_flops
+from .human import SI, compact, duration, perplexity, short
+from .log_file import LogFile
+from .trackers import trackers
+
+HEADER_EVERY = 20
+"""Lines between two headers of the table on the console."""
+RECENT = 100
+"""Steps whose median time tells the time left."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step."""
+
+    step: int
+    """From 1."""
+    tokens: int
+    """Seen so far, in all."""
+    loss: float
+    """Mean cross entropy over the global batch, in nats a token."""
+    z_loss: float
+    """The z-loss term, weighted; 0 without."""
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    seconds: float
+    """That the step took."""
+    skipped: bool = False
+    """The optimizer did not take the step."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What holds for the whole run."""
+
+    name: str
+    steps: int
+    """Of the whole run."""
+    tokens_per_step: int
+    parameters: int
+    flops_per_token: float
+    """Of the model, forward and backward; what recomputation adds does not count."""
+    processes: int
+    device: str
+    """``CPU``, or the GPU's name as torch gives it."""
+    config: dict[str, Any]
+    """The resolved config: nested plain values."""
+    versions: dict[str, str]
+
+    @property
+    def hardware(self) -> str:
+        """``8 x NVIDIA H100 80GB HBM3``"""
+        return f"{self.processes} x {self.device}" if self.processes > 1 else self.device
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bfloat16 FLOP/s of all processes.
+
+        None where that is not known, and in a float32 run, which it says nothing about.
+        """
+        peak = peak_flops(self.device)
+        if peak is None or self.config.get("train", {}).get("precision") == "float32":
+            return None
+        return peak * self.processes
+
+
+class RunLog:
+    """Prints, and writes ``log.jsonl`` and ``report.html``. Only the first process has one.
+
+    Args:
+        facts: What holds for the whole run.
+        settings: The section ``logging`` of the config.
+        folder: The run's folder; without one, nothing is written.
+        resumed_at: The step of the checkpoint that the run goes on from. What was logged of later
+            steps is dropped, so that the log has each step once, and a "resumed" line is added.
+            None begins a new log.
+        say: Takes each line for people.
+
+    Raises:
+        InputError: A tracker is asked for whose package is missing, or that lacks a folder.
+        FormatError: The log to go on with is damaged.
+    """
+
+    def __init__(
+        self, facts: RunFacts, settings: LoggingConfig, folder: Path | None, *,
+        resumed_at: int | None = None, say: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        self._facts, self._interval, self._folder, self._say = facts, settings.interval, folder, say
+        self._trackers = list(trackers(settings, facts.name, facts.config, folder, resumed_at))
+        self._file = LogFile(folder, resumed_at) if folder is not None else None
+        self._table = _Table(facts)
+        self._waiting: list[StepRecord] = []
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        if resumed_at is None:
+            self._write("begin", step=0, **asdict(facts))
+        else:
+            self._write("resumed", step=resumed_at, **asdict(facts))
+            self._announce("resumed", resumed_at)
+
+    def step(self, record: StepRecord) -> None:
+        """Note a step. A line is due each ``logging.interval`` steps, after the first and the last.
+
+        Its loss, z-loss and gradient norm are means over the steps since the line before.
+        """
+        if record.skipped:
+            message = f"not taken (loss {record.loss:.4f}, gradient norm {record.grad_norm:.3g})"
+            self.event("skipped", record.step, message=message)
+        self._waiting.append(record)
+        self._recent.append(record.seconds)
+        if record.step in (1, self._facts.steps) or record.step % self._interval == 0:
+            line = self._summary()
+            self._waiting.clear()
+            self._write("step", step=record.step, **line)
+            left = statistics.median(self._recent) * (self._facts.steps - record.step)
+            for text in self._table.lines(record.step, line, left):
+                self._say(text)
+            self._track(record.step, "train", line)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Note the loss on held-out data, in nats a token, after a step (0: before the first)."""
+        self._write("evaluation", step=step, loss=loss)
+        message = f"loss {loss:.4f}, perplexity {compact(perplexity(loss), 2)}"
+        self._announce("evaluation", step, message=message)
+        self._track(step, "evaluation", {"loss": loss})
+
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        """Note what else happened.
+
+        A "checkpoint" or an "export" comes with its ``path``, "stopped" with the reason as
+        ``message``; then there is "done". "resumed" and "skipped" are noted without this.
+        """
+        self._write(kind, step=step, **facts)
+        self._announce(kind, step, **facts)
+
+    def close(self) -> None:
+        """End the log, and write the report if there is a folder."""
+        for tracker in self._trackers:
+            tracker.close()
+        if self._file is not None and self._folder is not None:
+            from .report import write_report
+
+            self._file.close()
+            try:
+                self._say(f">> report: {write_report(self._folder)}")
+            except (BridgeError, OSError) as error:  # the run itself is sound
+                self._say(f">> no report: {error}")
+
+    def _summary(self) -> dict[str, Any]:
+        """A line's numbers, from the steps since the line before."""
+        records = self._waiting
+        seconds = sum(r.seconds for r in records)
+        rate = len(records) * self._facts.tokens_per_step / seconds if seconds > 0 else float("nan")
+        peak = self._facts.peak_flops
+        return {
+            "tokens": records[-1].tokens,
+            "loss": statistics.fmean(r.loss for r in records),
+            "z_loss": statistics.fmean(r.z_loss for r in records),
+            "lr": records[-1].lr,
+            "grad_norm": statistics.fmean(r.grad_norm for r in records),
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "flops_per_second": rate * self._facts.flops_per_token,
+            "utilisation": None if peak is None else rate * self._facts.flops_per_token / peak,
+        }
+
+    def _write(self, event: str, **facts: Any) -> None:
+        if self._file is not None:
+            self._file.write(event, **facts)
+
+    def _announce(self, kind: str, step: int, **facts: Any) -> None:
+        details = ", ".join(str(facts[name]) for name in ("message", "path") if name in facts)
+        self._say(f">> {kind} at step {step}" + (f": {details}" if details else ""))
+
+    def _track(self, step: int, group: str, values: dict[str, Any]) -> None:
+        known = {f"{group}/{name}": v for name, v in values.items() if v is not None}
+        for tracker in self._trackers:
+            tracker.log(step, known)
+
+
+class _Table:
+    """The lines on the console: aligned, at most 100 columns wide."""
+
+    def __init__(self, facts: RunFacts) -> None:
+        self._steps = facts.steps
+        self._widths = {
+            "step": max(9, 2 * len(str(facts.steps)) + 1), "tokens": 6, "loss": 7, "ppl": 6,
+            "lr": 8, "grad norm": 9, "tokens/s": 8, "FLOP/s": 6,
+            **({} if facts.peak_flops is None else {"util": 5}), "time left": 9,
+        }  # fmt: skip
+        self._printed = 0
+
+    def lines(self, step: int, line: dict[str, Any], seconds_left: float) -> list[str]:
+        """The next line, below a header where one is due."""
+        cells = {
+            "step": f"{step}/{self._steps}",
+            "tokens": short(line["tokens"]),
+            "loss": f"{line['loss']:.4f}",
+            "ppl": compact(perplexity(line["loss"]), 2),
+            "lr": f"{line['lr']:.2e}",
+            "grad norm": compact(line["grad_norm"], 3),
+            "tokens/s": short(line["tokens_per_second"]),
+            "FLOP/s": short(line["flops_per_second"], SI),
+            "util": "" if line["utilisation"] is None else f"{line['utilisation']:.1%}",
+            "time left": duration(seconds_left),
+        }
+        header = [self._row(dict(zip(self._widths, self._widths, strict=True)))]
+        header = header if self._printed % HEADER_EVERY == 0 else []
+        self._printed += 1
+        return [*header, self._row(cells)]
+
+    def _row(self, cells: dict[str, str]) -> str:
+        return "  ".join(cells[name].rjust(width) for name, width in self._widths.items())

@@ -1,0 +1,110 @@
+"""The optimizer and its schedule, by megatron-core, the way OLMo was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_olmo_bridge.errors import InputError
+
+from .config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig, TrainingConfig
+from .weight_decay import decay_overrides
+
+_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
+
+
+def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
+    """How gradients are summed over data-parallel ranks: in float32."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+    )
+
+
+def make_optimizer(config: TrainingConfig, chunks: Sequence[Any]) -> MegatronOptimizer:
+    """AdamW over a model's chunks; in bfloat16 it keeps weights and moments in float32.
+
+    Raises:
+        InputError: no such choice of decayed parameters.
+    """
+    values: OptimizerConfig = config.optimizer
+    bf16 = config.train.precision == "bfloat16"
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=values.lr,
+            min_lr=values.lr * config.schedule.min_lr_ratio,
+            adam_beta1=values.beta1,
+            adam_beta2=values.beta2,
+            adam_eps=values.eps,
+            weight_decay=values.weight_decay,
+            clip_grad=values.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
+        ),
+        list(chunks),
+        config_overrides=decay_overrides(values.decayed),
+    )
+
+
+def make_scheduler(config: TrainingConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """The learning rate of every step. Stepped *before* the optimizer is, so that step n has the
+    n-th value and the last step the minimum; as OLMo-core does it.
+
+    Raises:
+        InputError: the numbers of steps don't fit together.
+    """
+    schedule, train = config.schedule, config.train
+    end = check_schedule(schedule, train)
+    decay = config.optimizer.weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.lr * schedule.min_lr_ratio,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=end,
+        lr_decay_style=_STYLES[schedule.decay],
+        start_wd=decay,
+        end_wd=decay,
+        wd_incr_steps=end,
+        wd_incr_style="constant",
+        wsd_decay_steps=schedule.wsd_decay_steps,
+        lr_wsd_decay_style="linear",
+    )
+
+
+def check_schedule(schedule: ScheduleConfig, train: TrainConfig) -> int:
+    """The step at which the schedule ends.
+
+    Raises:
+        InputError: the numbers of steps don't fit together.
+    """
+    end = schedule.end_step or train.steps
+    if train.steps < 1:
+        raise InputError(f"train.steps={train.steps}: say how many steps to train")
+    if schedule.decay not in _STYLES:
+        raise InputError(f"schedule.decay={schedule.decay!r} is none of {', '.join(_STYLES)}")
+    if not 0 <= schedule.warmup_steps < end:
+        raise InputError(
+            f"schedule.warmup_steps={schedule.warmup_steps} must be less than the {end} steps at "
+            "which the schedule ends"
+        )
+    if not 0 <= schedule.min_lr_ratio <= 1:
+        raise InputError(f"schedule.min_lr_ratio={schedule.min_lr_ratio} is not from 0 to 1")
+    if schedule.decay == "wsd" and not 0 < schedule.wsd_decay_steps <= end - schedule.warmup_steps:
+        raise InputError(
+            f"schedule.wsd_decay_steps={schedule.wsd_decay_steps} must be at least 1, and at most "
+            f"the {end - schedule.warmup_steps} steps after the warmup"
+        )
+    return end

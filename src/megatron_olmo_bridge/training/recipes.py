@@ -1,0 +1,168 @@
+"""Recipes: Python functions that return a run's config, and overrides of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from megatron_olmo_bridge.errors import BridgeError, InputError
+
+from .config import ClassificationConfig, TrainingConfig
+
+DEFAULT = "config"
+"""The function of a recipe that is taken where none is named."""
+_FREE = ("model", "provider", "sources")
+"""Sections with keys that are not this package's to list; ``model`` has those of the recipe."""
+
+
+def load_recipe(name: str) -> TrainingConfig:
+    """The config that a recipe gives.
+
+    Args:
+        name: ``FILE.py`` or ``FILE.py:FUNCTION``.
+
+    Raises:
+        InputError: there is no such file or function, or it returns something else.
+    """
+    path, _, function = name.partition(":")
+    module = _module(Path(path))
+    make = getattr(module, function or DEFAULT, None)
+    if not callable(make):
+        known = [n for n, v in vars(module).items() if _is_recipe(v, module)]
+        raise InputError(
+            f"{path}: has no function {function or DEFAULT!r}"
+            f"{_nearest(function or DEFAULT, known)}; it has {', '.join(known) or 'none'}"
+        )
+    try:
+        config = make()
+    except BridgeError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name}: the recipe fails: {type(error).__name__}: {error}") from error
+    if not isinstance(config, TrainingConfig):
+        raise InputError(f"{name}: returns a {type(config).__name__}, not a TrainingConfig")
+    return config
+
+
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"{path}: no such recipe; name a Python file, as in recipes/olmo2/")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: a recipe is a Python file, FILE.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # for what recipes of a folder share
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path}: can't be run: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _is_recipe(value: Any, module: ModuleType) -> bool:
+    name = getattr(value, "__name__", "_")
+    return getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
+
+
+def apply_overrides(config: TrainingConfig, overrides: Sequence[str]) -> TrainingConfig:
+    """The config with ``section.field=value`` applied in order; values are read as YAML.
+
+    Raises:
+        InputError: no such field (the nearest is named), or a value of another type.
+    """
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(values, dict)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r}: an override reads section.field=value")
+        values = _with(values, key.strip(), text)
+        values["sources"][key.strip()] = "command line"
+    return from_dict({str(key): value for key, value in values.items()})
+
+
+def from_dict(values: dict[str, Any]) -> TrainingConfig:
+    """The config that :func:`as_dict` gave the values of.
+
+    Raises:
+        InputError: a value is of another type than its field.
+    """
+    try:
+        schema = OmegaConf.structured(TrainingConfig)
+        made = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(made, TrainingConfig)
+    return made
+
+
+def as_dict(config: TrainingConfig) -> dict[str, Any]:
+    """The config as nested plain values."""
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _with(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
+    """The values with one set; the key must be there, but in sections that are free."""
+    section, _, rest = key.partition(".")
+    known = field_names(TrainingConfig)
+    if section in _FREE and rest:
+        known = [f"{section}.{name}" for name in values[section]]
+        if section == "model" and values[section] and key not in known:
+            raise InputError(f"no field {key!r} in the model's config{_nearest(key, known)}")
+    elif key not in known:
+        raise InputError(
+            f"no field {key!r}{_nearest(key, known)} (`--dry-run` shows all of a recipe's)"
+        )
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+        if _is_list(key) and value is not None and not OmegaConf.is_list(value):
+            value = [value]  # one path is a list of one
+        given = OmegaConf.create(values)
+        OmegaConf.update(given, key, value, merge=False, force_add=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise InputError(f"{key}={text}: {str(error).splitlines()[0]}") from error
+    made = OmegaConf.to_container(given)
+    assert isinstance(made, dict)
+    return made
+
+
+def field_names(of: Any, prefix: str = "") -> list[str]:
+    """Every ``section.field`` of a config class."""
+    names: list[str] = []
+    sections = {f.name: f.default_factory for f in fields(of)} | {
+        "classification": ClassificationConfig
+    }
+    for f in fields(of):
+        section = sections[f.name]
+        if prefix == "" and is_dataclass(section):
+            names += field_names(section, f"{f.name}.")
+        else:
+            names.append(prefix + f.name)
+    return names
+
+
+def _is_list(key: str) -> bool:
+    section, _, name = key.partition(".")
+    of = next((f.default_factory for f in fields(TrainingConfig) if f.name == section), None)
+    if not is_dataclass(of):
+        return False
+    return any(f.name == name and str(f.type).startswith("list") for f in fields(of))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

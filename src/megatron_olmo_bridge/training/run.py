@@ -1,0 +1,154 @@
+"""A training run: set up from a config, or continued from its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megatron_olmo_bridge.errors import AskedToStop, BridgeError
+from megatron_olmo_bridge.live.save import save_hf
+from megatron_olmo_bridge.models.bridge import ModelBridge
+
+from .checkpoint import Checkpointer
+from .config import TrainingConfig
+from .loop import guess_and_score, total
+from .monitor.run_log import RunLog, StepRecord
+from .stability import Watch
+from .task import Task
+
+
+@dataclass
+class Run:
+    """All that the loop works on."""
+
+    config: TrainingConfig
+    bridge: ModelBridge
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    task: Task
+    micro_batches: int
+    watch: Watch
+    checkpointer: Checkpointer | None
+    log: RunLog | None
+    """In the first process."""
+    beside: Path | None = None
+    """Folder with the tokenizer's files."""
+    step: int = 0
+    """Optimizer steps that were taken."""
+    asked_to_stop: bool = False
+    stopped_early: bool = False
+    """The task says that going on is of no use."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Of the last step and the last evaluation."""
+    saved: int | None = None
+    """The last step that was saved."""
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped_early or self.step >= self.config.train.steps
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def clear_gradients(self) -> None:
+        """Before a step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def after_step(self, record: StepRecord, asked_to_stop: bool) -> None:
+        """What is due after a step: a line, an evaluation, a checkpoint, an export.
+
+        Raises:
+            AskedToStop: after a checkpoint of this step.
+        """
+        config = self.config
+        self.figures |= {"step": record.step, "tokens": record.tokens, "train_loss": record.loss}
+        if self.log is not None:
+            self.log.step(record)
+        if self.finished or record.step % config.evaluation.interval == 0:
+            self.evaluate()
+        last = self.finished
+        if self.checkpointer is not None:
+            self.checkpointer.poll()
+            if last or asked_to_stop or record.step % config.checkpoint.interval == 0:
+                self.checkpointer.save(record.step, {"watch": self.watch.state()})
+        interval = config.export.interval
+        if config.export.hf and (last or (interval and record.step % interval == 0)):
+            self.export()
+        if asked_to_stop and not last:
+            raise AskedToStop("asked to stop; the same command goes on from here")
+
+    def evaluate(self) -> None:
+        """Score the held-out data, if there is any."""
+        batches = self.task.validation_batches()
+        if batches is None:
+            return
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            sums = guess_and_score(self, batches, self.task.validation_micro_batches, learn=False)
+        for chunk in self.chunks:
+            chunk.train()
+        figures, self.stopped_early = self.task.evaluated(self.step, total(sums))
+        self.figures |= {f"validation_{name}": value for name, value in figures.items()}
+        if self.log is not None:
+            self.log.evaluation(self.step, figures["loss"])
+
+    def export(self) -> None:
+        """Write the weights as a Hugging Face checkpoint."""
+        folder = Path(self.config.export.hf or ".") / f"step_{self.step}"
+        save_hf(self.chunks, self.bridge, folder, beside=self.beside, overwrite=True)
+        if self.log is not None:
+            self.log.event("export", self.step, path=str(folder))
+
+
+@contextlib.contextmanager
+def stopping_on_signals(run: Run) -> Iterator[None]:
+    """SIGTERM (Slurm's, before it takes a node away) and Ctrl-C end the run after its next step,
+    with a checkpoint. A second Ctrl-C ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if run.asked_to_stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.asked_to_stop = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def logged(run: Run) -> Iterator[None]:
+    """Note in the run's log how it ended, and complete what is being written."""
+    try:
+        yield
+        if run.checkpointer is not None:
+            run.checkpointer.finish()
+        if run.log is not None:
+            run.log.event("done", run.step)
+    except BridgeError as error:
+        if run.checkpointer is not None and isinstance(error, AskedToStop):
+            run.checkpointer.finish()
+        if run.log is not None:
+            run.log.event("stopped", run.step, message=str(error))
+        raise
+    finally:
+        if run.log is not None:
+            run.log.close()

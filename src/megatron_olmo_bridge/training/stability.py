@@ -1,0 +1,101 @@
+"""Watches over the loss: what is not a number, and what leaps."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from megatron_olmo_bridge.errors import InputError, TrainingStopped
+
+from .config import StabilityConfig
+
+_CHOICES = ("stop", "skip", "ignore")
+
+
+@dataclass
+class Watch:
+    """Remembers the last steps' losses and gradient norms.
+
+    Source of ``skip``: OLMo-core's ``SkipStepOptimizer``, which leaves out a step whose loss or
+    gradient norm is more than ``sigma`` standard deviations above the mean of the last ``window``,
+    once it has seen half of that.
+
+    Attributes:
+        losses, norms: of the last steps, skipped ones among them, the newest last.
+    """
+
+    settings: StabilityConfig
+
+    def __post_init__(self) -> None:
+        if self.settings.on_spike not in _CHOICES:
+            raise InputError(
+                f"stability.on_spike={self.settings.on_spike!r} is none of {', '.join(_CHOICES)}"
+            )
+        if self.settings.window < 2:
+            raise InputError(f"stability.window={self.settings.window} must be at least 2")
+        self.losses: deque[float] = deque(maxlen=self.settings.window)
+        self.norms: deque[float] = deque(maxlen=self.settings.window)
+
+    @property
+    def may_skip(self) -> bool:
+        return self.settings.on_spike == "skip"
+
+    def check(self, step: int, loss: float) -> None:
+        """Look at a step's loss before the weights are changed by it.
+
+        Raises:
+            TrainingStopped: it is not a number, or leapt and ``on_spike`` is ``stop``.
+        """
+        if not math.isfinite(loss):
+            raise TrainingStopped(
+                f"the loss of step {step} is {loss}. The weights were not changed by it. Start "
+                "again from the last checkpoint with a smaller optimizer.lr, or with "
+                "stability.on_spike=skip."
+            )
+        if self.settings.on_spike == "stop" and self._above(self.losses, loss):
+            raise TrainingStopped(
+                f"the loss leapt to {loss:.3f} at step {step}: more than {self.settings.sigma:g} "
+                f"standard deviations above {fmean(self.losses):.3f}, the mean of the last "
+                f"{len(self.losses)} steps. The weights were not changed by it. Start again from "
+                "the last checkpoint with stability.on_spike=skip or =ignore, or with a smaller "
+                "optimizer.lr."
+            )
+
+    def leaps(self, loss: float, norm: float) -> bool:
+        """Whether a step is to be skipped."""
+        return not math.isfinite(norm) or (
+            self._above(self.losses, loss) or self._above(self.norms, norm)
+        )
+
+    def remember(self, step: int, loss: float, norm: float, skipped: bool) -> None:
+        """A step is over.
+
+        Raises:
+            TrainingStopped: the gradient was not a number, and the weights are spoilt.
+        """
+        if not math.isfinite(norm) and not skipped:
+            raise TrainingStopped(
+                f"the gradient of step {step} is not a number, though the loss is {loss:.3f}. "
+                "Start again from the last checkpoint, with stability.on_spike=skip."
+            )
+        self.losses.append(loss)
+        if math.isfinite(norm):
+            self.norms.append(norm)
+
+    def state(self) -> dict[str, list[float]]:
+        """For a checkpoint."""
+        return {"losses": list(self.losses), "norms": list(self.norms)}
+
+    def restore(self, state: dict[str, list[float]]) -> None:
+        """What :meth:`state` gave."""
+        self.losses.extend(state["losses"])
+        self.norms.extend(state["norms"])
+
+    def _above(self, seen: Iterable[float], value: float) -> bool:
+        last = list(seen)
+        if len(last) < max(2, self.settings.window // 2):
+            return False
+        return value > fmean(last) + self.settings.sigma * stdev(last)

@@ -1,0 +1,88 @@
+"""What is learned: where batches come from, and how a model scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_olmo_bridge.nn.cross_entropy import vocab_parallel_cross_entropy
+
+from .config import TrainingConfig
+from .token_data import Batch, MicroBatches, TokenData
+
+Sums = dict[str, torch.Tensor]
+"""Sums over what was scored; ``loss`` and ``weight`` are among them, and ``loss / weight`` is the
+mean. Any further tensors are added up over micro-batches and data-parallel ranks too."""
+Score = Callable[[torch.Tensor], tuple[torch.Tensor, Sums]]
+"""From the last stage's output to the loss to minimise (a mean over the micro-batch), and sums."""
+
+
+class Task(Protocol):
+    """A kind of training; the loop knows nothing else of it."""
+
+    def train_batches(self, begin: int) -> Iterator[Batch]:
+        """This process's micro-batches, from a step (from 1) on."""
+
+    def validation_batches(self) -> Iterator[Batch] | None:
+        """This process's micro-batches of held-out data, the same ones each time; None for none."""
+
+    @property
+    def validation_micro_batches(self) -> int:
+        """How many they are."""
+
+    def forward(self, chunk: Any, batch: Batch) -> tuple[torch.Tensor, Score]:
+        """Run a chunk of the model; the second value scores the output of the last stage."""
+
+    def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
+        """Figures of an evaluation, by name, ``loss`` among them; and whether to stop now."""
+
+
+@dataclass
+class LanguageModelling(Task):
+    """The next token, at every position."""
+
+    config: TrainingConfig
+    data: TokenData
+    vocab_size: int
+    micro_batches: int
+    """Of a step, in this process."""
+
+    def train_batches(self, begin: int) -> Iterator[Batch]:
+        train = self.config.train
+        return iter(MicroBatches(self.data.train, train, self.config.data.workers, begin))
+
+    def validation_batches(self) -> Iterator[Batch] | None:
+        if self.data.validation is None:
+            return None
+        return iter(MicroBatches(self.data.validation, self.config.train, 0))
+
+    @property
+    def validation_micro_batches(self) -> int:
+        return self.config.evaluation.batches * self.micro_batches
+
+    def forward(self, chunk: Any, batch: Batch) -> tuple[torch.Tensor, Score]:
+        device = torch.cuda.current_device()
+        tokens, labels, positions = (
+            batch[name].to(device, non_blocking=True)
+            for name in ("tokens", "labels", "position_ids")
+        )
+        output = chunk(tokens, positions, None)
+
+        def score(logits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+            losses, log_sum_exp = vocab_parallel_cross_entropy(logits, labels, self.vocab_size)
+            z_loss = self.config.optimizer.z_loss * log_sum_exp.square()
+            sums = {"loss": losses.sum(), "z_loss": z_loss.sum()}
+            count = losses.numel()
+            weight = losses.new_full((), count)
+            return (losses + z_loss).mean(), {
+                **{name: value.detach() for name, value in sums.items()},
+                "weight": weight,
+            }
+
+        return output, score
+
+    def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
+        return {"loss": float(sums["loss"] / sums["weight"])}, False

@@ -1,0 +1,165 @@
+"""Batches of tokens for pretraining: megatron-core's GPTDataset, cut up by step and process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+from torch.utils.data import DataLoader
+
+from megatron_olmo_bridge.data.info import DataInfo, read_info
+from megatron_olmo_bridge.errors import InputError
+
+from .config import DataConfig, TrainConfig, TrainingConfig
+
+Batch = dict[str, torch.Tensor]
+
+
+class _NoTokenizer:
+    """What GPTDataset asks a tokenizer: nothing here is masked and no document is cut off."""
+
+    pad, eod = -1, -2  # no tokens
+    vocab_size = None  # so that it takes the dtype from the files
+    unique_identifiers: dict[str, str] = {}  # noqa: RUF012
+
+
+@dataclass
+class TokenData:
+    """The sequences of a run, by number: sequence i is the same in every process and every run."""
+
+    train: Any
+    """Dataset of samples, each with tokens and labels [sequence_length], int64."""
+    validation: Any | None
+    info: list[DataInfo]
+    """What was prepared, by path."""
+
+    @classmethod
+    def open(cls, config: TrainingConfig, vocab_size: int) -> TokenData:
+        """Open the files, and index them unless that was done before; all processes call it.
+
+        Raises:
+            InputError: no data, too little of it, or tokens that the model doesn't have.
+        """
+        data, train = config.data, config.train
+        info = check_data(data, vocab_size)
+        batch = train.global_batch_size
+        sizes = [train.steps * batch, config.evaluation.batches * batch if data.validation else 0]
+        # Without weights megatron-core would end a blend after one epoch.
+        tokens = [float(i.tokens) for i in info]
+        count = len(data.path)
+        blends: list[Any] = [(data.path, data.weights or tokens[:count])]
+        blends.append((data.validation, tokens[count:]) if data.validation else None)
+        index = GPTDatasetConfig(
+            random_seed=train.seed,
+            sequence_length=train.sequence_length,
+            blend_per_split=[*blends, None],
+            path_to_cache=data.cache,
+            tokenizer=_NoTokenizer(),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        with _naming_the_data(data):
+            builder = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, index)
+            built = builder.build()
+        return cls(built[Split.train.value], built[Split.valid.value], info)
+
+
+def check_data(data: DataConfig, vocab_size: int) -> list[DataInfo]:
+    """Look at the prepared files before anything is built.
+
+    Raises:
+        InputError: none is named, one is missing, or its tokens are beyond the model's vocabulary.
+    """
+    if not data.path:
+        raise InputError(
+            "no data: give data.path=PREFIX, the output of `olmo-bridge prepare-data` "
+            "(PREFIX.bin and PREFIX.idx)"
+        )
+    if data.weights is not None and len(data.weights) != len(data.path):
+        raise InputError(
+            f"data.weights has {len(data.weights)} values for {len(data.path)} paths in data.path"
+        )
+    found = [read_info(Path(prefix)) for prefix in [*data.path, *data.validation]]
+    for info in found:
+        if info.vocab_size is not None and info.vocab_size > vocab_size:
+            raise InputError(
+                f"{info.prefix}: was prepared with a tokenizer of {info.vocab_size} tokens "
+                f"({info.tokenizer}), the model has {vocab_size}. Prepare it with the model's "
+                "tokenizer, or set model.vocab_size."
+            )
+        if info.max_token_id is not None and info.max_token_id >= vocab_size:
+            raise InputError(
+                f"{info.prefix}: has token {info.max_token_id}, the model has {vocab_size} tokens"
+            )
+    return found
+
+
+@contextlib.contextmanager
+def _naming_the_data(data: DataConfig) -> Iterator[None]:
+    """Turn what megatron-core raises of data into one sentence; keep its chatter away."""
+    logger = logging.getLogger("megatron.core.datasets")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or data.path[0]}: {error.strerror or error}. The index of samples is "
+            "kept beside the data; data.cache=DIR puts it elsewhere."
+        ) from error
+    except (AssertionError, IndexError, ValueError) as error:
+        raise InputError(
+            f"{', '.join([*data.path, *data.validation])}: too few tokens for one sequence: {error}"
+        ) from error
+    finally:
+        logger.setLevel(before)
+
+
+class MicroBatches:
+    """This process's micro-batches of one step after the other, from any step on.
+
+    Sequences of step n (from 1) are (n - 1) * global_batch_size and those after it; micro-batches
+    go round the data-parallel ranks. So the position in the data follows from the step alone.
+    """
+
+    def __init__(self, dataset: Any, train: TrainConfig, workers: int, begin: int = 1) -> None:
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=_Sampler(len(dataset), train, begin),
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Numbers of the sequences in each micro-batch of this process."""
+
+    samples: int
+    train: TrainConfig
+    begin: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        ranks, rank = (
+            parallel_state.get_data_parallel_world_size(),
+            parallel_state.get_data_parallel_rank(),
+        )
+        batch, micro = self.train.global_batch_size, self.train.micro_batch_size
+        for step in range((self.begin - 1) * batch, self.samples - batch + 1, batch):
+            for first in range(step + rank * micro, step + batch, ranks * micro):
+                yield list(range(first, first + micro))

@@ -1,0 +1,183 @@
+"""Train: from a config to a run, and through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_model_config
+
+from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.live.auto_bridge import AutoBridge
+from megatron_olmo_bridge.models.provider import GPTModelProvider
+from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups, on_first
+
+from .checkpoint import Checkpointer, last_step, load
+from .config import TrainingConfig
+from .facts import run_facts
+from .folder import claim
+from .layout import Layout, checks, model_of, provider_fields
+from .loop import train_loop
+from .monitor.run_log import RunLog
+from .optimizer import ddp_config, make_optimizer, make_scheduler
+from .run import Run, logged, stopping_on_signals
+from .stability import Watch
+from .task import LanguageModelling, Task
+from .token_data import TokenData
+
+
+def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Train a model as a config says; every process of the layout calls it.
+
+    Args:
+        config: as a recipe gives it.
+        say: takes what people read, line by line, in the first process.
+
+    Returns:
+        Figures of the last step: ``step``, ``tokens``, ``train_loss``, ``validation_loss``.
+
+    Raises:
+        TrainingStopped: before the last step; the message says why.
+        BridgeError: the config can't be, or something that it names is not there or not sound.
+    """
+    run = set_up(LanguageModel(*resolved(config)), say)
+    with stopping_on_signals(run), logged(run):
+        train_loop(run)
+    return run.figures
+
+
+class Subject(Protocol):
+    """What a run trains."""
+
+    @property
+    def config(self) -> TrainingConfig:
+        """With its model filled in."""
+
+    @property
+    def source(self) -> Source | None:
+        """The checkpoint that the weights come from, if any."""
+
+    def task(self) -> tuple[Task, Path | None]:
+        """The task, and the folder with the tokenizer's files, which go with every checkpoint and
+        export. The process groups and the run's folder are there."""
+
+
+@dataclass
+class LanguageModel:
+    """A model of the next token."""
+
+    config: TrainingConfig
+    source: Source | None
+
+    def task(self) -> tuple[Task, Path | None]:
+        """Open the data."""
+        bridge, layout = model_of(self.config), Layout.of(self.config, dist.get_world_size())
+        data = TokenData.open(self.config, bridge.vocab_size)
+        task = LanguageModelling(self.config, data, bridge.vocab_size, layout.micro_batches)
+        return task, tokenizer_folder(self.config, self.source, data)
+
+
+def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
+    """Build everything that a run needs, and restore it if it was begun before.
+
+    Raises:
+        BridgeError: as :func:`train`.
+    """
+    config, source = subject.config, subject.source
+    if config.init.optimizer and not config.init.checkpoint:
+        raise InputError("init.optimizer=true takes the optimizer from init.checkpoint: name it")
+    watch = Watch(config.stability)
+    bridge = model_of(config)
+    provider = bridge.provider(**provider_fields(config))
+    ensure_process_groups(provider, config.train.seed)
+    checks(config, dist.get_world_size())
+    on_first(lambda: claim(config))
+    folder = Path(config.checkpoint.save).expanduser() if config.checkpoint.save else None
+    step = last_step(folder) if folder else None
+    micro_batches = Layout.of(config, dist.get_world_size()).micro_batches
+    task, beside = subject.task()
+    chunks, optimizer = _model_and_optimizer(config, provider, source, fill=step is None)
+    checkpointer = None
+    if folder is not None:
+        checkpointer = Checkpointer(
+            folder, bridge, chunks, optimizer, beside, config.checkpoint.keep_last,
+            config.checkpoint.asynchronous,
+        )  # fmt: skip
+    if step is not None and checkpointer is not None:
+        watch.restore(checkpointer.restore(step)["watch"])
+    elif config.init.optimizer:
+        assert source is not None
+        load(source.folder, chunks, optimizer, fresh_rng=True)
+    scheduler = make_scheduler(config, optimizer)
+    scheduler.step(step or 0)
+    log = None
+    if dist.get_rank() == 0:
+        facts = run_facts(config, bridge)
+        log = RunLog(facts, config.logging, folder, resumed_at=step, say=say)
+        if checkpointer is not None:
+            checkpointer.on_saved = lambda at, path: log.event("checkpoint", at, path=str(path))
+    return Run(
+        config, bridge, chunks, optimizer, scheduler, task, micro_batches, watch, checkpointer,
+        log, beside, step or 0,
+    )  # fmt: skip
+
+
+def resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
+    """The config with its model filled in, and the checkpoint that the weights come from, if any.
+
+    Raises:
+        InputError: there is neither a model nor a checkpoint, or there are two.
+    """
+    init = config.init
+    if init.hf and init.checkpoint:
+        raise InputError("give either init.hf or init.checkpoint")
+    if not (init.hf or init.checkpoint):
+        return config, None
+    given = fetch(init.hf, init.revision)[0] if init.hf else init.checkpoint
+    source = open_source(given or "")
+    return replace(config, model=source.bridge.hf_config), source
+
+
+def _model_and_optimizer(
+    config: TrainingConfig, provider: GPTModelProvider, source: Source | None, fill: bool
+) -> tuple[list[Any], Any]:
+    """The chunks wrapped for training, with the weights of a source or random ones.
+
+    Args:
+        fill: otherwise the weights don't matter: a checkpoint of the run will set them.
+    """
+    provider.initialize = source is None and fill
+    if source is not None and fill:
+        provider.register_pre_wrap_hook(AutoBridge(source.bridge, source).load_hf_weights)
+    chunks = provider.provide_distributed_model(ddp_config(config.parallel), seed=config.train.seed)
+    optimizer = make_optimizer(config, chunks)
+    megatron = get_model_config(chunks[0])
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.grad_scale_func = optimizer.scale_loss
+    if config.parallel.overlap:
+        # Gradients of all but the last micro-batch stay where they are.
+        megatron.no_sync_func = [chunk.no_sync for chunk in chunks]
+        if len(chunks) == 1:
+            megatron.no_sync_func = megatron.no_sync_func[0]
+    return chunks, optimizer
+
+
+def tokenizer_folder(config: TrainingConfig, source: Source | None, data: TokenData) -> Path | None:
+    """Folder with the tokenizer's files, which go with every checkpoint and export.
+
+    Raises:
+        InputError: ``data.tokenizer`` names one that isn't there.
+    """
+    if config.data.tokenizer is None and source is not None and source.side_folder is not None:
+        return source.side_folder
+    named = config.data.tokenizer or data.info[0].tokenizer
+    if named is None or Path(named).is_dir():
+        return Path(named) if named else None
+    if config.data.tokenizer is None:
+        return None  # prepared elsewhere, with a tokenizer that isn't here
+    return fetch(named, None)[0]

@@ -1,0 +1,35 @@
+"""Builds models at parallel layouts and counts each rank's parameters. No test is in here.
+
+rank_parameters.py '[{"model": {...}, "fields": {...}}, ...]' OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from live_model import everyone, leave_layout
+
+from megatron_olmo_bridge.training.config import ParallelConfig, TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.layout import model_of, provider_fields
+
+
+def main() -> None:
+    jobs, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    counted = []
+    for job in jobs:
+        config = TrainingConfig(
+            model=job["model"],
+            provider=job["provider"],
+            train=TrainConfig(precision="float32"),
+            parallel=ParallelConfig(**job["parallel"]),
+        )
+        provider = model_of(config).provider(**provider_fields(config))
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+        parameters = {id(p): p.numel() for chunk in chunks for p in chunk.parameters()}
+        counted.append(everyone(sum(parameters.values())))
+        leave_layout()
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(counted))

@@ -1,0 +1,91 @@
+"""What ``train --dry-run`` shows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_olmo_bridge.cli.dry_run import print_dry_run, shown_settings
+from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.training.config import (
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from megatron_olmo_bridge.training.estimate import estimate
+
+
+@pytest.fixture
+def config() -> TrainingConfig:
+    return TrainingConfig(
+        name="seven",
+        model=dict(published_sizes()["olmo2-7b"].sizes["olmo2-7b"]),
+        provider={"init_method_std": 0.02},
+        train=TrainConfig(steps=1000, global_batch_size=1024),
+        optimizer=OptimizerConfig(lr=4e-4),
+        parallel=ParallelConfig(tp=2, pp=2),
+        sources={
+            "model": "some/where: config.json",
+            "optimizer.lr": "a/file.yaml: optimizer.learning_rate",
+            "optimizer.beta2": "a/file.yaml: betas",
+            "parallel": "ours: it fits",
+        },
+    )
+
+
+def test_settings_that_are_set_or_cited_are_shown(config: TrainingConfig) -> None:
+    assert dict(shown_settings(config)) == {
+        "model": "olmo2-7b", "provider.init_method_std": 0.02, "train.steps": 1000,
+        "train.global_batch_size": 1024, "optimizer.lr": 4e-4, "optimizer.beta2": 0.95,
+        "parallel.tp": 2, "parallel.pp": 2,
+    }  # fmt: skip
+
+
+def test_another_model_is_shown_by_its_family(config: TrainingConfig) -> None:
+    config.model["num_hidden_layers"] = 8
+    assert dict(shown_settings(config))["model"] == "olmo2"
+
+
+def test_what_people_read(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    print_dry_run(config, estimate(config, 8))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in (
+        "seven: 32 layers, 4096 wide, 32 heads, vocabulary of 100352",
+        "model olmo2-7b [1] config.json",
+        "optimizer.lr 0.0004 [2] optimizer.learning_rate",
+        "optimizer.beta2 0.95 [2] betas",
+        "parallel.tp 2 [3]",
+        "[2] a/file.yaml",
+        "[3] ours: it fits",
+        "parameters 7,298,617,344 (7.30B) 6,887,575,552 without embeddings",
+        "step 4.19M tokens 1024 sequences: 2 data-parallel ranks x 512 micro-batches x 1",
+        "run 4.19B tokens 1,000 steps, 1,024,000 sequences",
+        "Memory of each of 8 processes, estimated:",
+        "stage layers parameters weights gradients optimizer activations logits total",
+    ):
+        assert line in lines
+    assert any(line.startswith("0 16 1.82B 3.65 GB 7.30 GB 10.95 GB") for line in lines)
+
+
+def test_it_reads_well_in_a_narrow_terminal(
+    config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_dry_run(config, estimate(config, 8))
+    assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 120
+
+
+def test_what_scripts_read(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    found = estimate(config, 8)
+    print_dry_run(config, found, json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["config"]["optimizer"]["beta1"] == 0.9
+    assert printed["estimate"]["parameters"] == 7_298_617_344
+    assert [s["total"] for s in printed["estimate"]["stages"]] == [s.total for s in found.stages]
+    assert printed["estimate"]["worst"] == found.worst.stage == 0
+
+
+def test_quiet(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    print_dry_run(config, estimate(config, 8), quiet=True)
+    assert capsys.readouterr().out == ""

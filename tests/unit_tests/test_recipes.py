@@ -1,0 +1,216 @@
+"""Every recipe, value by value, against what was published.
+
+The numbers here are written down from the sources, not calculated from the recipes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_olmo_bridge.models.catalogue import human_count
+from megatron_olmo_bridge.training.config import TrainingConfig
+from megatron_olmo_bridge.training.estimate import estimate
+from megatron_olmo_bridge.training.layout import checks
+from megatron_olmo_bridge.training.monitor.human import short
+from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FAMILIES = ("olmo2", "olmo3", "gpt2")
+
+ADAMW = {
+    "optimizer.beta1": 0.9, "optimizer.beta2": 0.95, "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.1, "optimizer.clip_grad": 1.0,
+}  # fmt: skip
+OLMO = ADAMW | {
+    "optimizer.decayed": "all_but_embeddings", "optimizer.z_loss": 1e-5,
+    "provider.init_method_std": 0.02, "train.precision": "bfloat16",
+}  # fmt: skip
+COSINE = {"schedule.decay": "cosine", "schedule.min_lr_ratio": 0.1, "init.optimizer": False}
+TO_ZERO = {
+    "schedule.decay": "linear", "schedule.min_lr_ratio": 0.0, "schedule.warmup_steps": 0,
+    "init.optimizer": True,
+}  # fmt: skip
+SKIPS = {"stability.on_spike": "skip", "stability.sigma": 6.0, "stability.window": 128}
+
+
+def olmo2(lr: float, batch: int, steps: int, end: int, seed: int) -> dict[str, Any]:
+    return OLMO | {
+        "optimizer.lr": lr, "train.global_batch_size": batch, "train.steps": steps,
+        "schedule.end_step": end, "train.seed": seed, "train.sequence_length": 4096,
+    }  # fmt: skip
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "olmo2/olmo2_1b.py": COSINE | olmo2(4e-4, 512, 1907359, 2384186, 6198)
+    | {"schedule.warmup_steps": 4000},
+    "olmo2/olmo2_1b.py:stage2": TO_ZERO | olmo2(7.4487e-5, 512, 23852, 23841, 42),
+    "olmo2/olmo2_7b.py": COSINE | olmo2(3e-4, 1024, 928646, 1192093, 6198)
+    | {"schedule.warmup_steps": 2000},
+    "olmo2/olmo2_7b.py:stage2": TO_ZERO | olmo2(6.1499e-5, 1024, 11931, 11920, 42),
+    "olmo2/olmo2_13b.py": COSINE | olmo2(9e-4, 2048, 596057, 596046, 6198)
+    | {"schedule.warmup_steps": 2000},
+    "olmo2/olmo2_13b.py:stage2": TO_ZERO | olmo2(9e-5, 2048, 11931, 11920, 1110),
+    "olmo2/olmo2_13b.py:stage2_300b": TO_ZERO | olmo2(9e-5, 2048, 35773, 35762, 2662),
+    "olmo2/olmo2_32b.py": COSINE | SKIPS | olmo2(6e-4, 2048, 721901, 774861, 34521)
+    | {"schedule.warmup_steps": 2000},
+    "olmo2/olmo2_32b.py:stage2": TO_ZERO | SKIPS | olmo2(6.6232e-5, 2048, 11921, 11921, 1110),
+    "olmo2/olmo2_32b.py:stage2_300b": TO_ZERO | SKIPS
+    | olmo2(6.6232e-5, 2048, 35763, 35763, 2662),
+    "olmo3/olmo3_7b.py": COSINE | SKIPS | olmo2(3e-4, 512, 597046, 1192093, 34521)
+    | {"train.sequence_length": 8192, "schedule.warmup_steps": 2000,
+       "provider.make_vocab_size_divisible_by": 128},
+    "gpt2/gpt2_124m.py": COSINE | ADAMW | {
+        "optimizer.lr": 6e-4, "optimizer.decayed": "matrices", "optimizer.z_loss": 0.0,
+        "train.global_batch_size": 480, "train.steps": 600_000, "train.sequence_length": 1024,
+        "train.micro_batch_size": 12, "train.seed": 1337, "train.precision": "bfloat16",
+        "schedule.warmup_steps": 2000, "schedule.end_step": 600_000,
+        "provider.init_method_std": 0.02, "provider.make_vocab_size_divisible_by": 64,
+    },
+}  # fmt: skip
+"""OLMo-2 1B, 7B and 13B: allenai/OLMo ``configs/official-0425``, ``configs/official-1124``, of 13B
+the peak and the warmup from the paper's Table 3; 32B and Olmo-3: allenai/OLMo-core
+``src/scripts/official``; GPT-2: nanoGPT. Steps: the last revisions on the hub."""
+
+TOTALS = {
+    "olmo2/olmo2_1b.py": (1_484_916_736, 4.000e12, 2_097_152),
+    "olmo2/olmo2_1b.py:stage2": (1_484_916_736, 50.0e9, 2_097_152),
+    "olmo2/olmo2_7b.py": (7_298_617_344, 3.895e12, 4_194_304),
+    "olmo2/olmo2_7b.py:stage2": (7_298_617_344, 50.0e9, 4_194_304),
+    "olmo2/olmo2_13b.py": (13_716_198_400, 5.000e12, 8_388_608),
+    "olmo2/olmo2_13b.py:stage2": (13_716_198_400, 100.1e9, 8_388_608),
+    "olmo2/olmo2_13b.py:stage2_300b": (13_716_198_400, 300.1e9, 8_388_608),
+    "olmo2/olmo2_32b.py": (32_234_279_936, 6.056e12, 8_388_608),
+    "olmo2/olmo2_32b.py:stage2": (32_234_279_936, 100.0e9, 8_388_608),
+    "olmo2/olmo2_32b.py:stage2_300b": (32_234_279_936, 300.0e9, 8_388_608),
+    "olmo3/olmo3_7b.py": (7_298_011_136, 2.504e12, 4_194_304),
+    "gpt2/gpt2_124m.py": (124_439_808, 294.9e9, 491_520),
+}
+"""Parameters, tokens of the run, and tokens of a step."""
+
+
+def load(recipe: str) -> TrainingConfig:
+    return load_recipe(str(RECIPES / recipe))
+
+
+def value(config: TrainingConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    values = getattr(config, section)
+    return values[name] if isinstance(values, dict) else getattr(values, name)
+
+
+def every_recipe() -> list[str]:
+    """Every function of every recipe's file that returns a config."""
+    files = [path for family in FAMILIES for path in sorted((RECIPES / family).glob("*.py"))]
+    return [
+        f"{path.parent.name}/{path.name}:{name}"
+        for path in files
+        for name in re.findall(r"^def (\w+)\(\) -> TrainingConfig", path.read_text(), re.M)
+    ]
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_values_are_the_published_ones(recipe: str) -> None:
+    config, expected = load(recipe), PUBLISHED[recipe]
+    assert {key: value(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("recipe", TOTALS)
+def test_parameters_tokens_and_batch_are_the_published_ones(recipe: str) -> None:
+    found = estimate(load(recipe))
+    parameters, tokens, step = TOTALS[recipe]
+    assert (found.parameters, found.tokens_per_step) == (parameters, step)
+    assert found.tokens == pytest.approx(tokens, rel=1e-3)
+
+
+def test_no_recipe_was_forgotten() -> None:
+    pinned = {load(recipe).name for recipe in PUBLISHED} | {"olmo2-tiny"}
+    assert {load(recipe).name for recipe in every_recipe()} == pinned
+
+
+@pytest.mark.parametrize("recipe", every_recipe())
+def test_what_a_recipe_sets_has_a_source(recipe: str) -> None:
+    config, usual = load(recipe), TrainingConfig()
+    assert "model" in config.sources
+    for section in fields(config):
+        values, defaults = getattr(config, section.name), getattr(usual, section.name)
+        if section.name == "provider":
+            names = list(values)
+        elif is_dataclass(values):
+            names = [n for n, v in asdict(values).items() if v != getattr(defaults, n)]
+        else:
+            continue
+        for name in names:
+            key = f"{section.name}.{name}"
+            assert config.sources.get(key) or config.sources.get(section.name), key
+
+
+@pytest.mark.parametrize("recipe", every_recipe())
+def test_sources_are_of_fields(recipe: str) -> None:
+    config = load(recipe)
+    for key in config.sources:
+        if "." in key:
+            value(config, key)
+        else:
+            assert hasattr(config, key)
+
+
+@pytest.mark.parametrize("recipe", every_recipe())
+def test_a_recipe_survives_the_command_line(recipe: str) -> None:
+    config = load(recipe)
+    assert apply_overrides(config, []) == config
+
+
+@pytest.mark.parametrize("recipe", every_recipe())
+def test_a_recipe_can_be_run(recipe: str) -> None:
+    config = load(recipe)
+    processes = {"olmo2-tiny": 1, "gpt2-124m": 8}.get(config.name, 16)
+    checks(config, processes)
+    assert load(recipe) == config, "a recipe's function makes a new config each time"
+    if config.name != "olmo2-tiny":
+        assert estimate(config, processes).worst.total < 75e9, "fits GPUs of 80 GB"
+
+
+def cosine(peak: float, step: int, warmup: int, end: float) -> float:
+    done = (step - warmup) / (end - warmup)
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def test_stage_2_begins_where_stage_1_ended() -> None:
+    """Of 7B the published value is 0.2 % off; 13B had reached a tenth of its peak."""
+    ends = {
+        "1b": cosine(4e-4, 1907359, 4000, 5e12 / (512 * 4096)),
+        "7b": cosine(3e-4, 928646, 2000, 5e12 / (1024 * 4096)),
+        "13b": 9e-5,
+        "32b": cosine(6e-4, 721901, 2000, 6.5e12 / (2048 * 4096)),
+    }
+    for size, lr in ends.items():
+        stage2 = load(f"olmo2/olmo2_{size}.py:stage2")
+        assert stage2.optimizer.lr == pytest.approx(lr, rel=1e-2 if size == "7b" else 1e-5)
+
+
+def test_the_tiny_one_is_for_a_laptop() -> None:
+    config = load("olmo2/olmo2_tiny.py")
+    assert config.train.precision == "float32"
+    assert estimate(config).worst.total < 500e6
+    checks(apply_overrides(config, ["parallel.tp=2", "parallel.sp=true"]), 4)
+
+
+def test_the_readmes_table() -> None:
+    rows = re.findall(r"^\| `(.+?)` \|(.+)\|$", (RECIPES / "README.md").read_text(), re.M)
+    assert len(rows) >= len(PUBLISHED) + 1
+    for recipe, row in rows:
+        config = load(recipe)
+        cells = [cell.strip() for cell in row.split("|")]
+        found = estimate(config, int(cells[3]))
+        parallel = config.parallel
+        assert cells == [
+            human_count(found.parameters), short(found.tokens), f"{found.steps:,}", cells[3],
+            f"{parallel.tp} x {parallel.pp} x {found.data_parallel_size}",
+            f"{found.worst.total / 1e9:.1f}",
+        ]  # fmt: skip
