@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .convert.to_hf import export_checkpoint
     from .convert.to_megatron import import_checkpoint
     from .convert.verify import verify
+    from .data.prepare import prepare_data
     from .live.auto_bridge import AutoBridge
     from .live.strategy import hf_as_megatron
     from .models.olmo2.provider import (
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         Olmo2ModelProvider13B,
         Olmo2ModelProvider32B,
     )
+    from .training.train import train
 
 _HOME = {
     "AutoBridge": "live.auto_bridge",
@@ -36,7 +38,9 @@ _HOME = {
     "hf_as_megatron": "live.strategy",
     "import_checkpoint": "convert.to_megatron",
     "inspect": "convert.inspect",
+    "prepare_data": "data.prepare",
     "synth": "convert.synth",
+    "train": "training.train",
     "verify": "convert.verify",
 }
 
@@ -54,7 +58,9 @@ __all__ = [
     "hf_as_megatron",
     "import_checkpoint",
     "inspect",
+    "prepare_data",
     "synth",
+    "train",
     "verify",
 ]
 

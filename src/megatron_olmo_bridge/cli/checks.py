@@ -13,6 +13,7 @@ from megatron_olmo_bridge.convert.plan import WORKERS
 from megatron_olmo_bridge.errors import InputError
 
 from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
+from .data import show_dataset
 
 if TYPE_CHECKING:
     from megatron_olmo_bridge.convert.verify import Difference
@@ -83,7 +84,9 @@ def _print_differences(differences: list[Difference]) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint of any kind.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A checkpoint of any kind, or prepared data.")
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     mapping: Annotated[
         bool, typer.Option("--mapping", help="Show which Hugging Face block stands where.")
@@ -102,10 +105,15 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: model, size, dtype, files, layout, where it came from.
 
-    Only headers are read, and nothing in them is run.
+    Only headers are read, and nothing in them is run. Of prepared data (the prefix of a .bin and an
+    .idx) it says how many documents and tokens there are, and how they begin.
     """
     from megatron_olmo_bridge.convert.inspect import inspect as run
+    from megatron_olmo_bridge.data.prefix import is_indexed
 
+    if is_indexed(path):
+        show_dataset(path, quiet, json)
+        return
     found = run(path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, heads=heads)
     if json:
         print_json(asdict(found))

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 P = ParamSpec("P")
-MEGATRON_EXTRA = {"megatron", "transformers"}
-"""Packages that come with the extra ``megatron`` and that only some commands need."""
+EXTRAS = {
+    "megatron": ("megatron", "transformers", "tokenizers", "numpy"),
+    "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard", "sklearn"),
+}
+"""Extras, and packages that come with them and that only some commands need."""
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
@@ -42,9 +45,11 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             fail("interrupted. A conversion can be continued with --resume.", 130)
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] not in MEGATRON_EXTRA:
+            package = (error.name or "").partition(".")[0]
+            extra = next((name for name, has in EXTRAS.items() if package in has), None)
+            if extra is None:
                 raise
-            fail(f"this needs {error.name}: pip install 'megatron-olmo-bridge[megatron]'", 2)
+            fail(f"this needs {error.name}: pip install 'megatron-olmo-bridge[{extra}]'", 2)
         except BrokenPipeError:  # the reader, `head` for example, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:

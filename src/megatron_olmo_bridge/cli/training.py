@@ -58,9 +58,11 @@ def train(
 
     Exits with 75 when it was asked to stop (SIGTERM, Ctrl-C) and has saved its last step.
     """
+    from megatron_olmo_bridge.training.check import check_values
     from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
 
     config = apply_overrides(load_recipe(recipe), overrides or [])
+    check_values(config)
     if dry_run:
         _dry_run(config, processes, quiet, json)
     elif processes and processes > 1 and "RANK" not in os.environ:

@@ -1,0 +1,136 @@
+"""What an indexed dataset is: from the record that ``prepare-data`` left, and from its index."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_olmo_bridge.errors import FormatError, InputError
+
+from .indexed import Indexed, read_indexed
+from .prefix import prefix_of
+
+_FIRST_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """A prepared dataset. What only ``prepare-data`` records is None for one of other tools."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    """With the eos of each document."""
+    dtype: str
+    tokenizer: str | None = None
+    """The folder or hub id that it was prepared with."""
+    tokenizer_sha256: str | None = None
+    """Of its tokenizer.json."""
+    vocab_size: int | None = None
+    """Ids that the tokenizer has: the largest one plus 1."""
+    eos_id: int | None = None
+    max_token_id: int | None = None
+    """The largest that occurs."""
+    empty_documents: int = 0
+    """Documents without a token, which were left out."""
+    bad_lines: int = 0
+    """Lines that were left out because they could not be read."""
+    first_bad_lines: list[str] = field(default_factory=list)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    """``path`` and ``bytes`` of each."""
+    plan: str | None = None
+    """SHA-256 of what was to be prepared, and how."""
+    version: str | None = None
+    """Of this package."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a look into a dataset shows besides its record."""
+
+    info: DataInfo
+    nbytes: int
+    """Bytes of its files."""
+    mean: float
+    """Tokens of a document; so are the next ones."""
+    median: float
+    longest: int
+    first_tokens: list[int]
+    first_text: str | None
+    """The same decoded, where the tokenizer is in a folder here."""
+
+
+def read_info(path: str | Path) -> DataInfo:
+    """Read a dataset's record; without one, what its index says.
+
+    Args:
+        path: its prefix, or one of its files.
+
+    Raises:
+        InputError: a file is missing.
+        FormatError: damaged, cut short, or files that don't belong together.
+    """
+    return _info(_read(path))
+
+
+def describe(path: str | Path) -> Description:
+    """Look into a dataset.
+
+    Raises:
+        BridgeError: as :func:`read_info`.
+    """
+    data = _read(path)
+    info = _info(data)
+    lengths = data.document_lengths()
+    first = data.first_tokens(_FIRST_TOKENS).tolist()
+    files = (Path(data.prefix + suffix) for suffix in (".bin", ".idx", ".json"))
+    return Description(
+        info=info,
+        nbytes=sum(f.stat().st_size for f in files if f.is_file()),
+        mean=float(lengths.mean()) if len(lengths) else 0.0,
+        median=float(np.median(lengths)) if len(lengths) else 0.0,
+        longest=int(lengths.max(initial=0)),
+        first_tokens=first,
+        first_text=_decoded(info, first),
+    )
+
+
+def _read(path: str | Path) -> Indexed:
+    prefix = prefix_of(path)
+    if Path(f"{prefix}.partial").is_dir() and not Path(f"{prefix}.idx").exists():
+        raise InputError(
+            f"{prefix}.partial: an interrupted prepare-data. Run the same command again with "
+            "--resume, or delete the folder."
+        )
+    return read_indexed(prefix)
+
+
+def _info(data: Indexed) -> DataInfo:
+    found = {"documents": data.documents, "tokens": data.tokens, "dtype": data.dtype.name}
+    path = Path(f"{data.prefix}.json")
+    try:
+        record = json.loads(path.read_text())
+        info = DataInfo(prefix=data.prefix, **record)
+    except FileNotFoundError:
+        return DataInfo(prefix=data.prefix, **found)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise FormatError(
+            f"{path}: not the record of prepare-data ({error}). Move it away to use the dataset "
+            "without one."
+        ) from error
+    if differing := [k for k, v in found.items() if asdict(info)[k] != v]:
+        raise FormatError(f"{path}: not of the .bin and .idx beside it: other {differing[0]}")
+    return info
+
+
+def _decoded(info: DataInfo, ids: list[int]) -> str | None:
+    file = Path(info.tokenizer or "") / "tokenizer.json"
+    if info.tokenizer is None or not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    return str(Tokenizer.from_file(str(file)).decode(ids, skip_special_tokens=False))

@@ -1,0 +1,323 @@
+"""Text to token ids, in parallel: from input files to one indexed dataset.
+
+The input is cut into parts, which depends on the input alone and not on the number of processes;
+each part is written by itself (``parts.py``), and megatron-core's ``IndexedDatasetBuilder`` joins
+them in order. So the output has the same bytes for any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_olmo_bridge._version import __version__
+from megatron_olmo_bridge.convert.plan import fingerprint
+from megatron_olmo_bridge.errors import InputError, ProcessError
+
+from .documents import Kind, Span, TextOptions, split_name, text_spans
+from .info import DataInfo, read_info
+from .partial import JOINED, OUTPUTS, Partial
+from .parts import (
+    TOKENIZER,
+    Counts,
+    Part,
+    PartWriter,
+    Worker,
+    bad_line_error,
+    sync_file,
+    write_json,
+)
+from .prefix import prefix_of
+from .progress import WORKERS, PrepareReporter
+from .token_files import TOKEN_DTYPES, dtype_for, token_spans
+from .tokenizer import TextTokenizer, load_tokenizer
+
+PART_BYTES = 64 << 20
+"""Of input, at most, where it can be cut: some half a minute's work."""
+LEAST_PART_BYTES = 1 << 20
+PARTS = 256
+"""Parts that a small input is cut into at most."""
+_POLL = 0.3
+"""Seconds between updates of the progress."""
+
+
+def prepare_data(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path,
+    workers: int = WORKERS,
+    text_field: str = "text",
+    txt_documents: str = "line",
+    token_dtype: str | None = None,
+    skip_bad_lines: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: PrepareReporter | None = None,
+) -> DataInfo:
+    """Tokenize documents into Megatron's indexed format: ``out``.bin, ``out``.idx, ``out``.json.
+
+    Each document gets the ids of ``tokenizer(text, add_special_tokens=False)`` and one eos.
+    Documents keep their order. One without any token is left out, and counted.
+
+    Args:
+        inputs: .jsonl (or .json, a JSON object a line) and .txt, either also as .gz or .zst;
+            .parquet; .npy, which are OLMo-core's headerless token files.
+        out: prefix of the output.
+        tokenizer: a folder or a hub id; of token files, the one that they were made with.
+        workers: processes. With more than one, a script calls this under
+            ``if __name__ == "__main__":``, as for everything that starts processes.
+        text_field: field of JSON Lines, or column of Parquet, with the text.
+        txt_documents: of a .txt file, each ``line`` is a document, or each ``file``.
+        token_dtype: of token files: uint8, uint16, uint32 or uint64; by default, as in OLMo-core,
+            the smallest that holds the vocabulary.
+        skip_bad_lines: leave out lines that can't be read, and count them.
+        resume: continue an interrupted run; afresh if there is none.
+        overwrite: replace what is there.
+        reporter: told of progress, in bytes of input.
+
+    Raises:
+        InputError: a file or option that can't be; no documents at all.
+        FormatError: a damaged file; a bad line, unless they are skipped.
+        OutputError: the output exists, can't be written, or the disk is full.
+        ProcessError: a process died.
+    """
+    reporter = reporter or PrepareReporter()
+    prefix = prefix_of(out)
+    files = [str(path) for path in inputs]
+    _check_option("txt_documents", txt_documents, ("line", "file"))
+    _check_option("token_dtype", token_dtype, (None, *TOKEN_DTYPES))
+    _check_paths(files, prefix)
+    loaded = load_tokenizer(str(tokenizer))
+    writer = PartWriter(
+        folder=Path(f"{prefix}.partial"),
+        eos_id=loaded.eos_id,
+        vocab_size=loaded.vocab_size,
+        dtype=np.dtype(_megatron().DType.optimal_dtype(loaded.vocab_size)).name,
+        token_dtype=token_dtype or dtype_for(loaded.vocab_size),
+        text=TextOptions(text_field, txt_documents),
+        skip_bad_lines=skip_bad_lines,
+    )
+    record, plan = _record(files, writer, loaded)
+    parts = _parts(files, writer)
+    partial = Partial(prefix, plan, record["plan"], resume=resume, overwrite=overwrite)
+    with partial.opened():
+        if not partial.finished:
+            (writer.folder / TOKENIZER).write_text(loaded.serialized)
+            _write_parts(parts, writer, workers, reporter)
+            counts = _join(parts, writer, reporter)
+            write_json(writer.folder / f"{JOINED}.json", record | asdict(counts))
+            partial.commit()
+    return read_info(prefix)
+
+
+def _check_option(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} {value!r}: must be one of {', '.join(filter(None, allowed))}")
+
+
+def _check_paths(files: list[str], prefix: str) -> None:
+    if not files:
+        raise InputError("no input files")
+    for file in files:
+        path = Path(file)
+        if not path.exists():
+            raise InputError(f"{file}: no such file")
+        if path.is_dir():
+            raise InputError(f"{file}: is a folder. Name the files in it: {file}/*.jsonl.gz")
+        if split_name(file)[0] is None:
+            raise InputError(
+                f"{file}: of no known kind. Known are .jsonl, .json and .txt (also with .gz or "
+                ".zst), .parquet, and .npy (OLMo-core's token files)."
+            )
+        if path.stat().st_size == 0:
+            raise InputError(f"{file}: is empty")
+    if split_name(prefix)[0] is not None:
+        raise InputError(
+            f"{prefix}: is the output, by its place, but named like an input. The prefix of the "
+            "output comes last."
+        )
+    if Path(prefix).is_dir():
+        raise InputError(f"{prefix}: is a folder. Name a prefix in it: {prefix.rstrip('/')}/train")
+    for output in (Path(prefix + suffix) for suffix in OUTPUTS):
+        if output.resolve() in {Path(file).resolve() for file in files}:
+            raise InputError(f"{output}: is both input and output. Name another output.")
+
+
+def _megatron() -> Any:
+    """megatron-core's module of indexed datasets, without its warnings of what is not installed."""
+    with warnings.catch_warnings(action="ignore"):
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def _record(
+    files: list[str], writer: PartWriter, tokenizer: TextTokenizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the .json beside the output says of how it was made; and the plan, which an interrupted
+    run is compared with."""
+    made = {
+        "version": __version__,
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "dtype": writer.dtype,
+        "inputs": [{"path": file, "bytes": Path(file).stat().st_size} for file in files],
+    }
+    plan = made | asdict(writer.text) | {"token_dtype": writer.token_dtype}
+    digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    return made | {"plan": digest}, plan | {"input_state": fingerprint(map(Path, files))}
+
+
+def _parts(files: list[str], writer: PartWriter) -> list[Part]:
+    """The input in parts of about the same size; small files share one."""
+    total = sum(Path(file).stat().st_size for file in files)
+    limit = min(max(total // PARTS, LEAST_PART_BYTES), PART_BYTES)
+    parts: list[list[Span]] = []
+    room = 0
+    for file in files:
+        if split_name(file)[0] is Kind.TOKENS:
+            spans = token_spans(file, limit, writer.token_dtype)
+        else:
+            spans = text_spans(file, limit, writer.text)
+        for span in spans:
+            if span.nbytes > room:
+                parts.append([])
+                room = limit
+            parts[-1].append(span)
+            room -= span.nbytes
+    return [Part(number, tuple(spans)) for number, spans in enumerate(parts)]
+
+
+def _write_parts(
+    parts: list[Part], writer: PartWriter, workers: int, reporter: PrepareReporter
+) -> None:
+    """Write the parts that are not finished yet."""
+    missing, tokens = [], 0
+    for part in parts:
+        counts = writer.finished(part)
+        if counts is None:
+            missing.append(part)
+        else:
+            tokens += counts.tokens
+    missing.sort(key=lambda part: -part.nbytes)  # a large one begun last would be waited for
+    reporter.begin("Tokenizing", sum(part.nbytes for part in missing))
+    show = _Shown(reporter, tokens)
+    with _one_thread_each():
+        if min(workers, len(missing)) > 1:
+            _write_in_processes(missing, writer, min(workers, len(missing)), show)
+        else:
+            for part in missing:
+                writer.write(part, show.add)
+    reporter.end()
+
+
+class _Shown:
+    """Hands progress on to a reporter."""
+
+    def __init__(self, reporter: PrepareReporter, tokens: int) -> None:
+        self._reporter, self._tokens = reporter, tokens
+
+    def add(self, nbytes: int, tokens: int) -> None:
+        self._tokens += tokens
+        self._reporter.advance(nbytes)
+        self._reporter.tokens(self._tokens)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Have the tokenizers library start no threads of its own: processes are what was asked for."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _write_in_processes(parts: list[Part], writer: PartWriter, workers: int, show: _Shown) -> None:
+    context = get_context("spawn")
+    alive, end = context.Pipe(duplex=False)
+    counters = context.Array("q", 2)
+    seen = [0, 0]
+    pool = ProcessPoolExecutor(workers, context, Worker.begin, (writer, counters, alive))
+    try:
+        pending = {pool.submit(Worker.write, part) for part in parts}
+        while pending:
+            done, pending = wait(pending, _POLL, FIRST_EXCEPTION)
+            now = list(counters.get_obj())
+            show.add(now[0] - seen[0], now[1] - seen[1])
+            seen = now
+            for future in done:
+                future.result()
+    except BrokenProcessPool:
+        raise ProcessError(
+            "a process that tokenizes died: was it killed, for want of memory? Finished parts are "
+            "kept: pass --resume, with fewer --workers. A script must call prepare_data under "
+            "`if __name__ == '__main__':`."
+        ) from None
+    except BaseException:
+        end.close()  # the workers end at once
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        end.close()
+
+
+def _join(parts: list[Part], writer: PartWriter, reporter: PrepareReporter) -> Counts:
+    """Write the parts as one dataset, and count what it holds."""
+    counts, holding = Counts(), []
+    for part in parts:
+        found = writer.finished(part)
+        assert found is not None
+        counts.add(found)
+        if found.documents:
+            holding.append(writer.prefix(part))
+    if counts.bad_lines and not writer.skip_bad_lines:  # of an interrupted run that skipped them
+        raise bad_line_error(counts.first_bad_lines[0])
+    if not counts.documents:
+        raise InputError(
+            f"no documents in the input: {counts.bad_lines} bad lines, "
+            f"{counts.empty_documents} documents without text"
+        )
+    joined, dtype = str(writer.folder / JOINED), np.dtype(writer.dtype)
+    reporter.begin("Joining", counts.tokens * dtype.itemsize)
+    builder = _megatron().IndexedDatasetBuilder(f"{joined}.bin", dtype=dtype.type)
+    with _quick_collections(), warnings.catch_warnings(action="ignore"):  # of ranks
+        for prefix in holding:
+            builder.add_index(prefix)
+            reporter.advance(Path(f"{prefix}.bin").stat().st_size)
+    builder.finalize(f"{joined}.idx")
+    for suffix in (".bin", ".idx"):
+        sync_file(Path(f"{joined}{suffix}"))
+    reporter.end()
+    return counts
+
+
+@contextlib.contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Leave what exists to itself: ``add_index`` collects garbage at each part, and looking through
+    all that torch and transformers have takes a tenth of a second."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,76 @@
+"""The tokenizer that data is prepared with: the part of it that makes ids of text."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import InputError
+
+_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer and what is recorded of it."""
+
+    name: str
+    """Its folder, as an absolute path; or its hub id."""
+    sha256: str | None
+    """Of its tokenizer.json, where there is one."""
+    vocab_size: int
+    """The largest id that it has, plus 1."""
+    eos_id: int
+    serialized: str
+    """As a tokenizer.json, without padding and truncation. With it a process can tokenize that
+    has loaded neither transformers nor torch."""
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """Load a tokenizer by transformers.
+
+    Args:
+        name: a folder, or a hub id.
+
+    Raises:
+        InputError: there is none, it has no eos, or is of the slow kind.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~"))):
+        raise InputError(f"{name}: no such folder. --tokenizer takes a folder or a hub id.")
+    local = folder.resolve() if folder.is_dir() else None
+    try:
+        loaded = AutoTokenizer.from_pretrained(local or name)
+    except Exception as error:  # many kinds, of transformers, tokenizers and the hub
+        why = str(error).strip().partition("\n")[0]
+        raise InputError(f"{name}: no tokenizer could be loaded: {why}") from error
+    if not getattr(loaded, "is_fast", False):
+        raise InputError(f"{name}: not a fast tokenizer (one with a {_FILE})")
+    if loaded.eos_token_id is None:
+        raise InputError(
+            f"{name}: the tokenizer has no eos token, which ends each document. Set eos_token in "
+            "its tokenizer_config.json."
+        )
+    backend = loaded.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return TextTokenizer(
+        name=str(local or name),
+        sha256=_sha256(str(local or name)),
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        eos_id=loaded.eos_token_id,
+        serialized=backend.to_str(),
+    )
+
+
+def _sha256(name: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    local = Path(name)
+    file = local / _FILE if local.is_dir() else try_to_load_from_cache(name, _FILE)
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -1,0 +1,151 @@
+"""prepare-data as processes: the same bytes however many there are, and after they were killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from small_tokenizer import make_tokenizer, texts
+from transformers import AutoTokenizer
+
+from megatron_olmo_bridge.data.info import read_info
+from megatron_olmo_bridge.data.prepare import prepare_data
+from megatron_olmo_bridge.errors import InputError
+
+DOCUMENTS = 30_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus that makes several parts, a tokenizer, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("data")
+    make_tokenizer(folder / "tokenizer")
+    lines = (json.dumps({"text": t}, ensure_ascii=False) for t in texts(DOCUMENTS))
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    assert (folder / "corpus.jsonl").stat().st_size > 5 << 20
+    prepare_data(
+        [folder / "corpus.jsonl"], folder / "one", tokenizer=folder / "tokenizer", workers=1
+    )
+    return folder
+
+
+def same(folder: Path, out: Path) -> bool:
+    return all(
+        Path(f"{out}{s}").read_bytes() == (folder / f"one{s}").read_bytes()
+        for s in (".bin", ".idx", ".json")
+    )
+
+
+def start(
+    folder: Path, out: Path, *options: str, before: Callable[[], None] | None = None
+) -> subprocess.Popen[str]:
+    """The command with two workers, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_olmo_bridge", "prepare-data", folder / "corpus.jsonl", out,
+         "--tokenizer", folder / "tokenizer", "--workers", "2", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=before,
+    )  # fmt: skip
+
+
+def wait_for(met: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def nobody_left(session: int) -> bool:
+    """Whether all processes of a session are gone."""
+    try:
+        os.killpg(session, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def children(process: int) -> list[int]:
+    """Worker processes, from the oldest."""
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(p) for p in found if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
+
+
+def test_stock_megatron_reads_the_tokens_of_transformers(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    stock = IndexedDataset(str(folder / "one"))
+    assert len(stock) == DOCUMENTS
+    for i, text in enumerate(texts(DOCUMENTS)[:500]):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert stock[i].tolist() == [*ids, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_makes_the_same_bytes(
+    folder: Path, tmp_path: Path, workers: int
+) -> None:
+    prepare_data(
+        [folder / "corpus.jsonl"], tmp_path / "out", tokenizer=folder / "tokenizer", workers=workers
+    )
+    assert same(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) -> None:
+    out = tmp_path / "out"
+    process = start(folder, out)
+    wait_for(lambda: [*tmp_path.glob("out.partial/part-*.json"), process.poll()][0])
+    os.kill(process.pid, by)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if by is signal.SIGINT else -by), said
+    wait_for(lambda: nobody_left(process.pid))  # no worker goes on by itself
+    if by is signal.SIGINT:
+        assert said.endswith(
+            "olmo-bridge: interrupted. A conversion can be continued with --resume.\n"
+        )
+    with pytest.raises(InputError, match="an interrupted prepare-data"):
+        read_info(out)
+    finished = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out.partial/part-*.json")}
+    assert finished
+    process = start(folder, out, "--resume")
+    said = "".join(process.communicate(timeout=120))
+    assert process.returncode == 0, said
+    assert same(folder, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
+
+
+def test_a_worker_that_dies_is_told_of(folder: Path, tmp_path: Path) -> None:
+    process = start(folder, tmp_path / "out")
+    wait_for(lambda: children(process.pid))
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a process that tokenizes died" in said
+    assert "Traceback" not in said
+    wait_for(lambda: nobody_left(process.pid))
+
+
+def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
+    limit = (folder / "one.bin").stat().st_size // 2  # enough for parts, not for all of them
+    process = start(
+        folder, tmp_path / "out",
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert said.endswith(
+        f"olmo-bridge: {tmp_path / 'out'}.partial: can't write more: File too large. Make room and "
+        "pass --resume: finished parts are kept.\n"
+    )
+    assert "Traceback" not in said
+    process = start(folder, tmp_path / "out", "--resume")
+    assert process.wait(timeout=120) == 0
+    assert same(folder, tmp_path / "out")
