@@ -10,7 +10,7 @@ from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
 
-from .provenance import read_provenance
+from .provenance import LIVE, read_provenance
 from .source import HUB_ID
 
 MODEL_CARD = "README.md"
@@ -167,8 +167,10 @@ def _origin(folder: Path) -> tuple[str | None, str | None]:
     if recorded is None:
         return None, None
     version = (recorded.get("versions") or {}).get(PACKAGE, __version__)
-    how = _MADE_BY.get(str(recorded.get("operation")), "Written")
     source = str(recorded["source"])
+    how = "Written" if source == LIVE else _MADE_BY.get(str(recorded.get("operation")), "Written")
+    if source == LIVE:
+        return None, f"{how} by {PACKAGE} {version} out of a running model."
     names = ", ".join(f"`{_without_path(name)}`" for name in source.split(", "))
     text = f"{how} by {PACKAGE} {version} from {names}"
     while Path(source).is_absolute():

@@ -17,6 +17,8 @@ from megatron_olmo_bridge.formats.hf_folder import read_json
 from .plan import CopyPlan
 
 PROVENANCE = "olmo_bridge.json"
+LIVE = "a live model"
+"""Recorded as the source of what was written out of a running model."""
 
 
 @dataclass(frozen=True)

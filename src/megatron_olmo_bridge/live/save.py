@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_olmo_bridge.convert.execute import cleaning_up, finish
 from megatron_olmo_bridge.convert.plan import CopyPlan, Literal
-from megatron_olmo_bridge.convert.provenance import Provenance
+from megatron_olmo_bridge.convert.provenance import LIVE, Provenance
 from megatron_olmo_bridge.convert.reporter import Reporter
 from megatron_olmo_bridge.convert.source import HF_SUBFOLDER, RUN_CONFIG
 from megatron_olmo_bridge.convert.stage import Stage
@@ -101,7 +101,7 @@ def save_hf(
                 os.close(fd)
             stage.record(file.name)
         assert next(weights, None) is None
-        finish(stage, plan, Provenance("a live model", None, {"max_shard_size": max_shard_size}))
+        finish(stage, plan, Provenance(LIVE, None, {"max_shard_size": max_shard_size}))
     reporter.end()
 
 

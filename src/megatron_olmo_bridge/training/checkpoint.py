@@ -7,6 +7,7 @@ export`` reads them, and so does Megatron-LM.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +26,13 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.utils import nested_values
+from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
-from megatron_olmo_bridge.formats.torch_dist import TRACKER, iteration_folders
+from megatron_olmo_bridge.formats.torch_dist import TRACKER, TorchDistFolder, iteration_folders
 from megatron_olmo_bridge.live.save import ON_DISK, megatron_state, model_states, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first
@@ -52,8 +55,9 @@ def last_step(root: Path) -> int | None:
     Raises:
         InputError: the tracker names one that isn't there.
     """
-    if not (root / TRACKER).is_file():
-        return None
+    if not (root / TRACKER).is_file():  # or killed between the first checkpoint and the tracker
+        complete = iteration_folders(root) if root.is_dir() else []
+        return int(complete[-1].name.removeprefix("iter_")) if complete else None
     text = (root / TRACKER).read_text().strip()
     if not text.isdigit() or not iteration_folder(root, int(text)).is_dir():
         raise InputError(
@@ -99,18 +103,16 @@ class Checkpointer:
         state, texts = megatron_state(self.chunks, self.bridge, beside=self.beside, iteration=step)
         state["optimizer"] = _optimizer_state(self.optimizer, self.chunks, is_loading=False)
         state["rng_state"] = _rng_state()
-        state[PROGRESS] = progress | {"layout": layout()}
+        state[PROGRESS] = progress | {
+            "layout": layout(),
+            "distributed_optimizer": _is_distributed(self.optimizer),
+        }
         needed = _bytes(state)
-        on_first(lambda: _begin(partial, needed))
-        try:
+        with _saying_what_fails(self.root):
+            on_first(lambda: _begin(partial, needed))
             request = dist_checkpointing.save(
                 state, str(partial), content_metadata=CONTENT, async_sharded_save=self.asynchronous
             )
-        except OSError as error:
-            raise OutputError(
-                f"{partial}: can't save step {step}: {error.strerror or error}. The checkpoints "
-                f"before it are complete: free some space, and start the same command again."
-            ) from error
 
         def commit() -> None:
             on_first(lambda: self._commit(partial, folder, texts, step))
@@ -120,15 +122,18 @@ class Checkpointer:
             self._queue.schedule_async_request(request)
         else:
             dist.barrier()
-            commit()
+            with _saying_what_fails(self.root):
+                commit()
 
     def poll(self) -> None:
         """Complete a checkpoint that was written meanwhile, if it is ready in every process."""
-        self._queue.maybe_finalize_async_calls(blocking=False)
+        with _saying_what_fails(self.root):
+            self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written."""
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        with _saying_what_fails(self.root):
+            self._queue.maybe_finalize_async_calls(blocking=True)
 
     def restore(self, step: int) -> dict[str, Any]:
         """Set model, optimizer and random numbers to what they were; returns the progress.
@@ -138,16 +143,22 @@ class Checkpointer:
         Raises:
             InputError: the checkpoint is of another model.
         """
-        return load(iteration_folder(self.root, step), self.chunks, self.optimizer)
+        try:
+            return load(iteration_folder(self.root, step), self.chunks, self.optimizer)
+        except FormatError as error:
+            raise FormatError(
+                f"{error}\nTo go on from an earlier checkpoint, write its number into "
+                f"{self.root / TRACKER}."
+            ) from error
 
     def _commit(self, partial: Path, folder: Path, texts: dict[str, bytes], step: int) -> None:
         write_texts(partial, texts)
-        for file in partial.rglob("*"):
-            _sync(file)
+        (partial / PARTIAL_MARKER).unlink()
+        for path in (partial, *partial.rglob("*")):
+            _sync(path)
         if folder.exists():  # of a run that went on from an earlier step
-            shutil.rmtree(folder)
+            _delete(folder)
         partial.rename(folder)
-        (folder / PARTIAL_MARKER).unlink()
         tracker = self.root / (TRACKER + _SUFFIX)
         tracker.write_text(str(step))
         _sync(tracker)
@@ -156,7 +167,7 @@ class Checkpointer:
         if self.keep_last:
             complete = [p for p in iteration_folders(self.root) if p <= folder]
             for old in complete[: -self.keep_last]:
-                shutil.rmtree(old)
+                _delete(old)
         self.on_saved(step, folder)
 
 
@@ -175,12 +186,25 @@ def load(
         What :meth:`Checkpointer.save` was given.
 
     Raises:
-        InputError: it has no optimizer, or is of another model.
+        InputError: it has no optimizer, or one that is kept otherwise.
+        FormatError: it is damaged, or of another model.
     """
+    on_first(lambda: TorchDistFolder.read(folder))  # says what is damaged better than what follows
+    with _saying_what_is_damaged(folder):
+        return _loaded(folder, chunks, optimizer, fresh_rng)
+
+
+def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool) -> dict[str, Any]:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     progress: dict[str, Any] = common.get(PROGRESS, {})
     if "optimizer" not in common:
         raise InputError(f"{folder}: has no optimizer's state; leave out init.optimizer")
+    distributed = progress.get("distributed_optimizer")
+    if distributed is not None and distributed != _is_distributed(optimizer):
+        raise InputError(
+            f"{folder}: its optimizer's state is of parallel.distributed_optimizer="
+            f"{str(distributed).lower()}, and can be loaded with that only"
+        )
     with_torch = _torch_optimizers(optimizer)
     for part in with_torch:
         _allocate(part.optimizer)
@@ -204,6 +228,11 @@ def load(
 def _optimizer_state(optimizer: Any, chunks: Sequence[Any], is_loading: bool) -> Any:
     models = model_states(chunks)  # anew: those that are saved are taken apart by that
     return optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=CONTENT)
+
+
+def _is_distributed(optimizer: Any) -> bool:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return any(isinstance(part, DistributedOptimizer) for part in parts)
 
 
 def _torch_optimizers(optimizer: Any) -> list[Any]:
@@ -283,8 +312,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 def _begin(partial: Path, needed: int) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists():  # of a run that was killed
-        shutil.rmtree(partial)
+    _clean(partial.parent)
     free = shutil.disk_usage(partial.parent).free
     if free < needed:
         raise OutputError(
@@ -294,6 +322,63 @@ def _begin(partial: Path, needed: int) -> None:
         )
     partial.mkdir()
     (partial / PARTIAL_MARKER).touch()
+
+
+@contextlib.contextmanager
+def _saying_what_fails(root: Path) -> Iterator[None]:
+    """Turn what megatron-core raises of a full disk into one sentence, and leave nothing behind.
+
+    Also keeps back its warning of an "incomplete / corrupted checkpoint": our marker is there.
+    """
+    logger = logging.getLogger(dist_checkpointing.serialization.__name__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        why = error.strerror if isinstance(error, OSError) else _failure(error)
+        if dist.get_rank() == 0:
+            _clean(root)
+        raise OutputError(
+            f"{root}: can't save a checkpoint: {why or error}. Those that were saved before are "
+            "complete: free some space, or set checkpoint.keep_last, and start the same command "
+            "again."
+        ) from error
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _saying_what_is_damaged(folder: Path) -> Iterator[None]:
+    """Turn what torch and megatron-core raise of damaged files, anything, into one sentence."""
+    try:
+        yield
+    except (BridgeError, torch.OutOfMemoryError):
+        raise
+    except (Exception, CheckpointException) as error:
+        why = _failure(error) if isinstance(error, CheckpointException) else str(error)
+        raise FormatError(
+            f"{folder}: can't be loaded; it is damaged, or of another model: "
+            f"{why.strip().partition(chr(10))[0]:.300}"
+        ) from error
+
+
+def _failure(error: CheckpointException) -> str:
+    """What went wrong in the first process that says so; only the first one is told."""
+    return next((str(e) for e, _ in error.failures.values()), "another process failed")
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint, of which a kill leaves nothing that looks like one."""
+    doomed = folder.with_name(f"{folder.name}.old{_SUFFIX}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _clean(root: Path) -> None:
+    """Delete what saves and deletions that were interrupted left behind."""
+    for path in root.glob(f"iter_*{_SUFFIX}"):
+        shutil.rmtree(path)
 
 
 def _bytes(state: dict[str, Any]) -> int:

@@ -154,8 +154,6 @@ class ExportConfig:
     """Folder; each goes into ``step_N`` in it, with a model card."""
     interval: int | None = None
     """Steps between them; by default only the last step is exported."""
-    dtype: str = "keep"
-    """Of the exported weights: keep, float32, bfloat16 or float16."""
 
 
 @dataclass

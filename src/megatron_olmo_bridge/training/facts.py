@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import megatron.core
 import torch
@@ -36,3 +38,22 @@ def run_facts(config: TrainingConfig, bridge: ModelBridge) -> RunFacts:
             "python": platform.python_version(),
         },
     )
+
+
+def card_facts(config: TrainingConfig, figures: dict[str, float]) -> dict[str, Any]:
+    """What a model card says of the training, by label."""
+    of_data = [Path(path).name for path in config.data.path]
+    return {
+        "steps": figures.get("step"),
+        "tokens": figures.get("tokens"),
+        "training loss": figures.get("train_loss"),
+        "validation loss": figures.get("validation_loss"),
+        **({"data": of_data} if of_data else {}),
+        "started from": Path(config.init.hf or config.init.checkpoint or "random weights").name,
+        "settings": {
+            f"{section}.{name}": value
+            for section in ("train", "optimizer", "schedule")
+            for name, value in as_dict(config)[section].items()
+            if value is not None
+        },
+    }

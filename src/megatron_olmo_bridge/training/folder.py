@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
+from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.torch_dist import TRACKER, iteration_folders
 
 from .config import TrainingConfig
@@ -21,26 +23,34 @@ _MAY_CHANGE = {
     "classification.baseline",
 }  # fmt: skip
 """Sections and fields in which a run that continues may differ from what it was."""
+_DIFFERENCES = 8
+"""That a message shows."""
 
 
-def claim(config: TrainingConfig) -> Path | None:
-    """Look whether the run's folder is new or this run's own, and write ``run.yaml`` into it.
-
-    Returns:
-        The folder; None if the run has none.
+def check_folders(config: TrainingConfig) -> None:
+    """Look whether the run's folder is new or this run's own; nothing is written.
 
     Raises:
         InputError: the folder is another run's, or is where the weights come from.
+        OutputError: it can't be written to, or the folder of the exports can't.
     """
+    for field, given in (
+        ("checkpoint.save", config.checkpoint.save),
+        ("export.hf", config.export.hf),
+    ):
+        if given is not None:
+            folder = Path(given).expanduser()
+            _not_the_source(field, folder, config)
+            _writable(field, folder)
     if config.checkpoint.save is None:
-        return None
+        return
     folder = Path(config.checkpoint.save).expanduser()
-    _not_the_source(folder, config)
-    values = as_dict(config)
     file = folder / RUN_FILE
     if file.is_file():
-        if differences := _differences(_read(file), values):
-            lines = "\n".join(f"  {line}" for line in differences)
+        if differences := _differences(_read(file), as_dict(config)):
+            more = len(differences) - _DIFFERENCES
+            shown = differences[:_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
+            lines = "\n".join(f"  {line}" for line in shown)
             raise InputError(
                 f"{folder}: is the folder of another run; this one differs in\n{lines}\n"
                 "Name another folder as checkpoint.save. To go on from what was trained there, "
@@ -51,32 +61,64 @@ def claim(config: TrainingConfig) -> Path | None:
             f"{folder}: has checkpoints that no run of this command saved ({RUN_FILE} is not "
             f"there). Name another folder as checkpoint.save, and this one as init.checkpoint."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(values, sort_keys=False))
-    partial.replace(file)
-    return folder
+    elif (folder / CONFIG).exists():
+        raise InputError(
+            f"{folder}: is a Hugging Face checkpoint. Name another folder as checkpoint.save."
+        )
 
 
-def _not_the_source(folder: Path, config: TrainingConfig) -> None:
-    for field in ("checkpoint", "hf"):
-        given = getattr(config.init, field)
+def claim(config: TrainingConfig) -> None:
+    """Write ``run.yaml`` into the run's folder, which is then this run's.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    if config.checkpoint.save is None:
+        return
+    folder = Path(config.checkpoint.save).expanduser()
+    partial = folder / f"{RUN_FILE}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+        partial.replace(folder / RUN_FILE)
+    except OSError as error:
+        raise OutputError(
+            f"checkpoint.save={folder}: can't be written: {error.strerror}"
+        ) from error
+
+
+def _not_the_source(field: str, folder: Path, config: TrainingConfig) -> None:
+    for name in ("checkpoint", "hf"):
+        given = getattr(config.init, name)
         if given is None:
             continue
         source = Path(given).expanduser().resolve()
         if source == folder.resolve() or folder.resolve() in source.parents:
             raise InputError(
-                f"init.{field}={given} is in checkpoint.save={folder}: what comes out of a run "
-                "would mix with what goes into it. Name another folder as checkpoint.save."
+                f"init.{name}={given} is in {field}={folder}: what comes out of a run "
+                f"would mix with what goes into it. Name another folder as {field}."
             )
+
+
+def _writable(field: str, folder: Path) -> None:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"{field}={folder}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{field}={folder}: no permission to write into {there}")
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: can't be read: {error}") from error
-    return found if isinstance(found, dict) else {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise FormatError(
+            f"{file}: damaged, so that nobody can tell whose run this is. Name another folder as "
+            "checkpoint.save, and this one as init.checkpoint."
+        )
+    return found
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

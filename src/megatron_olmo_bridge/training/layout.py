@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import BridgeError, InputError
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
 
+from .check import check_values
 from .config import TrainingConfig
+from .recipes import nearest
 
-PRECISIONS = ("float32", "bfloat16")
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective"},
@@ -20,6 +21,23 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
         "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
     },
 }  # fmt: skip
+_SAID_ELSEWHERE = {
+    "params_dtype": "train.precision",
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "virtual_pipeline_model_parallel_size": "parallel.vpp",
+    "expert_model_parallel_size": "parallel.ep",
+    "sequence_parallel": "parallel.sp",
+    **dict.fromkeys(
+        (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+            "num_query_groups", "vocab_size", "num_moe_experts", "num_labels",
+            "share_embeddings_and_output_weights",
+        ),
+        "the model's config",
+    ),
+}  # fmt: skip
+"""Fields of the provider that follow from others, by which batches, memory and files are counted."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +81,12 @@ class Layout:
                 if (size := getattr(parallel, name)) > 1
             )
             raise InputError(
-                f"{sizes} takes {needed} processes or a multiple of it, not {processes}"
+                f"{sizes} takes {needed} processes or a multiple of it, not {processes}. Start it "
+                f"with --processes {needed}, or by torchrun --nproc_per_node {needed}."
             )
         dp = processes // (parallel.tp * parallel.pp)
         at_once = dp * train.micro_batch_size
-        if train.global_batch_size < 1 or train.global_batch_size % at_once:
+        if train.global_batch_size % at_once:
             raise InputError(
                 f"train.global_batch_size={train.global_batch_size} cannot be shared out evenly in "
                 f"micro-batches of {train.micro_batch_size} over {dp} data-parallel ranks; a "
@@ -86,19 +105,8 @@ class Layout:
 
 
 def smallest(config: TrainingConfig) -> int:
-    """Processes that the parallel sizes take at least.
-
-    Raises:
-        InputError: a size, or the micro-batch, is less than 1.
-    """
-    parallel, train = config.parallel, config.train
-    for name, size in (
-        ("parallel.tp", parallel.tp), ("parallel.pp", parallel.pp), ("parallel.ep", parallel.ep),
-        ("parallel.vpp", parallel.vpp or 1), ("train.micro_batch_size", train.micro_batch_size),
-        ("train.sequence_length", train.sequence_length),
-    ):  # fmt: skip
-        if size < 1:
-            raise InputError(f"{name}={size} must be a whole number of at least 1")
+    """Processes that the parallel sizes take at least."""
+    parallel = config.parallel
     return math.lcm(parallel.tp, _expert_tp(config) * parallel.ep) * parallel.pp
 
 
@@ -108,14 +116,19 @@ def checks(config: TrainingConfig, processes: int) -> None:
     Needs megatron-core, whose rules are asked for, but no process group.
 
     Raises:
-        InputError: a layout, batch, schedule, precision or provider field that can't be.
+        InputError: a value, layout, batch, schedule or provider field that can't be.
         UnsupportedError: one that could be, but isn't supported.
     """
     from .optimizer import check_schedule
 
-    bridge = model_of(config)
+    check_values(config)
     check_schedule(config.schedule, config.train)
-    Layout.of(config, processes)
+    bridge = model_of(config)
+    if bridge.num_labels and config.classification is None:
+        raise InputError(
+            f"the model is a classifier of {bridge.num_labels} labels, the task is to predict "
+            "tokens: begin with a language model, or with a recipe of recipes/classification/"
+        )
     parallel, length = config.parallel, config.train.sequence_length
     positions = bridge.config.max_position_embeddings
     if length > positions:
@@ -125,12 +138,26 @@ def checks(config: TrainingConfig, processes: int) -> None:
         )
     if parallel.sp and parallel.tp == 1:
         raise InputError("parallel.sp=true shares out tokens over parallel.tp, which is 1")
-    bridge.provider(**provider_fields(config)).finalize()
+    if parallel.vpp and parallel.pp == 1:
+        raise InputError(
+            f"parallel.vpp={parallel.vpp} cuts up pipeline stages: set parallel.pp too"
+        )
+    _check_provider(bridge, provider_fields(config))
     if parallel.sp and length % parallel.tp:
         raise InputError(
             f"parallel.sp shares out the train.sequence_length={length} tokens of a sequence: they "
             f"must be a multiple of parallel.tp={parallel.tp}"
         )
+    Layout.of(config, processes)
+
+
+def _check_provider(bridge: ModelBridge, given: dict[str, Any]) -> None:
+    try:
+        bridge.provider(**given).finalize()
+    except BridgeError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # of a field's type
+        raise InputError(f"megatron-core refuses the fields of provider: {error}") from error
 
 
 def model_of(config: TrainingConfig) -> ModelBridge:
@@ -149,23 +176,22 @@ def provider_fields(config: TrainingConfig) -> dict[str, Any]:
     """What the provider is told of layout and precision; ``config.provider`` has the last word.
 
     Raises:
-        InputError: no such precision, kind of recomputation, or field of the provider.
+        InputError: the provider has no such field, or it is set elsewhere.
     """
     import torch
 
     provider = pkgutil.resolve_name(model_of(config).provider_class)
+    known = [field.name for field in fields(provider) if field.init]
     for name in config.provider:
-        if not hasattr(provider, name):
-            raise InputError(f"provider.{name}: the provider has no such field")
-    parallel, precision = config.parallel, config.train.precision
-    if precision not in PRECISIONS:
-        raise InputError(f"train.precision={precision!r} is none of {', '.join(PRECISIONS)}")
-    if parallel.recompute not in _RECOMPUTE:
-        raise InputError(
-            f"parallel.recompute={parallel.recompute!r} is none of {', '.join(_RECOMPUTE)}"
-        )
+        if name not in known:
+            raise InputError(
+                f"provider.{name}: the provider has no such field{nearest(name, known)}"
+            )
+        if name in _SAID_ELSEWHERE:
+            raise InputError(f"provider.{name}: is said by {_SAID_ELSEWHERE[name]}; set it there")
+    parallel = config.parallel
     return {
-        "params_dtype": getattr(torch, precision),
+        "params_dtype": getattr(torch, config.train.precision),
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp,

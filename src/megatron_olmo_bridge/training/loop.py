@@ -26,23 +26,42 @@ def train_loop(run: Run) -> None:
         TrainingStopped: the loss is not a number, or leapt; or the run was asked to stop.
     """
     batches = run.task.train_batches(begin=run.step + 1)
-    run.evaluate()
+    if run.step == 0:
+        run.evaluate()
     while not run.finished:
-        began = time.perf_counter()
-        run.clear_gradients()
-        sums = guess_and_score(run, batches, run.micro_batches)
-        loss, z_loss, asked_to_stop = shared_means(sums, run.asked_to_stop)
-        run.step += 1
-        run.scheduler.step(1)
-        run.watch.check(run.step, loss)
-        grad_norm, skipped = nudge(run, loss)
-        run.watch.remember(run.step, loss, grad_norm, skipped)
-        record = StepRecord(
-            step=run.step, tokens=run.step * run.config.tokens_per_step, loss=loss, z_loss=z_loss,
-            lr=run.learning_rate, grad_norm=grad_norm, seconds=time.perf_counter() - began,
-            skipped=skipped,
-        )  # fmt: skip
+        record, asked_to_stop = one_step(run, batches)
         run.after_step(record, asked_to_stop)
+
+
+def one_step(run: Run, batches: Iterator[Batch]) -> tuple[StepRecord, bool]:
+    """Learn from the next global batch.
+
+    Returns:
+        What there is to say of the step, and whether any process was asked to stop.
+
+    Raises:
+        TrainingStopped: the loss is not a number, or leapt.
+    """
+    began = time.perf_counter()
+    run.clear_gradients()
+    sums = guess_and_score(run, batches, run.micro_batches)
+    loss, z_loss, asked_to_stop = shared_means(sums, run.asked_to_stop)
+    run.step += 1
+    run.watch.check(run.step, loss)
+    run.scheduler.step(1)
+    grad_norm, skipped = nudge(run, loss)
+    run.watch.remember(run.step, loss, grad_norm, skipped)
+    record = StepRecord(
+        step=run.step,
+        tokens=run.step * run.config.tokens_per_step,
+        loss=loss,
+        z_loss=z_loss,
+        lr=run.learning_rate,
+        grad_norm=grad_norm,
+        seconds=time.perf_counter() - began,
+        skipped=skipped,
+    )
+    return record, asked_to_stop
 
 
 def guess_and_score(

@@ -41,7 +41,7 @@ def load_recipe(name: str) -> TrainingConfig:
         known = [n for n, v in vars(module).items() if _is_recipe(v, module)]
         raise InputError(
             f"{path}: has no function {function or DEFAULT!r}"
-            f"{_nearest(function or DEFAULT, known)}; it has {', '.join(known) or 'none'}"
+            f"{nearest(function or DEFAULT, known)}; it has {', '.join(known) or 'none'}"
         )
     try:
         config = make()
@@ -122,10 +122,10 @@ def _with(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
     if section in _FREE and rest:
         known = [f"{section}.{name}" for name in values[section]]
         if section == "model" and values[section] and key not in known:
-            raise InputError(f"no field {key!r} in the model's config{_nearest(key, known)}")
+            raise InputError(f"no field {key!r} in the model's config{nearest(key, known)}")
     elif key not in known:
         raise InputError(
-            f"no field {key!r}{_nearest(key, known)} (`--dry-run` shows all of a recipe's)"
+            f"no field {key!r}{nearest(key, known)} (`--dry-run` shows all of a recipe's)"
         )
     try:
         value = OmegaConf.from_dotlist([f"value={text}"])["value"]
@@ -163,6 +163,7 @@ def _is_list(key: str) -> bool:
     return any(f.name == name and str(f.type).startswith("list") for f in fields(of))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or nothing where no name is near."""
     found = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""

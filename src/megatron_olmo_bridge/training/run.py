@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
+from megatron_olmo_bridge.convert.model_card import write_model_card
+from megatron_olmo_bridge.convert.source import HUB_ID
 from megatron_olmo_bridge.errors import AskedToStop, BridgeError
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.runtime.process_groups import on_first
 
 from .checkpoint import Checkpointer
 from .config import TrainingConfig
+from .facts import card_facts
 from .loop import guess_and_score, total
 from .monitor.run_log import RunLog, StepRecord
 from .stability import Watch
@@ -76,18 +80,32 @@ class Run:
         self.figures |= {"step": record.step, "tokens": record.tokens, "train_loss": record.loss}
         if self.log is not None:
             self.log.step(record)
-        if self.finished or record.step % config.evaluation.interval == 0:
-            self.evaluate()
-        last = self.finished
         if self.checkpointer is not None:
             self.checkpointer.poll()
-            if last or asked_to_stop or record.step % config.checkpoint.interval == 0:
+
+        def due(interval: int | None) -> bool:
+            return self.finished or (interval is not None and record.step % interval == 0)
+
+        if due(config.evaluation.interval):
+            self.evaluate()
+        if self.checkpointer is not None and (asked_to_stop or due(config.checkpoint.interval)):
+            with self.whole_parameters():
                 self.checkpointer.save(record.step, {"watch": self.watch.state()})
-        interval = config.export.interval
-        if config.export.hf and (last or (interval and record.step % interval == 0)):
+        if config.export.hf and due(config.export.interval):
             self.export()
-        if asked_to_stop and not last:
+        if asked_to_stop and not self.finished:
             raise AskedToStop("asked to stop; the same command goes on from here")
+
+    @contextlib.contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Have each process hold what the others' optimizers have changed: where gathering
+        overlaps with computing, that comes with the next forward pass only."""
+        gathering = [chunk for chunk in self.chunks if chunk.ddp_config.overlap_param_gather]
+        for chunk in gathering:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in gathering:
+            chunk.enable_forward_pre_hook()
 
     def evaluate(self) -> None:
         """Score the held-out data, if there is any."""
@@ -96,7 +114,7 @@ class Run:
             return
         for chunk in self.chunks:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.whole_parameters():
             sums = guess_and_score(self, batches, self.task.validation_micro_batches, learn=False)
         for chunk in self.chunks:
             chunk.train()
@@ -108,7 +126,17 @@ class Run:
     def export(self) -> None:
         """Write the weights as a Hugging Face checkpoint."""
         folder = Path(self.config.export.hf or ".") / f"step_{self.step}"
-        save_hf(self.chunks, self.bridge, folder, beside=self.beside, overwrite=True)
+        with self.whole_parameters():
+            save_hf(self.chunks, self.bridge, folder, beside=self.beside, overwrite=True)
+        base = self.config.init.hf
+        on_first(
+            lambda: write_model_card(
+                folder,
+                name=self.config.name,
+                base=base if base and HUB_ID.fullmatch(base) else None,
+                training=card_facts(self.config, self.figures),
+            )
+        )
         if self.log is not None:
             self.log.event("export", self.step, path=str(folder))
 

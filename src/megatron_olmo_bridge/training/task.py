@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.cross_entropy import vocab_parallel_cross_entropy
 
 from .config import TrainingConfig
@@ -64,6 +65,7 @@ class LanguageModelling(Task):
         return self.config.evaluation.batches * self.micro_batches
 
     def forward(self, chunk: Any, batch: Batch) -> tuple[torch.Tensor, Score]:
+        _check_tokens(batch, self.vocab_size)
         device = torch.cuda.current_device()
         tokens, labels, positions = (
             batch[name].to(device, non_blocking=True)
@@ -86,3 +88,19 @@ class LanguageModelling(Task):
 
     def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
         return {"loss": float(sums["loss"] / sums["weight"])}, False
+
+
+def _check_tokens(batch: Batch, vocab_size: int) -> None:
+    """Refuse what the model has no embedding for: a GPU would only report an assertion.
+
+    Raises:
+        InputError: a token beyond the vocabulary.
+    """
+    for name in ("tokens", "labels"):
+        least, most = (int(token) for token in batch[name].aminmax())
+        if least < 0 or most >= vocab_size:
+            raise InputError(
+                f"the data have token {least if least < 0 else most}, the model has {vocab_size}: "
+                "they were prepared with another tokenizer. Prepare them with the model's, or set "
+                "model.vocab_size."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import DataLoader
 
 from megatron_olmo_bridge.data.info import DataInfo, read_info
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import InputError, OutputError
 
 from .config import DataConfig, TrainConfig, TrainingConfig
 
@@ -48,16 +49,18 @@ class TokenData:
 
         Raises:
             InputError: no data, too little of it, or tokens that the model doesn't have.
+            FormatError: damaged data.
+            OutputError: the index of samples can't be written.
         """
         data, train = config.data, config.train
-        info = check_data(data, vocab_size)
+        info = check_data(data, vocab_size, train.sequence_length)
         batch = train.global_batch_size
         sizes = [train.steps * batch, config.evaluation.batches * batch if data.validation else 0]
         # Without weights megatron-core would end a blend after one epoch.
         tokens = [float(i.tokens) for i in info]
-        count = len(data.path)
-        blends: list[Any] = [(data.path, data.weights or tokens[:count])]
-        blends.append((data.validation, tokens[count:]) if data.validation else None)
+        prefixes, count = [i.prefix for i in info], len(data.path)
+        blends: list[Any] = [(prefixes[:count], data.weights or tokens[:count])]
+        blends.append((prefixes[count:], tokens[count:]) if data.validation else None)
         index = GPTDatasetConfig(
             random_seed=train.seed,
             sequence_length=train.sequence_length,
@@ -75,11 +78,13 @@ class TokenData:
         return cls(built[Split.train.value], built[Split.valid.value], info)
 
 
-def check_data(data: DataConfig, vocab_size: int) -> list[DataInfo]:
+def check_data(data: DataConfig, vocab_size: int, sequence_length: int) -> list[DataInfo]:
     """Look at the prepared files before anything is built.
 
     Raises:
-        InputError: none is named, one is missing, or its tokens are beyond the model's vocabulary.
+        InputError: none is named, one is missing or too small, or its tokens are beyond the model's
+            vocabulary.
+        FormatError: one is damaged.
     """
     if not data.path:
         raise InputError(
@@ -90,8 +95,17 @@ def check_data(data: DataConfig, vocab_size: int) -> list[DataInfo]:
         raise InputError(
             f"data.weights has {len(data.weights)} values for {len(data.path)} paths in data.path"
         )
+    if not all(0 < weight < math.inf for weight in data.weights or []):
+        raise InputError(
+            f"data.weights={data.weights} must be more than 0; a path of no weight can be left out"
+        )
     found = [read_info(Path(prefix)) for prefix in [*data.path, *data.validation]]
     for info in found:
+        if info.tokens <= sequence_length:
+            raise InputError(
+                f"{info.prefix}: has {info.tokens:,} tokens, too few for one sequence of "
+                f"train.sequence_length={sequence_length} and the token after it"
+            )
         if info.vocab_size is not None and info.vocab_size > vocab_size:
             raise InputError(
                 f"{info.prefix}: was prepared with a tokenizer of {info.vocab_size} tokens "
@@ -114,16 +128,21 @@ def _naming_the_data(data: DataConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{error.filename or data.path[0]}: {error.strerror or error}. The index of samples is "
-            "kept beside the data; data.cache=DIR puts it elsewhere."
-        ) from error
-    except (AssertionError, IndexError, ValueError) as error:
-        raise InputError(
-            f"{', '.join([*data.path, *data.validation])}: too few tokens for one sequence: {error}"
-        ) from error
+        raise _unwritable(data, error) from error
+    except Exception as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        # megatron-core says at length that it could not write the index of samples.
+        raise _unwritable(data, error.__cause__) from error
     finally:
         logger.setLevel(before)
+
+
+def _unwritable(data: DataConfig, error: OSError) -> OutputError:
+    return OutputError(
+        f"{error.filename or data.cache or data.path[0]}: {error.strerror or error}. The index of "
+        "samples is kept beside the data, or where data.cache=DIR says."
+    )
 
 
 class MicroBatches:

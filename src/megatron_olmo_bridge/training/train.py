@@ -12,15 +12,21 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
 from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.data.info import read_info
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.live.auto_bridge import AutoBridge
 from megatron_olmo_bridge.models.provider import GPTModelProvider
-from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups, on_first
+from megatron_olmo_bridge.runtime.process_groups import (
+    ensure_process_groups,
+    on_first,
+    started_together,
+)
 
 from .checkpoint import Checkpointer, last_step, load
 from .config import TrainingConfig
 from .facts import run_facts
-from .folder import claim
+from .folder import check_folders, claim
 from .layout import Layout, checks, model_of, provider_fields
 from .loop import train_loop
 from .monitor.run_log import RunLog
@@ -45,7 +51,8 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
         TrainingStopped: before the last step; the message says why.
         BridgeError: the config can't be, or something that it names is not there or not sound.
     """
-    run = set_up(LanguageModel(*resolved(config)), say)
+    config, source = resolved(config)
+    run = set_up(LanguageModel(_ending_as_its_data(config), source), say)
     with stopping_on_signals(run), logged(run):
         train_loop(run)
     return run.figures
@@ -64,7 +71,7 @@ class Subject(Protocol):
 
     def task(self) -> tuple[Task, Path | None]:
         """The task, and the folder with the tokenizer's files, which go with every checkpoint and
-        export. The process groups and the run's folder are there."""
+        export. The process groups are there."""
 
 
 @dataclass
@@ -89,14 +96,12 @@ def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
         BridgeError: as :func:`train`.
     """
     config, source = subject.config, subject.source
-    if config.init.optimizer and not config.init.checkpoint:
-        raise InputError("init.optimizer=true takes the optimizer from init.checkpoint: name it")
+    checks(config, started_together())
     watch = Watch(config.stability)
     bridge = model_of(config)
     provider = bridge.provider(**provider_fields(config))
     ensure_process_groups(provider, config.train.seed)
-    checks(config, dist.get_world_size())
-    on_first(lambda: claim(config))
+    on_first(lambda: check_folders(config))
     folder = Path(config.checkpoint.save).expanduser() if config.checkpoint.save else None
     step = last_step(folder) if folder else None
     micro_batches = Layout.of(config, dist.get_world_size()).micro_batches
@@ -115,6 +120,7 @@ def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
         load(source.folder, chunks, optimizer, fresh_rng=True)
     scheduler = make_scheduler(config, optimizer)
     scheduler.step(step or 0)
+    on_first(lambda: claim(config))  # now that all else is sound
     log = None
     if dist.get_rank() == 0:
         facts = run_facts(config, bridge)
@@ -131,16 +137,28 @@ def resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
     """The config with its model filled in, and the checkpoint that the weights come from, if any.
 
     Raises:
-        InputError: there is neither a model nor a checkpoint, or there are two.
+        BridgeError: there is no such checkpoint, or it is not sound.
     """
     init = config.init
-    if init.hf and init.checkpoint:
-        raise InputError("give either init.hf or init.checkpoint")
     if not (init.hf or init.checkpoint):
         return config, None
     given = fetch(init.hf, init.revision)[0] if init.hf else init.checkpoint
     source = open_source(given or "")
+    if init.optimizer and source.kind is not Kind.MEGATRON:
+        raise InputError(
+            f"{given}: has no optimizer's state, being no Megatron checkpoint; leave out "
+            "init.optimizer"
+        )
     return replace(config, model=source.bridge.hf_config), source
+
+
+def _ending_as_its_data(config: TrainingConfig) -> TrainingConfig:
+    """The config whose model, unless it says so itself, ends a text as the data's documents end:
+    else nobody who generates with it would know where to stop."""
+    if not config.model or config.model.get("eos_token_id") is not None or not config.data.path:
+        return config
+    ending = {"eos_token_id": read_info(Path(config.data.path[0])).eos_id}
+    return replace(config, model=config.model | ending)
 
 
 def _model_and_optimizer(
@@ -178,6 +196,8 @@ def tokenizer_folder(config: TrainingConfig, source: Source | None, data: TokenD
     named = config.data.tokenizer or data.info[0].tokenizer
     if named is None or Path(named).is_dir():
         return Path(named) if named else None
+    if Path(named).is_file():
+        raise InputError(f"data.tokenizer={named}: is a file; name the tokenizer's folder")
     if config.data.tokenizer is None:
         return None  # prepared elsewhere, with a tokenizer that isn't here
     return fetch(named, None)[0]
