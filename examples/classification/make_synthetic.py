@@ -1,0 +1,140 @@
+"""Make small labelled texts that can be learned, and two tiny untrained models to learn them.
+
+    python examples/classification/make_synthetic.py OUT --classes 10
+
+Each class has a few words of its own, which stand in its texts amid noise that all classes share;
+some texts have the words of the class beside theirs, so that no model gets them all right.
+OUT gets train.jsonl, validation.jsonl, olmo2-tiny/ (to be fine-tuned) and modernbert-tiny/ (the
+baseline), both with random weights and a tokenizer of the texts' words. Needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordLevelTrainer
+from transformers import (
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from transformers.utils import logging
+
+KEYWORDS, NOISE_WORDS = 4, 200
+"""Words of each class, and words that all classes share."""
+TEXT_WORDS = (8, 40)
+"""Shortest and longest text."""
+MISLEADING = 0.04
+"""Share of the texts that have the words of another class."""
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def make_words(rng: random.Random, count: int) -> list[str]:
+    """Pronounceable words, all different."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        syllables = rng.randint(2, 4)
+        words[
+            "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
+        ] = None
+    return list(words)
+
+
+def make_texts(classes: int, count: int, seed: int) -> list[dict[str, str]]:
+    """Labelled texts, the classes in turns: each text has two of its class's words."""
+    rng = random.Random(seed)
+    words = make_words(rng, NOISE_WORDS + classes * KEYWORDS)
+    noise, own = words[:NOISE_WORDS], words[NOISE_WORDS:]
+    digits = len(str(classes - 1))
+    texts = []
+    for i in range(count):
+        label = i % classes
+        topic = (label + (rng.random() < MISLEADING)) % classes
+        text = rng.choices(noise, k=rng.randint(*TEXT_WORDS) - 2)
+        for word in rng.sample(own[topic * KEYWORDS : (topic + 1) * KEYWORDS], 2):
+            text.insert(rng.randint(0, len(text)), word)
+        texts.append({"text": " ".join(text), "label": f"topic {label:0{digits}}"})
+    return texts
+
+
+def make_tokenizer(texts: list[str], with_cls: bool) -> PreTrainedTokenizerFast:
+    """One token for each word; encoders have [CLS] and [SEP] around a text."""
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+    if with_cls:
+        special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    else:
+        special |= {"eos_token": "[EOS]"}
+    tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.train_from_iterator(texts, WordLevelTrainer(special_tokens=list(special.values())))
+    if with_cls:
+        ids = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def make_models(out: Path, texts: list[str]) -> None:
+    """Tiny random models with their tokenizers."""
+    tokenizer = make_tokenizer(texts, with_cls=False)
+    config = Olmo2Config(
+        **SHAPE, num_key_value_heads=2, vocab_size=_rows(tokenizer),
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    Olmo2ForCausalLM(config).save_pretrained(out / "olmo2-tiny")
+    tokenizer.save_pretrained(out / "olmo2-tiny")
+    tokenizer = make_tokenizer(texts, with_cls=True)
+    encoder = ModernBertConfig(
+        **SHAPE, vocab_size=_rows(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id, sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id,
+    )  # fmt: skip
+    ModernBertForMaskedLM(encoder).save_pretrained(out / "modernbert-tiny")
+    tokenizer.save_pretrained(out / "modernbert-tiny")
+
+
+def _rows(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Of the embedding: a multiple that any small tensor-parallel size shares out evenly."""
+    return -(-len(tokenizer) // 64) * 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--examples", type=int, default=4000, help="to train on")
+    parser.add_argument("--validation", type=int, default=500, help="held out")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    set_seed(args.seed)
+    logging.disable_progress_bar()
+    texts = make_texts(args.classes, args.examples + args.validation, args.seed)
+    random.Random(args.seed).shuffle(texts)
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts = {"train": texts[: args.examples], "validation": texts[args.examples :]}
+    for name, part in parts.items():
+        lines = "".join(json.dumps(text) + "\n" for text in part)
+        (args.out / f"{name}.jsonl").write_text(lines)
+    make_models(args.out, [text["text"] for text in parts["train"]])
+    print(
+        f"{args.out}: {args.examples} texts to train on and {args.validation} held out, "
+        f"{args.classes} classes; olmo2-tiny/ and modernbert-tiny/"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Texts with labels: read from .jsonl or .csv, tokenised, and put in an order."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.training.config import ClassificationConfig
+
+KINDS = (".jsonl", ".csv")
+_SHOWN = 8
+"""Names of fields or classes that a message lists."""
+_TOKENISED_AT_ONCE = 1000
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts, and the class of each."""
+
+    texts: list[str]
+    labels: Integers
+    """[n], indices into ``classes``."""
+    classes: tuple[str, ...]
+    """Names, sorted; numerically if all are whole numbers."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A text, its label, and where it stands: ``FILE:LINE``."""
+
+    text: str
+    label: str
+    where: str
+
+
+def load_examples(config: ClassificationConfig) -> tuple[Examples, Examples]:
+    """What is trained on and what is held out. The classes are those of the training file.
+
+    Raises:
+        InputError: a file or a line of it is not what it should be, named by file and line.
+    """
+    named = {"classification.train": config.train, "classification.validation": config.validation}
+    for option, path in named.items():
+        if not path:
+            raise InputError(f"{option} is not set: name a .jsonl or .csv file with labelled texts")
+    train, held_out = (list(read_records(p, config.text, config.label)) for p in named.values())
+    classes = _classes(train, config.train)
+    index = {name: i for i, name in enumerate(classes)}
+    for record in held_out:
+        if record.label not in index:
+            raise InputError(
+                f"{record.where}: label {record.label!r} never occurs in {config.train}, which has "
+                f"{_some(classes)}"
+            )
+    return _examples(train, index, classes), _examples(held_out, index, classes)
+
+
+def read_records(path: str | Path, text: str, label: str) -> Iterator[Record]:
+    """The records of a .jsonl or .csv file.
+
+    Args:
+        path: UTF-8; a .csv has a first line with the columns' names.
+        text, label: names of the fields or columns.
+
+    Raises:
+        InputError: what is wrong, with file and line.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in KINDS:
+        raise InputError(f"{path}: not one of {', '.join(KINDS)}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    count = 0
+    for number, fields in _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path):
+        count += 1
+        where = f"{path}:{number}"
+        for name in (text, label):
+            if name not in fields:
+                raise InputError(
+                    f"{where}: no {name!r}; it has {_some(fields)}. Say which by "
+                    "classification.text and classification.label."
+                )
+        yield Record(_text(fields[text], text, where), _label(fields[label], label, where), where)
+    if not count:
+        raise InputError(f"{path}: holds no examples")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{number}: not UTF-8: {error.reason}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", error)
+            raise InputError(f"{path}:{number}: not sound JSON: {why}") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"{path}:{number}: not a JSON object")
+        yield number, fields
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(_lines(path), strict=True)
+    begin = 1
+    try:
+        header = next(reader, [])
+        begin = reader.line_num + 1
+        for row in reader:
+            if row and len(row) != len(header):
+                raise InputError(
+                    f"{path}:{begin}: {len(row)} fields, the first line names {len(header)} columns"
+                )
+            if row:
+                yield begin, dict(zip(header, row, strict=True))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{begin}: not sound CSV: {error}") from error
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name!r} is {json.dumps(value)[:40]}, not a text")
+    if not value.strip():
+        raise InputError(f"{where}: {name!r} is empty")
+    return value
+
+
+def _label(value: Any, name: str, where: str) -> str:
+    if type(value) not in (str, int):
+        raise InputError(
+            f"{where}: {name!r} is {json.dumps(value)[:40]}, neither a text nor a whole number"
+        )
+    if not str(value).strip():
+        raise InputError(f"{where}: {name!r} is empty")
+    return str(value)
+
+
+def _classes(records: list[Record], path: str) -> tuple[str, ...]:
+    names = {record.label for record in records}
+    if len(names) == 1:
+        raise InputError(f"{path}: has a single class, {names.pop()!r}: there is nothing to learn")
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    return tuple(sorted(names, key=int if numbers else None))
+
+
+def _examples(records: list[Record], index: dict[str, int], classes: tuple[str, ...]) -> Examples:
+    labels = np.array([index[record.label] for record in records])
+    return Examples([record.text for record in records], labels, classes)
+
+
+def _some(names: Iterable[str]) -> str:
+    all_names = list(names)
+    more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
+    return ", ".join(map(repr, all_names[:_SHOWN])) + more
+
+
+def balanced_weights(labels: Integers, classes: int) -> npt.NDArray[np.float32]:
+    """[classes], n / (classes * occurrences of the class); their mean over the examples is 1.
+
+    Source: ``compute_class_weight("balanced")`` of scikit-learn.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    return (len(labels) / (classes * counts)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Texts as tokens, one after the other, and the class of each."""
+
+    tokens: npt.NDArray[np.int32]
+    """[total]"""
+    ends: Integers
+    """[n], where in ``tokens`` each text ends."""
+    labels: Integers
+    """[n]"""
+    truncated: int
+    """Texts that were longer than the limit."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def row(self, index: int) -> npt.NDArray[np.int32]:
+        """The tokens of one text."""
+        return self.tokens[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+    def padded(self, indices: Sequence[int], length: int, pad_token_id: int) -> Integers:
+        """[len(indices), length], padded on the right."""
+        batch = np.full((len(indices), length), pad_token_id, np.int64)
+        for i, index in enumerate(indices):
+            row = self.row(index)
+            batch[i, : len(row)] = row
+        return batch
+
+
+def tokenise(examples: Examples, tokenizer: Any, length: int, vocab_size: int) -> Tokenised:
+    """Tokenise as a pipeline of transformers would, special tokens included.
+
+    Args:
+        examples: the texts.
+        tokenizer: of transformers.
+        length: tokens of which no text has more afterwards.
+        vocab_size: of the model.
+
+    Raises:
+        InputError: the tokenizer has tokens that the model doesn't know, or none for a text.
+    """
+    rows: list[npt.NDArray[np.int32]] = []
+    truncated = 0
+    for first in range(0, len(examples), _TOKENISED_AT_ONCE):
+        texts = examples.texts[first : first + _TOKENISED_AT_ONCE]
+        for ids in tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]:
+            if len(ids) > length:
+                truncated += 1
+                # Again, and not cut here: special tokens at the end are kept.
+                text = examples.texts[len(rows)]
+                ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+            if not ids:
+                raise InputError(f"the tokenizer makes no token of {examples.texts[len(rows)]!r}")
+            rows.append(np.array(ids, np.int32))
+    tokens = np.concatenate(rows)
+    if tokens.max() >= vocab_size:
+        raise InputError(
+            f"the tokenizer has token {tokens.max()}, the model only {vocab_size} rows: it is "
+            "another model's tokenizer"
+        )
+    ends = np.cumsum([len(row) for row in rows])
+    return Tokenised(tokens, ends, examples.labels, truncated)
+
+
+# ------------------------------------------------------------------------------------------- order
+
+
+def samples(seed: int, count: int, first: int, number: int) -> list[int]:
+    """Which examples come at places ``first`` to ``first + number`` of the endless stream of
+    epochs, each in an order of its own.
+
+    A function of its arguments alone: a run that is resumed goes on just where it was.
+
+    Args:
+        seed: of the orders.
+        count: of the examples.
+    """
+    places = (divmod(i, count) for i in range(first, first + number))
+    return [int(_order(seed, count, epoch)[place]) for epoch, place in places]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, count: int, epoch: int) -> Integers:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def class_counts(examples: Examples) -> dict[str, int]:
+    """How many examples each class has, by name."""
+    counts = Counter(examples.labels.tolist())
+    return {name: counts[i] for i, name in enumerate(examples.classes)}

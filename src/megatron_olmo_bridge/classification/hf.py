@@ -1,0 +1,109 @@
+"""A classifier in transformers: loaded from a folder, or made from an encoder; labels texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_olmo_bridge.errors import InputError
+
+BATCH = 32
+"""Texts that are labelled at once, where their number isn't asked for."""
+
+
+def label_names(classes: Sequence[str]) -> dict[str, Any]:
+    """What ``config.json`` says of the classes."""
+    return {
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """The device in words, for a report."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class HFClassifier:
+    """A model and its tokenizer."""
+
+    model: Any
+    """``AutoModelForSequenceClassification``."""
+    tokenizer: Any
+    length: int
+    """Tokens of which longer texts are cut."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        classes: Sequence[str] | None = None,
+    ) -> HFClassifier:
+        """From a folder or hub id.
+
+        Args:
+            path: of the checkpoint.
+            length: of the longest text, in tokens; less if the model's own limit is less.
+            dtype: of the weights.
+            classes: names of a new head's classes, for an encoder without a head.
+
+        Raises:
+            InputError: it can't be loaded, or it has no token to pad with.
+        """
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        head: dict[str, Any] = {}
+        if classes is not None:
+            head = label_names(classes) | {"id2label": dict(enumerate(classes))}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                str(path), dtype=dtype, **head
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{path}: transformers can't load it: {first}") from error
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"{path}: its tokenizer has no pad_token, which batches need")
+        most = getattr(model.config, "max_position_embeddings", length)
+        length = min(length, most, tokenizer.model_max_length)
+        return cls(model.to(device()), tokenizer, length)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def logits(self, texts: Sequence[str]) -> torch.Tensor:
+        """[len(texts), classes], of one batch, padded to its longest text."""
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        kept = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return self.model(**kept).logits  # type: ignore[no-any-return]
+
+    def predict(self, texts: Sequence[str], batch_size: int = BATCH) -> list[int]:
+        """The class of each text; computed when it returns."""
+        self.model.eval()
+        found: list[int] = []
+        with torch.inference_mode():
+            for first in range(0, len(texts), batch_size):
+                logits = self.logits(texts[first : first + batch_size])
+                found += logits.argmax(-1).tolist()
+        return found

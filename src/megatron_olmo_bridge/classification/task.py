@@ -1,0 +1,150 @@
+"""Classification as the training loop sees it: micro-batches of texts, and how they are scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from megatron_olmo_bridge.training.config import TrainingConfig
+from megatron_olmo_bridge.training.task import Score, Sums, Task
+from megatron_olmo_bridge.training.token_data import Batch
+
+from .baseline import weighted_losses
+from .data import Tokenised, samples
+from .metrics import Quality, quality_of
+from .stopping import Evaluation, out_of_patience
+
+NONE = -1
+"""Label of a row that only fills up a batch."""
+_MULTIPLE = 8
+"""Batches are padded to one of this, as tensor cores like it."""
+
+
+@dataclass
+class Classification(Task):
+    """The class of each text.
+
+    All held-out texts are scored in each evaluation, whatever ``evaluation.batches``.
+    """
+
+    config: TrainingConfig
+    classes: tuple[str, ...]
+    train: Tokenised
+    held_out: Tokenised
+    pad_token_id: int
+    weights: torch.Tensor
+    """[classes] of float32, of the losses."""
+    history: list[Evaluation] = field(default_factory=list)
+    """Evaluations so far."""
+    on_evaluated: Callable[[Quality], None] = lambda found: None
+    """Called in all processes after each evaluation, which is in the history then."""
+
+    def __post_init__(self) -> None:
+        self.weights = self.weights.to(torch.cuda.current_device())
+
+    def train_batches(self, begin: int) -> Iterator[Batch]:
+        train = self.config.train
+        size, step = train.global_batch_size, begin - 1
+        while True:
+            whole = samples(train.seed, len(self.train), step * size, size)
+            yield from self._shared(self.train, whole)
+            step += 1
+
+    def validation_batches(self) -> Iterator[Batch]:
+        count = self.validation_micro_batches * self._at_once
+        everything = [i if i < len(self.held_out) else NONE for i in range(count)]
+        return self._shared(self.held_out, everything)
+
+    @property
+    def validation_micro_batches(self) -> int:
+        count = math.ceil(len(self.held_out) / self._at_once)
+        # The interleaved schedule takes as many micro-batches as there are stages, or a multiple.
+        multiple = self.config.parallel.pp if self.config.parallel.vpp else 1
+        return math.ceil(count / multiple) * multiple
+
+    @property
+    def _at_once(self) -> int:
+        """Texts that all data-parallel ranks run at once."""
+        ranks: int = parallel_state.get_data_parallel_world_size()
+        return self.config.train.micro_batch_size * ranks
+
+    def forward(self, chunk: Any, batch: Batch) -> tuple[torch.Tensor, Score]:
+        device = torch.cuda.current_device()
+        tokens, labels = (batch[n].to(device, non_blocking=True) for n in ("tokens", "labels"))
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        # No mask: padding is on the right, where causal attention doesn't look.
+        output = chunk(tokens, positions, None)
+
+        def score(logits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+            counted = labels != NONE
+            losses = weighted_losses(logits, labels.clamp(min=0), self.weights) * counted
+            cells = (labels * len(self.classes) + logits.argmax(-1))[counted]
+            return losses.mean(), {
+                "loss": losses.detach().sum(),
+                "weight": counted.sum(),
+                "confusion": torch.bincount(cells, minlength=len(self.classes) ** 2),
+            }
+
+        return output, score
+
+    def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
+        matrix = sums["confusion"].numpy().astype(np.int64)
+        found = quality_of(matrix.reshape(len(self.classes), -1), self.classes)
+        figures = {
+            "loss": float(sums["loss"] / sums["weight"]),
+            "accuracy": found.accuracy,
+            "macro_f1": found.macro_f1,
+        }
+        # A run that was resumed comes again to steps that it evaluated before it was killed.
+        self.history[:] = [e for e in self.history if e.step < step]
+        self.history.append(Evaluation(step, found.macro_f1))
+        self.on_evaluated(found)
+        return figures, out_of_patience(self.history, self.patience)
+
+    @property
+    def patience(self) -> int | None:
+        """Evaluations without a better one that it bears."""
+        return self.config.classification.patience if self.config.classification else None
+
+    def _shared(self, data: Tokenised, indices: list[int]) -> Iterator[Batch]:
+        """This process's micro-batches of some texts; they go round the data-parallel ranks."""
+        micro = self.config.train.micro_batch_size
+        ranks = parallel_state.get_data_parallel_world_size()
+        rank = parallel_state.get_data_parallel_rank()
+        for first in range(rank * micro, len(indices), ranks * micro):
+            rows = indices[first : first + micro]
+            texts = [max(i, 0) for i in rows]
+            tokens = data.padded(texts, self._length(data, texts), self.pad_token_id)
+            labels = [NONE if i == NONE else int(data.labels[i]) for i in rows]
+            yield {"tokens": torch.from_numpy(tokens), "labels": torch.tensor(labels)}
+
+    def _length(self, data: Tokenised, indices: list[int]) -> int:
+        """Tokens to pad to: the longest text's. The stages of a pipeline send each other all."""
+        full, parallel = self.config.train.sequence_length, self.config.parallel
+        if parallel.pp > 1:
+            return full
+        multiple = math.lcm(_MULTIPLE, parallel.tp)
+        longest = max(len(data.row(i)) for i in indices)
+        return min(full, math.ceil(longest / multiple) * multiple)
+
+
+def write_history(file: Path, history: list[Evaluation]) -> None:
+    """Keep the evaluations for when the run is resumed."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps([e._asdict() for e in history]))
+    partial.replace(file)
+
+
+def read_history(file: Path) -> list[Evaluation]:
+    """The evaluations of the run so far, if there are any."""
+    if not file.is_file():
+        return []
+    return [Evaluation(**values) for values in json.loads(file.read_text())]

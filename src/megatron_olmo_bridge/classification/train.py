@@ -1,0 +1,246 @@
+"""Fine-tune a classifier, keep the best of it, and report it beside a baseline."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_olmo_bridge.convert.model_card import write_model_card
+from megatron_olmo_bridge.convert.source import Source, fetch, is_on_hub, open_source
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.live.save import save_hf
+from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
+from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups, on_first
+from megatron_olmo_bridge.training.config import TrainingConfig
+from megatron_olmo_bridge.training.facts import card_facts
+from megatron_olmo_bridge.training.loop import train_loop
+from megatron_olmo_bridge.training.run import Run, logged, stopping_on_signals
+from megatron_olmo_bridge.training.train import set_up
+
+from .baseline import class_weights
+from .compare import Job
+from .data import Examples, Tokenised, class_counts, load_examples, tokenise
+from .hf import label_names
+from .metrics import Quality
+from .stopping import best, out_of_patience
+from .task import Classification, read_history, write_history
+
+CLASSIFIER, TOKENIZER, HISTORY = "classifier", "tokenizer", "evaluations.json"
+"""In the run's folder: the best weights as a Hugging Face checkpoint, the tokenizer that goes with
+every checkpoint, and the evaluations so far."""
+
+
+def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Fine-tune as ``config.classification`` says; every process of the layout calls it.
+
+    The run's folder gets ``classifier/``, the best weights as a Hugging Face checkpoint that
+    ``pipeline("text-classification")`` serves, ``classification.html`` and ``results.json``.
+
+    Args:
+        config: as a recipe gives it.
+        say: takes what people read, line by line, in the first process.
+
+    Returns:
+        Figures of the last step, and ``best_macro_f1`` with its ``best_step``.
+
+    Raises:
+        TrainingStopped: before the last step; the message says why.
+        BridgeError: the config can't be, or something that it names is not there or not sound.
+    """
+    classifier = Classifier.open(config)
+    run = set_up(classifier, say)
+    first = dist.get_rank() == 0
+    if first:
+        for line in classifier.facts():
+            say(line)
+    classifier.keep_the_best_of(run, say)
+    with stopping_on_signals(run), logged(run):
+        train_loop(run)
+    top = best(run.task.history)  # type: ignore[attr-defined]
+    figures = run.figures | {"best_macro_f1": top.macro_f1, "best_step": top.step}
+    del run
+    destroy_process_groups()
+    gc.collect()
+    torch.cuda.empty_cache()
+    if first:
+        say(f">> best: macro-F1 {top.macro_f1:.4f} at step {top.step}")
+        folder = classifier.folder
+        classifier.write_card(figures)
+        Job(classifier.config, str(folder / CLASSIFIER), str(folder), top.macro_f1).run(say)
+    return figures
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What a run of :mod:`training` needs to know to train a classifier."""
+
+    config: TrainingConfig
+    """With its model filled in."""
+    source: Source
+    """The weights to begin with; the head may be new."""
+    train: Examples
+    held_out: Examples
+    tokens: tuple[Tokenised, Tokenised]
+    tokenizer: Any
+    weights: torch.Tensor
+    """[classes] of float32, of the losses."""
+
+    @classmethod
+    def open(cls, config: TrainingConfig) -> Classifier:
+        """Read data, checkpoint headers and tokenizer.
+
+        Raises:
+            BridgeError: something is not there or not sound.
+        """
+        if config.classification is None:
+            raise InputError("the recipe has no section classification")
+        if config.checkpoint.save is None:
+            raise InputError("checkpoint.save is not set: name a folder for the classifier")
+        train, held_out = load_examples(config.classification)
+        weights = class_weights(config.classification, train)
+        source = _source(config, train.classes)
+        bridge, length = source.bridge, config.train.sequence_length
+        tokenizer = _tokenizer(config, source, bridge)
+        first, second = (
+            tokenise(examples, tokenizer, length, bridge.vocab_size)
+            for examples in (train, held_out)
+        )
+        config = replace(config, model=bridge.hf_config)
+        return cls(config, source, train, held_out, (first, second), tokenizer, weights)
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return Path(self.config.checkpoint.save or ".").expanduser()
+
+    def facts(self) -> list[str]:
+        """The data in words."""
+        counts = class_counts(self.train)
+        rarest, commonest = (f(counts, key=lambda name: counts[name]) for f in (min, max))
+        train = self.config.train
+        epochs = train.steps * train.global_batch_size / len(self.train)
+        return [
+            f">> {len(self.train):,} texts to train on, {epochs:.1f} times; "
+            f"{len(self.held_out):,} held out; {len(counts)} classes, from {rarest!r} "
+            f"({counts[rarest]:,}) to {commonest!r} ({counts[commonest]:,})",
+            f">> cut to {train.sequence_length} tokens: {self.tokens[0].truncated:,} of the texts "
+            f"to train on, {self.tokens[1].truncated:,} of those held out",
+        ]
+
+    def task(self) -> tuple[Classification, Path]:
+        """The task, and the folder with the tokenizer's files; the process groups must exist."""
+        pad = self.source.bridge.hf_config["pad_token_id"]
+        task = Classification(self.config, self.train.classes, *self.tokens, pad, self.weights)
+        history = [on_first(lambda: read_history(self.folder / HISTORY))]
+        dist.broadcast_object_list(history, 0)
+        task.history = history[0] or []
+        on_first(self._save_tokenizer)
+        return task, self.folder / TOKENIZER
+
+    def keep_the_best_of(self, run: Run, say: Callable[[str], None]) -> None:
+        """Have the run write ``classifier/`` after each evaluation that is the best so far."""
+        task, target, beside = run.task, self.folder / CLASSIFIER, self.folder / TOKENIZER
+        assert isinstance(task, Classification)
+        history = task.history
+        history[:] = [e for e in history if e.step <= run.step]
+        run.stopped_early = out_of_patience(history, task.patience)  # before it was started again
+
+        def evaluated(found: Quality) -> None:
+            better = best(history) is history[-1]
+            if better:
+                with run.whole_parameters():
+                    save_hf(run.chunks, run.bridge, target, beside=beside, overwrite=True)
+            on_first(lambda: write_history(self.folder / HISTORY, history))
+            if better and dist.get_rank() == 0:
+                say(f">> the best macro-F1 so far: kept as {target}")
+
+        task.on_evaluated = evaluated
+
+    def write_card(self, figures: dict[str, float]) -> None:
+        """The model card of ``classifier/``."""
+        base = self.config.init.hf
+        on_hub = base is not None and is_on_hub(base)
+        chosen = {
+            "macro-F1 on held-out texts": figures["best_macro_f1"],
+            "chosen weights": f"those of step {figures['best_step']}",
+        }
+        write_model_card(
+            self.folder / CLASSIFIER,
+            name=self.config.name,
+            base=base if on_hub else None,
+            training=card_facts(self.config, figures) | chosen,
+        )
+
+    def _save_tokenizer(self) -> None:
+        partial, folder = self.folder / f"{TOKENIZER}.partial", self.folder / TOKENIZER
+        shutil.rmtree(partial, ignore_errors=True)
+        self.tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def _source(config: TrainingConfig, classes: tuple[str, ...]) -> Source:
+    """The checkpoint, its config saying what the classes are.
+
+    Raises:
+        InputError: there is none, or it is a classifier of other classes.
+    """
+    init = config.init
+    if bool(init.hf) == bool(init.checkpoint):
+        raise InputError("init.hf is not set: name the OLMo checkpoint to be fine-tuned")
+    given = fetch(init.hf, init.revision)[0] if init.hf else Path(init.checkpoint or "")
+    source = open_source(given)
+    if source.bridge.num_labels is None:
+        source = open_source(given, num_labels=len(classes))
+    else:
+        names = source.hf_config.get("id2label") or {}
+        known = tuple(str(names.get(str(i))) for i in range(source.bridge.num_labels))
+        if known != classes:
+            raise InputError(
+                f"{given}: is a classifier of other classes ({len(known)}: {', '.join(known[:5])}"
+                f"...) than the data's ({len(classes)}: {', '.join(classes[:5])}...). Name the "
+                "language model that it was made from as init.hf."
+            )
+    hf = source.hf_config
+    pad = config.provider.get("pad_token_id", hf.get("pad_token_id"))
+    if type(pad) is not int or not 0 <= pad < source.bridge.vocab_size:
+        raise InputError(
+            f"{given}: its config.json has no pad_token_id, by which the end of a text is found "
+            f"(it says {pad!r}). Say which token of its tokenizer is to pad: "
+            "provider.pad_token_id=ID"
+        )
+    hf = hf | label_names(classes) | {"pad_token_id": pad}
+    return replace(source, bridge=bridge_for(hf, source.config_from))
+
+
+def _tokenizer(config: TrainingConfig, source: Source, bridge: ModelBridge) -> Any:
+    """The checkpoint's, or ``data.tokenizer``; it pads and cuts as the training does."""
+    from transformers import AutoTokenizer
+
+    named = config.data.tokenizer
+    folder = fetch(named, None)[0] if named else source.side_folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{folder}: no tokenizer that transformers can load. Put the tokenizer's files there, "
+            "or name a folder or hub id that has them as data.tokenizer."
+        ) from error
+    pad = bridge.hf_config["pad_token_id"]
+    token = tokenizer.convert_ids_to_tokens(pad) if pad < len(tokenizer) else None
+    if token is None:
+        raise InputError(
+            f"{folder}: the tokenizer has no token {pad}, the model's pad_token_id: is it another "
+            "model's? Name its own as data.tokenizer."
+        )
+    tokenizer.pad_token = token
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = config.train.sequence_length
+    return tokenizer

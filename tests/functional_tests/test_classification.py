@@ -1,0 +1,288 @@
+"""Fine-tuning a classifier, as a user does it: synthetic texts, training, table, and serving."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from launching import olmo_bridge, run_script
+
+ROOT = Path(__file__).parents[2]
+RECIPE = f"{ROOT}/recipes/classification/complaints.py:tiny"
+CLASSES, CHANCE, REACHED = 10, 0.1, 0.9
+"""Of the data: no model reaches more than 0.96, by what the texts are made of."""
+LENGTH = 32
+"""Tokens; some texts are longer, and are cut."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, a tiny OLMo-2 and a tiny ModernBERT."""
+    folder = tmp_path_factory.mktemp("classification") / "data"
+    script = ROOT / "examples/classification/make_synthetic.py"
+    subprocess.run([sys.executable, script, folder, "--classes", str(CLASSES)], check=True)
+    return folder
+
+
+def overrides(data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        f"init.hf={data}/olmo2-tiny", f"classification.train={data}/train.jsonl",
+        f"classification.validation={data}/validation.jsonl", f"checkpoint.save={run}",
+        f"train.sequence_length={LENGTH}", *more,
+    ]  # fmt: skip
+
+
+COMMAND = [sys.executable, "-m", "megatron_olmo_bridge", "train", RECIPE]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def train(*arguments: str) -> str:
+    """In a process of its own: what a run sets up in a process stays there."""
+    command = [*COMMAND, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def run(request: pytest.FixtureRequest, data: Path) -> tuple[Path, str, int]:
+    """A run's folder, what it printed, and its tensor parallel size."""
+    tp = request.param
+    folder = data.parent / f"run-tp{tp}"
+    more = [f"parallel.tp={tp}", "checkpoint.keep_last=null"]
+    if tp == 1:
+        more.append(f"classification.baseline={data}/modernbert-tiny")
+    said = train(*overrides(data, folder, *more), "--processes", str(tp))
+    return folder, said, tp
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())["models"]
+    return models
+
+
+def best(folder: Path) -> dict[str, Any]:
+    evaluations = json.loads((folder / "evaluations.json").read_text())
+    return max(evaluations, key=lambda e: e["macro_f1"])
+
+
+def test_both_models_learn_and_stand_in_one_table(run: tuple[Path, str, int]) -> None:
+    folder, said, tp = run
+    models = results(folder)
+    assert [m["name"] for m in models] == ["olmo2-tiny", "modernbert-tiny"][: 3 - tp]
+    table = said[said.index("model ") :].splitlines()
+    for model, line in zip(models, table[1:], strict=False):
+        assert model["quality"]["accuracy"] >= REACHED > CHANCE
+        assert model["speed"]["p95_ms"] >= model["speed"]["p50_ms"] > 0
+        cells = line.split()
+        assert cells[0] == model["name"]
+        assert cells[2:4] == [f"{model['quality'][n]:.4f}" for n in ("accuracy", "macro_f1")]
+    files = {"classification.html", "tradeoff.png", "confusion-0.png", "report.html"}
+    assert files <= {file.name for file in folder.iterdir()}
+    assert "texts to train on, 1.6 times; 500 held out; 10 classes" in said
+
+
+def test_transformers_reports_what_megatron_had_in_training(run: tuple[Path, str, int]) -> None:
+    folder, _, _ = run
+    assert results(folder)[0]["quality"]["macro_f1"] == pytest.approx(best(folder)["macro_f1"])
+
+
+def test_the_export_is_served_with_the_same_labels(
+    run: tuple[Path, str, int], data: Path, tmp_path: Path
+) -> None:
+    """As the best iteration's Megatron checkpoint gives them at the layout of the training."""
+    from transformers import pipeline
+
+    folder, _, tp = run
+    checkpoint = folder / f"iter_{best(folder)['step']:07d}"
+    held_out = data / "validation.jsonl"
+    out = tmp_path / "labels.json"
+    run_script("classification_labels", checkpoint, held_out, LENGTH, tp, out, processes=tp)
+    found = json.loads(out.read_text())
+
+    serve = pipeline("text-classification", model=str(folder / "classifier"))
+    texts = [json.loads(line)["text"] for line in held_out.read_text().splitlines()]
+    for batch_size in (1, 16):
+        served = serve(texts, batch_size=batch_size, truncation=True)
+        assert [answer["label"] for answer in served] == [f"topic {i}" for i in found]
+
+
+def test_the_export_says_what_it_is(run: tuple[Path, str, int], data: Path) -> None:
+    folder, _, _ = run
+    config = json.loads((folder / "classifier/config.json").read_text())
+    base = json.loads((data / "olmo2-tiny/config.json").read_text())
+    assert config["architectures"] == ["Olmo2ForSequenceClassification"]
+    assert config["problem_type"] == "single_label_classification"
+    assert config["id2label"] == {str(i): f"topic {i}" for i in range(CLASSES)}
+    assert config["label2id"] == {f"topic {i}": i for i in range(CLASSES)}
+    assert config["pad_token_id"] == base["pad_token_id"]
+    tokenizer = json.loads((folder / "classifier/tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == LENGTH
+    assert tokenizer.get("padding_side", "right") == "right"
+    card = (folder / "classifier/README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "macro-F1" in card
+
+
+@pytest.mark.parametrize("run", [1], indirect=True)
+def test_killed_and_resumed_it_becomes_the_same_classifier(
+    run: tuple[Path, str, int], data: Path, tmp_path: Path
+) -> None:
+    arguments = overrides(data, tmp_path / "run", "checkpoint.interval=20")
+    with subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "checkpoint at step 40" in line)
+        process.kill()
+    assert ">> resumed at step" in train(*arguments)
+    for file in ("evaluations.json", "classifier/model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (run[0] / file).read_bytes()
+
+
+def test_it_stops_early_and_remembers(data: Path, tmp_path: Path) -> None:
+    """Without a learning rate no evaluation is better than the one before."""
+    arguments = overrides(
+        data, tmp_path / "run", "optimizer.lr=0", "evaluation.interval=2",
+        "classification.patience=2", "schedule.warmup_steps=0",
+    )  # fmt: skip
+    said = train(*arguments)
+    assert ">> checkpoint at step 4" in said and ">> evaluation at step 6" not in said
+    assert ">> best: macro-F1" in said and "at step 0" in said
+    again = train(*arguments)
+    assert "resumed at step 4" in again and "evaluation at step 6" not in again
+    assert again.count(">> best:") == 1
+
+
+# -------------------------------------------------------------------------- complaints, fetched
+
+
+def fetch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "examples/classification/fetch_complaints.py"
+    command = [sys.executable, str(script), str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_complaints_are_fetched_and_split(tmp_path: Path) -> None:
+    """From an archive as the bureau publishes it: rows without a text, and letters sent twice."""
+    table = io.StringIO()
+    rows = csv.writer(table)
+    rows.writerow(["Date received", "Issue", "Consumer complaint narrative", "Company"])
+    for i in range(400):
+        text = ["", "The same letter.", f'They said "no",\nletter {i}'][min(i % 4, 2)]
+        rows.writerow(["2024-01-01", f"issue {i % 10 % 7}", text, "A bank, Inc."])
+    with zipfile.ZipFile(tmp_path / "source.zip", "w") as archive:
+        archive.writestr("complaints.csv", table.getvalue())
+    url = f"file://{tmp_path}/source.zip"
+
+    for name in ("a", "b"):
+        done = fetch(tmp_path / name, "--url", url, "--classes", "3", "--limit", "90")
+        assert done.returncode == 0, done.stderr
+    files = ("train.jsonl", "validation.jsonl")
+    train, held_out = (read(tmp_path / "a" / name) for name in files)
+    assert all(
+        (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in files
+    )
+    assert len(train) + len(held_out) == 90
+    assert {e["label"] for e in train} == {e["label"] for e in held_out}
+    assert len({e["label"] for e in train}) == 3
+    texts = [e["text"] for e in train + held_out]
+    assert len(set(texts)) == 90
+    assert any(text.startswith('They said "no",\nletter') for text in texts)
+
+
+def test_without_a_network_it_says_what_to_do(tmp_path: Path) -> None:
+    done = fetch(tmp_path, "--url", "http://127.0.0.1:9/complaints.csv.zip")
+    assert done.returncode == 1
+    assert "can't be fetched" in done.stderr and "make_synthetic.py" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def changed(data: Path, tmp_path: Path, file: str, **values: object) -> str:
+    """A copy of the tiny OLMo-2 with other values in a JSON file; None drops one."""
+    folder = tmp_path / "changed"
+    shutil.copytree(data / "olmo2-tiny", folder)
+    found = json.loads((folder / file).read_text()) | values
+    (folder / file).write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+    return f"init.hf={folder}"
+
+
+def refused(arguments: list[str]) -> str:
+    """One message, and nothing else; before any process group."""
+    done = olmo_bridge("train", RECIPE, *arguments)
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    return done.stderr
+
+
+def test_without_a_pad_token_it_says_what_to_do(data: Path, tmp_path: Path) -> None:
+    change = changed(data, tmp_path, "config.json", pad_token_id=None)
+    message = refused(overrides(data, tmp_path / "run", change))
+    assert "no pad_token_id" in message and "provider.pad_token_id=ID" in message
+
+
+def test_without_a_tokenizer_it_says_what_to_do(data: Path, tmp_path: Path) -> None:
+    change = changed(data, tmp_path, "config.json")
+    for file in (tmp_path / "changed").glob("tokenizer*"):
+        file.unlink()
+    assert "data.tokenizer" in refused(overrides(data, tmp_path / "run", change))
+
+
+def test_another_models_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
+    other = f"data.tokenizer={data}/modernbert-tiny"
+    change = changed(data, tmp_path, "config.json", pad_token_id=255)
+    assert "no token 255" in refused(overrides(data, tmp_path / "run", change, other))
+
+
+def test_a_line_that_is_not_json_is_named(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "broken.jsonl"
+    file.write_text('{"text": "a", "label": "b"}\n{"text": "a",\n')
+    message = refused(overrides(data, tmp_path / "run", f"classification.train={file}"))
+    assert "broken.jsonl:2: not sound JSON" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("classification.train=''", "classification.train is not set"),
+        ("classification.text=body", "no 'body'; it has 'text', 'label'"),
+        ("classification.class_weights=equal", "neither none nor balanced"),
+        ("checkpoint.save=null", "checkpoint.save is not set"),
+        ("init.hf=null", "init.hf is not set"),
+        ("classification.labels=x", "Did you mean"),
+    ],
+)
+def test_what_cannot_be_is_said(data: Path, tmp_path: Path, override: str, message: str) -> None:
+    assert message.lower() in refused(overrides(data, tmp_path / "run", override)).lower()
+
+
+def test_a_classifier_of_other_classes_is_refused(
+    run: tuple[Path, str, int], data: Path, tmp_path: Path
+) -> None:
+    folder, _, _ = run
+    records = [{"text": "a", "label": label} for label in ("x", "y")]
+    file = tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    files = [f"classification.{n}={file}" for n in ("train", "validation")]
+    other = f"init.hf={folder}/classifier"
+    message = refused(overrides(data, tmp_path / "run", other, *files))
+    assert "is a classifier of other classes" in message
