@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 EXTRAS = {
     "megatron": ("megatron", "transformers", "tokenizers", "numpy"),
-    "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard", "sklearn"),
+    "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard"),
 }
 """Extras, and packages that come with them and that only some commands need."""
 

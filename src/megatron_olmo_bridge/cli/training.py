@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from megatron_olmo_bridge.errors import AskedToStop
 
 from .console import Json, Quiet, guarded, print_json, say
 
@@ -95,21 +91,10 @@ def _start(processes: int, arguments: list[str], quiet: bool, json: bool) -> Non
     from megatron_olmo_bridge.runtime.launch import processes as started
 
     flags = ["--quiet"] * quiet + ["--json"] * json
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with started("megatron_olmo_bridge", ["train", *arguments, *flags], processes) as output:
-            for line in output:
-                typer.echo(line, nl=False)
-    except KeyboardInterrupt:
-        raise AskedToStop(
-            "asked to stop. The same command goes on from the last checkpoint."
-        ) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    command = ["train", *arguments, *flags]
+    with started("megatron_olmo_bridge", command, processes, stoppable=True) as output:
+        for line in output:
+            typer.echo(line, nl=False)
 
 
 def _dry_run(config: TrainingConfig, processes: int | None, quiet: bool, json: bool) -> None:

@@ -324,7 +324,7 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
         InputError: there is no such folder, repository or revision.
     """
     path = Path(source).expanduser()
-    if path.exists() or not HUB_ID.fullmatch(source):
+    if not is_on_hub(source):
         if revision is not None:
             raise InputError(f"{source}: is a path; --revision is for a hub id such as "
                              "allenai/OLMo-2-0425-1B")  # fmt: skip
@@ -352,6 +352,11 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
     except Exception as error:  # of the HTTP library, which differs from version to version
         raise InputError(f"{source}: the hub could not deliver it: {error}") from error
     return Path(folder), source, Path(folder).name  # the cache names a snapshot by its commit
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a name is taken for a hub's: ``owner/name``, and nothing here is called so."""
+    return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
 
 
 def check_dtype(dtype: str) -> None:

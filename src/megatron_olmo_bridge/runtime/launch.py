@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from megatron_olmo_bridge import errors
@@ -20,10 +22,16 @@ _LAST_LINES = 15
 
 
 @contextlib.contextmanager
-def processes(module: str, arguments: Sequence[str], count: int) -> Iterator[IO[str]]:
+def processes(
+    module: str, arguments: Sequence[str], count: int, *, stoppable: bool = False
+) -> Iterator[IO[str]]:
     """Run ``python -m module`` in so many processes, by torchrun if more than one.
 
     They share the cores that torch may use.
+
+    Args:
+        stoppable: they know what to do on SIGTERM. Then SIGTERM, Ctrl-C and the end of the terminal
+            don't end this process, but are handed on to them as SIGTERM.
 
     Yields:
         What they print, line by line. On leaving, they are waited for.
@@ -43,11 +51,13 @@ def processes(module: str, arguments: Sequence[str], count: int) -> Iterator[IO[
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         with (Path(folder) / "stderr").open("w+") as stderr:
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env
-            )
+                command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env,
+                start_new_session=stoppable,  # else Ctrl-C would reach torchrun too
+            )  # fmt: skip
             assert process.stdout is not None
             try:
-                yield process.stdout
+                with _handing_on(process) if stoppable else contextlib.nullcontext():
+                    yield process.stdout
             except BaseException:
                 process.terminate()
                 raise
@@ -56,6 +66,20 @@ def processes(module: str, arguments: Sequence[str], count: int) -> Iterator[IO[
             if process.returncode:
                 stderr.seek(0)
                 raise _error(error_file, stderr.read(), process.returncode)
+
+
+@contextlib.contextmanager
+def _handing_on(process: subprocess.Popen[str]) -> Iterator[None]:
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        process.terminate()
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, hand_on) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _error(error_file: Path, said: str, code: int) -> BridgeError:

@@ -77,6 +77,15 @@ def destroy_process_groups() -> None:
         tensor_parallel.get_cuda_rng_tracker().reset()
 
 
+def started_together() -> int:
+    """Processes of this run: those of the groups, or before these exist what torchrun or srun says;
+    else 1."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    says = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_STEP_NUM_TASKS"
+    return int(os.environ.get(says, "1"))
+
+
 def on_first(action: Callable[[], T]) -> T | None:
     """Do something in the first process, and return its result there; the others wait for it.
 

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.utils import nested_values
 from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
@@ -36,6 +36,7 @@ from megatron_olmo_bridge.formats.torch_dist import TRACKER, TorchDistFolder, it
 from megatron_olmo_bridge.live.save import ON_DISK, megatron_state, model_states, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first
+from megatron_olmo_bridge.runtime.signals import sheltered
 
 CONTENT = ON_DISK | {"distrib_optim_sharding_type": "fully_reshardable"}
 """``content_metadata``: what the optimizer keeps can be loaded at any other layout."""
@@ -108,7 +109,7 @@ class Checkpointer:
             "distributed_optimizer": _is_distributed(self.optimizer),
         }
         needed = _bytes(state)
-        with _saying_what_fails(self.root):
+        with _saying_what_fails(self.root), sheltered():
             on_first(lambda: _begin(partial, needed))
             request = dist_checkpointing.save(
                 state, str(partial), content_metadata=CONTENT, async_sharded_save=self.asynchronous
@@ -189,16 +190,23 @@ def load(
         InputError: it has no optimizer, or one that is kept otherwise.
         FormatError: it is damaged, or of another model.
     """
-    on_first(lambda: TorchDistFolder.read(folder))  # says what is damaged better than what follows
+    on_first(lambda: _check(folder))
     with _saying_what_is_damaged(folder):
         return _loaded(folder, chunks, optimizer, fresh_rng)
+
+
+def _check(folder: Path) -> None:
+    """Look at the headers; they say better what is wrong than what torch raises later."""
+    if "optimizer" not in TorchDistFolder.read(folder).common:
+        raise FormatError(
+            f"{folder}: has no optimizer's state: it is damaged, or was saved without one; then "
+            "leave out init.optimizer"
+        )
 
 
 def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool) -> dict[str, Any]:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     progress: dict[str, Any] = common.get(PROGRESS, {})
-    if "optimizer" not in common:
-        raise InputError(f"{folder}: has no optimizer's state; leave out init.optimizer")
     distributed = progress.get("distributed_optimizer")
     if distributed is not None and distributed != _is_distributed(optimizer):
         raise InputError(
@@ -219,6 +227,7 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
     with contextlib.ExitStack() as stack:
         for part in with_torch:
             stack.enter_context(_keeping_steps(part))
+        stack.enter_context(_keeping_settings(optimizer))
         optimizer.load_state_dict(loaded["optimizer"])
     if with_rng:
         _set_rng_state(loaded["rng_state"])
@@ -280,6 +289,19 @@ def _keeping_steps(part: Any) -> Iterator[None]:
         delattr(part, name)
     for state in part.optimizer.state.values():
         state["step"] = state["step"].clone()
+
+
+@contextlib.contextmanager
+def _keeping_settings(optimizer: Any) -> Iterator[None]:
+    """Load moments and steps, but leave learning rate, betas, decay and so on as the config has
+    them: megatron-core would take the peak learning rate from the checkpoint too."""
+    before = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
+    yield
+    for group, values in zip(optimizer.param_groups, before, strict=True):
+        group.update(values)
 
 
 def layout() -> list[int]:

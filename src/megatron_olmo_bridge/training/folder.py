@@ -20,7 +20,7 @@ RUN_FILE = "run.yaml"
 _MAY_CHANGE = {
     "name", "sources", "parallel", "checkpoint", "export", "evaluation", "logging",
     "train.micro_batch_size", "data.cache", "data.workers", "data.tokenizer",
-    "classification.baseline",
+    "classification.baseline", "classification.baseline_lr",
 }  # fmt: skip
 """Sections and fields in which a run that continues may differ from what it was."""
 _DIFFERENCES = 8
@@ -135,7 +135,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

@@ -37,7 +37,7 @@ _SAID_ELSEWHERE = {
         "the model's config",
     ),
 }  # fmt: skip
-"""Fields of the provider that follow from others, by which batches, memory and files are counted."""
+"""Fields of the provider that others stand for: batches, memory and files are reckoned by these."""
 
 
 @dataclass(frozen=True)

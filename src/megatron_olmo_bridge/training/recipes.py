@@ -21,6 +21,8 @@ from .config import ClassificationConfig, TrainingConfig
 
 DEFAULT = "config"
 """The function of a recipe that is taken where none is named."""
+OVERRIDDEN = "command line"
+"""The source of a field that was overridden."""
 _FREE = ("model", "provider", "sources")
 """Sections with keys that are not this package's to list; ``model`` has those of the recipe."""
 
@@ -89,7 +91,7 @@ def apply_overrides(config: TrainingConfig, overrides: Sequence[str]) -> Trainin
         if not equals:
             raise InputError(f"{override!r}: an override reads section.field=value")
         values = _with(values, key.strip(), text)
-        values["sources"][key.strip()] = "command line"
+        values["sources"][key.strip()] = OVERRIDDEN
     return from_dict({str(key): value for key, value in values.items()})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_olmo_bridge.convert.model_card import write_model_card
-from megatron_olmo_bridge.convert.source import HUB_ID
+from megatron_olmo_bridge.convert.source import is_on_hub
 from megatron_olmo_bridge.errors import AskedToStop, BridgeError
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.bridge import ModelBridge
@@ -121,7 +121,7 @@ class Run:
         figures, self.stopped_early = self.task.evaluated(self.step, total(sums))
         self.figures |= {f"validation_{name}": value for name, value in figures.items()}
         if self.log is not None:
-            self.log.evaluation(self.step, figures["loss"])
+            self.log.evaluation(self.step, **figures)
 
     def export(self) -> None:
         """Write the weights as a Hugging Face checkpoint."""
@@ -133,7 +133,7 @@ class Run:
             lambda: write_model_card(
                 folder,
                 name=self.config.name,
-                base=base if base and HUB_ID.fullmatch(base) else None,
+                base=base if base and is_on_hub(base) else None,
                 training=card_facts(self.config, self.figures),
             )
         )

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from megatron_olmo_bridge.data.info import DataInfo, read_info
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.runtime.signals import sheltered
 
 from .config import DataConfig, TrainConfig, TrainingConfig
 
@@ -159,10 +160,12 @@ class MicroBatches:
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else it draws from the numbers that dropout is made of
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        with sheltered():
+            return iter(self._loader)
 
 
 @dataclass(frozen=True)

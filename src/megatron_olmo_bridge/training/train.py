@@ -31,6 +31,7 @@ from .layout import Layout, checks, model_of, provider_fields
 from .loop import train_loop
 from .monitor.run_log import RunLog
 from .optimizer import ddp_config, make_optimizer, make_scheduler
+from .recipes import OVERRIDDEN
 from .run import Run, logged, stopping_on_signals
 from .stability import Watch
 from .task import LanguageModelling, Task
@@ -96,6 +97,8 @@ def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
         BridgeError: as :func:`train`.
     """
     config, source = subject.config, subject.source
+    if config.init.optimizer and not config.init.checkpoint:
+        raise InputError("init.optimizer=true takes the optimizer from init.checkpoint: name it")
     checks(config, started_together())
     watch = Watch(config.stability)
     bridge = model_of(config)
@@ -142,6 +145,11 @@ def resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
     init = config.init
     if not (init.hf or init.checkpoint):
         return config, None
+    for key, said in config.sources.items():
+        if key.startswith("model.") and said == OVERRIDDEN:
+            raise InputError(
+                f"{key}: the model is that of init.hf or init.checkpoint, as it is there"
+            )
     given = fetch(init.hf, init.revision)[0] if init.hf else init.checkpoint
     source = open_source(given or "")
     if init.optimizer and source.kind is not Kind.MEGATRON:

@@ -20,7 +20,8 @@ def olmo_weight_decay() -> Overrides:
     effect, and everything is decayed.
     """
     # Tied to an output layer on another pipeline stage, that layer's copy is an embedding too.
-    embeddings = ParamKey(name="*embedding.word_embeddings.weight", attr="shared_embedding")
+    names = ("*embedding.word_embeddings.weight", "*embedding.position_embeddings.weight")
+    embeddings = ParamKey(name=names, attr="shared_embedding")
     return {embeddings: ParamGroupOverride(wd_mult=0.0)}
 
 

@@ -131,12 +131,17 @@ class RunLog:
                 self._say(text)
             self._track(record.step, "train", line)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Note the loss on held-out data, in nats a token, after a step (0: before the first)."""
-        self._write("evaluation", step=step, loss=loss)
-        message = f"loss {loss:.4f}, perplexity {compact(perplexity(loss), 2)}"
-        self._announce("evaluation", step, message=message)
-        self._track(step, "evaluation", {"loss": loss})
+    def evaluation(self, step: int, loss: float, **figures: float) -> None:
+        """Note the loss on held-out data, in nats, after a step (0: before the first).
+
+        Args:
+            figures: others by name; without any, people are told the perplexity.
+        """
+        self._write("evaluation", step=step, loss=loss, **figures)
+        said = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items()]
+        also = ", ".join(said) or f"perplexity {compact(perplexity(loss), 2)}"
+        self._announce("evaluation", step, message=f"loss {loss:.4f}, {also}")
+        self._track(step, "evaluation", {"loss": loss, **figures})
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """Note what else happened.
