@@ -6,15 +6,16 @@ VENV := .venv
 LATEST := .venv-latest
 BENCH ?=
 
-.PHONY: help setup demo test test-latest lint bench clean
+.PHONY: help setup demo train-demo test test-latest lint bench clean
 
 help:
 	@echo "make demo         set up, convert a 1B model both ways, and prove that nothing was lost"
+	@echo "make train-demo   set up, and go from text to a trained model in transformers; 5 minutes"
 	@echo "make test         set up, lint, run the tests"
 	@echo "make test-latest  the same tests on Python 3.12 with the newest megatron-core"
 	@echo "make lint         ruff and mypy --strict"
-	@echo "make bench        time import and export next to cp -r, live loading next to safetensors;"
-	@echo "                  BENCH='--size olmo2-7b' for more"
+	@echo "make bench        time import and export next to cp -r, live loading next to safetensors,"
+	@echo "                  training next to a PyTorch loop; BENCH='--size olmo2-7b' for more"
 	@echo "make clean        remove what these made"
 
 setup: $(VENV)/ready
@@ -33,6 +34,9 @@ $(LATEST)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh examples/demo.sh demo-output
 
+train-demo: $(VENV)/ready
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh examples/train/train_demo.sh train-demo-output
+
 test: $(VENV)/ready lint
 	$(VENV)/bin/python -m pytest -m "not slow" --cov --cov-report= --cov-fail-under=90 \
 		-n 3 --dist loadfile --durations=15
@@ -48,6 +52,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/bench.py $(BENCH)
 	$(VENV)/bin/python benchmarks/live.py
+	$(VENV)/bin/python benchmarks/train.py
 
 clean:
-	rm -rf $(VENV) $(LATEST) demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache

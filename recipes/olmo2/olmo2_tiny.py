@@ -26,6 +26,6 @@ def config() -> TrainingConfig:
             "ours: OLMo-2's way of training, made small",
         ),
     )  # fmt: skip
-    run.checkpoint.interval = run.evaluation.interval = 100
+    run.checkpoint.interval, run.evaluation.interval = 100, 50
     run.checkpoint.asynchronous = False
     return run

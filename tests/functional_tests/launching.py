@@ -30,6 +30,14 @@ def warm() -> subprocess.Popen[str]:
 
 def run_script(name: str, *arguments: object, processes: int = 1) -> str:
     """Run a script in one process or several, as torchrun would; returns what they printed."""
+    codes, said = ended(name, *arguments, processes=processes)
+    if any(codes):
+        raise AssertionError(f"{name} ended with {codes}:\n{said[-8000:]}")
+    return said
+
+
+def ended(name: str, *arguments: object, processes: int = 1) -> tuple[list[int], str]:
+    """The same for a script that may fail: also its processes' exit codes."""
     server = warm()
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder:
@@ -39,10 +47,7 @@ def run_script(name: str, *arguments: object, processes: int = 1) -> str:
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
-        said = log.read_text()
-    if any(codes):
-        raise AssertionError(f"{name} ended with {codes}:\n{said[-8000:]}")
-    return said
+        return codes, log.read_text()
 
 
 def stock(action: str, *arguments: object, processes: int = 1) -> str:

@@ -26,10 +26,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 def import_all() -> None:
+    import matplotlib.backends.backend_svg  # noqa: F401
     import megatron.core.optimizer  # noqa: F401
     import transformers.models.olmo2.modeling_olmo2  # noqa: F401
 
-    import megatron_olmo_bridge.live.auto_bridge  # noqa: F401
+    import megatron_olmo_bridge.live.auto_bridge
+    import megatron_olmo_bridge.training.train  # noqa: F401
 
 
 def free_port() -> int:

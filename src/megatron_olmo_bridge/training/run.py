@@ -15,7 +15,7 @@ import torch
 
 from megatron_olmo_bridge.convert.model_card import write_model_card
 from megatron_olmo_bridge.convert.source import is_on_hub
-from megatron_olmo_bridge.errors import AskedToStop, BridgeError
+from megatron_olmo_bridge.errors import AskedToStop, BridgeError, TrainingStopped
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first
@@ -172,7 +172,7 @@ def logged(run: Run) -> Iterator[None]:
         if run.log is not None:
             run.log.event("done", run.step)
     except BridgeError as error:
-        if run.checkpointer is not None and isinstance(error, AskedToStop):
+        if run.checkpointer is not None and isinstance(error, TrainingStopped):
             run.checkpointer.finish()
         if run.log is not None:
             run.log.event("stopped", run.step, message=str(error))

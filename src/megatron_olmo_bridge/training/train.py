@@ -161,12 +161,24 @@ def resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
 
 
 def _ending_as_its_data(config: TrainingConfig) -> TrainingConfig:
-    """The config whose model, unless it says so itself, ends a text as the data's documents end:
-    else nobody who generates with it would know where to stop."""
-    if not config.model or config.model.get("eos_token_id") is not None or not config.data.path:
+    """The config of a model that ends a text as the data's documents end: else nobody who generates
+    with it would know where to stop.
+
+    Raises:
+        InputError: the model ends it otherwise.
+    """
+    if config.init.hf or config.init.checkpoint or not config.data.path:
         return config
-    ending = {"eos_token_id": read_info(Path(config.data.path[0])).eos_id}
-    return replace(config, model=config.model | ending)
+    name, theirs = "eos_token_id", read_info(Path(config.data.path[0])).eos_id
+    mine = config.model.get(name)
+    if theirs is None or theirs == mine:
+        return config
+    if mine is not None:
+        raise InputError(
+            f"the documents of {config.data.path[0]} end with token {theirs}, a text of the model "
+            f"with {mine}: prepare them with the model's tokenizer, or set model.{name}={theirs}"
+        )
+    return replace(config, model=config.model | {name: theirs})
 
 
 def _model_and_optimizer(

@@ -123,13 +123,17 @@ class RunLog:
         self._waiting.append(record)
         self._recent.append(record.seconds)
         if record.step in (1, self._facts.steps) or record.step % self._interval == 0:
-            line = self._summary()
-            self._waiting.clear()
-            self._write("step", step=record.step, **line)
-            left = statistics.median(self._recent) * (self._facts.steps - record.step)
-            for text in self._table.lines(record.step, line, left):
-                self._say(text)
-            self._track(record.step, "train", line)
+            self._line()
+
+    def _line(self) -> None:
+        """The line of the steps that have none yet."""
+        step, line = self._waiting[-1].step, self._summary()
+        self._waiting.clear()
+        self._write("step", step=step, **line)
+        left = statistics.median(self._recent) * (self._facts.steps - step)
+        for text in self._table.lines(step, line, left):
+            self._say(text)
+        self._track(step, "train", line)
 
     def evaluation(self, step: int, loss: float, **figures: float) -> None:
         """Note the loss on held-out data, in nats, after a step (0: before the first).
@@ -149,6 +153,8 @@ class RunLog:
         A "checkpoint" or an "export" comes with its ``path``, "stopped" with the reason as
         ``message``; then there is "done". "resumed" and "skipped" are noted without this.
         """
+        if kind == "stopped" and self._waiting:
+            self._line()
         self._write(kind, step=step, **facts)
         self._announce(kind, step, **facts)
 
