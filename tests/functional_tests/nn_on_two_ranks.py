@@ -1,4 +1,5 @@
-"""Compares the norms on two gloo processes with what one process computes. No test is in here."""
+"""Compares norms and cross entropy on several gloo processes with what one computes. No test is in
+here."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
+from megatron_olmo_bridge.nn.cross_entropy import vocab_parallel_cross_entropy
 from megatron_olmo_bridge.nn.post_norm import RowParallelLinearPostLN
 from megatron_olmo_bridge.nn.qk_norm import KRMSNorm, QRMSNorm
 from megatron_olmo_bridge.runtime.cpu import cpu_runtime
@@ -88,14 +90,37 @@ def check_post_norm(rank: int, sequence_parallel: bool) -> None:
     torch.testing.assert_close(linear.weight.grad, whole_weight.grad.chunk(RANKS, 1)[rank], **near)
 
 
+def check_cross_entropy(rank: int, ranks: int) -> None:
+    vocabulary, columns = 11, 6  # of three ranks, the last has nothing but padding
+    torch.manual_seed(3)
+    logits = 3 * torch.randn(BATCH, SEQUENCE, ranks * columns)
+    labels = torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % vocabulary
+    weight = torch.rand(BATCH, SEQUENCE)
+
+    whole = logits[..., :vocabulary].clone().requires_grad_()
+    losses = -whole.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    (weight * (losses + 0.1 * whole.logsumexp(-1).square())).sum().backward()
+    gradient = torch.zeros_like(logits)
+    gradient[..., :vocabulary] = whole.grad
+
+    mine = logits.chunk(ranks, -1)[rank].clone().requires_grad_()
+    found, log_sum_exp = vocab_parallel_cross_entropy(mine, labels, vocabulary)
+    (weight * (found + 0.1 * log_sum_exp.square())).sum().backward()
+    torch.testing.assert_close(found, losses)
+    torch.testing.assert_close(log_sum_exp, whole.logsumexp(-1))
+    torch.testing.assert_close(mine.grad, gradient.chunk(ranks, -1)[rank])
+
+
 def main() -> None:
-    rank = int(os.environ["RANK"])
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with cpu_runtime():
         dist.init_process_group("gloo")
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         if sys.argv[1] == "qk_norm":
             check_qk_norm(rank)
+        elif sys.argv[1] == "cross_entropy":
+            check_cross_entropy(rank, ranks)
         else:
             check_post_norm(rank, sequence_parallel=sys.argv[1] == "post_norm_sequence_parallel")
         dist.barrier()  # a rank that leaves early would end the other's connection

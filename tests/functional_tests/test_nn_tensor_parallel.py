@@ -1,4 +1,4 @@
-"""The norms on two gloo processes: what one process computes, forward and backward."""
+"""Norms and cross entropy on several gloo processes: what one computes, forward and backward."""
 
 import pytest
 
@@ -10,3 +10,9 @@ from launching import run_script
 @pytest.mark.parametrize("check", ["qk_norm", "post_norm", "post_norm_sequence_parallel"])
 def test_two_ranks_compute_what_one_does(check: str) -> None:
     run_script("nn_on_two_ranks", check, processes=2)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_cross_entropy_of_a_vocabulary_that_is_shared_out(processes: int) -> None:
+    """Of three ranks, the last has nothing but rows that pad the vocabulary."""
+    run_script("nn_on_two_ranks", "cross_entropy", processes=processes)

@@ -44,7 +44,7 @@ def test_what_can_be_is_let_through(overrides: list[str], processes: int) -> Non
         (["parallel.tp=3"], 3, r"\(8\) must be a multiple.*\(3\)|8 attention heads.*3"),
         (["parallel.tp=8"], 8, "4 key/value heads|query_groups"),
         (["parallel.pp=3"], 3, "4 layers cannot be shared out evenly over 3"),
-        (["parallel.vpp=2"], 1, "virtual_pipeline"),
+        (["parallel.vpp=2"], 1, "parallel.vpp=2 cuts up pipeline stages: set parallel.pp"),
         (["parallel.pp=2", "parallel.vpp=2", "train.global_batch_size=3"], 2,
          "3 micro-batches of a step must be a multiple of parallel.pp=2"),
         (["parallel.ep=2"], 2, "no experts|num_moe_experts"),
