@@ -54,17 +54,18 @@ class _CrossEntropy(torch.autograd.Function):
         total = top + _reduced((local - top).exp(), dist.ReduceOp.SUM, group).log()
         inside = (labels >= first) & (labels < first + columns)
         index = torch.where(inside, labels - first, 0).unsqueeze(-1)
-        shift = (local - total).unsqueeze(-1)
-        target = torch.where(inside, (logp.gather(-1, index) + shift).squeeze(-1), 0.0)
-        ctx.save_for_backward(logp, shift, index, inside)
+        if dist.get_world_size(group) > 1:
+            logp += (local - total).unsqueeze(-1)  # now of all ranks' columns
+        target = torch.where(inside, logp.gather(-1, index).squeeze(-1), 0.0)
+        ctx.save_for_backward(logp, index, inside)
         ctx.dtype = logits.dtype
         return -_reduced(target, dist.ReduceOp.SUM, group), total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None, None]:
-        logp, shift, index, inside = ctx.saved_tensors
+        logp, index, inside = ctx.saved_tensors
         of_loss, of_total = grads
-        grad = (logp + shift).exp_().mul_((of_loss + of_total).unsqueeze(-1))
+        grad = logp.exp().mul_((of_loss + of_total).unsqueeze(-1))
         grad.scatter_add_(-1, index, (-of_loss * inside).unsqueeze(-1))
         return grad.to(ctx.dtype), None, None, None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from megatron.core.utils import unwrap_model
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.cross_entropy import vocab_parallel_cross_entropy
@@ -71,20 +72,25 @@ class LanguageModelling(Task):
             batch[name].to(device, non_blocking=True)
             for name in ("tokens", "labels", "position_ids")
         )
-        output = chunk(tokens, positions, None)
+        unwrap_model(chunk).compute_language_model_loss = self._losses
+        output = chunk(tokens, positions, None, labels=labels)
 
-        def score(logits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
-            losses, log_sum_exp = vocab_parallel_cross_entropy(logits, labels, self.vocab_size)
+        def score(losses: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+            loss, log_sum_exp = losses
             z_loss = self.config.optimizer.z_loss * log_sum_exp.square()
-            sums = {"loss": losses.sum(), "z_loss": z_loss.sum()}
-            count = losses.numel()
-            weight = losses.new_full((), count)
-            return (losses + z_loss).mean(), {
-                **{name: value.detach() for name, value in sums.items()},
-                "weight": weight,
+            return (loss + z_loss).mean(), {
+                "loss": loss.detach().sum(),
+                "z_loss": z_loss.detach().sum(),
+                "weight": loss.new_full((), loss.numel()),
             }
 
         return output, score
+
+    def _losses(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """In the place of GPTModel's own: cross entropy and log-sum-exp, [2, s, b], of labels
+        [b, s] and logits [s, b, padded vocabulary / TP]. Given no labels, GPTModel would copy the
+        logits to return them."""
+        return torch.stack(vocab_parallel_cross_entropy(logits, labels.T, self.vocab_size))
 
     def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
         return {"loss": float(sums["loss"] / sums["weight"])}, False
