@@ -43,7 +43,7 @@ def ended(name: str, *arguments: object, processes: int = 1) -> tuple[list[int],
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         job = {"script": name, "arguments": [str(a) for a in arguments],
-               "processes": processes, "log": str(log)}  # fmt: skip
+               "processes": processes, "log": str(log), "folder": str(Path.cwd())}  # fmt: skip
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())

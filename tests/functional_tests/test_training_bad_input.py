@@ -144,7 +144,7 @@ LAYOUTS = [
     Case("parallel.pp=9 --processes 9", ("4 layers cannot be shared out evenly over 9",)),
     Case("parallel.pp=2 parallel.vpp=4 --processes 2",
          ("4 layers cannot be shared out", "4 chunks")),
-    Case("parallel.pp=2 parallel.vpp=2 train.global_batch_size=3 --processes 2",
+    Case("parallel.pp=2 parallel.vpp=2 train.global_batch_size=6 --processes 2",
          ("3 micro-batches", "a multiple of parallel.pp=2")),
     Case("parallel.vpp=2", ("parallel.vpp=2", "set parallel.pp")),
     Case("parallel.sp=true", ("parallel.sp=true", "parallel.tp, which is 1")),

@@ -1,9 +1,9 @@
 """Runs the scripts beside this file in forked processes, which needn't import torch and
 megatron-core again: that takes five seconds a process, longer than most scripts run.
 
-One job is read from each line of standard input, as JSON: ``script``, ``arguments``, ``processes``
-and ``log`` (a file for all that they print); the answer is a line with their exit codes. The
-processes find each other as under torchrun.
+One job is read from each line of standard input, as JSON: ``script``, ``arguments``, ``processes``,
+``folder`` (to run in) and ``log`` (a file for all that they print); the answer is a line with their
+exit codes. The processes find each other as under torchrun.
 
 What is imported at the top is what megatron-core's checkpoint writer imports once more, in the
 process that it starts: little.
@@ -54,6 +54,7 @@ def start(job: dict[str, Any]) -> list[int]:
 
 def become(job: dict[str, Any], rank: int, port: int) -> None:
     """A process of the job."""
+    os.chdir(job["folder"])
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

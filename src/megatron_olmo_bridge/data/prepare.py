@@ -268,18 +268,26 @@ def _write_in_processes(parts: list[Part], writer: PartWriter, workers: int, sho
             seen = now
             for future in done:
                 future.result()
-    except BrokenProcessPool:
-        raise ProcessError(
-            "a process that tokenizes died: was it killed, for want of memory? Finished parts are "
-            "kept: pass --resume, with fewer --workers. A script must call prepare_data under "
-            "`if __name__ == '__main__':`."
-        ) from None
-    except BaseException:
+    except BaseException as error:
         end.close()  # the workers end at once
+        if _is_broken(error):
+            raise ProcessError(
+                "a process that tokenizes died: was it killed, for want of memory? Finished parts "
+                "are kept: pass --resume, with fewer --workers. A script must call prepare_data "
+                "under `if __name__ == '__main__':`."
+            ) from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
         end.close()
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether the pool lost a process; where that happens while processes are started or work is
+    handed out, a pipe of the pool's is closed under it ("handle is closed", without an errno)."""
+    return isinstance(error, BrokenProcessPool | BrokenPipeError) or (
+        isinstance(error, OSError) and error.errno is None
+    )
 
 
 def _join(parts: list[Part], writer: PartWriter, reporter: PrepareReporter) -> Counts:
