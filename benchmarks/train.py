@@ -1,10 +1,10 @@
-"""How fast does a training step go on this machine, next to a plain PyTorch loop around transformers?
+"""How fast is a training step here, next to a plain PyTorch loop around the transformers model?
 
 Two processes, each with one model, take their steps in turn, so that noise hits both: this package's
-loop on megatron-core, and forward, backward, clipping and AdamW on the same tokens. The same weights,
-batches and optimizer.
+loop on megatron-core; and forward, backward, clipping and AdamW. They have the same weights, tokens
+and settings.
 
-    python benchmarks/train.py [--size tiny|100m] [--rounds 5] [--steps 5]
+    python benchmarks/train.py --size tiny --rounds 5 --steps 5
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def main() -> None:
 
 def measure(size: str, rounds: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(side, size, Path(folder), (rounds + 1) * steps)
-                 for name, side in (("megatron", megatron_side), ("transformers", plain_side))}  # fmt: skip
+        sides = {
+            name: Side(side, size, Path(folder), (rounds + 1) * steps)
+            for name, side in (("megatron", megatron_side), ("transformers", plain_side))
+        }
         for side in sides.values():
             side.take(steps)  # warms up
         seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -60,8 +62,10 @@ def measure(size: str, rounds: int, steps: int) -> None:
         middle = statistics.median(took)
         print(f"{size} {name}: {middle * 1e3:.0f} ms a step, {tokens / middle:,.0f} tokens/s, "
               f"loss {losses[name]:.5f}")  # fmt: skip
-    print(f"{size} ratio: {statistics.median(ratios):.3f} "
-          f"({min(ratios):.3f} to {max(ratios):.3f}, {rounds} rounds of {steps} steps)")  # fmt: skip
+    print(
+        f"{size} ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, "
+        f"{rounds} rounds of {steps} steps)"
+    )
 
 
 class Side:

@@ -11,7 +11,8 @@ import pytest
 import megatron_olmo_bridge
 
 FUNCTIONS = {"average_checkpoints", "doctor", "export_checkpoint", "hf_as_megatron",
-             "import_checkpoint", "inspect", "prepare_data", "synth", "train", "verify"}  # fmt: skip
+             "import_checkpoint", "inspect", "prepare_data", "synth", "train",
+             "verify"}  # fmt: skip
 CLASSES = {"AutoBridge", "Olmo2ModelProvider", "Olmo2ModelProvider1B", "Olmo2ModelProvider7B",
            "Olmo2ModelProvider13B", "Olmo2ModelProvider32B"}  # fmt: skip
 

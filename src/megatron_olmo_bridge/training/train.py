@@ -23,7 +23,7 @@ from megatron_olmo_bridge.runtime.process_groups import (
     started_together,
 )
 
-from .checkpoint import Checkpointer, last_step, load
+from .checkpoint import Checkpointer, last_step
 from .config import TrainingConfig
 from .facts import run_facts
 from .folder import check_folders, claim
@@ -32,6 +32,7 @@ from .loop import train_loop
 from .monitor.run_log import RunLog
 from .optimizer import ddp_config, make_optimizer, make_scheduler
 from .recipes import OVERRIDDEN
+from .restore import load
 from .run import Run, logged, stopping_on_signals
 from .stability import Watch
 from .task import LanguageModelling, Task
