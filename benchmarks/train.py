@@ -1,8 +1,8 @@
 """How fast is a training step here, next to a plain PyTorch loop around the transformers model?
 
 Two processes, each with one model, take their steps in turn, so that noise hits both: this
-package's loop on megatron-core; and forward, backward, clipping and AdamW. They have the same weights, tokens
-and settings.
+package's loop on megatron-core; and forward, backward, clipping and AdamW. They have the same
+weights, tokens and settings.
 
     python benchmarks/train.py --size tiny --rounds 5 --steps 5
 """
