@@ -135,6 +135,7 @@ def test_the_export_says_what_it_is(run: tuple[Path, str, int], data: Path) -> N
     assert "pipeline_tag: text-classification" in card and "macro-F1" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [1], indirect=True)
 def test_killed_and_resumed_it_becomes_the_same_classifier(
     run: tuple[Path, str, int], data: Path, tmp_path: Path

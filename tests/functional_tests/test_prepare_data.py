@@ -98,7 +98,14 @@ def test_any_number_of_workers_makes_the_same_bytes(
     assert same(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "by",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) -> None:
     out = tmp_path / "out"
     process = start(folder, out)

@@ -418,7 +418,6 @@ def message(result: Result) -> str:
     ("words", "says"),
     [
         ("train.steps=0", "train.steps=0 must be at least 1"),
-        ("data.path=HERE/none", "HERE/none.idx: no such file"),
         (f"{AGAIN} optimizer.lr=1", "folder of another run"),
     ],
 )

@@ -61,7 +61,7 @@ def assert_same(run: Run, whole: Run) -> None:
 # ------------------------------------------------------------------------------------ kill it
 
 
-@pytest.mark.parametrize("layout", ["one", "tp"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "tp"])
 def test_killed_at_random_moments_and_while_saving(
     place: Place, uninterrupted: Uninterrupted, layout: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_ctrl_c_stops_all_processes_of_the_command(
 # --------------------------------------------------------------------- random numbers, precision
 
 
-@pytest.mark.parametrize("layout", ["one", "tp"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("tp", marks=pytest.mark.slow)])
 def test_dropout_goes_on_with_its_random_numbers(
     place: Place, uninterrupted: Uninterrupted, layout: str
 ) -> None:

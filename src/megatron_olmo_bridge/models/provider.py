@@ -95,6 +95,11 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         if self.pipeline_model_parallel_size > 1:
             # What the stages send each other is of the parameters' dtype unless said otherwise.
             self.pipeline_dtype: torch.dtype = self.pipeline_dtype or self.params_dtype
+        if self.virtual_pipeline_model_parallel_size is not None:
+            # Else two stages mix up what they send each other in both directions at once. Source:
+            # Megatron-LM's arguments.py, which refuses it.
+            self.overlap_p2p_comm: bool = True
+            self.batch_p2p_comm: bool = False
         if not self.initialize:
             self._init_all_by(_leave)
         elif self.init_truncation is not None:

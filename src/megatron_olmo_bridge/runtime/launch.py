@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from megatron_olmo_bridge import errors
 from megatron_olmo_bridge.errors import BridgeError, ProcessError
@@ -19,12 +19,14 @@ from megatron_olmo_bridge.errors import BridgeError, ProcessError
 _ERROR_FILE = "OLMO_BRIDGE_ERROR_FILE"
 _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAST_LINES = 15
+_NO_MORE = "\0\n"
+"""Ends what a process prints."""
 
 
 @contextlib.contextmanager
 def processes(
     module: str, arguments: Sequence[str], count: int, *, stoppable: bool = False
-) -> Iterator[IO[str]]:
+) -> Iterator[Iterator[str]]:
     """Run ``python -m module`` in so many processes, by torchrun if more than one.
 
     They share the cores that torch may use.
@@ -50,22 +52,45 @@ def processes(
         env[_ERROR_FILE] = str(error_file)
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         with (Path(folder) / "stderr").open("w+") as stderr:
+            end, pipe = os.pipe()
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env,
+                command, stdout=pipe, stderr=stderr, text=True, env=env,
                 start_new_session=stoppable,  # else Ctrl-C would reach torchrun too
             )  # fmt: skip
-            assert process.stdout is not None
+            watch = threading.Thread(target=_end_the_lines, args=(process, pipe), daemon=True)
+            watch.start()
+            lines = _lines(end)
             try:
                 with _handing_on(process) if stoppable else contextlib.nullcontext():
-                    yield process.stdout
+                    yield lines
             except BaseException:
                 process.terminate()
                 raise
             finally:
-                process.communicate()
+                for _ in lines:  # a full pipe would hold it up
+                    pass
+                process.wait()
             if process.returncode:
                 stderr.seek(0)
                 raise _error(error_file, stderr.read(), process.returncode)
+
+
+def _end_the_lines(process: subprocess.Popen[str], pipe: int) -> None:
+    """Say that no more comes when a process has ended, for its pipe may stay open: a helper of
+    megatron-core's outlives a worker that is killed."""
+    process.wait()
+    os.write(pipe, _NO_MORE.encode())
+    os.close(pipe)
+
+
+def _lines(pipe: int) -> Iterator[str]:
+    with os.fdopen(pipe) as output:
+        for line in output:
+            text, no_more, _ = line.partition(_NO_MORE)
+            if text:
+                yield text
+            if no_more:
+                return
 
 
 @contextlib.contextmanager

@@ -195,10 +195,6 @@ def provider_fields(config: TrainingConfig) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp,
-        # Else two stages mix up what they send each other in both directions at once. Source:
-        # Megatron-LM's arguments.py, which refuses it.
-        "overlap_p2p_comm": parallel.vpp is not None,
-        "batch_p2p_comm": parallel.vpp is None,
         "expert_model_parallel_size": parallel.ep,
         "sequence_parallel": parallel.sp,
         # Rows that pad the vocabulary get no probability: see nn/cross_entropy.py.
