@@ -64,12 +64,14 @@ def _module(path: Path) -> ModuleType:
         raise InputError(f"{path}: a recipe is a Python file, FILE.py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))  # for what recipes of a folder share
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # would go by whole seconds
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise InputError(f"{path}: can't be run: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
+        sys.dont_write_bytecode = bytecode
     return module
 
 
