@@ -56,7 +56,9 @@ def train(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["tp1", "tp2"]
+)
 def run(request: pytest.FixtureRequest, data: Path) -> tuple[Path, str, int]:
     """A run's folder, what it printed, and its tensor parallel size."""
     tp = request.param
@@ -152,6 +154,7 @@ def test_killed_and_resumed_it_becomes_the_same_classifier(
         assert (tmp_path / "run" / file).read_bytes() == (run[0] / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_it_stops_early_and_remembers(data: Path, tmp_path: Path) -> None:
     """Without a learning rate no evaluation is better than the one before."""
     arguments = overrides(

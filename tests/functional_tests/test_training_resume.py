@@ -103,6 +103,7 @@ def test_stopped_by_a_signal(
     assert_same(run, uninterrupted(layout))
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_of_the_command(
     place: Place, uninterrupted: Uninterrupted
 ) -> None:
