@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_olmo_bridge.convert.source import is_on_hub
 from megatron_olmo_bridge.errors import InputError
 
 _FILE = "tokenizer.json"
@@ -39,8 +40,10 @@ def load_tokenizer(name: str) -> TextTokenizer:
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~"))):
-        raise InputError(f"{name}: no such folder. --tokenizer takes a folder or a hub id.")
+    if not folder.is_dir() and not is_on_hub(name):  # a name that can't be is not asked for there
+        raise InputError(
+            f"{name}: no such folder. --tokenizer takes a folder or a hub id (owner/name)."
+        )
     local = folder.resolve() if folder.is_dir() else None
     try:
         loaded = AutoTokenizer.from_pretrained(local or name)
