@@ -135,7 +135,7 @@ class Stage:
                 os.truncate(self._marker, 0)
                 os.write(self._marker, json.dumps(self._header).encode() + b"\n")
                 os.fsync(self._marker)
-                sync_folder(self.folder)
+                sync(self.folder)
             for file in self._plan.files:
                 if file.name not in self.complete:
                     self._allocate(self.folder / file.name, file.size)
@@ -169,7 +169,7 @@ class Stage:
     def commit(self) -> None:
         """All is written: give the folder its name, make it a checkpoint."""
         for folder in sorted({p.parent for p in self.folder.rglob("*")}, reverse=True):
-            sync_folder(folder)
+            sync(folder)
         if self.destination.exists():
             if _empty(self.destination) or _started(self.destination):
                 with _locked(self.destination):
@@ -177,7 +177,7 @@ class Stage:
             else:
                 self.destination.rename(self._replaced)
         self.folder.rename(self.destination)
-        sync_folder(self.destination.parent)
+        sync(self.destination.parent)
         self._finish()
 
     def _finish_after_rename(self) -> bool:
@@ -198,7 +198,7 @@ class Stage:
             (self._replaced / PARTIAL_MARKER).touch()
             _remove(self._replaced)
         (self.destination / PARTIAL_MARKER).unlink()
-        sync_folder(self.destination)
+        sync(self.destination)
         self.close()
 
     @property
@@ -277,9 +277,9 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(handle.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.convert.stage import sync_folder
+from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 
 from .info import read_info
@@ -152,4 +152,4 @@ class Partial:
             path.unlink(missing_ok=True)
         for path in self.outputs:
             (self.folder / f"{JOINED}{path.suffix}").rename(path)
-        sync_folder(self.folder.parent)
+        sync(self.folder.parent)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.utils import nested_values
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.formats.torch_dist import TRACKER, iteration_folders
@@ -157,15 +157,15 @@ class Checkpointer:
         write_texts(partial, texts)
         (partial / PARTIAL_MARKER).unlink()
         for path in (partial, *partial.rglob("*")):
-            _sync(path)
+            sync(path)
         if folder.exists():  # of a run that went on from an earlier step
             _delete(folder)
         partial.rename(folder)
         tracker = self.root / (TRACKER + _SUFFIX)
         tracker.write_text(str(step))
-        _sync(tracker)
+        sync(tracker)
         tracker.replace(self.root / TRACKER)
-        _sync(self.root)
+        sync(self.root)
         if self.keep_last:
             complete = [p for p in iteration_folders(self.root) if p <= folder]
             for old in complete[: -self.keep_last]:
@@ -246,11 +246,3 @@ def _bytes(state: dict[str, Any]) -> int:
     total = torch.tensor(float(mine), dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(total)
     return int(total)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
