@@ -46,6 +46,7 @@ class Classification(Task):
     """Evaluations so far."""
     on_evaluated: Callable[[Quality], None] = lambda found: None
     """Called in all processes after each evaluation, which is in the history then."""
+    loss_unit: str = "nats per text"
 
     def __post_init__(self) -> None:
         self.weights = self.weights.to(torch.cuda.current_device())

@@ -20,8 +20,8 @@ from .monitor.run_log import RunFacts
 from .recipes import as_dict
 
 
-def run_facts(config: TrainingConfig, bridge: ModelBridge) -> RunFacts:
-    """Of a run on the processes that are there."""
+def run_facts(config: TrainingConfig, bridge: ModelBridge, loss_unit: str) -> RunFacts:
+    """Return the facts of a run on the current process group."""
     return RunFacts(
         name=config.name,
         steps=config.train.steps,
@@ -37,6 +37,7 @@ def run_facts(config: TrainingConfig, bridge: ModelBridge) -> RunFacts:
             "torch": version("torch"),
             "python": platform.python_version(),
         },
+        loss_unit=loss_unit,
     )
 
 

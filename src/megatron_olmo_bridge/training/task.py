@@ -13,6 +13,7 @@ from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.cross_entropy import vocab_parallel_cross_entropy
 
 from .config import TrainingConfig
+from .monitor.run_log import NATS_PER_TOKEN
 from .token_data import Batch, MicroBatches, TokenData
 
 Sums = dict[str, torch.Tensor]
@@ -24,6 +25,9 @@ Score = Callable[[torch.Tensor], tuple[torch.Tensor, Sums]]
 
 class Task(Protocol):
     """A kind of training; the loop knows nothing else of it."""
+
+    loss_unit: str
+    """Unit of the loss, for people."""
 
     def train_batches(self, begin: int) -> Iterator[Batch]:
         """This process's micro-batches, from a step (from 1) on."""
@@ -51,6 +55,7 @@ class LanguageModelling(Task):
     vocab_size: int
     micro_batches: int
     """Of a step, in this process."""
+    loss_unit: str = NATS_PER_TOKEN
 
     def train_batches(self, begin: int) -> Iterator[Batch]:
         train = self.config.train

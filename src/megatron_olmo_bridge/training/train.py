@@ -127,7 +127,7 @@ def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
     on_first(lambda: claim(config))  # now that all else is sound
     log = None
     if dist.get_rank() == 0:
-        facts = run_facts(config, bridge)
+        facts = run_facts(config, bridge, task.loss_unit)
         log = RunLog(facts, config.logging, folder, resumed_at=step, say=say)
         if checkpointer is not None:
             checkpointer.on_saved = lambda at, path: log.event("checkpoint", at, path=str(path))

@@ -1,10 +1,10 @@
-"""A run as its log tells it."""
+"""The history of a run, read from its log."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class RunHistory:
     steps: list[Line]
     """The lines of steps: ``step``, ``tokens``, ``loss``, ``lr``, ..."""
     evaluations: list[Line]
-    """One for each evaluated step: ``step``, ``loss``."""
+    """One for each evaluated step: ``step``, ``loss``, and the :attr:`measures`."""
     events: list[Line]
     """All others."""
     last_time: float
@@ -51,7 +51,13 @@ class RunHistory:
         if not begun:
             raise FormatError(f"{path}: it doesn't say how the run began; its first line is gone")
         try:
-            facts = RunFacts(**{f.name: begun[-1][f.name] for f in fields(RunFacts)})
+            facts = RunFacts(
+                **{
+                    f.name: begun[-1][f.name]
+                    for f in fields(RunFacts)
+                    if f.name in begun[-1] or f.default is MISSING
+                }
+            )
         except KeyError as error:
             raise FormatError(f"{path}: the line {begun[-1]['event']!r} lacks {error}") from None
         return cls(
@@ -62,6 +68,12 @@ class RunHistory:
             [line for line in lines if line["event"] not in MEASURED],
             lines[-1]["time"],
         )
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of what evaluations report beside the loss: ``accuracy``, for example."""
+        names = dict.fromkeys(name for line in self.evaluations for name in line)
+        return [name for name in names if name not in ("event", "time", "step", "loss")]
 
     @property
     def end(self) -> Line:
@@ -101,8 +113,9 @@ class RunHistory:
             "tokens": last.get("tokens", 0),
             "parameters": self.facts.parameters,
             "loss": loss,
-            "perplexity": perplexity(loss),
+            "perplexity": perplexity(loss) if self.facts.has_perplexity else None,
             "evaluation_loss": self.evaluations[-1]["loss"] if self.evaluations else None,
+            **{f"evaluation_{name}": self.evaluations[-1].get(name) for name in self.measures},
             "seconds": sum(line["seconds"] for line in self.steps),
             "skipped": sum(event["event"] == "skipped" for event in self.events),
             **{

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import UTC, datetime
 
 COUNTS = ("", "K", "M", "B", "T")
@@ -34,6 +35,17 @@ def flops(per_second: float) -> str:
     number = short(per_second, SI)
     digits = number.rstrip("".join(SI))
     return f"{digits} {number[len(digits) :]}FLOP/s"
+
+
+def spoken(name: str) -> str:
+    """Return a measure's name as people write it: ``macro_f1`` is ``macro-F1``."""
+    return re.sub(r"\b(f1|r2|mse|mae)\b", lambda m: m[0].upper(), name.replace("_", "-"))
+
+
+def heading(name: str) -> str:
+    """Return a measure's name as a heading: ``Macro-F1``."""
+    text = spoken(name)
+    return text[:1].upper() + text[1:]
 
 
 def duration(seconds: float) -> str:

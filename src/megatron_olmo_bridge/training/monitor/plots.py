@@ -1,8 +1,7 @@
-"""The pictures of a report: a run's curves as SVG, for light and dark, wide and narrow screens."""
+"""The figures of a training report: a run's curves over tokens and steps."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .drawing import Size, Theme, draw_svg
 from .history import RunHistory
-from .human import COUNTS, SI, flops, short
+from .human import COUNTS, SI, flops, heading, short, spoken
 from .log_file import Line
 
 if TYPE_CHECKING:
@@ -24,33 +24,6 @@ THIN = 800
 """Points of a curve; of more, the lowest and the highest of each stretch are drawn."""
 FEW = 60
 """Up to so many points each gets a dot, and there is no smoothed curve."""
-FONTS = ["Inter", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"]
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours, legible on the page's background of that theme."""
-
-    ink: str
-    muted: str
-    grid: str
-    faint: str
-    main: str
-    second: str
-    bad: str
-    mark: str
-
-
-LIGHT = Theme(
-    ink="#1c2330", muted="#667085", grid="#e7eaf0", faint="#a9c0ee", main="#2557c7",
-    second="#c2590a", bad="#c4262e", mark="#7a3fc0",
-)  # fmt: skip
-DARK = Theme(
-    ink="#e7eaf1", muted="#97a1b3", grid="#2a303d", faint="#3d5a99", main="#84abff",
-    second="#ffa657", bad="#ff7b72", mark="#c59bff",
-)  # fmt: skip
-WIDE, NARROW = (9.4, 3.5), (4.6, 3.3)
-"""Width and height in inches, of 72 CSS pixels each in the SVG."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +37,17 @@ class Plot:
     draw: Callable[[Axes, Theme], None]
     history: RunHistory
 
-    def svg(self, theme: Theme, size: tuple[float, float]) -> bytes:
+    def svg(self, theme: Theme, size: Size) -> bytes:
         """Draw it. The same log gives the same bytes."""
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
 
-        style: dict[Any, Any] = {
-            "svg.fonttype": "none", "svg.hashsalt": self.name, "font.family": "sans-serif",
-            "font.sans-serif": FONTS, "font.size": 9, "text.color": theme.ink,
-            "axes.edgecolor": theme.grid, "axes.labelcolor": theme.muted, "axes.labelsize": 8.5,
-            "xtick.color": theme.muted, "ytick.color": theme.muted, "grid.color": theme.grid,
-            "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5,
-        }  # fmt: skip
-        with matplotlib.rc_context(style):
-            figure = Figure(figsize=size)
-            figure.patch.set_alpha(0)
+        def draw(figure: Figure) -> None:
             axes = figure.add_subplot()
             self._frame(axes)
             self.draw(axes, theme)
             _marks(axes, self.history, theme)
             _arrange(figure, axes)
-            out = io.BytesIO()
-            FigureCanvasSVG(figure)
-            figure.savefig(out, format="svg", metadata={"Date": None})
-        return out.getvalue()
+
+        return draw_svg(self.name, theme, size, draw)
 
     def _frame(self, axes: Axes) -> None:
         """Tokens below, steps above, a quiet grid."""
@@ -136,6 +95,7 @@ def plots(history: RunHistory) -> list[Plot]:
         return []
     made = [
         ("loss", "Loss", _loss_summary, _draw_loss),
+        *([("quality", "Evaluation", _quality_summary, _draw_quality)] if history.measures else []),
         ("learning-rate", "Learning rate", _rate_summary, _draw_rate),
         ("gradient-norm", "Gradient norm", _norm_summary, _draw_norm),
         ("throughput", "Throughput", _throughput_summary, _draw_throughput),
@@ -161,7 +121,7 @@ def _draw_loss(axes: Axes, history: RunHistory, theme: Theme) -> None:
     if x.size:
         axes.plot(x, y, color=theme.second, linewidth=1.6, marker="o", markersize=4,
                   label="evaluation", zorder=4)  # fmt: skip
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel(history.facts.loss_unit)
     _, losses = _curve(history, history.steps, "loss")
     skipped = losses.size // 20 if losses.size > FEW else 0
     shown = np.concatenate([losses[skipped:], y[1:] if skipped else y])
@@ -171,6 +131,15 @@ def _draw_loss(axes: Axes, history: RunHistory, theme: Theme) -> None:
         # The fall at the start would flatten all that comes after it.
         lowest, highest = shown.min(), shown.max()
         axes.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.05 * (highest - lowest))
+
+
+def _draw_quality(axes: Axes, history: RunHistory, theme: Theme) -> None:
+    colours = (theme.main, theme.second, theme.mark, theme.bad)
+    for number, name in enumerate(history.measures):
+        x, y = _curve(history, history.evaluations, name)
+        axes.plot(x, y, color=colours[number % len(colours)], linewidth=1.6, marker="o",
+                  markersize=4, label=spoken(name))  # fmt: skip
+    axes.set_ylabel("on held-out texts")
 
 
 def _draw_rate(axes: Axes, history: RunHistory, theme: Theme) -> None:
@@ -275,7 +244,7 @@ def _curve(history: RunHistory, lines: list[Line], name: str) -> tuple[Curve, Cu
     """Tokens seen, and a measure: [lines], float64."""
     tokens = history.facts.tokens_per_step
     x = np.array([line["step"] * tokens for line in lines], dtype=np.float64)
-    return x, np.array([line[name] for line in lines], dtype=np.float64)
+    return x, np.array([line.get(name, math.nan) for line in lines], dtype=np.float64)
 
 
 def _thin(x: Curve, y: Curve) -> tuple[Curve, Curve]:
@@ -320,6 +289,19 @@ def _loss_summary(history: RunHistory) -> str:
         last = history.evaluations[-1]
         text += f" Evaluation: {last['loss']:.3f} at step {last['step']:,}."
     return text
+
+
+def _quality_summary(history: RunHistory) -> str:
+    texts = []
+    for name in history.measures:
+        known = [e for e in history.evaluations if np.isfinite(e.get(name, math.nan))]
+        if known:
+            values = [line[name] for line in known]
+            texts.append(
+                f"{heading(name)} {values[-1]:.3f} at step {known[-1]['step']:,}, "
+                f"{min(values):.3f} to {max(values):.3f} on the way."
+            )
+    return " ".join(texts)
 
 
 def _rate_summary(history: RunHistory) -> str:

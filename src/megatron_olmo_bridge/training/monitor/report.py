@@ -1,28 +1,24 @@
-"""``report.html``: a run on one page, made from its log alone."""
+"""``report.html``: a training run on one page, made from its log."""
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.errors import InputError
 
 from .history import RunHistory
-from .human import compact, duration, flops, short, when
+from .human import compact, duration, flops, heading, short, when
 from .log_file import Line
-from .style import STYLE
-
-if TYPE_CHECKING:
-    from .plots import Plot
+from .page import Tile, folded, page, picture, table, tiles
 
 NAME = "report.html"
-SHOWN_EVENTS = 25
-"""Rows of a table that stands open; longer ones are folded."""
+CLASSIFICATION = "classification.html"
+"""In the run's folder: the report on a fine-tuned classifier's quality and speed."""
 
 
 def write_report(folder: Path) -> Path:
@@ -49,29 +45,25 @@ def write_report(folder: Path) -> Path:
         ) from None
     path = folder / NAME
     temporary = path.with_name(f".{NAME}.tmp")
-    temporary.write_text(_page(history), encoding="utf-8")
+    temporary.write_text(_page(history, folder), encoding="utf-8")
     return temporary.replace(path)
 
 
-def _page(history: RunHistory) -> str:
+def _page(history: RunHistory, folder: Path) -> str:
     from .plots import plots
 
-    name = escape(history.facts.name)
-    return "\n".join(
+    return page(
+        f"{history.facts.name} · training report",
         [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{name} · training report</title><style>{STYLE}</style></head><body><main>",
             _header(history),
+            _links(folder),
             _figures(history),
-            *(_picture(plot) for plot in plots(history)),
+            *(picture(plot.name, plot.title, plot.summary, plot.svg) for plot in plots(history)),
             "" if history.steps else "<figure><p>No steps yet, and so no curves.</p></figure>",
             _events(history),
             _configuration(history),
             _footer(history),
-            "</main></body></html>",
-        ]
+        ],
     )
 
 
@@ -92,60 +84,47 @@ def _header(history: RunHistory) -> str:
     )
 
 
+def _links(folder: Path) -> str:
+    """Link the reports that stand beside this one."""
+    if not (folder / CLASSIFICATION).is_file():
+        return ""
+    return f'<nav><a href="{CLASSIFICATION}">Quality and speed of the classifier</a></nav>'
+
+
 def _figures(history: RunHistory) -> str:
-    known = history.figures()
-    total = history.facts.steps * history.facts.tokens_per_step
+    facts, known = history.facts, history.figures()
+    total = facts.steps * facts.tokens_per_step
     done, evaluated = history.state == "done", history.evaluations
-    tiles = [
-        ("Final loss" if done else "Loss", _loss(known["loss"], history.steps), "nats per token"),
-        ("Perplexity", _known(known["perplexity"], lambda p: compact(p, 2)), "exp of the loss"),
-        ("Evaluation loss", _loss(known["evaluation_loss"], evaluated),
-         f"at step {evaluated[-1]['step']:,}" if evaluated else "there was none"),
+    evaluated_at = f"at step {evaluated[-1]['step']:,}" if evaluated else "there was none"
+    shown: list[Tile] = [
+        ("Final loss" if done else "Loss", _loss(known["loss"], history.steps), facts.loss_unit),
+        *(
+            [("Perplexity", _known(known["perplexity"], lambda p: compact(p, 2)), "exp(loss)")]
+            if facts.has_perplexity
+            else []
+        ),
+        ("Evaluation loss", _loss(known["evaluation_loss"], evaluated), evaluated_at),
+        *(
+            (heading(n), _loss(known[f"evaluation_{n}"], evaluated), evaluated_at)
+            for n in history.measures
+        ),
         ("Tokens", short(known["tokens"]), f"of {short(total)}"),
         ("Parameters", short(known["parameters"]), f"{known['parameters']:,}"),
-        ("Time trained", duration(known["seconds"]), "in steps alone"),
-        ("Tokens/s", _known(known["tokens_per_second"], short),
-         _known(known["flops_per_second"], flops)),
-    ]  # fmt: skip
+        ("Time in steps", duration(known["seconds"]), "without evaluating and saving"),
+        (
+            "Tokens/s",
+            _known(known["tokens_per_second"], short),
+            _known(known["flops_per_second"], flops),
+        ),
+    ]
     if known["utilisation"] is not None:
-        tiles.append(("Utilisation", f"{known['utilisation']:.1%}", "of the bfloat16 peak"))
+        shown.append(("Utilization", f"{known['utilisation']:.1%}", "of the bfloat16 peak"))
     if known["skipped"]:
-        tiles.append(("Skipped steps", f"{known['skipped']:,}", f"of {known['step']:,}"))
-    return (
-        '<dl class="figures">'
-        + "".join(
-            f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd>"
-            f'<dd class="note">{escape(note)}</dd></div>'
-            for label, value, note in tiles
-        )
-        + "</dl>"
-    )
+        shown.append(("Skipped steps", f"{known['skipped']:,}", f"of {known['step']:,}"))
+    return tiles(shown)
 
 
 # -------------------------------------------------------------------------------------- the middle
-
-
-def _picture(plot: Plot) -> str:
-    """A figure for each theme and width; the browser takes the one that fits."""
-    from .plots import DARK, LIGHT, NARROW, WIDE
-
-    def data(*args: Any) -> str:
-        return "data:image/svg+xml;base64," + base64.b64encode(plot.svg(*args)).decode()
-
-    sources = "".join(
-        f'<source media="{media}" srcset="{data(theme, size)}">'
-        for media, theme, size in (
-            ("(max-width: 640px) and (prefers-color-scheme: dark)", DARK, NARROW),
-            ("(max-width: 640px)", LIGHT, NARROW),
-            ("(prefers-color-scheme: dark)", DARK, WIDE),
-        )
-    )
-    return (
-        f'<figure id="{plot.name}"><figcaption><h2>{escape(plot.title)}</h2>'
-        f"<p>{escape(plot.summary)}</p></figcaption><picture>{sources}"
-        f'<img src="{data(LIGHT, WIDE)}" alt="{escape(plot.title)} over tokens and steps. '
-        f'{escape(plot.summary)}"></picture></figure>'
-    )
 
 
 def _events(history: RunHistory) -> str:
@@ -158,7 +137,8 @@ def _events(history: RunHistory) -> str:
         ]
         for event in history.events
     ]
-    return _folded("Events", _table(["Step", "Event", "Time", "Details"], rows), len(rows))
+    body = table(["Step", "Event", "Time", "Details"], rows, long=["Details"])
+    return folded("Events", body, len(rows))
 
 
 # -------------------------------------------------------------------------------------- the bottom
@@ -174,7 +154,8 @@ def _configuration(history: RunHistory) -> str:
             rows.append([section, "", sources[section]])
         rows += [[key, text, sources.get(key, "")] for key, text in _flat({section: value})]
     head = ["Field", "Value", "Source"] if sources else ["Field", "Value"]
-    return _folded("Configuration", _table(head, [row[: len(head)] for row in rows]), len(rows))
+    body = table(head, [row[: len(head)] for row in rows], long=["Value", "Source"])
+    return folded("Configuration", body, len(rows))
 
 
 def _flat(value: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -194,40 +175,6 @@ def _footer(history: RunHistory) -> str:
         f"<p>{escape(versions)}</p>"
         f"<p>Made from log.jsonl by megatron-olmo-bridge {__version__}.</p></footer>"
     )
-
-
-# --------------------------------------------------------------------------------------- the parts
-
-
-def _folded(title: str, body: str, rows: int) -> str:
-    is_open = " open" if rows <= SHOWN_EVENTS else ""
-    return (
-        f"<details{is_open}><summary><h2>{title}</h2> <span>{rows:,}</span></summary>"
-        f"{body}</details>"
-    )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells that may be long wrap; the others stay on a line."""
-    long = {"Details", "Value", "Source"}
-    kinds = ['<td class="long">' if name in long else "<td>" for name in head]
-    body = "".join(
-        "<tr>" + "".join(f"{k}{_linked(c)}</td>" for k, c in zip(kinds, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return (
-        '<div class="scroll"><table><thead><tr>'
-        + "".join(f"<th>{name}</th>" for name in head)
-        + f"</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _linked(text: str) -> str:
-    """Escaped, and a link if it is one."""
-    shown = escape(text)
-    if text.startswith(("https://", "http://")) and not any(c.isspace() for c in text):
-        return f'<a href="{shown}">{shown}</a>'
-    return shown
 
 
 def _known(value: float | None, shown: Callable[[float], str]) -> str:

@@ -21,6 +21,7 @@ HEADER_EVERY = 20
 """Lines between two headers of the table on the console."""
 RECENT = 100
 """Steps whose median time tells the time left."""
+NATS_PER_TOKEN = "nats per token"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class StepRecord:
     tokens: int
     """Seen so far, in all."""
     loss: float
-    """Mean cross entropy over the global batch, in nats a token."""
+    """Mean loss over the global batch, in the run's ``loss_unit``."""
     z_loss: float
     """The z-loss term, weighted; 0 without."""
     lr: float
@@ -61,6 +62,13 @@ class RunFacts:
     config: dict[str, Any]
     """The resolved config: nested plain values."""
     versions: dict[str, str]
+    loss_unit: str = NATS_PER_TOKEN
+    """Unit of every loss, for people; a perplexity exists for nats per token only."""
+
+    @property
+    def has_perplexity(self) -> bool:
+        """Whether exp(loss) is a perplexity."""
+        return self.loss_unit == NATS_PER_TOKEN
 
     @property
     def hardware(self) -> str:
@@ -136,15 +144,17 @@ class RunLog:
         self._track(step, "train", line)
 
     def evaluation(self, step: int, loss: float, **figures: float) -> None:
-        """Note the loss on held-out data, in nats, after a step (0: before the first).
+        """Note the loss on held-out data after a step (0: before the first).
 
         Args:
-            figures: others by name; without any, people are told the perplexity.
+            figures: Other measures by name, for example ``accuracy``.
         """
         self._write("evaluation", step=step, loss=loss, **figures)
-        said = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items()]
-        also = ", ".join(said) or f"perplexity {compact(perplexity(loss), 2)}"
-        self._announce("evaluation", step, message=f"loss {loss:.4f}, {also}")
+        parts = [f"loss {loss:.4f}"]
+        if self._facts.has_perplexity:
+            parts.append(f"perplexity {compact(perplexity(loss), 2)}")
+        parts += [f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items()]
+        self._announce("evaluation", step, message=", ".join(parts))
         self._track(step, "evaluation", {"loss": loss, **figures})
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
@@ -209,7 +219,8 @@ class _Table:
     def __init__(self, facts: RunFacts) -> None:
         self._steps = facts.steps
         self._widths = {
-            "step": max(9, 2 * len(str(facts.steps)) + 1), "tokens": 6, "loss": 7, "ppl": 6,
+            "step": max(9, 2 * len(str(facts.steps)) + 1), "tokens": 6, "loss": 7,
+            **({"ppl": 6} if facts.has_perplexity else {}),
             "lr": 8, "grad norm": 9, "tokens/s": 8, "FLOP/s": 6,
             **({} if facts.peak_flops is None else {"util": 5}), "time left": 9,
         }  # fmt: skip

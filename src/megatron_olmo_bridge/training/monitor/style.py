@@ -44,6 +44,8 @@ dt { color: var(--muted); font-size: .82rem; }
 dd { font-size: 1.5rem; font-weight: 600; letter-spacing: -.015em; line-height: 1.3;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 dd.note { font-size: .78rem; font-weight: 400; letter-spacing: 0; color: var(--muted); }
+nav { margin-top: 1.1rem; }
+.setting { color: var(--muted); font-size: .9rem; }
 figure { padding: 1.1rem 1.25rem .8rem; }
 figcaption p { color: var(--muted); font-size: .9rem; }
 picture, img { display: block; width: 100%; height: auto; }
@@ -58,6 +60,7 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem;
 th { text-align: left; font-weight: 500; color: var(--muted); }
 th, td { padding: .36rem 1.4rem .36rem 0; vertical-align: top; white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
+td.number, th.number { text-align: right; }
 td.long { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }
 tbody td { border-top: 1px solid var(--line); }
 footer { color: var(--muted); font-size: .82rem; margin-top: 2rem; }

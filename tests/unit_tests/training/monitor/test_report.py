@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from megatron_olmo_bridge.cli import report as command
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.training.config import LoggingConfig
+from megatron_olmo_bridge.training.monitor.history import RunHistory
 from megatron_olmo_bridge.training.monitor.report import write_report
 from megatron_olmo_bridge.training.monitor.run_log import RunFacts, RunLog, StepRecord
 
@@ -129,8 +130,8 @@ def page(done: Path) -> Page:
 def test_key_figures(page: Page) -> None:
     shown = {
         "Final loss": "2.0800", "Perplexity": "8.00", "Evaluation loss": "2.2500",
-        "Tokens": "100K", "Parameters": "1.48B", "Time trained": "50s", "Tokens/s": "2.00K",
-        "Utilisation": "1.0%", "Skipped steps": "1",
+        "Tokens": "100K", "Parameters": "1.48B", "Time in steps": "50s", "Tokens/s": "2.00K",
+        "Utilization": "1.0%", "Skipped steps": "1",
     }  # fmt: skip
     assert {label: page.after(label) for label in shown} == shown
     assert page.after("2.00K") == "20.0 TFLOP/s"
@@ -172,7 +173,7 @@ def test_each_plot_in_two_themes_and_two_widths(page: Page, name: str) -> None:
     assert len({svg(picture) for picture in pictures}) == 4
     for picture in pictures:
         assert {"tokens", "steps"} <= set(drawn(picture))
-    assert "over tokens and steps" in (pictures[-1]["alt"] or "")
+    assert pictures[-1]["alt"]
 
 
 def test_ticks_are_round_numbers_of_tokens_steps_and_rates(page: Page) -> None:
@@ -192,6 +193,64 @@ def test_what_the_plots_show(page: Page) -> None:
     assert "model FLOP/s" in drawn(page.figures["throughput"][-1])
 
 
+# ------------------------------------------------------------------------------------ a classifier
+
+
+def evaluations(log: RunLog) -> None:
+    log.evaluation(10, 1.5, accuracy=0.5, macro_f1=0.25)
+    log.evaluation(20, 1.25, accuracy=0.9, macro_f1=0.8)
+    log.evaluation(30, 1.0, accuracy=0.875, macro_f1=0.75)
+    log.event("done", 30)
+
+
+@pytest.fixture(scope="module")
+def classifier(make: Make) -> Path:
+    return make(30, evaluations, loss_unit="nats per text")
+
+
+def test_a_classifier_has_its_measures_and_no_perplexity(classifier: Path) -> None:
+    page = Page((classifier / "report.html").read_text())
+    assert page.after("Accuracy") == "0.8750"
+    assert page.after("Macro-F1") == "0.7500"
+    assert page.after("0.7500") == "at step 30"
+    assert page.after(page.after("Final loss")) == "nats per text"
+    assert "Perplexity" not in page.texts
+    quality = page.figures["quality"][-1]
+    assert {"accuracy", "macro-F1"} <= set(drawn(quality))
+    assert "Accuracy 0.875 at step 30, 0.500 to 0.900 on the way." in (quality["alt"] or "")
+    assert "nats per text" in drawn(page.figures["loss"][-1])
+
+
+def test_figures_of_a_classifier_for_scripts(classifier: Path) -> None:
+    said = json.loads(run(classifier, "--json").stdout)
+    assert (said["evaluation_accuracy"], said["evaluation_macro_f1"]) == (0.875, 0.75)
+    assert said["perplexity"] is None
+
+
+def test_the_report_links_the_classifier_s_own_when_it_is_there(classifier: Path) -> None:
+    def links() -> list[str]:
+        page = Page(write_report(classifier).read_text())
+        return [link for link in page.links if not link.startswith("data:")]
+
+    assert links() == []
+    (classifier / "classification.html").touch()
+    assert links() == ["classification.html"]
+
+
+def test_a_log_of_before_losses_had_units_is_of_a_language_model(done: Path) -> None:
+    path = done / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0].pop("loss_unit") == "nats per token"
+    assert RunHistory.read(_written(done, lines)).facts.has_perplexity
+
+
+def _written(folder: Path, lines: list[dict[str, Any]]) -> Path:
+    copy = folder / "copy"
+    copy.mkdir()
+    (copy / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return copy
+
+
 # --------------------------------------------------------------------------------- how things stand
 
 
@@ -206,7 +265,7 @@ def test_a_run_that_stopped_at_nan(make: Make) -> None:
     assert page.after("Perplexity") == "-"
     assert "Not a number at step 80." in (page.figures["loss"][-1]["alt"] or "")
     assert "stopped" in drawn(page.figures["loss"][-1])
-    assert "Utilisation" not in page.texts
+    assert "Utilization" not in page.texts
 
 
 def test_a_run_that_was_resumed_and_goes_on(make: Make) -> None:
