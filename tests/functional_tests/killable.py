@@ -34,6 +34,7 @@ POINTS = {
     "tracker": "after the rename, before the tracker is written",
     "marker": "after the tracker, before the marker is removed",
     "removal": "in the removal of a folder: after what is in it, before the marker",
+    "cleared": "after what an earlier run left was deleted, before the new plan is in the marker",
 }
 
 
@@ -72,6 +73,8 @@ def prepare(point: str) -> None:
             before(Path, "unlink", die, only=lambda path: path.name == PARTIAL_MARKER)
         case "removal":
             before(shutil, "rmtree", die, only=lambda p: (Path(p) / PARTIAL_MARKER).exists())
+        case "cleared":
+            before(os, "truncate", die)
         case "slow":
             write = Transfer.write
 

@@ -720,6 +720,15 @@ def test_a_real_disk_that_is_too_small(single: Path, small_disk: Path) -> None:
     assert tree_hash(small_disk) == before
 
 
+def test_an_empty_mount_point_is_written_into(single: Path, small_disk: Path) -> None:
+    """As a volume of a container is. With something in it, it can't be replaced by a rename."""
+    assert CliRunner().invoke(app, ["import", str(single), str(small_disk)]).exit_code == 0
+
+    assert CliRunner().invoke(app, ["verify", str(single), str(small_disk)]).exit_code == 0
+    said = message(CliRunner().invoke(app, ["import", str(single), str(small_disk), "--overwrite"]))
+    assert "is a mount point; name a folder in it" in said
+
+
 @pytest.mark.parametrize("preallocates", [True, False])
 def test_a_disk_that_fills_up_meanwhile(
     single: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, preallocates: bool

@@ -140,14 +140,50 @@ def test_killed_again_and_again(conversion: Conversion, tmp_path: Path) -> None:
     conversion.check(dst)
 
 
+def test_resumed_where_an_empty_folder_was_made_meanwhile(
+    conversion: Conversion, tmp_path: Path
+) -> None:
+    """What DST.partial has complete is kept."""
+    dst = tmp_path / "dst"
+    assert finish(conversion.start(dst, "rename"))[0] == KILLED
+    complete = (tmp_path / "dst.partial" / MARKER).read_text().splitlines()[1:]
+    inodes = {name: (tmp_path / "dst.partial" / name).stat().st_ino for name in complete}
+    dst.mkdir()
+
+    conversion.run(dst, resume=True)
+
+    conversion.check(dst)
+    assert {name: (dst / name).stat().st_ino for name in complete} == inodes != {}
+
+
+def test_overwritten_where_an_empty_folder_was_made_meanwhile(
+    conversion: Conversion, tmp_path: Path
+) -> None:
+    dst = tmp_path / "dst"
+    interrupted(conversion, dst)
+    dst.mkdir()
+
+    with pytest.raises(OutputError, match=r"dst.partial: left by an interrupted"):
+        conversion.run(dst)
+    conversion.run(dst, overwrite=True)
+
+    conversion.check(dst)
+
+
 # -------------------------------------------------------------------------- killed at such a place
 
 
 @pytest.mark.parametrize(
     "point", ["allocated", "data:3", "data:70", "text:1", "text:2", "rename", "tracker", "marker"]
 )
-def test_killed_at(conversion: Conversion, tmp_path: Path, point: str) -> None:
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+def test_killed_at(conversion: Conversion, tmp_path: Path, point: str, there: bool) -> None:
+    """Where DST was an empty folder, it is written in place, and there is nothing to rename."""
+    if there and point == "rename":
+        pytest.skip("nothing is renamed")
     dst = tmp_path / "dst"
+    if there:
+        dst.mkdir()
 
     code, said = finish(conversion.start(dst, point))
 
@@ -207,7 +243,7 @@ def test_killed_while_what_is_left_is_removed(conversion: Conversion, tmp_path: 
     dst = tmp_path / "dst"
     assert finish(conversion.start(dst, "rename"))[0] == KILLED
 
-    code, said = finish(conversion.start(dst, "removal", "--overwrite"))
+    code, said = finish(conversion.start(dst, "cleared", "--overwrite"))
 
     assert code == KILLED, said
     assert [p.name for p in (tmp_path / "dst.partial").iterdir()] == [MARKER]
@@ -383,12 +419,17 @@ def test_same_bytes_whatever_the_workers(
     conversion.check(tmp_path / "dst")
 
 
-def test_same_bytes_under_torchrun(conversion: Conversion, tmp_path: Path) -> None:
-    """Two processes share the files, resume what one alone began, and finish it."""
+@pytest.mark.parametrize("there", [False, True], ids=["begun", "empty"])
+def test_same_bytes_under_torchrun(conversion: Conversion, tmp_path: Path, there: bool) -> None:
+    """Two processes share the files, resume what one alone began, and finish it; or write all into
+    an empty folder."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [conversion.operation, str(conversion.source), str(tmp_path / "dst")]
     command += [*conversion.arguments, "--resume"]
-    interrupted(conversion, tmp_path / "dst")
+    if there:
+        (tmp_path / "dst").mkdir()
+    else:
+        interrupted(conversion, tmp_path / "dst")
     program = [str(KILLABLE), "none", str(FILE_BYTES)]
     if conversion.operation == "export":  # its files are small without help
         program = ["-m", "megatron_olmo_bridge"]

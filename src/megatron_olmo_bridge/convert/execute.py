@@ -39,7 +39,8 @@ def execute(
     Under torchrun the processes share the files; each also uses ``workers`` threads.
 
     Raises:
-        OutputError: the output exists, overlaps the source, or the disk is full.
+        OutputError: the output exists, overlaps the source, the disk is full, or something else
+            changed what was written.
         FormatError: a source file ends too soon.
     """
     reporter = reporter or Reporter()
@@ -64,6 +65,8 @@ def execute(
             if processes.first:
                 finish(stage, plan, provenance, checksum, workers)
         reporter.end()
+    if processes.first:
+        stage.check_output()
     processes.wait_for_each_other()
 
 

@@ -1,9 +1,10 @@
 """The folder that a conversion writes into until it is complete, and how it takes its name.
 
-Everything goes into ``DST.partial``. A marker file in it names the plan and journals each finished
-file; nothing in this package reads a folder that has the marker. When all is written and synced the
-folder is renamed to ``DST``, the tracker is written, and last the marker is removed. Killed at any
-moment, it leaves a folder that is refused as a checkpoint and that ``--resume`` completes.
+Everything goes into ``DST.partial``, or into ``DST`` itself where that is an empty folder. A marker
+file there names the plan and journals each finished file; nothing in this package reads a folder
+that has the marker. When all is written and synced, ``DST.partial`` is renamed to ``DST``, the
+tracker is written, and last the marker is removed. Killed at any moment, it leaves a folder that is
+refused as a checkpoint and that ``--resume`` completes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
+from megatron_olmo_bridge.mapping.registry import bulleted
 
 from .plan import CopyPlan, fingerprint
 from .provenance import read_provenance
@@ -30,55 +32,73 @@ class Stage:
     def __init__(self, destination: Path, plan: CopyPlan, *, resume: bool, overwrite: bool) -> None:
         # Resolved, so that what a link points at is replaced, on its own disk; "." has a name then.
         self.destination = destination = destination.resolve()
-        self.folder = destination.parent / f"{destination.name}.partial"
+        self.finished = False
+        """Whether an earlier run of the same plan wrote all of it: nothing is left to do."""
         self.complete: set[str] = set()
         """Files that are written and synced."""
+        self._partial = destination.parent / f"{destination.name}.partial"
         self._replaced = destination.parent / f"{destination.name}.replaced"
-        self._plan, self._resume, self._overwrite = plan, resume, overwrite
+        self._plan, self._resume, self._overwrite = plan, resume and not overwrite, overwrite
         self._header = {"plan": plan.digest, "source": fingerprint(plan.source_files)}
         self._lock = threading.Lock()
         self._marker: int | None = None
+        self.folder = self._where_to_write()
+        """``DST.partial``; or ``DST``, if it is a folder without anything worth keeping."""
         self._check()
+
+    def _where_to_write(self) -> Path:
+        # An empty folder stays the folder it is: it may be somebody's working directory, a mount
+        # point, have permissions of its own, or be in a place where no other can be made.
+        begun_before = self._resume and _started(self._partial) and not _started(self.destination)
+        in_place = self.destination.is_dir() and is_vacant(self.destination)
+        return self.destination if in_place and not begun_before else self._partial
 
     def _check(self) -> None:
         """Raise OutputError, before anything is written, if the output can't be written."""
         if self._plan.source is not None:
             refuse_overlap(self._plan.source, self.destination)
-        left_by_kill = _started(self.destination)
-        for folder in (self.destination, self.folder):
+        for folder in (self.destination, self._partial):
             if folder.exists() and not folder.is_dir():
                 raise OutputError(f"{folder}: is a file; it is not overwritten")
-            if not folder.exists() or _empty(folder):
-                continue
-            if _started(folder):
-                with _locked(folder, fcntl.LOCK_SH):
-                    pass  # nobody is writing here right now
-                if self._resume and not self._overwrite:
-                    self._complete_before(folder)
-                elif not self._overwrite:
-                    raise OutputError(
-                        f"{folder}: left by an interrupted {self._plan.operation}. Pass --resume "
-                        "to continue it, or --overwrite to discard it."
-                    )
-            elif folder == self.folder:
-                raise OutputError(f"{folder}: is in the way, and no conversion's. Move it away.")
-            elif not self._overwrite and not (self._resume and self._made_by_this_plan()):
-                raise OutputError(f"{folder}: exists already. Pass --overwrite to replace it.")
-        if self._replaced.exists() and not left_by_kill and not _started(self.folder):
+            if folder.exists() and not _empty(folder):
+                self._check_occupied(folder)
+        if self._resume and _started(self.folder):
+            self._complete_before()
+        begun = _started(self.destination) or _started(self._partial)
+        if self._replaced.exists() and not begun:
             raise OutputError(
                 f"{self._replaced}: is in the way; --overwrite keeps here what it replaces until "
                 "it is done. Move it away."
             )
-        if self.destination.is_mount():
+        if self.folder != self.destination and self.destination.is_mount():
             raise OutputError(f"{self.destination}: is a mount point; name a folder in it")
-        parent = self.destination.parent
-        existing = next(p for p in (parent, *parent.parents, Path()) if p.exists())
+        self._check_disk()
+
+    def _check_occupied(self, folder: Path) -> None:
+        if _started(folder):
+            with _locked(folder, fcntl.LOCK_SH):
+                pass  # nobody is writing here right now
+            if not (self._resume or self._overwrite):
+                raise OutputError(
+                    f"{folder}: left by an interrupted {self._plan.operation}. Pass --resume "
+                    "to continue it, or --overwrite to discard it."
+                )
+        elif folder == self._partial:
+            raise OutputError(f"{folder}: is in the way, and no conversion's. Move it away.")
+        elif not self._overwrite:
+            if not (self._resume and self._made_by_this_plan()):
+                raise OutputError(f"{folder}: exists already. Pass --overwrite to replace it.")
+            self.finished = not _started(self._partial)
+
+    def _check_disk(self) -> None:
+        parents = () if self.folder == self.destination else self.destination.parents
+        existing = next(p for p in (*parents, self.destination) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise OutputError(f"{existing}: no permission to write here")
         done = sum(f.size for f in self._plan.files if f.name in self.complete)
         need = self._plan.output_bytes - done
         free = shutil.disk_usage(existing).free + self._reclaimed()
-        if need > free and not (self._resume and left_by_kill):
+        if need > free and not self.finished:
             raise OutputError(
                 f"{existing}: the disk is too small: {need:,} bytes needed, {free:,} free"
             )
@@ -86,11 +106,31 @@ class Stage:
     def _made_by_this_plan(self) -> bool:
         """Whether the destination is what this run would write: then there is nothing to do."""
         recorded = read_provenance(self.destination / self._plan.weights_folder) or {}
-        sizes = {f.name: f.size for f in self._plan.files}
-        return recorded.get("plan_sha256") == self._plan.digest and all(
-            (file := self.destination / name).is_file() and file.stat().st_size == size
-            for name, size in sizes.items()
+        return recorded.get("plan_sha256") == self._plan.digest and not self._lacking(
+            self.destination
         )
+
+    def _lacking(self, folder: Path) -> list[str]:
+        """What is absent, or of another size than planned."""
+        sizes = {f.name: f.size for f in self._plan.files}
+        sizes |= {name: len(data) for name, data in self._plan.texts.items()}
+        lacking = []
+        for name, size in sizes.items():
+            file = folder / name
+            if not file.is_file():
+                lacking.append(f"{name} is absent")
+            elif (found := file.stat().st_size) != size:
+                lacking.append(f"{name} has {found} bytes, not {size}")
+        return lacking
+
+    def check_output(self, folder: Path | None = None) -> None:
+        """Raise OutputError unless every planned file is at the destination, or in ``folder``."""
+        folder = folder or self.destination
+        if lacking := self._lacking(folder):
+            raise OutputError(
+                f"{folder}: something else changed what was written here:\n{bulleted(lacking)}\n"
+                f"Run the {self._plan.operation} again with --overwrite."
+            )
 
     def _reclaimed(self) -> int:
         """Bytes that an interrupted run holds in files which are written anew."""
@@ -98,49 +138,62 @@ class Stage:
         files = (f for f in self.folder.rglob("*") if f not in kept and f.is_file())
         return sum(f.stat().st_blocks * 512 for f in files)
 
-    def _complete_before(self, folder: Path) -> None:
+    def _complete_before(self) -> None:
         """Read the journal of an interrupted run of the same plan."""
         try:
-            lines = (folder / PARTIAL_MARKER).read_text().splitlines()
+            lines = (self.folder / PARTIAL_MARKER).read_text().splitlines()
             header = json.loads(lines[0])
         except (OSError, ValueError, IndexError):
-            return  # killed before the plan was on disk: nothing to continue from
+            if list(self.folder.iterdir()) == [self.folder / PARTIAL_MARKER]:
+                return  # killed before the plan was on disk: nothing to continue from
+            header, lines = {}, []
         if header != self._header:
             what = "plan" if header.get("plan") != self._header["plan"] else "source files"
             raise OutputError(
-                f"{folder}: was begun with another {what}, so it can't be resumed. Pass "
+                f"{self.folder}: was begun with another {what}, so it can't be resumed. Pass "
                 "--overwrite to discard it and start afresh."
             )
         sizes = {f.name: f.size for f in self._plan.files}
         for name in lines[1:]:
-            file = folder / name
+            file = self.folder / name
             if name in sizes and file.is_file() and file.stat().st_size == sizes[name]:
                 self.complete.add(name)
 
     def open(self) -> None:
         """Take the output: make the folder, or continue one, and allocate every file."""
+        if self.finished:
+            return
         try:
-            if (self.finished and not self._overwrite) or self._finish_after_rename():
-                return
-            if not self.complete and self.folder.exists():
-                with _locked(self.folder):
-                    _remove(self.folder)
+            if self.folder == self.destination and self._partial.exists():
+                with _locked(self._partial):
+                    _remove(self._partial)
             self.folder.mkdir(parents=True, exist_ok=True)
-            marker = os.open(
-                self.folder / PARTIAL_MARKER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666
-            )
-            _take_lock(marker, self.folder)
-            self._marker = marker  # now it is known to be ours
-            if not self.complete:
-                os.truncate(self._marker, 0)
-                os.write(self._marker, json.dumps(self._header).encode() + b"\n")
-                os.fsync(self._marker)
-                sync(self.folder)
+            self._take()
             for file in self._plan.files:
                 if file.name not in self.complete:
                     self._allocate(self.folder / file.name, file.size)
         except PermissionError as error:
             raise OutputError(f"{error.filename}: no permission to write here") from error
+
+    def _take(self) -> None:
+        """Lock the folder, and empty it unless it is continued."""
+        begun = _started(self.folder)
+        marker = os.open(self.folder / PARTIAL_MARKER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        _take_lock(marker, self.folder)
+        if not (self.folder / PARTIAL_MARKER).exists():  # the one before us has just finished
+            os.close(marker)
+            raise OutputError(f"{self.folder}: another olmo-bridge was writing here just now")
+        if not begun and len(list(self.folder.iterdir())) > 1:
+            (self.folder / PARTIAL_MARKER).unlink()
+            os.close(marker)
+            raise OutputError(f"{self.folder}: exists already. Pass --overwrite to replace it.")
+        self._marker = marker  # now it is known to be ours
+        if not self.complete:
+            clear(self.folder)
+            os.truncate(marker, 0)
+            os.write(marker, json.dumps(self._header).encode() + b"\n")
+            os.fsync(marker)
+            sync(self.folder)
 
     def _allocate(self, path: Path, size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,27 +221,18 @@ class Stage:
 
     def commit(self) -> None:
         """All is written: give the folder its name, make it a checkpoint."""
+        self.check_output(self.folder)
         for folder in sorted({p.parent for p in self.folder.rglob("*")}, reverse=True):
             sync(folder)
-        if self.destination.exists():
-            if _empty(self.destination) or _started(self.destination):
-                with _locked(self.destination):
-                    _remove(self.destination)
-            else:
-                self.destination.rename(self._replaced)
-        self.folder.rename(self.destination)
-        sync(self.destination.parent)
+        if self.folder != self.destination:
+            if self.destination.exists():
+                if _empty(self.destination):
+                    self.destination.rmdir()
+                else:
+                    self.destination.rename(self._replaced)
+            self.folder.rename(self.destination)
+            sync(self.destination.parent)
         self._finish()
-
-    def _finish_after_rename(self) -> bool:
-        """Whether all that is left to do is what follows the rename; if so it is done."""
-        if self._overwrite or not _started(self.destination):
-            return False
-        with _locked(self.destination):
-            if self.folder.exists():  # begun afterwards, to replace it
-                _remove(self.folder)
-            self._finish()
-        return True
 
     def _finish(self) -> None:
         if self._plan.tracker:
@@ -201,15 +245,14 @@ class Stage:
         sync(self.destination)
         self.close()
 
-    @property
-    def finished(self) -> bool:
-        done = self.destination.exists() and not _started(self.destination)
-        return done and not self.folder.exists()
-
     def discard(self) -> None:
-        """Remove what was written, if this process writes here."""
+        """Remove what was written, if this process writes here; a folder that was there stays."""
         if self._marker is not None:
-            _remove(self.folder)
+            if self.folder == self.destination:
+                clear(self.folder)
+                (self.folder / PARTIAL_MARKER).unlink()
+            else:
+                _remove(self.folder)
             self.close()
 
     def close(self) -> None:
@@ -260,14 +303,24 @@ def _empty(folder: Path) -> bool:
     return not any(folder.iterdir())
 
 
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing there is worth keeping: absent, empty, or left by an interrupted run."""
+    return not folder.exists() or (folder.is_dir() and (_empty(folder) or _started(folder)))
+
+
 def _remove(folder: Path) -> None:
     """Delete a folder, its marker last: what a kill leaves of it is refused as a checkpoint."""
+    clear(folder)
+    shutil.rmtree(folder)
+
+
+def clear(folder: Path) -> None:
+    """Delete what is in a folder, but not its marker."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != PARTIAL_MARKER:
             path.unlink()
-    shutil.rmtree(folder)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

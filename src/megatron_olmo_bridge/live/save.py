@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ from megatron_olmo_bridge.convert.execute import cleaning_up, finish
 from megatron_olmo_bridge.convert.plan import CopyPlan, Literal
 from megatron_olmo_bridge.convert.provenance import LIVE, Provenance
 from megatron_olmo_bridge.convert.reporter import Reporter
-from megatron_olmo_bridge.convert.source import HF_SUBFOLDER, RUN_CONFIG
-from megatron_olmo_bridge.convert.stage import Stage
+from megatron_olmo_bridge.convert.source import HF_SUBFOLDER, RUN_CONFIG, open_source
+from megatron_olmo_bridge.convert.stage import Stage, clear, is_vacant
 from megatron_olmo_bridge.convert.to_hf import (
     MAX_SHARD_SIZE,
     index_of,
@@ -76,7 +75,7 @@ def save_hf(
     plan = CopyPlan("export", beside, files, texts, ".")
     target = Path(destination).expanduser()
     # What a killed save left is of other weights, perhaps: begin anew.
-    anew = overwrite or not target.exists()
+    anew = overwrite or is_vacant(target)
     stage = on_first(lambda: _opened(Stage(target, plan, resume=False, overwrite=anew)))
     weights = stream_weights(chunks, bridge, names=views, to=0, cpu=True)
     if stage is None:
@@ -103,6 +102,7 @@ def save_hf(
         assert next(weights, None) is None
         finish(stage, plan, Provenance(LIVE, None, {"max_shard_size": max_shard_size}))
     reporter.end()
+    stage.check_output()
 
 
 def _opened(stage: Stage) -> Stage:
@@ -141,13 +141,14 @@ def save_megatron(
         OutputError: there is something at ``destination``.
     """
     root = Path(destination).expanduser().resolve()
-    partial = root.with_name(root.name + ".partial")
-    folder = partial / f"iter_{iteration:07d}"
-    on_first(lambda: _begin(root, partial, folder))
+    # As in convert.stage: an empty folder stays the folder that it is.
+    stage = root if root.is_dir() else root.with_name(root.name + ".partial")
+    folder = stage / f"iter_{iteration:07d}"
+    on_first(lambda: _begin(root, stage, folder))
     state, texts = megatron_state(chunks, bridge, beside=beside, iteration=iteration)
     dist_checkpointing.save(state, str(folder), content_metadata=ON_DISK)
     dist.barrier()
-    on_first(lambda: _commit(root, partial, folder, texts, iteration))
+    on_first(lambda: _commit(root, stage, folder, texts, iteration))
 
 
 def megatron_state(
@@ -193,26 +194,24 @@ def model_states(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def _begin(root: Path, partial: Path, folder: Path) -> None:
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+def _begin(root: Path, stage: Path, folder: Path) -> None:
+    if not is_vacant(root):
         raise OutputError(f"{root}: exists already; name another folder")
-    if (partial / PARTIAL_MARKER).exists():
-        shutil.rmtree(partial)  # of a save that was killed
-    elif partial.exists():
-        raise OutputError(f"{partial}: is in the way, and no save's. Move it away.")
-    folder.mkdir(parents=True)
-    (partial / PARTIAL_MARKER).touch()
+    if not is_vacant(stage):
+        raise OutputError(f"{stage}: is in the way, and no save's. Move it away.")
+    stage.mkdir(parents=True, exist_ok=True)
+    (stage / PARTIAL_MARKER).touch()
+    clear(stage)  # of a save that was killed
+    folder.mkdir()
 
 
-def _commit(
-    root: Path, partial: Path, folder: Path, texts: dict[str, bytes], iteration: int
-) -> None:
+def _commit(root: Path, stage: Path, folder: Path, texts: dict[str, bytes], iteration: int) -> None:
     write_texts(folder, texts)
-    if root.exists():
-        root.rmdir()
-    partial.rename(root)
+    if stage != root:
+        stage.rename(root)
     (root / TRACKER).write_text(str(iteration))
     (root / PARTIAL_MARKER).unlink()
+    open_source(root)  # raises unless all of the model is there
 
 
 def write_texts(folder: Path, texts: dict[str, bytes]) -> None:

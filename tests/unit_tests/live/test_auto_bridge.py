@@ -367,6 +367,30 @@ def test_what_is_there_is_not_overwritten_unless_told_to(
 
 
 @needs_process
+def test_an_empty_folder_is_saved_into(
+    make_hf: HFFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place: a save that was interrupted there is in nobody's way either."""
+    hf = make_hf()
+    bridge, model = live(hf)
+    for name, saved in (("a", bridge.save_hf_pretrained), ("b", bridge.save_megatron_model)):
+        out = tmp_path / name
+        out.mkdir()
+        inode = out.stat().st_ino
+        saved(model, out)
+        assert verify(hf, out).equal
+        assert out.stat().st_ino == inode
+        with pytest.raises(OutputError, match="exists already"):
+            saved(model, out)
+
+    (tmp_path / "c").mkdir()
+    interrupted_save(bridge, model, tmp_path / "c", monkeypatch)
+    assert not AutoBridge.can_handle(tmp_path / "c")
+    bridge.save_hf_pretrained(model, tmp_path / "c")
+    assert verify(hf, tmp_path / "c").equal
+
+
+@needs_process
 def test_a_full_disk_is_said_and_nothing_is_left(
     make_hf: HFFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
