@@ -90,9 +90,12 @@ def test_both_models_learn_and_stand_in_one_table(run: tuple[Path, str, int]) ->
         assert model["speed"]["p95_ms"] >= model["speed"]["p50_ms"] > 0
         cells = line.split()
         assert cells[0] == model["name"]
-        assert cells[2:4] == [f"{model['quality'][n]:.4f}" for n in ("accuracy", "macro_f1")]
-    files = {"classification.html", "tradeoff.png", "confusion-0.png", "report.html"}
-    assert files <= {file.name for file in folder.iterdir()}
+        assert cells[2:6:2] == [f"{model['quality'][n]:.4f}" for n in ("accuracy", "macro_f1")]
+        low, high = model["macro_f1_interval"]
+        assert low < model["quality"]["macro_f1"] < high
+        assert len(model["misread"]) == round(500 * (1 - model["quality"]["accuracy"]))
+    for report, other in ("report", "classification"), ("classification", "report"):
+        assert f'<a href="{other}.html">' in (folder / f"{report}.html").read_text()
     assert "texts to train on, 1.6 times; 500 held out; 10 classes" in said
 
 

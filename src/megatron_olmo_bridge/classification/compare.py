@@ -21,8 +21,9 @@ from megatron_olmo_bridge.training.config import TrainingConfig
 from .baseline import train_baseline
 from .data import Examples, load_examples
 from .hf import BATCH, HFClassifier, device_name
-from .metrics import quality, speeds
-from .report import COLUMNS, PAGE, Report, Result, rows, write_report
+from .intervals import Indices, Interval, bootstrap, wilson
+from .metrics import Speed, quality, speeds
+from .report import COLUMNS, PAGE, Misread, Report, Result, rows, write_report
 
 TIMED = 200
 """Texts that are timed, at most."""
@@ -77,11 +78,9 @@ def compare(job: Job) -> None:
     if task.baseline is not None:
         train_baseline(job.config, train, held_out, folder / BASELINE, _say)
         paths[task.baseline.rstrip("/").rpartition("/")[2]] = str(folder / BASELINE)
-    results = measure(paths, held_out, job.config)
-    write_report(
-        Report(f"{job.config.name}: which class?", _setting(job, train, held_out), results),
-        folder,
-    )
+    results, difference = measure(paths, held_out, job.config)
+    setting = _setting(job, train, held_out)
+    write_report(Report(job.config.name, setting, results, difference), folder)
     _print_table(results)
     _say(
         f"ms: one text, tokenising included; texts/s: in batches of {results[0].speed.batch_size}; "
@@ -90,29 +89,66 @@ def compare(job: Job) -> None:
     _say(f">> report: {folder / PAGE}")
 
 
-def measure(paths: dict[str, str], held_out: Examples, config: TrainingConfig) -> list[Result]:
-    """Quality on all held-out texts; speed on some of them, the classifiers in turns.
+def measure(
+    paths: dict[str, str], held_out: Examples, config: TrainingConfig
+) -> tuple[list[Result], Interval | None]:
+    """Measure quality on all held-out texts, and speed on some of them, the classifiers in turns.
 
     Args:
         paths: name to folder of each classifier.
         held_out: the texts.
         config: gives the longest text, the dtype and the batch.
+
+    Returns:
+        A result for each, and the interval of the difference where there are two.
     """
     dtype = getattr(torch, config.train.precision)
     classifiers = {
         name: HFClassifier.load(path, config.train.sequence_length, dtype=dtype)
         for name, path in paths.items()
     }
-    true = held_out.labels.tolist()
-    qualities = [
-        quality(true, c.predict(held_out.texts), held_out.classes) for c in classifiers.values()
-    ]
+    probabilities = [c.probabilities(held_out.texts) for c in classifiers.values()]
     batch = min(len(held_out), TIMED, BATCH)
     times = speeds([c.predict for c in classifiers.values()], held_out.texts[:TIMED], batch)
-    return [
-        Result(name, c.parameters, good, fast)
-        for (name, c), good, fast in zip(classifiers.items(), qualities, times, strict=True)
+    results = [
+        _result(name, c.parameters, p, held_out, fast)
+        for (name, c), p, fast in zip(classifiers.items(), probabilities, times, strict=True)
     ]
+    difference = _difference(held_out, *probabilities) if len(probabilities) == 2 else None
+    return results, difference
+
+
+def _result(
+    name: str, parameters: int, probabilities: torch.Tensor, held_out: Examples, speed: Speed
+) -> Result:
+    true, classes = held_out.labels, held_out.classes
+    predicted = probabilities.argmax(-1).numpy()
+    confidence = probabilities.amax(-1).tolist()
+    wrong = [i for i in range(len(true)) if predicted[i] != true[i]]
+    return Result(
+        name,
+        parameters,
+        quality(true, predicted, classes),
+        speed,
+        wilson(len(true) - len(wrong), len(true)),
+        bootstrap(lambda i: quality(true[i], predicted[i], classes).macro_f1, len(true)),
+        [
+            Misread(held_out.texts[i], classes[true[i]], classes[predicted[i]], confidence[i])
+            for i in sorted(wrong, key=lambda i: -confidence[i])
+        ],
+    )
+
+
+def _difference(held_out: Examples, first: torch.Tensor, second: torch.Tensor) -> Interval:
+    """Return the interval of the first one's macro-F1 minus the second one's, on the same texts."""
+    true, classes = held_out.labels, held_out.classes
+    one, two = (p.argmax(-1).numpy() for p in (first, second))
+
+    def measure(i: Indices) -> float:
+        scores = [quality(true[i], p[i], classes).macro_f1 for p in (one, two)]
+        return scores[0] - scores[1]
+
+    return bootstrap(measure, len(true))
 
 
 def _name(config: TrainingConfig) -> str:

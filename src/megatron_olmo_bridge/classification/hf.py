@@ -99,11 +99,16 @@ class HFClassifier:
         return self.model(**kept).logits  # type: ignore[no-any-return]
 
     def predict(self, texts: Sequence[str], batch_size: int = BATCH) -> list[int]:
-        """The class of each text; computed when it returns."""
+        """Return the class of each text; computed when it returns."""
+        classes: list[int] = self.probabilities(texts, batch_size).argmax(-1).tolist()
+        return classes
+
+    def probabilities(self, texts: Sequence[str], batch_size: int = BATCH) -> torch.Tensor:
+        """Return the probability of each class, [len(texts), classes], float32 on the CPU."""
         self.model.eval()
-        found: list[int] = []
         with torch.inference_mode():
-            for first in range(0, len(texts), batch_size):
-                logits = self.logits(texts[first : first + batch_size])
-                found += logits.argmax(-1).tolist()
-        return found
+            batches = [
+                self.logits(texts[first : first + batch_size]).float().softmax(-1)
+                for first in range(0, len(texts), batch_size)
+            ]
+        return torch.cat(batches).cpu()

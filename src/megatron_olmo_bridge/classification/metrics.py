@@ -51,10 +51,11 @@ class Quality:
         return sorted(pairs, key=lambda pair: -pair[2])
 
 
-def quality(true: Sequence[int], predicted: Sequence[int], classes: Sequence[str]) -> Quality:
+def quality(true: npt.ArrayLike, predicted: npt.ArrayLike, classes: Sequence[str]) -> Quality:
     """Compare labels [n] with predictions [n], both indices into ``classes``."""
-    matrix = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(matrix, (np.asarray(true), np.asarray(predicted)), 1)
+    count = len(classes)
+    cells = np.asarray(true) * count + np.asarray(predicted)
+    matrix = np.bincount(cells, minlength=count * count).reshape(count, count)
     return quality_of(matrix, classes)
 
 

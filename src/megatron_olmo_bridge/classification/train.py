@@ -21,6 +21,7 @@ from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups, 
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.facts import card_facts
 from megatron_olmo_bridge.training.loop import train_loop
+from megatron_olmo_bridge.training.monitor.report import write_report
 from megatron_olmo_bridge.training.run import Run, logged, stopping_on_signals
 from megatron_olmo_bridge.training.train import set_up
 
@@ -74,6 +75,7 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
         folder = classifier.folder
         classifier.write_card(figures)
         Job(classifier.config, str(folder / CLASSIFIER), str(folder), top.macro_f1).run(say)
+        write_report(folder)  # again, now that it can link the classifier's
     return figures
 
 

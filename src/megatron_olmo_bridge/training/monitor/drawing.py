@@ -29,6 +29,8 @@ class Theme:
     second: str
     bad: str
     mark: str
+    on_main: str
+    """Text on an area of the main colour."""
 
 
 LIGHT = Theme(
@@ -40,6 +42,7 @@ LIGHT = Theme(
     second="#c2590a",
     bad="#c4262e",
     mark="#7a3fc0",
+    on_main="#ffffff",
 )
 DARK = Theme(
     ink="#e7eaf1",
@@ -50,6 +53,7 @@ DARK = Theme(
     second="#ffa657",
     bad="#ff7b72",
     mark="#c59bff",
+    on_main="#0f1218",
 )
 
 

@@ -36,7 +36,7 @@ a { color: var(--busy); overflow-wrap: anywhere; }
 .done strong { color: var(--good); background: var(--good-back); }
 .stopped strong { color: var(--bad); background: var(--bad-back); }
 .state span { flex: 1 1 16rem; }
-.figures, figure, details { background: var(--card); border: 1px solid var(--line);
+.figures, figure, details, section { background: var(--card); border: 1px solid var(--line);
   border-radius: 12px; margin-top: 1.25rem; }
 .figures { display: flex; flex-wrap: wrap; overflow: hidden; margin-top: 2rem; }
 .figures div { flex: 1 1 10.5rem; padding: .95rem 1.25rem; box-shadow: 0 0 0 .5px var(--line); }
@@ -45,12 +45,11 @@ dd { font-size: 1.5rem; font-weight: 600; letter-spacing: -.015em; line-height: 
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 dd.note { font-size: .78rem; font-weight: 400; letter-spacing: 0; color: var(--muted); }
 nav { margin-top: 1.1rem; }
-.setting { color: var(--muted); font-size: .9rem; }
 figure { padding: 1.1rem 1.25rem .8rem; }
 figcaption p { color: var(--muted); font-size: .9rem; }
 picture, img { display: block; width: 100%; height: auto; }
 img { margin-top: .6rem; }
-details { padding: .9rem 1.25rem; }
+details, section { padding: .9rem 1.25rem; }
 summary { cursor: pointer; }
 summary h2 { display: inline; }
 summary span { color: var(--muted); font-size: .9rem; margin-left: .35rem; }
@@ -61,12 +60,12 @@ th { text-align: left; font-weight: 500; color: var(--muted); }
 th, td { padding: .36rem 1.4rem .36rem 0; vertical-align: top; white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
 td.number, th.number { text-align: right; }
-td.long { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
 tbody td { border-top: 1px solid var(--line); }
 footer { color: var(--muted); font-size: .82rem; margin-top: 2rem; }
 @media (max-width: 640px) {
   main { padding: 1.75rem .9rem 3rem; }
-  figure, details { padding-left: .9rem; padding-right: .9rem; }
+  figure, details, section { padding-left: .9rem; padding-right: .9rem; }
   .figures div { flex-basis: 8rem; padding: .8rem .9rem; }
   dd { font-size: 1.3rem; }
 }
