@@ -142,7 +142,7 @@ def import_(
                 quiet,
             )
         bridge = bridge_for(read_config(destination / plan.weights_folder / HF_SUBFOLDER), "")
-        for note in bridge.notes:
+        for note in plan.notes:
             say(f"Note: {note}.", quiet)
         if bridge.megatron_flags(bridge.vocab_size, "float32"):
             say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args", quiet)

@@ -93,7 +93,7 @@ def inspect(
         megatron_flags=source.bridge.megatron_flags(
             source.padded_vocab_size, source.tensors[next(iter(source.tensors))].dtype
         ),
-        notes=source.bridge.notes,
+        notes=source.notes,
     )
 
 

@@ -74,6 +74,8 @@ class CopyPlan:
     """Where the checkpoint proper is; ``.`` for Hugging Face."""
     tracker: tuple[str, bytes] | None = None
     """The file that makes the output a checkpoint, written last of all."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told of the source."""
 
     @property
     def payloads(self) -> Iterable[Payload]:

@@ -35,12 +35,13 @@ from megatron_olmo_bridge.mapping.placement import Region, source_of
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import (
     ModelBridge,
-    as_classifier,
     bridge_for,
     looks_like,
     published_sizes,
 )
 from megatron_olmo_bridge.models.gpt2 import olm
+
+from .hf_source import read_hf_model
 
 HF_SUBFOLDER = "hf"
 """In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""
@@ -69,6 +70,8 @@ class Source:
     """Tensors that no file has, and that begin as zeros: a new classification head."""
     olm: dict[str, TensorView] | None = None
     """Of OLM: the Hugging Face tensors, each put together from the file's."""
+    read_as: tuple[str, ...] = ()
+    """What was read otherwise than the config says."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorView]:
@@ -144,6 +147,11 @@ class Source:
         return sorted({view.dtype for view in self.tensors.values()})
 
     @property
+    def notes(self) -> list[str]:
+        """What somebody who converts this checkpoint should be told."""
+        return [*self.bridge.notes, *self.read_as]
+
+    @property
     def hf_config(self) -> dict[str, Any]:
         return self.bridge.hf_config
 
@@ -195,28 +203,16 @@ def open_source(
 
 
 def _open_hf(folder: Path, strict: bool, num_labels: int | None) -> Source:
-    hf, new = HFFolder.read(folder), frozenset[str]()
-    bridge = bridge_for(hf.config, folder / CONFIG)
-    names = bridge.hf_names(hf.arrays)
-    hf = replace(hf, arrays={names.get(name, name): a for name, a in hf.arrays.items()})
-    if num_labels is not None:
-        if bridge.num_labels is not None:
-            raise InputError(f"{folder}: has a classification head of {bridge.num_labels} classes")
-        try:
-            config = as_classifier(hf.config, num_labels)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{folder / CONFIG}: {error}") from error
-        bridge, new = bridge_for(config, folder / CONFIG), frozenset(("score.weight",))
-        kept = {name: a for name, a in hf.arrays.items() if name != "lm_head.weight"}
-        hf = replace(hf, config=config, arrays=kept)
-    mapping = bridge.mapping_registry().resolve()
+    hf = read_hf_model(folder, num_labels)
+    mapping = hf.bridge.mapping_registry().resolve()
     if strict:
-        held = {name: a.shape for name, a in hf.arrays.items()}
-        with _saying_what_it_looks_like(held, bridge):
-            mapping.check_hf(held | {name: mapping.hf_shapes[name] for name in new}, folder)
+        held = {name: a.shape for name, a in hf.folder.arrays.items()}
+        with _saying_what_it_looks_like(held, hf.bridge):
+            mapping.check_hf(held | {name: mapping.hf_shapes[name] for name in hf.new}, folder)
     return Source(
-        Kind.HF, folder, bridge, mapping, {}, folder / CONFIG, folder, hf_folder=hf, new=new
-    )
+        Kind.HF, folder, hf.bridge, mapping, {}, folder / CONFIG, folder,
+        hf_folder=hf.folder, new=hf.new, read_as=hf.notes,
+    )  # fmt: skip
 
 
 def _open_megatron(folder: Path, hf_config: str | Path | None, vocab_size: int | None) -> Source:

@@ -153,7 +153,7 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
     }
     for file in side_files(source.side_folder) if source.side_folder else ():
         texts[f"{HF_SUBFOLDER}/{file.name}"] = file.read_bytes()
-    if dtype != "keep" or source.new or source.kind is Kind.OLM:
+    if dtype != "keep" or source.new or source.read_as or source.kind is Kind.OLM:
         texts[f"{HF_SUBFOLDER}/{CONFIG}"] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(
         "import",
@@ -162,6 +162,7 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
         {f"{inside}/{name}": data for name, data in texts.items()},
         inside,
         (TRACKER, b"release" if release else b"0"),
+        notes=tuple(source.notes),
     )
 
 

@@ -73,6 +73,7 @@ class LiveModel:
         tensors: list[ShardedTensor] = []
         for chunk in unwrap_model(list(chunks)):
             _check_numbers(chunk.config, bridge)
+            _check_tying(chunk, bridge)
             state = chunk.sharded_state_dict()
             _check_complete(chunk, state)
             tensors += sharded_tensors(state)
@@ -155,6 +156,17 @@ def _check_numbers(config: TransformerConfig, bridge: ModelBridge) -> None:
         expected, found = bridge.numbers.get(name), getattr(config, name, None)
         if expected is not None and found != expected:
             raise MappingError(f"{name} is {found} in the model, the config asks for {expected}")
+
+
+def _check_tying(chunk: torch.nn.Module, bridge: ModelBridge) -> None:
+    """Raise MappingError if only one of model and checkpoint has a head of its own."""
+    expected = bridge.config.share_embeddings_and_output_weights
+    found = getattr(chunk, "share_embeddings_and_output_weights", expected)
+    if bridge.num_labels is None and found != expected:
+        raise MappingError(
+            f"share_embeddings_and_output_weights is {found} in the model, the checkpoint asks for "
+            f"{expected}"
+        )
 
 
 def _check_complete(chunk: torch.nn.Module, state: dict[str, Any]) -> None:

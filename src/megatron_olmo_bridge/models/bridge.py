@@ -17,7 +17,7 @@ from megatron_olmo_bridge.mapping.mappings import DirectMapping, Mapping
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 
 from .config import HF_KEYS
-from .tables import EMBEDDING
+from .tables import EMBEDDING, HF_HEAD
 
 if TYPE_CHECKING:
     from .provider import GPTModelProvider
@@ -97,12 +97,10 @@ class ModelBridge(ABC):
             shape = (self.num_labels, self.config.hidden_size)
             rows.append(DirectMapping("score.weight", "score.weight", shape))
         elif self.config.share_embeddings_and_output_weights:
-            ignored["lm_head.weight"] = f"tied to {self.hf_embedding}"
+            ignored[HF_HEAD] = f"tied to {self.hf_embedding}"
         else:
             shape = (self.config.vocab_size, self.config.hidden_size)
-            rows.append(
-                DirectMapping("output_layer.weight", "lm_head.weight", shape, padded_vocab_size)
-            )
+            rows.append(DirectMapping("output_layer.weight", HF_HEAD, shape, padded_vocab_size))
         return MegatronMappingRegistry(
             *rows, num_layers=self.num_layers, num_experts=self.num_experts, ignored=ignored
         )
@@ -254,7 +252,7 @@ def looks_like(names: Collection[str]) -> list[str]:
 
     Heads aside too: a family is known by its layers.
     """
-    heads = {"lm_head.weight", "score.weight", "output_layer.weight"}
+    heads = {HF_HEAD, "score.weight", "output_layer.weight"}
     found = {re.sub(r"\.\d+(?=\.)", "", name) for name in names} - heads
     families = []
     for bridge in dict.fromkeys(published_sizes().values()):

@@ -81,6 +81,20 @@ def test_every_parameter_is_set(
     assert_filled(chunks, expected, getattr(torch, dtype))
 
 
+def test_a_head_beside_tied_embeddings_is_a_head_of_its_own(
+    build: Build, make_hf: HFFactory
+) -> None:
+    """As in transformers 5, which ties only what is missing or equal."""
+    head = torch.randn(101, 36)
+    hf = make_hf(tie_word_embeddings=True, change=lambda t: t.update({"lm_head.weight": head}))
+    chunks = build(hf, share_embeddings_and_output_weights=False)
+    load_weights(chunks, open_source(hf))
+    parameters = dict(chunks[0].named_parameters())
+    assert torch.equal(parameters["output_layer.weight"], head)
+    with pytest.raises(MappingError, match="True in the model, the checkpoint asks for False"):
+        load_weights(build(hf), open_source(hf))
+
+
 def test_from_several_files(
     build: Build, tiny_hf: Path, tiny_megatron: Path, reference: SimpleNamespace
 ) -> None:
