@@ -59,6 +59,9 @@ CLASSIFIERS = {"olmo": "olmo-tiny", "olmo2": "olmo2-tiny", "olmo3": "olmo3-tiny"
 CLASSIFIER_LAYOUTS = ("tp1", "tp2-sp", "pp2")
 CLASSIFIER_CASES = [(family, layout) for family in CLASSIFIERS for layout in CLASSIFIER_LAYOUTS]
 CLASSES, NEW_CLASSES, PAD = 5, 3, 0
+PROBLEMS = {"regression": 1, "multi_label_classification": CLASSES}
+"""Problem types beside the classifiers' own, with the number of labels; of OLMo-2."""
+PROBLEM_CASES = [(problem, layout) for problem in PROBLEMS for layout in CLASSIFIER_LAYOUTS]
 LENGTHS = (COLUMNS, 41, 18, 1)
 """Of the sequences that classifiers read."""
 
@@ -101,6 +104,13 @@ def classes() -> torch.Tensor:
     return torch.arange(2 * ROWS) % CLASSES
 
 
+def targets(problem: str) -> torch.Tensor:
+    """Labels of a problem type: [2 * ROWS] for one value each, else [2 * ROWS, labels]."""
+    if problem == "regression":
+        return torch.linspace(-1, 1, 2 * ROWS)
+    return torch.arange(2 * ROWS * CLASSES).reshape(-1, CLASSES).remainder(3).eq(0).float()
+
+
 @pytest.fixture(scope="session")
 def families(shared: Path) -> Path:
     """Folders of Hugging Face models: by size, and of classifiers such as ``olmo-classifier``."""
@@ -126,6 +136,12 @@ def make_families(root: Path) -> None:
         )
         model.score.weight.data.normal_(0, 0.1, generator=generator)
         model.save_pretrained(root / f"{family}-classifier")
+    for problem, count in PROBLEMS.items():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            root / "olmo2-tiny", num_labels=count, pad_token_id=PAD, problem_type=problem
+        )
+        model.score.weight.data.normal_(0, 0.02, generator=generator)
+        model.save_pretrained(root / problem)
 
 
 def launch(
@@ -140,7 +156,12 @@ def launch(
                 steps.append(language_model(family, layout, families, root))
         for family, layout in CLASSIFIER_CASES:
             if FAMILY_LAYOUTS[layout].processes == processes:
-                steps.append(classifier(family, layout, families, root))
+                model, labels = f"{family}-classifier", classes()
+                steps.append(classifier(model, layout, families, root, labels))
+        for problem, layout in PROBLEM_CASES:
+            if FAMILY_LAYOUTS[layout].processes == processes:
+                labels = targets(problem)
+                steps.append(classifier(problem, layout, families, root, labels))
         print(run_script("family_model", json.dumps(steps, default=str), processes=processes))
 
     return make_once(shared / f"families-with-{processes}", make)
@@ -157,11 +178,11 @@ def language_model(family: str, layout: str, families: Path, root: Path) -> Step
     }  # fmt: skip
 
 
-def classifier(family: str, layout: str, families: Path, root: Path) -> Step:
+def classifier(model: str, layout: str, families: Path, root: Path, labels: torch.Tensor) -> Step:
     return {
-        "action": "classifier", "hf": families / f"{family}-classifier",
-        "fields": FAMILY_LAYOUTS[layout].fields, "out": root / f"{family}-classifier" / layout,
-        "tokens": padded().tolist(), "labels": classes().tolist(), "saves": layout == "tp2-sp",
+        "action": "classifier", "hf": families / model,
+        "fields": FAMILY_LAYOUTS[layout].fields, "out": root / model / layout,
+        "tokens": padded().tolist(), "labels": labels.tolist(), "saves": layout == "tp2-sp",
     }  # fmt: skip
 
 
@@ -375,6 +396,17 @@ def test_gradients_of_classifiers_are_those_of_transformers(
     _, loss, gradients = expected_classes(families / f"{family}-classifier")
     assert "score.weight" in gradients
     check_gradients(classifier_run, loss, gradients)
+
+
+@pytest.mark.parametrize(("problem", "layout"), PROBLEM_CASES)
+def test_losses_of_other_problem_types_are_those_of_transformers(
+    families: Path, problem: str, layout: str, request: pytest.FixtureRequest
+) -> None:
+    model, batch = load_classifier(families / problem), padded()
+    loss = model(batch, attention_mask=(batch != PAD).long(), labels=targets(problem)).loss
+    loss.backward()
+    assert loss > 0.1
+    check_gradients(results(request, problem, layout), loss.item(), gradients_of(model))
 
 
 @pytest.mark.parametrize(("family", "layout"), CLASSIFIER_CASES)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsupportedError
 from megatron_olmo_bridge.mapping.mappings import DirectMapping, Mapping
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
+from megatron_olmo_bridge.nn.problem_types import check_problem_type
 
 from .config import HF_KEYS
 from .tables import EMBEDDING, HF_HEAD
@@ -74,8 +75,10 @@ class ModelBridge(ABC):
     @property
     def numbers(self) -> dict[str, Any]:
         """Everything that fixes shapes and arithmetic, by megatron-core's names."""
-        head = {"num_labels": self.num_labels, "pad_token_id": self.hf_config.get("pad_token_id")}
-        return asdict(self.config) | (head if self.num_labels else {})
+        if not self.num_labels:
+            return asdict(self.config)
+        head = {key: self.hf_config.get(key) for key in ("pad_token_id", "problem_type")}
+        return asdict(self.config) | {"num_labels": self.num_labels, **head}
 
     @property
     def num_layers(self) -> int:
@@ -265,13 +268,23 @@ def looks_like(names: Collection[str]) -> list[str]:
 
 
 def _num_labels(hf_config: dict[str, Any]) -> int | None:
-    """Classes of the head, if it is a classifier's; transformers' default is 2."""
+    """Return the rows of the head if it is a classifier's; transformers' default is 2.
+
+    Raises:
+        InputError: ``num_labels``, ``id2label`` and ``problem_type`` contradict each other.
+    """
     names = hf_config.get("architectures") or [""]
     if not str(names[0]).endswith(_CLASSIFIER):
         return None
-    count = len(hf_config.get("id2label") or ()) or hf_config.get("num_labels") or 2
+    labels, stated = hf_config.get("id2label"), hf_config.get("num_labels")
+    if labels and stated is not None and len(labels) != stated:
+        raise InputError(
+            f"num_labels is {stated}, but id2label has {len(labels)} labels: correct one of them"
+        )
+    count = len(labels or ()) or stated or 2
     if type(count) is not int or count < 1:
         raise InputError(f"the model's num_labels must be a positive whole number, not {count!r}")
+    check_problem_type(hf_config.get("problem_type"), count)
     return count
 
 

@@ -29,6 +29,7 @@ from megatron_olmo_bridge.nn.backends import (
     resolved_name,
 )
 from megatron_olmo_bridge.nn.classification import GPTModelForSequenceClassification
+from megatron_olmo_bridge.nn.problem_types import check_problem_type
 from megatron_olmo_bridge.runtime.process_groups import SEED, ensure_process_groups
 
 PreWrapHook = Callable[[list[MegatronModule]], None]
@@ -64,7 +65,11 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     share_embeddings_and_output_weights: bool = False
     """Whether the output layer is the embedding's matrix."""
     num_labels: int = 0
-    """Classes of a classification head, which stands instead of the output layer; 0 for none."""
+    """Rows of a classification head, which stands instead of the output layer; 0 for none."""
+    problem_type: str | None = None
+    """What the classification head's loss is: ``regression``, ``single_label_classification`` or
+    ``multi_label_classification``. None infers it from ``num_labels`` and the labels, as
+    transformers does."""
     pad_token_id: int | None = None
     """The token that a classifier's sequences are padded with."""
     backend: str = AUTO
@@ -177,6 +182,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             UnsupportedError: one that could be, but isn't supported.
         """
         self._check_layout()
+        check_problem_type(self.problem_type, self.num_labels)
         self.__post_init__()
 
     def _check_layout(self) -> None:

@@ -8,16 +8,18 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from torch.nn.functional import cross_entropy
 
 from megatron_olmo_bridge.errors import InputError
+
+from .sequence_loss import sequence_losses
 
 
 class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
     """``GPTModel`` with ``score`` instead of the output layer, on the last pipeline stage.
 
     ``score`` has no bias, and every tensor-parallel rank has all of it: it is small, and the state
-    that it reads is whole on each rank. ``config`` gives ``num_labels`` and ``pad_token_id``.
+    that it reads is whole on each rank. ``config`` gives ``num_labels``, ``pad_token_id`` and
+    ``problem_type``.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,11 +45,13 @@ class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
         *unused: Any,
         **unused_too: Any,
     ) -> torch.Tensor:
-        """Logits [b, num_labels], or given labels [b] the losses [b]; hidden states [s, b, h] are
-        passed on by stages before the last.
+        """Return logits [b, num_labels], or given labels the losses [b], float32, whose mean is
+        the loss of transformers: see :func:`.sequence_loss.sequence_losses` for the labels. Stages
+        before the last return hidden states [s, b, h].
 
         Raises:
-            InputError: several sequences, and no pad_token_id to find their ends by.
+            InputError: several sequences, and no pad_token_id to find their ends by; or labels
+                that the problem type doesn't have.
         """
         if not self.post_process:
             return hidden_states
@@ -61,7 +65,7 @@ class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
         logits = self.score(pooled)
         if labels is None:
             return logits  # type: ignore[no-any-return]
-        return cross_entropy(logits.float(), labels, reduction="none")
+        return sequence_losses(logits, labels, self.config.problem_type)
 
 
 def last_tokens(input_ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:

@@ -32,7 +32,7 @@ _SAID_ELSEWHERE = {
         (
             "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
             "num_query_groups", "vocab_size", "num_moe_experts", "num_labels",
-            "share_embeddings_and_output_weights",
+            "share_embeddings_and_output_weights", "problem_type",
         ),
         "the model's config",
     ),

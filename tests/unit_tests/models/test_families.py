@@ -98,3 +98,26 @@ def test_a_head_that_transformers_has_not_is_refused() -> None:
 def test_labels_that_are_no_count_are_refused(labels: object) -> None:
     with pytest.raises(InputError, match="num_labels"):
         bridge("olmo2-tiny", architectures=["Olmo2ForSequenceClassification"], num_labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"problem_type": "regresion"}, "'regresion', not one of regression, single_label_class"),
+        ({"problem_type": "single_label_classification", "num_labels": 1}, "at least 2 labels"),
+        (
+            {"num_labels": 3, "id2label": {"0": "a", "1": "b"}},
+            "num_labels is 3, but id2label has 2",
+        ),
+    ],
+)
+def test_a_head_that_contradicts_itself_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        bridge("olmo2-tiny", architectures=["Olmo2ForSequenceClassification"], **values)
+
+
+def test_the_problem_type_goes_with_the_head() -> None:
+    values = {"problem_type": "regression", "num_labels": 1}
+    head = bridge("olmo2-tiny", architectures=["Olmo2ForSequenceClassification"], **values)
+    assert head.numbers["problem_type"] == "regression"
+    assert "problem_type" not in bridge("olmo2-tiny", problem_type="regression").numbers
