@@ -286,7 +286,7 @@ CONFIGS = [
          ("config.json", "llama", "Known are: Olmo2ForCausalLM")),
     Case("number-absent", "single", config(hidden_size=None), ("config.json", "hidden_size")),
     Case("number-as-text", "single", config(hidden_size="128"),
-         ("config.json", "hidden_size", "'128'")),
+         ("config.json", "hidden_size", '"128"')),
     Case("number-negative", "single", config(num_hidden_layers=-1), ("config.json", "-1")),
     Case("number-no-number", "single", config(rms_norm_eps="tiny"), ("config.json", "tiny")),
     Case("heads-that-do-not-divide", "single", config(num_attention_heads=7),

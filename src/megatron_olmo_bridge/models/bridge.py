@@ -17,7 +17,7 @@ from megatron_olmo_bridge.mapping.mappings import DirectMapping, Mapping
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
 
-from .config import HF_KEYS
+from .hf_values import HFValues
 from .tables import EMBEDDING, HF_HEAD
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class ModelBridge(ABC):
     """``module:Class`` of the provider, which needs megatron-core."""
     layouts: ClassVar[str] = "TP, PP, SP"
     """Parallel layouts that logits and gradients were compared at with transformers'."""
-    hf_keys: ClassVar[frozenset[str]] = HF_KEYS
-    """Keys of ``config.json`` that :attr:`numbers` stands for."""
+    default_pad_token_id: ClassVar[int | None] = 1
+    """Default of transformers' config class."""
     hf_embedding: ClassVar[str] = "model.embed_tokens.weight"
     ignored: ClassVar[dict[str, str]] = {
         "*rotary_emb.inv_freq": "computed from rope_theta, not a weight"
@@ -62,6 +62,9 @@ class ModelBridge(ABC):
         self.config = self.config_class.from_hf(hf_config)
         self.num_labels = _num_labels(hf_config)
         """Classes of a classification head; None for a language model."""
+        values = HFValues(hf_config, {"pad_token_id": self.default_pad_token_id})
+        self.pad_token_id = values.optional_whole("pad_token_id") if self.num_labels else None
+        """A classifier finds the end of a text by it; None where there is none."""
 
     @classmethod
     def with_layers(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -77,8 +80,16 @@ class ModelBridge(ABC):
         """Everything that fixes shapes and arithmetic, by megatron-core's names."""
         if not self.num_labels:
             return asdict(self.config)
-        head = {key: self.hf_config.get(key) for key in ("pad_token_id", "problem_type")}
-        return asdict(self.config) | {"num_labels": self.num_labels, **head}
+        return asdict(self.config) | {
+            "num_labels": self.num_labels,
+            "pad_token_id": self.pad_token_id,
+            "problem_type": self.hf_config.get("problem_type"),
+        }
+
+    @property
+    def hf_keys(self) -> frozenset[str]:
+        """Keys of ``config.json`` that :attr:`numbers` stands for."""
+        return frozenset(self.config_class.hf_defaults) | frozenset(self.config_class.hf_aliases)
 
     @property
     def num_layers(self) -> int:
@@ -276,16 +287,14 @@ def _num_labels(hf_config: dict[str, Any]) -> int | None:
     names = hf_config.get("architectures") or [""]
     if not str(names[0]).endswith(_CLASSIFIER):
         return None
-    labels, stated = hf_config.get("id2label"), hf_config.get("num_labels")
-    if labels and stated is not None and len(labels) != stated:
+    values = HFValues(hf_config, {"num_labels": 2})
+    labels, stated = len(values.table("id2label")), values.count("num_labels")
+    if labels and "num_labels" in hf_config and labels != stated:
         raise InputError(
-            f"num_labels is {stated}, but id2label has {len(labels)} labels: correct one of them"
+            f"num_labels is {stated}, but id2label has {labels} labels: correct one of them"
         )
-    count = len(labels or ()) or stated or 2
-    if type(count) is not int or count < 1:
-        raise InputError(f"the model's num_labels must be a positive whole number, not {count!r}")
-    check_problem_type(hf_config.get("problem_type"), count)
-    return count
+    check_problem_type(hf_config.get("problem_type"), labels or stated)
+    return labels or stated
 
 
 def as_classifier(hf_config: dict[str, Any], num_labels: int) -> dict[str, Any]:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 
-HF_KEYS = frozenset(
-    {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps",
-     "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "attention_bias",
-     "hidden_act"}
-)  # fmt: skip
-"""Keys of ``config.json`` that :meth:`DecoderConfig.read` reads."""
+from .hf_values import HFValues, check_count
 
 Rope = dict[str, Any]
 """``rope_theta``, ``rope_type`` and what belongs to the type, as transformers 5 spells it."""
@@ -29,6 +22,16 @@ class DecoderConfig:
 
     label: ClassVar[str]
     """The family's name in messages."""
+    hf_defaults: ClassVar[dict[str, Any]] = {
+        "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None,
+        "vocab_size": 50304, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False,
+        "hidden_act": "silu",
+    }  # fmt: skip
+    """Keys of ``config.json`` that are read, with the defaults of transformers' config class."""
+    hf_aliases: ClassVar[dict[str, str]] = {}
+    """Other names of keys: ``attribute_map`` of transformers' config class."""
 
     num_layers: int
     hidden_size: int
@@ -61,45 +64,42 @@ class DecoderConfig:
         """Read a ``config.json``; absent values get the defaults of transformers' config class.
 
         Raises:
-            InputError: a value is missing, or the head counts don't divide.
+            InputError: a value is not of its type or range, or the head counts don't divide.
             UnsupportedError: the config asks for arithmetic that the family doesn't have.
         """
-        return cls(**cls.read(hf))
+        return cls(**cls.read(HFValues(hf, cls.hf_defaults, cls.hf_aliases)))
 
     @classmethod
-    def read(cls, hf: dict[str, Any]) -> dict[str, Any]:
+    def read(cls, hf: HFValues) -> dict[str, Any]:
         """The fields' values. A family with fields of its own adds them."""
-        need(hf, ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-                  "vocab_size"))  # fmt: skip
-        if hf.get("attention_bias"):
+        if hf.flag("attention_bias"):
             raise UnsupportedError(
                 f"the config sets attention_bias; published {cls.label} models have none"
             )
-        if hf.get("hidden_act", "silu") != "silu":
+        if (activation := hf.text("hidden_act")) != "silu":
             raise UnsupportedError(
-                f"the config sets hidden_act={hf['hidden_act']!r}; {cls.label} uses silu"
+                f"the config sets hidden_act={activation!r}; {cls.label} uses silu"
             )
-        hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
-        check_count("hidden_size", hidden)
-        check_count("num_attention_heads", heads)
-        if not hf.get("head_dim") and hidden % heads:
+        hidden, heads = hf.count("hidden_size"), hf.count("num_attention_heads")
+        head_dim = hf.optional_count("head_dim")
+        if head_dim is None and hidden % heads:
             raise InputError(f"hidden_size {hidden} cannot be divided by {heads} attention heads")
         return {
-            "num_layers": hf["num_hidden_layers"],
+            "num_layers": hf.count("num_hidden_layers"),
             "hidden_size": hidden,
-            "ffn_hidden_size": hf["intermediate_size"],
+            "ffn_hidden_size": hf.count("intermediate_size"),
             "num_attention_heads": heads,
-            "num_query_groups": hf.get("num_key_value_heads") or heads,
-            "kv_channels": hf.get("head_dim") or hidden // heads,
-            "vocab_size": hf["vocab_size"],
-            "max_position_embeddings": hf.get("max_position_embeddings", 2048),
-            "layernorm_epsilon": float(hf.get("rms_norm_eps", 1e-5)),
+            "num_query_groups": hf.optional_count("num_key_value_heads") or heads,
+            "kv_channels": head_dim or hidden // heads,
+            "vocab_size": hf.count("vocab_size"),
+            "max_position_embeddings": hf.count("max_position_embeddings"),
+            "layernorm_epsilon": hf.number("rms_norm_eps", least=0.0),
             "rotary_base": cls.read_theta(hf),
-            "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
+            "share_embeddings_and_output_weights": hf.flag("tie_word_embeddings"),
         }
 
     @classmethod
-    def read_theta(cls, hf: dict[str, Any]) -> float:
+    def read_theta(cls, hf: HFValues) -> float:
         """Theta of a model with one plain rope."""
         rope, *others = ropes(hf).values()
         if any(other != rope for other in others):
@@ -112,7 +112,7 @@ class DecoderConfig:
                 f"the config asks for rope of type {rope['rope_type']!r}; {cls.label} uses plain "
                 "rope"
             )
-        return float(rope.get("rope_theta") or 10000.0)
+        return float(rope["rope_theta"])
 
 
 def published(
@@ -152,29 +152,29 @@ def published(
     }
 
 
-def ropes(hf: dict[str, Any]) -> dict[str, Rope]:
-    """The rope of each layer type, or of all under the key ``""``, from any of three spellings:
-    ``rope_theta`` with ``rope_scaling``, ``rope_parameters``, or these nested by layer type."""
-    parameters = hf.get("rope_parameters") or {}
+def ropes(hf: HFValues) -> dict[str, Rope]:
+    """Return the rope of each layer type, or the only one under the key ``""``.
+
+    Three spellings are read: ``rope_theta`` with ``rope_scaling``, ``rope_parameters``, and these
+    nested by layer type. ``rope_type`` and ``rope_theta`` are always there.
+
+    Raises:
+        InputError: a value is not of its type, or two spellings contradict each other.
+        UnsupportedError: only a part of each head would be rotated.
+    """
+    parameters, scaling = hf.table("rope_parameters"), hf.table("rope_scaling")
+    if parameters and scaling and parameters != scaling:
+        raise InputError("rope_parameters and rope_scaling contradict each other: remove one")
     if parameters and all(isinstance(value, dict) for value in parameters.values()):
-        return {kind: _rope(value, hf) for kind, value in parameters.items()}
-    return {"": _rope({**(hf.get("rope_scaling") or {}), **parameters}, hf)}
+        return {kind: _rope(value, hf, f" in rope_parameters.{kind}") for kind, value in
+                parameters.items()}  # fmt: skip
+    where = " in rope_parameters" if parameters else " in rope_scaling" if scaling else ""
+    return {"": _rope(parameters or scaling, hf, where)}
 
 
-def _rope(values: Rope, hf: dict[str, Any]) -> Rope:
-    kind = values.get("rope_type") or values.get("type") or "default"
-    theta = values.get("rope_theta") or hf.get("rope_theta")
-    return {**values, "rope_type": kind, **({"rope_theta": theta} if theta else {})}
-
-
-def need(hf: dict[str, Any], keys: Iterable[str]) -> None:
-    """Raise InputError for keys that are absent."""
-    missing = [key for key in keys if hf.get(key) is None]
-    if missing:
-        raise InputError(f"the config lacks {', '.join(missing)}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise InputError unless it is a positive whole number."""
-    if type(value) is not int or value < 1:
-        raise InputError(f"the model's {name} must be a positive whole number, not {value!r}")
+def _rope(values: Rope, hf: HFValues, where: str) -> Rope:
+    rope = HFValues(values, {"rope_type": values.get("type", "default")}, where=where)
+    if any(of.get("partial_rotary_factor", 1.0) != 1.0 for of in (rope, hf)):
+        raise UnsupportedError("the config sets partial_rotary_factor; OLMo rotates whole heads")
+    theta = (rope if "rope_theta" in values else hf).number("rope_theta")
+    return {**values, "rope_type": rope.text("rope_type"), "rope_theta": theta}

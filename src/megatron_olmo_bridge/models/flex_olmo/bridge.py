@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from megatron_olmo_bridge.mapping.mappings import Mapping
 from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
 from megatron_olmo_bridge.models.config import published
-from megatron_olmo_bridge.models.olmoe.config import MOE_HF_KEYS, MoEConfig
+from megatron_olmo_bridge.models.olmoe.config import MoEConfig
 from megatron_olmo_bridge.models.tables import (
     ATTENTION,
     MLP,
@@ -23,6 +23,10 @@ class FlexOlmoConfig(MoEConfig):
     """As OLMoE's, without clamping."""
 
     label = "FlexOlmo"
+    hf_defaults: ClassVar[dict[str, Any]] = MoEConfig.hf_defaults | {
+        "vocab_size": 100352, "rms_norm_eps": 1e-6, "rope_theta": 500000.0, "num_experts": 7,
+        "num_experts_per_tok": 5,
+    }  # fmt: skip
 
 
 def _published(*shape: int, experts: int = 7, top: int = 5, vocab: int = 100352) -> dict[str, Any]:
@@ -46,7 +50,6 @@ class FlexOlmoBridge(ModelBridge):
     layouts = "TP, PP, SP, EP"
     config_class = FlexOlmoConfig
     provider_class = "megatron_olmo_bridge.models.flex_olmo.provider:FlexOlmoModelProvider"
-    hf_keys = MOE_HF_KEYS
 
     def table(self, padded_vocab_size: int | None) -> list[Mapping]:
         c = self.config

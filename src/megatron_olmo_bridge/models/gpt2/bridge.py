@@ -13,7 +13,7 @@ from megatron_olmo_bridge.mapping.mappings import (
 )
 from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
 
-from .config import GPT2_HF_KEYS, GPT2Config
+from .config import GPT2Config
 
 ATTENTION, MLP = "decoder.layers.*.self_attention", "decoder.layers.*.mlp"
 HF = "transformer.h.*"
@@ -46,7 +46,6 @@ class GPT2Bridge(ModelBridge):
     }
     config_class = GPT2Config
     provider_class = "megatron_olmo_bridge.models.gpt2.provider:GPT2ModelProvider"
-    hf_keys = GPT2_HF_KEYS
     hf_embedding = "transformer.wte.weight"
     ignored: ClassVar[dict[str, str]] = {
         "transformer.h.*.attn.bias": "the causal mask, not a weight",

@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
-from megatron_olmo_bridge.models.config import check_count, need
+from megatron_olmo_bridge.models.hf_values import HFValues
 
-GPT2_HF_KEYS = frozenset(
-    {"n_layer", "n_embd", "n_inner", "n_head", "vocab_size", "n_positions", "layer_norm_epsilon",
-     "activation_function", "tie_word_embeddings", "scale_attn_weights",
-     "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"}
-)  # fmt: skip
 ACTIVATIONS = ("gelu_new", "gelu")
 _ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
          "reorder_and_upcast_attn": False, "add_cross_attention": False}  # fmt: skip
+"""Flags that have one value in every published GPT-2: transformers' default."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +19,17 @@ class GPT2Config:
     """Field names are megatron-core's; :meth:`from_hf` reads them from a ``config.json``."""
 
     label: ClassVar[str] = "GPT-2"
+    hf_defaults: ClassVar[dict[str, Any]] = {
+        "n_layer": 12, "n_embd": 768, "n_inner": None, "n_head": 12, "vocab_size": 50257,
+        "n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": ACTIVATIONS[0],
+        "tie_word_embeddings": True, **_ONLY,
+    }  # fmt: skip
+    """The keys of ``config.json`` that are read, with the defaults of transformers' GPT2Config."""
+    hf_aliases: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd", "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+    }  # fmt: skip
+    """Other names of keys: ``attribute_map`` of transformers' GPT2Config."""
 
     num_layers: int
     hidden_size: int
@@ -44,33 +51,31 @@ class GPT2Config:
         """Read a ``config.json``; absent values get the defaults of transformers' GPT2Config.
 
         Raises:
-            InputError: a value is missing, or the heads don't divide the width.
+            InputError: a value is not of its type or range, or the heads don't divide the width.
             UnsupportedError: the config asks for arithmetic that isn't GPT-2's.
         """
-        need(hf, ("n_layer", "n_embd", "n_head", "vocab_size"))
+        values = HFValues(hf, cls.hf_defaults, cls.hf_aliases)
         for key, usual in _ONLY.items():
-            if hf.get(key, usual) != usual:
-                raise UnsupportedError(f"the config sets {key}={hf[key]!r}; GPT-2 has {usual}")
-        activation = hf.get("activation_function", ACTIVATIONS[0])
+            if (value := values.flag(key)) != usual:
+                raise UnsupportedError(f"the config sets {key}={value}; GPT-2 has {usual}")
+        activation = values.text("activation_function")
         if activation not in ACTIVATIONS:
             raise UnsupportedError(
                 f"the config sets activation_function={activation!r}; GPT-2 has one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        for key in ("n_layer", "n_embd", "n_head", "vocab_size"):
-            check_count(key, hf[key])
-        hidden, heads = hf["n_embd"], hf["n_head"]
+        hidden, heads = values.count("n_embd"), values.count("n_head")
         if hidden % heads:
             raise InputError(f"n_embd {hidden} cannot be divided by {heads} attention heads")
         return cls(
-            num_layers=hf["n_layer"],
+            num_layers=values.count("n_layer"),
             hidden_size=hidden,
-            ffn_hidden_size=hf.get("n_inner") or 4 * hidden,
+            ffn_hidden_size=values.optional_count("n_inner") or 4 * hidden,
             num_attention_heads=heads,
             kv_channels=hidden // heads,
-            vocab_size=hf["vocab_size"],
-            max_position_embeddings=hf.get("n_positions", 1024),
-            layernorm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)),
+            vocab_size=values.count("vocab_size"),
+            max_position_embeddings=values.count("n_positions"),
+            layernorm_epsilon=values.number("layer_norm_epsilon", least=0.0),
             activation=activation,
-            share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", True)),
+            share_embeddings_and_output_weights=values.flag("tie_word_embeddings"),
         )

@@ -9,7 +9,7 @@ from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
 from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.tables import attention, embedding, gated_mlp
 
-from .config import OLMO_HF_KEYS, OlmoConfig
+from .config import OlmoConfig
 
 
 def _published(*shape: int, tied: bool, clip: float | None = None,
@@ -32,7 +32,6 @@ class OlmoBridge(ModelBridge):
     }
     config_class = OlmoConfig
     provider_class = "megatron_olmo_bridge.models.olmo.provider:OlmoModelProvider"
-    hf_keys = OLMO_HF_KEYS
 
     def table(self, padded_vocab_size: int | None) -> list[Mapping]:
         c = self.config

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from megatron_olmo_bridge.models.config import HF_KEYS, DecoderConfig
-
-OLMO_HF_KEYS = HF_KEYS | {"clip_qkv"}
+from megatron_olmo_bridge.models.config import DecoderConfig
+from megatron_olmo_bridge.models.hf_values import HFValues
 
 
 @dataclass(frozen=True)
@@ -15,10 +14,14 @@ class OlmoConfig(DecoderConfig):
     """Its norms have no weights, and an epsilon of 1e-5 that no config says."""
 
     label = "OLMo"
+    hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {"clip_qkv": None}
 
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to this."""
 
     @classmethod
-    def read(cls, hf: dict[str, Any]) -> dict[str, Any]:
-        return super().read(hf) | {"layernorm_epsilon": 1e-5, "clip_qkv": hf.get("clip_qkv")}
+    def read(cls, hf: HFValues) -> dict[str, Any]:
+        return super().read(hf) | {
+            "layernorm_epsilon": 1e-5,
+            "clip_qkv": hf.optional_number("clip_qkv"),
+        }

@@ -8,7 +8,7 @@ from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
 from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.olmo2.bridge import olmo2_table
 
-from .config import OLMO3_HF_KEYS, Olmo3Config, layer_types, rope_notes
+from .config import Olmo3Config, layer_types, rope_notes
 
 
 def _published(layers: int, *shape: int, vocab: int = 100278, window: int = 4096,
@@ -37,7 +37,6 @@ class Olmo3Bridge(ModelBridge):
     }
     config_class = Olmo3Config
     provider_class = "megatron_olmo_bridge.models.olmo3.provider:Olmo3ModelProvider"
-    hf_keys = OLMO3_HF_KEYS
     table = olmo2_table
 
     @classmethod

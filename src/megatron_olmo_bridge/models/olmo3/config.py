@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
-from megatron_olmo_bridge.models.config import HF_KEYS, DecoderConfig, Rope, need, ropes
+from megatron_olmo_bridge.models.config import DecoderConfig, Rope, ropes
+from megatron_olmo_bridge.models.hf_values import HFValues, shown
 
-OLMO3_HF_KEYS = HF_KEYS | {"layer_types", "sliding_window"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 EVERY = 4
 """One of so many layers has no window, where a config doesn't say which."""
@@ -22,6 +22,9 @@ class Olmo3Config(DecoderConfig):
     """As OLMo-2, with windows; ``rotary_base`` is of the layers that have one."""
 
     label = "OLMo-3"
+    hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {
+        "rope_theta": THETA, "sliding_window": 4096, "layer_types": None,
+    }  # fmt: skip
 
     window_size: tuple[int, int] | None = None
     """Tokens before and after a query that it sees; None if no layer has a window."""
@@ -31,28 +34,27 @@ class Olmo3Config(DecoderConfig):
     """YaRN of the layers without a window; None for the same rope as the others."""
 
     @classmethod
-    def read(cls, hf: dict[str, Any]) -> dict[str, Any]:
+    def read(cls, hf: HFValues) -> dict[str, Any]:
         found = super().read(hf)
-        windowed = _windowed(hf, found["num_layers"])
-        window = hf.get("sliding_window", 4096)
-        usual = windowed == _windowed({}, len(windowed))
-        if any(windowed) and (type(window) is not int or window < 1):
-            raise InputError(f"sliding_window must be a positive whole number, not {window!r}")
+        layers = found["num_layers"]
+        windowed = _windowed(hf, layers)
+        usual = windowed == [kind == SLIDING for kind in layer_types(layers)]
+        window = hf.count("sliding_window") if any(windowed) else None
         return found | {
-            "window_size": (window - 1, 0) if any(windowed) else None,
+            "window_size": (window - 1, 0) if window is not None else None,
             "window_attn_skip_freq": EVERY if usual else [int(w) for w in windowed],
-            "full_attention_rope": _full_attention_rope(hf, found["rotary_base"]),
+            "full_attention_rope": _full_attention_rope(hf, found),
         }
 
     @classmethod
-    def read_theta(cls, hf: dict[str, Any]) -> float:
+    def read_theta(cls, hf: HFValues) -> float:
         rope = _rope_of(hf, SLIDING)
         if len(ropes(hf)) > 1 and rope["rope_type"] != "default":
             raise UnsupportedError(
                 f"the config asks for rope of type {rope['rope_type']!r} in layers with a window; "
                 "OLMo-3 has plain rope there"
             )
-        return float(rope.get("rope_theta") or THETA)
+        return float(rope["rope_theta"])
 
 
 def layer_types(layers: int) -> list[str]:
@@ -60,66 +62,76 @@ def layer_types(layers: int) -> list[str]:
     return [SLIDING if (i + 1) % EVERY else FULL for i in range(layers)]
 
 
-def rope_notes(hf: dict[str, Any]) -> list[str]:
+def rope_notes(config: dict[str, Any]) -> list[str]:
     """What some version of transformers would read otherwise from this spelling of rope."""
     notes = []
+    hf = HFValues(config, Olmo3Config.hf_defaults)
     found = ropes(hf)
-    flat = bool(hf.get("rope_parameters")) and len(found) == 1
+    flat = bool(hf.table("rope_parameters")) and len(found) == 1
     if flat and found.get("", {}).get("rope_type") != "default":
         notes.append(
             "rope_parameters is not nested by layer type: read here as OLMo-3 was trained, YaRN in "
             "full-attention layers alone; transformers 5.23 drops YaRN, 5.0 to 5.12 have it in "
             "every layer"
         )
-    if not hf.get("rope_parameters") and float(hf.get("rope_theta") or THETA) != THETA:
+    if not hf.table("rope_parameters") and hf.number("rope_theta") != THETA:
         notes.append(
-            f"rope_theta {hf['rope_theta']:g} is taken for all layers; transformers 5 takes "
+            f"rope_theta {hf.number('rope_theta'):g} is taken for all layers; transformers 5 takes "
             f"{THETA:g} in those with a window"
         )
     return notes
 
 
-def _windowed(hf: dict[str, Any], layers: int) -> list[bool]:
-    kinds = hf.get("layer_types") or layer_types(layers)
-    if len(kinds) != layers or set(kinds) - {SLIDING, FULL}:
+def _windowed(hf: HFValues, layers: int) -> list[bool]:
+    kinds = hf.get("layer_types")
+    kinds = layer_types(layers) if kinds is None else kinds
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(kind not in (SLIDING, FULL) for kind in kinds)
+    ):
         raise InputError(
-            f"layer_types must say {SLIDING!r} or {FULL!r} of each of {layers} layers, "
-            f"not {', '.join(map(str, kinds))}"
+            f"layer_types must be a list that says {SLIDING!r} or {FULL!r} of each of {layers} "
+            f"layers, not {shown(kinds)}"
         )
     return [kind == SLIDING for kind in kinds]
 
 
-def _rope_of(hf: dict[str, Any], kind: str) -> Rope:
+def _rope_of(hf: HFValues, kind: str) -> Rope:
     found = ropes(hf)
-    return found[kind] if kind in found else found.get("", {"rope_type": "default"})
+    plain = {"rope_type": "default", "rope_theta": hf.number("rope_theta")}
+    return found[kind] if kind in found else found.get("", plain)
 
 
-def _full_attention_rope(hf: dict[str, Any], sliding_theta: float) -> dict[str, Any] | None:
+def _full_attention_rope(hf: HFValues, found: dict[str, Any]) -> dict[str, Any] | None:
+    """YaRN of the layers without a window; ``found`` are the numbers of every decoder."""
     rope = _rope_of(hf, FULL)
-    kind, theta = rope["rope_type"], float(rope.get("rope_theta") or THETA)
+    kind, theta = rope["rope_type"], float(rope["rope_theta"])
     if kind not in ("default", "yarn"):
         raise UnsupportedError(
             f"the config asks for rope of type {kind!r}; OLMo-3 uses plain rope and YaRN"
         )
     if kind == "default":
-        if theta == sliding_theta:
+        if theta == found["rotary_base"]:
             return None
-        rope = {
-            "factor": 1.0,
-            "original_max_position_embeddings": 4096,
-        }  # YaRN that changes nothing
-    need(rope, ("factor", "original_max_position_embeddings"))
+        rope = {"factor": 1.0}  # YaRN that changes nothing
     odd = [key for key in ("mscale", "mscale_all_dim", "truncate") if rope.get(key) is not None]
     if odd:
         raise UnsupportedError(f"the config sets {', '.join(odd)} of YaRN; OLMo-3 has the defaults")
-    factor = float(rope["factor"])
-    # The YaRN paper's, as transformers computes it where the config doesn't say.
+    # What transformers takes where the config doesn't say (modeling_rope_utils.py).
+    defaults = {
+        "original_max_position_embeddings": found["max_position_embeddings"],
+        "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None,
+    }  # fmt: skip
+    yarn = HFValues(rope, defaults, where=" of YaRN")
+    factor = yarn.number("factor")
+    # The YaRN paper's.
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     return {
         "rotary_base": theta,
         "scaling_factor": factor,
-        "original_max_position_embeddings": rope["original_max_position_embeddings"],
-        "beta_fast": float(rope.get("beta_fast") or 32.0),
-        "beta_slow": float(rope.get("beta_slow") or 1.0),
-        "attention_factor": float(rope.get("attention_factor") or usual),
+        "original_max_position_embeddings": yarn.count("original_max_position_embeddings"),
+        "beta_fast": yarn.number("beta_fast"),
+        "beta_slow": yarn.number("beta_slow"),
+        "attention_factor": yarn.optional_number("attention_factor") or usual,
     }

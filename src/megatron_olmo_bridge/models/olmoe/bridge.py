@@ -9,7 +9,7 @@ from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
 from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.tables import ATTENTION, attention, embedding, experts, norm
 
-from .config import OLMOE_HF_KEYS, OlmoeConfig
+from .config import OlmoeConfig
 
 
 def _published(*shape: int, experts: int = 64, top: int = 8, clip: float | None = None,
@@ -34,7 +34,6 @@ class OlmoeBridge(ModelBridge):
     layouts = "TP, PP, SP, EP"
     config_class = OlmoeConfig
     provider_class = "megatron_olmo_bridge.models.olmoe.provider:OlmoeModelProvider"
-    hf_keys = OLMOE_HF_KEYS
 
     def table(self, padded_vocab_size: int | None) -> list[Mapping]:
         c = self.config

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.models.config import HF_KEYS, DecoderConfig, check_count
-
-MOE_HF_KEYS = HF_KEYS | {"num_experts", "num_experts_per_tok", "norm_topk_prob",
-                         "router_aux_loss_coef"}  # fmt: skip
-OLMOE_HF_KEYS = MOE_HF_KEYS | {"clip_qkv"}
+from megatron_olmo_bridge.models.config import DecoderConfig
+from megatron_olmo_bridge.models.hf_values import HFValues, check_count
 
 
 @dataclass(frozen=True)
 class MoEConfig(DecoderConfig):
     """As every decoder, with experts; ``ffn_hidden_size`` is one expert's."""
+
+    hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {
+        "max_position_embeddings": 4096, "norm_topk_prob": False, "router_aux_loss_coef": 0.01,
+    }  # fmt: skip
+    hf_aliases: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
 
     num_moe_experts: int = 0
     moe_router_topk: int = 0
@@ -35,12 +37,12 @@ class MoEConfig(DecoderConfig):
             )
 
     @classmethod
-    def read(cls, hf: dict[str, Any]) -> dict[str, Any]:
+    def read(cls, hf: HFValues) -> dict[str, Any]:
         return super().read(hf) | {
-            "num_moe_experts": hf.get("num_experts", 0),
-            "moe_router_topk": hf.get("num_experts_per_tok", 0),
-            "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
-            "moe_aux_loss_coeff": float(hf.get("router_aux_loss_coef", 0.01)),
+            "num_moe_experts": hf.count("num_experts"),
+            "moe_router_topk": hf.count("num_experts_per_tok"),
+            "moe_router_pre_softmax": not hf.flag("norm_topk_prob"),
+            "moe_aux_loss_coeff": hf.number("router_aux_loss_coef", least=0.0),
         }
 
 
@@ -49,10 +51,14 @@ class OlmoeConfig(MoEConfig):
     """OLMoE's."""
 
     label = "OLMoE"
+    hf_defaults: ClassVar[dict[str, Any]] = MoEConfig.hf_defaults | {
+        "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 2048,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "clip_qkv": None,
+    }  # fmt: skip
 
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to this, after the QK norm."""
 
     @classmethod
-    def read(cls, hf: dict[str, Any]) -> dict[str, Any]:
-        return super().read(hf) | {"clip_qkv": hf.get("clip_qkv")}
+    def read(cls, hf: HFValues) -> dict[str, Any]:
+        return super().read(hf) | {"clip_qkv": hf.optional_number("clip_qkv")}

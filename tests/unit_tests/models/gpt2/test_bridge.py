@@ -27,7 +27,7 @@ def test_reads_every_number() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"n_embd": None}, InputError, "lacks n_embd"),
+        ({"n_embd": None}, InputError, "n_embd must be .* not null"),
         ({"n_head": 7}, InputError, "cannot be divided by 7"),
         ({"n_layer": 0}, InputError, "n_layer"),
         ({"activation_function": "relu"}, UnsupportedError, "relu"),

@@ -37,6 +37,12 @@ def test_yarn_in_layers_without_a_window_alone(config: dict[str, Any]) -> None:
     assert found.full_attention_rope == READ
 
 
+def test_yarn_without_an_original_length_takes_the_configs() -> None:
+    yarn = {k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}
+    found = Olmo3Config.from_hf(CONFIG | {"rope_scaling": yarn}).full_attention_rope
+    assert found == READ | {"original_max_position_embeddings": 65536}
+
+
 @pytest.mark.parametrize("left_out", [("attention_factor",), ("beta_fast", "beta_slow")])
 def test_what_yarn_leaves_out_is_the_papers(left_out: tuple[str, ...]) -> None:
     yarn = {key: value for key, value in YARN.items() if key not in left_out}
@@ -95,15 +101,17 @@ def test_windows() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"layer_types": [SLIDING]}, InputError, "layer_types must say"),
+        ({"layer_types": [SLIDING]}, InputError, "layer_types must be a list"),
         ({"layer_types": ["linear_attention"] * 32}, InputError, "linear_attention"),
         ({"sliding_window": None}, InputError, "sliding_window"),
         ({"sliding_window": 0}, InputError, "sliding_window"),
         ({"rope_scaling": {"rope_type": "llama3"}}, UnsupportedError, "llama3"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, InputError, "lacks factor"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, InputError, "factor of YaRN is missing"),
         ({"rope_scaling": YARN | {"mscale": 2.0}}, UnsupportedError, "mscale"),
-        ({"rope_parameters": {SLIDING: {"rope_theta": 1e4, **YARN}, FULL: {"rope_theta": 1e4}}},
+        ({"rope_scaling": None,
+          "rope_parameters": {SLIDING: {"rope_theta": 1e4, **YARN}, FULL: {"rope_theta": 1e4}}},
          UnsupportedError, "layers with a window"),
+        ({"rope_parameters": {FULL: {"rope_type": "default"}}}, InputError, "contradict each"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_be(changes: dict[str, Any], error: type[Exception], says: str) -> None:

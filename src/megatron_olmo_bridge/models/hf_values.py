@@ -1,0 +1,123 @@
+"""Values of a ``config.json`` or of an object in it, each checked for its type and range."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_olmo_bridge.errors import InputError
+
+COUNT = "a positive whole number"
+
+
+class HFValues:
+    """Values by key, with defaults for those that are absent.
+
+    A value of another type is an error, as it is for transformers' strict config classes: ``"8"``
+    and 8.0 are not 8, and null is not a default.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        aliases: Mapping[str, str] | None = None,
+        where: str = "",
+    ) -> None:
+        """Take the values of a JSON object.
+
+        Args:
+            values: as they were read.
+            defaults: by key, for those that are absent.
+            aliases: other names for keys.
+            where: said after a key in messages, `` in rope_parameters`` for example.
+
+        Raises:
+            InputError: a key and an alias of it have different values.
+        """
+        self._values, self._where = {**defaults, **values}, where
+        for alias, key in (aliases or {}).items():
+            if alias not in values:
+                continue
+            if key in values and values[key] != values[alias]:
+                raise InputError(
+                    f"{key} is {shown(values[key])} and {alias}, which means the same, is "
+                    f"{shown(values[alias])}"
+                )
+            self._values[key] = values[alias]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value unchecked."""
+        return self._values.get(key, default)
+
+    def count(self, key: str) -> int:
+        """Return a positive whole number."""
+        return int(self._checked(key, is_count, COUNT))
+
+    def optional_count(self, key: str) -> int | None:
+        """Return a positive whole number, or None for null."""
+        return None if self.get(key) is None else self.count(key)
+
+    def optional_whole(self, key: str) -> int | None:
+        """Return a whole number of any sign, or None for null."""
+        if self.get(key) is None:
+            return None
+        return int(self._checked(key, lambda value: type(value) is int, "a whole number or null"))
+
+    def number(self, key: str, *, least: float | None = None) -> float:
+        """Return a finite number, above 0 or, if ``least`` is given, at least that."""
+        kind = "a number above 0" if least is None else f"a number of at least {least:g}"
+        return float(self._checked(key, lambda value: _is_number(value, least), kind))
+
+    def optional_number(self, key: str) -> float | None:
+        """Return a finite number above 0, or None for null."""
+        return None if self.get(key) is None else self.number(key)
+
+    def flag(self, key: str) -> bool:
+        """Return true or false."""
+        return bool(self._checked(key, lambda value: type(value) is bool, "true or false"))
+
+    def text(self, key: str) -> str:
+        """Return a string."""
+        return str(self._checked(key, lambda value: isinstance(value, str), "a string"))
+
+    def table(self, key: str) -> dict[str, Any]:
+        """Return an object; an empty one for null."""
+        value = self.get(key)
+        return {} if value is None else dict(self._checked(key, _is_table, "an object or null"))
+
+    def _checked(self, key: str, is_sound: Callable[[Any], bool], kind: str) -> Any:
+        value = self.get(key)
+        if key not in self._values:
+            raise InputError(f"{key}{self._where} is missing: it must be {kind}")
+        if not is_sound(value):
+            raise InputError(f"{key}{self._where} must be {kind}, not {shown(value)}")
+        return value
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise InputError unless it is a positive whole number."""
+    if not is_count(value):
+        raise InputError(f"the model's {name} must be {COUNT}, not {shown(value)}")
+
+
+def is_count(value: object) -> bool:
+    """Return whether it is a positive whole number; true and 8.0 are not."""
+    return type(value) is int and value >= 1
+
+
+def shown(value: object) -> str:
+    """Return a value as JSON has it."""
+    return json.dumps(value, default=repr)
+
+
+def _is_number(value: object, least: float | None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    return value > 0 if least is None else value >= least
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict)
