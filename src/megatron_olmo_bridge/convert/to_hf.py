@@ -136,7 +136,11 @@ def side_texts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[
 
     The folder's config.json is taken byte for byte if it says the same.
     """
-    texts = {} if folder is None else {f.name: f.read_bytes() for f in side_files(folder)}
+    texts = (
+        {}
+        if folder is None
+        else {name: file.read_bytes() for name, file in side_files(folder).items()}
+    )
     recorded = config.get("dtype", config.get("torch_dtype"))
     if CONFIG not in texts or recorded != dtype or json.loads(texts[CONFIG]) != config:
         texts[CONFIG] = config_with_dtype(config, dtype)

@@ -151,8 +151,8 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
         COMMON: object_archive(common),
         RUN_CONFIG: yaml.safe_dump(run_config, sort_keys=False).encode(),
     }
-    for file in side_files(source.side_folder) if source.side_folder else ():
-        texts[f"{HF_SUBFOLDER}/{file.name}"] = file.read_bytes()
+    side = side_files(source.side_folder) if source.side_folder else {}
+    texts |= {f"{HF_SUBFOLDER}/{name}": file.read_bytes() for name, file in side.items()}
     if dtype != "keep" or source.new or source.read_as or source.kind is Kind.OLM:
         texts[f"{HF_SUBFOLDER}/{CONFIG}"] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,12 +16,24 @@ from .tensors import StoredArray
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHAT_TEMPLATES = "additional_chat_templates"
 SIDE_FILES = (
-    CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.*",
+    CONFIG, "generation_config.json", "modelcard.json",
+    # Tokenizers: what all have, and the vocabulary files of transformers' classes.
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+    f"{CHAT_TEMPLATES}/*.jinja", "*vocab*.json", "vocab.txt", "merges.txt", "*.model", "*.spm",
+    "*.tiktoken", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json",
+    "prophetnet.tokenizer", "tekken.json", "word_pronunciation.json", "word_shape.json",
+    # Processors.
+    "*processor_config.json", "audio_tokenizer_config.json",
 )  # fmt: skip
-"""What ``save_pretrained`` of a model and its tokenizer write beside the weights."""
-HUB_PATTERNS = (*SIDE_FILES, "*.safetensors", INDEX)
+"""Patterns of the small files that ``save_pretrained`` of a model, its tokenizer and its processor
+writes beside the weights; from transformers 5.23's constants."""
+_SETTINGS = "config.json"
+"""How the names of files that may have an ``auto_map`` end."""
+CODE = "*.py"
+"""A model's own code, which ``save_pretrained`` writes where a config has an ``auto_map``."""
+HUB_PATTERNS = (*SIDE_FILES, CODE, "*.safetensors", INDEX)
 """What is fetched from the hub."""
 
 
@@ -82,11 +93,25 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def side_files(path: Path) -> Iterator[Path]:
-    """The folder's config and tokenizer files, by name."""
-    for file in sorted(path.iterdir()):
-        if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in SIDE_FILES):
-            yield file
+def side_files(path: Path) -> dict[str, Path]:
+    """Return the folder's files beside the weights that belong to its model, by name in it.
+
+    Python files are among them where a config or tokenizer names them in its ``auto_map``.
+    """
+    names = [entry.name for entry in path.iterdir()]
+    if (path / CHAT_TEMPLATES).is_dir():
+        names += [f"{CHAT_TEMPLATES}/{entry.name}" for entry in (path / CHAT_TEMPLATES).iterdir()]
+    files = {name: path / name for name in sorted(names) if (path / name).is_file()}
+    own = {name: file for name, file in files.items() if _matches(name, SIDE_FILES)}
+    if any(b'"auto_map"' in f.read_bytes() for name, f in own.items() if name.endswith(_SETTINGS)):
+        own |= {name: file for name, file in files.items() if _matches(name, (CODE,))}
+    return own
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(
+        fnmatchcase(name, pattern) for pattern in patterns if name.count("/") == pattern.count("/")
+    )
 
 
 def refuse_other_weights(path: Path) -> None:

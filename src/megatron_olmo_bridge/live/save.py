@@ -217,5 +217,5 @@ def _commit(root: Path, stage: Path, folder: Path, texts: dict[str, bytes], iter
 def write_texts(folder: Path, texts: dict[str, bytes]) -> None:
     """Write small files into a folder, by their names in it."""
     for name, data in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)

@@ -145,7 +145,15 @@ def test_side_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
     for name in [*ours, "README.md", "model.safetensors", "training_args.bin", "notes.txt"]:
         (tmp_path / name).write_text("x")
     (tmp_path / "tokenizer").mkdir()
-    assert [f.name for f in side_files(tmp_path)] == ours
+    assert list(side_files(tmp_path)) == ours
+
+
+def test_code_is_a_models_own_where_a_config_names_it(tmp_path: Path) -> None:
+    for name in ("modeling_own.py", "config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    assert "modeling_own.py" not in side_files(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {}}')
+    assert "modeling_own.py" in side_files(tmp_path)
 
 
 @pytest.mark.parametrize(
