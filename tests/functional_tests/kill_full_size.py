@@ -54,7 +54,8 @@ def kills(operation: str, source: Path, dst: Path, whole: Path, count: int) -> I
         moment = seconds * (i + 0.5) / count
         kill_after(start(arguments), moment)
         yield f"{operation}: at {moment:.2f} s: {aftermath(arguments, dst, whole)}"
-    half = json.loads(finish(start([*arguments, "--dry-run", "--json"]))[1])["tensors"] // 2
+    (plan,) = json.loads(finish(start([*arguments, "--dry-run", "--json"]))[1])["result"]["plans"]
+    half = plan["tensors"] // 2
     for point, meaning in POINTS.items():
         killed_at(point.replace("HALF", str(half)), arguments)
         yield f"{operation}: {meaning}: {aftermath(arguments, dst, whole)}"

@@ -117,11 +117,12 @@ def test_the_export_is_what_was_trained() -> None:
 
 
 def test_it_generates_text_and_knows_where_to_stop() -> None:
-    said = json.loads(command("generate", "run", "--prompt", "Once upon a time", "--json"))
+    printed = command("generate", "run", "--prompt", "Once upon a time", "--json")
+    said = json.loads(printed)["result"]
     assert said["tokens"] and " " in said["text"]
     assert json.loads(Path("hf/config.json").read_text())["eos_token_id"] == 0
 
 
 def test_the_report_is_made_again_from_the_log() -> None:
-    assert json.loads(command("report", "run", "--json"))["step"] == STEPS
+    assert json.loads(command("report", "run", "--json"))["result"]["step"] == STEPS
     assert Path("run/report.html").stat().st_size > 10_000

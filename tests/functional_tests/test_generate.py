@@ -60,7 +60,7 @@ def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
     sampling = ("--temperature", 1.5, "--top-p", 0.9, "--seed", 1)
     done = olmo_bridge("generate", checkpoint, "--tokens", tokens, *sampling,
                        "--max-new-tokens", 12, "--json")  # fmt: skip
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["result"]
 
     assert found["prompt"] == PROMPT
     assert len(found["tokens"]) == 12

@@ -173,5 +173,5 @@ def test_what_the_hub_does_not_have(
 def test_a_dry_run_of_a_hub_id(hub: Hub, tmp_path: Path) -> None:
     done = with_hub(tmp_path, hub.url, "import", REPO, "m", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["operation"] == "import"
+    assert json.loads(done.stdout)["result"]["plans"][0]["operation"] == "import"
     assert not (tmp_path / "m").exists()

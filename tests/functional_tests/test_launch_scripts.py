@@ -45,7 +45,7 @@ def test_without_a_recipe_there_is_help(name: str) -> None:
 def test_torchrun_starts_the_command() -> None:
     done = script("torchrun.sh", TINY, "--dry-run", "--json", NPROC_PER_NODE="1")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["estimate"]["parameters"] == 1_050_496
+    assert json.loads(done.stdout)["result"]["estimate"]["parameters"] == 1_050_496
 
 
 def test_torchrun_on_several_machines_asks_which_this_is() -> None:

@@ -13,7 +13,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     done = olmo_bridge("roundtrip", hf, "--tp", 2, "--work", tmp_path, "--json")
 
     assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["result"]
     assert found["ok"]
     assert len(found["steps"]) == 5
     assert found["steps"][1]["result"] == "47 tensors equal, bit for bit"

@@ -166,7 +166,7 @@ def test_a_private_one_on_a_branch_and_once_more(hub: Hub, megatron: Path, tmp_p
     command = ("export", megatron, "out", "--push-to-hub", REPO, "--private", "--revision", "v1")
     done = with_hub(tmp_path, hub.url, *command, "--json", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["url"] == f"{hub.url}/{REPO}/tree/v1"
+    assert json.loads(done.stdout)["result"]["url"] == f"{hub.url}/{REPO}/tree/v1"
     assert done.stderr == ""
     assert hub.visibility == {REPO: "private"}
     assert hub.repos[REPO] == {"main": {}, "v1": files_of(tmp_path / "out")}

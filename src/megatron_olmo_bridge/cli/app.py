@@ -5,10 +5,12 @@ from __future__ import annotations
 import typer
 
 from . import checks, conversion, data, inference, report, training
+from .command import CommandGroup
 from .console import show_version
 
 app = typer.Typer(
     name="olmo-bridge",
+    cls=CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -24,7 +26,8 @@ app = typer.Typer(
       olmo-bridge verify hf back
       olmo-bridge compare hf megatron --tp 2
     """,
-    epilog="Exit codes: 0 done, 1 a difference was found, 2 bad usage or input, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a difference was found, 2 bad usage or input, 70 a fault of "
+    "olmo-bridge itself, 75 training stopped and saved when asked to, 130 interrupted.",
 )
 conversion.add_to(app)
 checks.add_to(app)

@@ -12,10 +12,12 @@ import typer
 from megatron_olmo_bridge.convert.plan import WORKERS
 from megatron_olmo_bridge.errors import InputError
 
-from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
-from .data import show_dataset
+from .command import Outcome, register
+from .console import ProgressBar, Workers, human_bytes, say, table
+from .data import inspect_dataset
 
 if TYPE_CHECKING:
+    from megatron_olmo_bridge.convert.inspect import Inspection
     from megatron_olmo_bridge.convert.verify import Difference
 
 Heads = Annotated[
@@ -27,11 +29,10 @@ SHOWN = 40
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    for name, command, helped in (
-        ("verify", verify, True), ("inspect", inspect, True), ("models", models, False),
-        ("doctor", doctor, False),
-    ):  # fmt: skip
-        app.command(name, no_args_is_help=helped)(guarded(command))
+    register(app, "verify", verify)
+    register(app, "inspect", inspect)
+    register(app, "models", models)
+    register(app, "doctor", doctor)
 
 
 def verify(
@@ -41,9 +42,7 @@ def verify(
     ] = None,
     heads: Heads = None,
     workers: Workers = WORKERS,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Prove that two checkpoints hold the same model: bit for bit, no tolerance.
 
     Names, shapes, dtypes, values and config are compared in both directions. With one path, its
@@ -56,23 +55,19 @@ def verify(
     """
     from megatron_olmo_bridge.convert.verify import verify as run
 
-    with ProgressBar(quiet or json) as bar:
+    with ProgressBar() as bar:
         result = run(first, second, heads=heads, workers=workers, reporter=bar)
-    if json:
-        print_json({"equal": result.equal} | asdict(result))
-    elif not quiet:
-        _print_differences(result.differences)
-        for note in result.notes:
-            say(f"Note: {note}")
-        compared = f"{result.compared} tensors, {human_bytes(result.nbytes)} compared bit for bit"
-        if second is None:
-            compared = f"{result.compared} files compared with what was recorded"
-        if result.equal:
-            say(f"Equal: {compared}.")
-        else:
-            say(f"NOT equal: {len(result.differences)} difference(s). {compared}.")
-    if not result.equal:
-        raise typer.Exit(1)
+    _print_differences(result.differences)
+    for note in result.notes:
+        say(f"Note: {note}")
+    compared = f"{result.compared} tensors, {human_bytes(result.nbytes)} compared bit for bit"
+    if second is None:
+        compared = f"{result.compared} files compared with what was recorded"
+    if result.equal:
+        say(f"Equal: {compared}.")
+    else:
+        say(f"NOT equal: {len(result.differences)} difference(s). {compared}.")
+    return Outcome({"equal": result.equal} | asdict(result), exit_code=0 if result.equal else 1)
 
 
 def _print_differences(differences: list[Difference]) -> None:
@@ -100,9 +95,7 @@ def inspect(
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="If it is not recorded.")] = None,
     heads: Heads = None,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Say what a checkpoint is: model, size, dtype, files, layout, where it came from.
 
     Only headers are read, and nothing in them is run. Of prepared data (the prefix of a .bin and an
@@ -112,14 +105,12 @@ def inspect(
     from megatron_olmo_bridge.data.prefix import is_indexed
 
     if is_indexed(path):
-        show_dataset(path, quiet, json)
-        return
+        return inspect_dataset(path)
     found = run(path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, heads=heads)
-    if json:
-        print_json(asdict(found))
-        return
-    if quiet:
-        return
+    result = asdict(found)
+    for name, wanted in (("tensors", tensors), ("mapping", mapping)):
+        if not wanted:  # these are long
+            del result[name]
     if megatron_args:
         if not found.megatron_flags:
             raise InputError(
@@ -127,7 +118,20 @@ def inspect(
                 "with its provider, as examples/load_and_save.py does"
             )
         say(shlex.join(found.megatron_flags))
-        return
+        return Outcome(result)
+    _print_summary(found)
+    if tensors:
+        say("")
+        rows = [[t["name"], str(t["shape"]), t["dtype"], str(t["pieces"])] for t in found.tensors]
+        table(["tensor", "shape", "dtype", "chunks"], rows)
+    if mapping:
+        say("")
+        rows = [[r["megatron"], r["block"], r["hf"], r["hf_block"]] for r in found.mapping]
+        table(["Megatron parameter", "block", "Hugging Face tensor", "block"], rows)
+    return Outcome(result)
+
+
+def _print_summary(found: Inspection) -> None:
     padded = f", padded to {found.padded_vocab_size}"
     said = [
         ["what", f"{found.kind}, {found.layout}"],
@@ -152,44 +156,31 @@ def inspect(
     table(["number", "value"], [[k, str(v)] for k, v in found.numbers.items()])
     for note in found.notes:
         say(f"\nNote: {note}.")
-    if tensors:
-        say("")
-        rows = [[t["name"], str(t["shape"]), t["dtype"], str(t["pieces"])] for t in found.tensors]
-        table(["tensor", "shape", "dtype", "chunks"], rows)
-    if mapping:
-        say("")
-        rows = [[r["megatron"], r["block"], r["hf"], r["hf_block"]] for r in found.mapping]
-        table(["Megatron parameter", "block", "Hugging Face tensor", "block"], rows)
 
 
 def models(
     markdown: Annotated[bool, typer.Option("--markdown", help="As README.md has it.")] = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Say which models are supported: families, architectures, sizes, parallel layouts."""
     from megatron_olmo_bridge.models import catalogue
 
-    found = catalogue.catalogue()
-    if json:
-        print_json([asdict(family) for family in found])
-    elif markdown:
+    families = catalogue.catalogue()
+    if markdown:
         say(catalogue.markdown().rstrip())
-    elif not quiet:
-        for family in found:
-            say(f"{family.family}: {', '.join(family.architectures)}")
-            sizes = [[name, f"{count:,}"] for name, count in family.sizes.items()]
-            table(["size", "parameters"], sizes)
-            say(f"Compared with transformers at {family.layouts}; {family.verified}.\n")
+        return Outcome(families)
+    for family in families:
+        say(f"{family.family}: {', '.join(family.architectures)}")
+        sizes = [[name, f"{count:,}"] for name, count in family.sizes.items()]
+        table(["size", "parameters"], sizes)
+        say(f"Compared with transformers at {family.layouts}; {family.verified}.\n")
+    return Outcome(families)
 
 
-def doctor(quiet: Quiet = False, json: Json = False) -> None:
+def doctor() -> Outcome:
     """Say what is installed here, and what works with it."""
     from megatron_olmo_bridge.convert.doctor import doctor as run
 
     findings = run()
-    if json:
-        print_json([asdict(f) for f in findings])
-    elif not quiet:
-        rows = [["yes" if f.works else "no", f.what, f.found, f.means] for f in findings]
-        table(["works", "what", "found", "means"], rows)
+    rows = [["yes" if f.works else "no", f.what, f.found, f.means] for f in findings]
+    table(["works", "what", "found", "means"], rows)
+    return Outcome(findings)

@@ -1,68 +1,46 @@
-"""What all commands share: how they print, show progress, and end."""
+"""How commands print and show progress."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import sys
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.convert.reporter import Reporter
-from megatron_olmo_bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-P = ParamSpec("P")
-EXTRAS = {
-    "megatron": ("megatron", "transformers", "tokenizers", "numpy"),
-    "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard"),
-}
-"""Extras, and packages that come with them and that only some commands need."""
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 Workers = Annotated[
     int, typer.Option("--workers", "-j", min=1, help="Threads. torchrun adds processes.")
 ]
 
 
-def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose errors end it with one clear message and the right exit code."""
+@dataclass
+class Output:
+    """What the running command may print."""
 
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except BridgeError as error:
-            fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            fail("interrupted. A conversion can be continued with --resume.", 130)
-        except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            extra = next((name for name, has in EXTRAS.items() if package in has), None)
-            if extra is None:
-                raise
-            fail(f"this needs {error.name}: pip install 'megatron-olmo-bridge[{extra}]'", 2)
-        except BrokenPipeError:  # the reader, `head` for example, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}", 2)
+    quiet: bool = False
+    json: bool = False
 
-    return run
+    @property
+    def silent(self) -> bool:
+        """Whether lines and tables for people are left out: also in processes that aren't first."""
+        return self.quiet or self.json or not first_process()
 
 
-def fail(message: str, code: int) -> None:
-    """Print an error and leave."""
-    sys.stderr.write(f"olmo-bridge: {message}\n")
-    raise typer.Exit(code)
+output = Output()
+"""Of this process. Each command sets it when it starts: see command.py."""
+
+
+def first_process() -> bool:
+    """Whether this process is the one of torchrun's that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show_version(wanted: bool) -> None:
@@ -72,19 +50,16 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def say(text: str, quiet: bool = False) -> None:
-    """A line for people."""
-    if not quiet:
+def say(text: str) -> None:
+    """Print a line for people."""
+    if not output.silent:
         typer.echo(text)
 
 
-def print_json(value: Any) -> None:
-    """A value for scripts."""
-    typer.echo(json.dumps(value, indent=2))
-
-
 def table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
-    """A table on standard output. Long names fold; nothing is cut off."""
+    """Print a table for people. Long names fold; nothing is cut off."""
+    if output.silent:
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -114,8 +89,8 @@ def human_bytes(count: float) -> str:
 class ProgressBar(Reporter):
     """Bytes done, rate and time left on the terminal; silent where standard error is none."""
 
-    def __init__(self, quiet: bool) -> None:
-        self._shown = not quiet and sys.stderr.isatty()
+    def __init__(self) -> None:
+        self._shown = not output.silent and sys.stderr.isatty()
         self._lock = threading.Lock()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -150,7 +125,7 @@ class ProgressBar(Reporter):
             self._progress.stop()
             self._progress = None
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,7 +13,8 @@ import typer
 from megatron_olmo_bridge.convert.plan import WORKERS, CopyPlan
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 
-from .console import Json, ProgressBar, Quiet, Workers, guarded, human_bytes, print_json, say, table
+from .command import Outcome, register
+from .console import ProgressBar, Workers, first_process, human_bytes, output, say, table
 
 Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")]
 Resume = Annotated[
@@ -34,10 +35,10 @@ EXPECTED_RATE = 500e6
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    for name, command in (
-        ("synth", synth), ("import", import_), ("export", export), ("average", average),
-    ):  # fmt: skip
-        app.command(name, no_args_is_help=True)(guarded(command))
+    register(app, "synth", synth)
+    register(app, "import", import_)
+    register(app, "export", export)
+    register(app, "average", average)
 
 
 def synth(
@@ -47,8 +48,7 @@ def synth(
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     layers: Annotated[int | None, typer.Option(help="Layers, if not the published number.")] = None,
     max_shard_size: ShardSize = "5GB",
-    quiet: Quiet = False,
-) -> None:
+) -> Outcome:
     """Make a Hugging Face checkpoint with random weights in a published architecture.
 
     Streamed: a model of any size needs little memory. transformers loads it. Example:
@@ -57,12 +57,14 @@ def synth(
     """
     from megatron_olmo_bridge.convert.synth import synth as run
 
-    with ProgressBar(quiet) as bar:
+    with ProgressBar() as bar:
         made = run(
             name, folder, dtype=dtype, seed=seed, layers=layers, max_shard_size=max_shard_size,
             reporter=bar,
         )  # fmt: skip
-    say(f"{made}: {name} with random weights, {dtype}, {human_bytes(_size(made))}", quiet)
+    size = _size(made)
+    say(f"{made}: {name} with random weights, {dtype}, {human_bytes(size)}")
+    return Outcome({"destination": made, "name": name, "dtype": dtype, "bytes_written": size})
 
 
 def import_(
@@ -94,9 +96,7 @@ def import_(
     overwrite: Overwrite = False,
     checksum: Checksum = False,
     dry_run: DryRun = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Write a Hugging Face checkpoint as a Megatron checkpoint (torch_dist).
 
     Stock Megatron loads it at any parallel layout. Needs no GPU and little memory. Examples:
@@ -117,35 +117,30 @@ def import_(
         "make_vocab_size_divisible_by": make_vocab_size_divisible_by, "num_labels": num_labels,
         "heads": heads, "hf_config": hf_config,
     }  # fmt: skip
-    if quiet or json:
+    if output.silent:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of a download
     if dry_run:
         plan, _ = to_megatron.plan_import(source, **options)
-        _print_plans([_summary(plan, destination)], quiet, json)
-        return
+        return _show_plans([_summary(plan, destination)])
     begin = time.monotonic()
-    with ProgressBar(quiet or json) as bar:
+    with ProgressBar() as bar:
         plan = to_megatron.import_checkpoint(
             source, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
             checksum=checksum, reporter=bar,
         )  # fmt: skip
-    _print_done([plan], destination, begin, quiet, json)
-    if not json and _first_process():
-        say(
-            f"Prove it:    olmo-bridge verify {source} {destination}"
-            + (f" --heads {heads}" if heads else ""),
-            quiet or dtype != "keep" or any((revision, num_labels, hf_config)),
-        )
+    result = _show_done([plan], destination, begin)
+    if not output.silent:
+        if dtype == "keep" and not any((revision, num_labels, hf_config)):
+            option = f" --heads {heads}" if heads else ""
+            say(f"Prove it:    olmo-bridge verify {source} {destination}{option}")
         if num_labels is not None:
-            say(
-                f"The head is new: score.weight, {num_labels} rows of zeros. Train it before use.",
-                quiet,
-            )
-        bridge = bridge_for(read_config(destination / plan.weights_folder / HF_SUBFOLDER), "")
+            say(f"The head is new: score.weight, {num_labels} rows of zeros. Train it before use.")
         for note in plan.notes:
-            say(f"Note: {note}.", quiet)
+            say(f"Note: {note}.")
+        bridge = bridge_for(read_config(destination / plan.weights_folder / HF_SUBFOLDER), "")
         if bridge.megatron_flags(bridge.vocab_size, "float32"):
-            say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args", quiet)
+            say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args")
+    return Outcome(result)
 
 
 def export(
@@ -184,9 +179,7 @@ def export(
     overwrite: Overwrite = False,
     checksum: Checksum = False,
     dry_run: DryRun = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Write a Megatron checkpoint as a Hugging Face checkpoint, as save_pretrained writes it.
 
     Reads what this tool, megatron-core, Megatron-LM or Megatron-Bridge saved, at any parallel
@@ -206,25 +199,25 @@ def export(
         "dtype": dtype, "iteration": iteration, "max_shard_size": max_shard_size,
         "hf_config": hf_config, "vocab_size": vocab_size, "heads": heads,
     }  # fmt: skip
-    if quiet or json:
+    if output.silent:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of an upload
     _check_push(push_to_hub, private, revision, iteration)
     if dry_run:
         planned = to_hf.plan_exports(source, destination, **options)
-        _print_plans([_summary(plan, folder) for plan, _, folder in planned], quiet, json)
-        return
+        return _show_plans([_summary(plan, folder) for plan, _, folder in planned])
     begin = time.monotonic()
-    with ProgressBar(quiet or json) as bar:
+    with ProgressBar() as bar:
         plans = to_hf.export_checkpoint(
             source, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
             checksum=checksum, reporter=bar,
         )  # fmt: skip
-    pushed = {}
-    if push_to_hub is not None and _first_process():
-        pushed["url"] = _push(destination, push_to_hub, private, revision)
-    _print_done(plans, destination, begin, quiet, json, pushed)
-    if pushed and not json:
-        say(f"On the hub:  {pushed['url']}", quiet)
+    url = None
+    if push_to_hub is not None and first_process():
+        url = _push(destination, push_to_hub, private, revision)
+    result = _show_done(plans, destination, begin)
+    if url is not None:
+        say(f"On the hub:  {url}")
+    return Outcome(result | {"url": url})
 
 
 def _check_push(
@@ -272,9 +265,7 @@ def average(
     overwrite: Overwrite = False,
     checksum: Checksum = False,
     dry_run: DryRun = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Average the weights of several checkpoints of one model ("souping").
 
     DST is a Hugging Face folder, with the config and tokenizer of A. Examples:
@@ -290,15 +281,14 @@ def average(
     }  # fmt: skip
     if dry_run:
         plan, _ = plan_average(sources, destination, **options)
-        _print_plans([_summary(plan, destination)], quiet, json)
-        return
+        return _show_plans([_summary(plan, destination)])
     begin = time.monotonic()
-    with ProgressBar(quiet or json) as bar:
+    with ProgressBar() as bar:
         plan = average_checkpoints(
             sources, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
             checksum=checksum, reporter=bar,
         )  # fmt: skip
-    _print_done([plan], destination, begin, quiet, json)
+    return Outcome(_show_done([plan], destination, begin))
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -324,48 +314,31 @@ def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
     }
 
 
-def _print_plans(plans: list[dict[str, Any]], quiet: bool, json: bool) -> None:
-    """One plan as an object; those of several iterations as a list."""
-    if json:
-        print_json(plans if len(plans) > 1 else plans[0])
-    elif not quiet:
-        for plan in plans:
-            table(["file", "bytes"], [[n, f"{b:,}"] for n, b in plan["files"].items()])
-            say(
-                f"{plan['operation']} of {plan['tensors']} tensors: reads "
-                f"{human_bytes(plan['bytes_read'])}, writes {human_bytes(plan['bytes_written'])}; "
-                f"{human_bytes(plan['disk_free'])} are free. Expect about "
-                f"{plan['expected_seconds']} s at {EXPECTED_RATE / 1e6:.0f} MB/s. "
-                "Nothing was written."
-            )
+def _show_plans(plans: list[dict[str, Any]]) -> Outcome:
+    """Say what would be written: one plan, or one for each iteration."""
+    for plan in plans:
+        table(["file", "bytes"], [[n, f"{b:,}"] for n, b in plan["files"].items()])
+        say(
+            f"{plan['operation']} of {plan['tensors']} tensors: reads "
+            f"{human_bytes(plan['bytes_read'])}, writes {human_bytes(plan['bytes_written'])}; "
+            f"{human_bytes(plan['disk_free'])} are free. Expect about "
+            f"{plan['expected_seconds']} s at {EXPECTED_RATE / 1e6:.0f} MB/s. "
+            "Nothing was written."
+        )
+    return Outcome({"plans": plans})
 
 
-def _print_done(
-    plans: list[CopyPlan],
-    destination: Path,
-    begin: float,
-    quiet: bool,
-    json: bool,
-    also: dict[str, str] | None = None,
-) -> None:
-    if not _first_process():
-        return
+def _show_done(plans: list[CopyPlan], destination: Path, begin: float) -> dict[str, Any]:
+    """Say what was written."""
     seconds = time.monotonic() - begin
     written = sum(p.output_bytes for p in plans)
-    if json:
-        print_json({
-            "destination": str(destination), "bytes_written": written, "seconds": seconds,
-            "plans": [p.digest for p in plans], **(also or {}),
-        })  # fmt: skip
-        return
     count = sum(1 for plan in plans for _ in plan.payloads)
     rate = human_bytes(written / max(seconds, 1e-9))
-    say(f"{destination}: {count} tensors, {human_bytes(written)} in {seconds:.1f} s ({rate}/s)",
-        quiet)  # fmt: skip
-
-
-def _first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    say(f"{destination}: {count} tensors, {human_bytes(written)} in {seconds:.1f} s ({rate}/s)")
+    return {
+        "destination": destination, "bytes_written": written, "seconds": seconds,
+        "plan_sha256": [p.digest for p in plans],
+    }  # fmt: skip
 
 
 def _size(folder: Path) -> int:

@@ -11,12 +11,15 @@ import typer
 
 from megatron_olmo_bridge.data.progress import WORKERS, PrepareReporter
 
-from .console import Json, ProgressBar, Quiet, guarded, human_bytes, print_json, say, table
+from .command import Outcome, register
+from .console import ProgressBar, human_bytes, say, table
+
+KIND = "Megatron indexed dataset"
 
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    app.command("prepare-data", no_args_is_help=True)(guarded(prepare_data))
+    register(app, "prepare-data", prepare_data)
 
 
 def prepare_data(
@@ -49,9 +52,7 @@ def prepare_data(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Tokenize text for training, into Megatron's indexed format.
 
     Reads .jsonl, .json and .txt (also with .gz or .zst), .parquet, and OLMo-core's .npy.
@@ -69,30 +70,26 @@ def prepare_data(
     from megatron_olmo_bridge.data.prepare import prepare_data as run
 
     begin = time.monotonic()
-    bar = _TokenBar(quiet or json)
-    with bar:
+    with _TokenBar() as bar:
         info = run(
             inputs, out, tokenizer=tokenizer, workers=workers, text_field=text_field,
             txt_documents=txt_documents, token_dtype=token_dtype, skip_bad_lines=skip_bad_lines,
             resume=resume, overwrite=overwrite, reporter=bar,
         )  # fmt: skip
     seconds = time.monotonic() - begin
-    if json:
-        print_json(asdict(info) | {"seconds": seconds})
-        return
     say(
         f"{info.prefix}: {info.documents:,} documents, {info.tokens:,} tokens ({info.dtype}) in "
-        f"{seconds:.1f} s ({info.tokens / seconds:,.0f} tokens/s)",
-        quiet,
+        f"{seconds:.1f} s ({info.tokens / seconds:,.0f} tokens/s)"
     )
     if info.empty_documents:
-        say(f"Left out: {info.empty_documents:,} documents without text.", quiet)
+        say(f"Left out: {info.empty_documents:,} documents without text.")
     if info.bad_lines:
-        say(f"Left out: {info.bad_lines:,} bad lines. The first:", quiet)
+        say(f"Left out: {info.bad_lines:,} bad lines. The first:")
         for line in info.first_bad_lines:
-            say(f"  {line}", quiet)
-    say(f"Look at it:  olmo-bridge inspect {info.prefix}", quiet)
-    say(f"Train on it: data.path={info.prefix}", quiet)
+            say(f"  {line}")
+    say(f"Look at it:  olmo-bridge inspect {info.prefix}")
+    say(f"Train on it: data.path={info.prefix}")
+    return Outcome(asdict(info) | {"seconds": seconds})
 
 
 class _TokenBar(ProgressBar, PrepareReporter):
@@ -103,21 +100,16 @@ class _TokenBar(ProgressBar, PrepareReporter):
             self._progress.update(self._task, description=f"{count / 1e6:,.1f} M tokens")
 
 
-def show_dataset(path: Path, quiet: bool, json: bool) -> None:
-    """Print what an indexed dataset is."""
+def inspect_dataset(path: Path) -> Outcome:
+    """Say what an indexed dataset is."""
     from megatron_olmo_bridge.data.info import describe
 
     found = describe(path)
     info = found.info
-    if json:
-        print_json({"kind": "Megatron indexed dataset"} | asdict(found))
-        return
-    if quiet:
-        return
     unknown = "not recorded"
     largest = "" if info.max_token_id is None else f", largest that occurs {info.max_token_id:,}"
     rows = [
-        ["what", "Megatron indexed dataset"],
+        ["what", KIND],
         ["documents", f"{info.documents:,}"],
         ["tokens", f"{info.tokens:,}"],
         ["tokens of a document", f"mean {found.mean:,.1f}, median {found.median:,.0f}, "
@@ -139,3 +131,4 @@ def show_dataset(path: Path, quiet: bool, json: bool) -> None:
     table(["", ""], rows)
     for line in info.first_bad_lines:
         say(f"\nBad line: {line}")
+    return Outcome({"kind": KIND} | asdict(found))

@@ -12,24 +12,24 @@ from megatron_olmo_bridge.training.estimate import LEFT_OUT, UTILISATION, Estima
 from megatron_olmo_bridge.training.layout import model_of
 from megatron_olmo_bridge.training.monitor.human import SI, duration, short
 
-from .console import human_bytes, print_json, say, table
+from .console import human_bytes, say, table
 
 Setting = tuple[str, Any]
 OURS = "ours"
 """A source that begins so is no citation, but our choice and its reason."""
 
 
-def print_dry_run(
-    config: TrainingConfig, estimate: Estimate, *, quiet: bool = False, json: bool = False
-) -> None:
-    """Print a run's settings, parameters, tokens, FLOPs and memory; ``json`` has every field."""
-    if json:
-        worst = estimate.worst.stage
-        print_json({"config": asdict(config), "estimate": asdict(estimate) | {"worst": worst}})
-    elif not quiet:
-        _print_settings(config)
-        _print_totals(estimate, config.train.micro_batch_size)
-        _print_memory(estimate)
+def print_dry_run(config: TrainingConfig, estimate: Estimate) -> None:
+    """Print a run's settings, parameters, tokens, FLOPs and memory."""
+    _print_settings(config)
+    _print_totals(estimate, config.train.micro_batch_size)
+    _print_memory(estimate)
+
+
+def dry_run_result(config: TrainingConfig, estimate: Estimate) -> dict[str, Any]:
+    """Return every setting and every number of the estimate, for ``--json``."""
+    worst = estimate.worst.stage
+    return {"config": asdict(config), "estimate": asdict(estimate) | {"worst": worst}}
 
 
 def _print_settings(config: TrainingConfig) -> None:

@@ -10,7 +10,8 @@ import typer
 
 from megatron_olmo_bridge.errors import InputError
 
-from .console import Json, Quiet, guarded, print_json, say, table
+from .command import Outcome, register
+from .console import output, say, table
 
 if TYPE_CHECKING:
     from megatron_olmo_bridge.inference.compare import Comparison, Layer
@@ -25,8 +26,9 @@ SHOWN_LAYERS = 12
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    for name, command in (("compare", compare), ("roundtrip", roundtrip), ("generate", generate)):
-        app.command(name, no_args_is_help=True)(guarded(command))
+    register(app, "compare", compare)
+    register(app, "roundtrip", roundtrip)
+    register(app, "generate", generate)
 
 
 def compare(
@@ -42,9 +44,7 @@ def compare(
     threshold: Annotated[
         float | None, typer.Option(help="Error that is allowed, instead of the default.")
     ] = None,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Run HF in transformers and OTHER in megatron-core, and say where they part.
 
     In float32 the logits may differ by 1e-4 of the largest; in 16 bits by 1.2 times what
@@ -58,12 +58,11 @@ def compare(
         hf, other, tp=tp, pp=pp, sp=sp, ep=ep, dtype=dtype, prompt=prompt, tokens=tokens,
         threshold=threshold,
     )  # fmt: skip
-    if json:
-        print_json({"equal": found.equal, "parts_at": found.parts_at} | asdict(found))
-    elif not quiet:
-        _print_comparison(found)
-    if not found.equal:
-        raise typer.Exit(1)
+    _print_comparison(found)
+    return Outcome(
+        {"equal": found.equal, "parts_at": found.parts_at} | asdict(found),
+        exit_code=0 if found.equal else 1,
+    )
 
 
 def _print_comparison(found: Comparison) -> None:
@@ -110,9 +109,7 @@ def roundtrip(
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For two copies of the model.")
     ] = None,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Prove the way there and back: load, run, save with stock megatron-core, export, verify.
 
     Weights must be equal bit for bit, logits up to rounding. Exits with 1 if not. Example:
@@ -121,18 +118,12 @@ def roundtrip(
     """
     from megatron_olmo_bridge.inference.roundtrip import roundtrip as run
 
-    silent = quiet or json
     found = run(hf, tp=tp, pp=pp, sp=sp, tokens=tokens, work=work,
-                tell=lambda step: say(f"... {step}", silent))  # fmt: skip
-    if json:
-        print_json({"ok": found.ok} | asdict(found))
-    elif not quiet:
-        rows = [[s.name, "yes" if s.ok else "NO", s.result, f"{s.seconds:.1f} s"]
-                for s in found.steps]  # fmt: skip
-        table(["step", "ok", "result", "took"], rows)
-        say("Nothing was lost." if found.ok else "NOT the same: see above.")
-    if not found.ok:
-        raise typer.Exit(1)
+                tell=lambda step: say(f"... {step}"))  # fmt: skip
+    rows = [[s.name, "yes" if s.ok else "NO", s.result, f"{s.seconds:.1f} s"] for s in found.steps]
+    table(["step", "ok", "result", "took"], rows)
+    say("Nothing was lost." if found.ok else "NOT the same: see above.")
+    return Outcome({"equal": found.ok} | asdict(found), exit_code=0 if found.ok else 1)
 
 
 def generate(
@@ -154,9 +145,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
     tp: Tp = 1,
     pp: Pp = 1,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Continue a prompt with a live model; tokens appear as they come. Example:
 
     olmo-bridge generate ./megatron --prompt "Language models are" --tp 2
@@ -169,14 +158,12 @@ def generate(
     for piece in run.stream(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     ):
-        if not (quiet or json):
+        if not output.silent:
             typer.echo(piece, nl=False)
-    if json:
-        print_json({"prompt": run.prompt, "tokens": run.tokens, "text": run.text})
-    elif quiet:
-        say(run.text if run.text is not None else " ".join(map(str, run.tokens)))
-    else:
-        say("")
+    say("")
+    if output.quiet and not output.json:
+        typer.echo(run.text if run.text is not None else " ".join(map(str, run.tokens)))
+    return Outcome({"prompt": run.prompt, "tokens": run.tokens, "text": run.text})
 
 
 def _ids(text: str | None) -> list[int] | None:

@@ -7,33 +7,30 @@ from typing import Annotated
 
 import typer
 
-from .console import Json, Quiet, guarded, print_json, say
+from .command import Outcome, register
+from .console import say
 
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    app.command("report", no_args_is_help=True)(guarded(report))
+    register(app, "report", report)
 
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, with log.jsonl.")],
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Write RUN/report.html again, from RUN/log.jsonl: curves, key figures, config.
 
     Also while the run goes on, or after it was killed. Examples:
 
         olmo-bridge report ./run
 
-        olmo-bridge report ./run --json | jq .evaluation_loss
+        olmo-bridge report ./run --json | jq .result.evaluation_loss
     """
     from megatron_olmo_bridge.training.monitor.history import RunHistory
     from megatron_olmo_bridge.training.monitor.report import write_report
 
     path = write_report(run)
     history = RunHistory.read(run)
-    if json:
-        print_json(history.figures() | {"report": str(path)})
-    else:
-        say(f"{history.sentence}\n{path}", quiet)
+    say(f"{history.sentence}\n{path}")
+    return Outcome(history.figures() | {"report": path})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Json, Quiet, guarded, print_json, say
+from .command import Outcome, register
+from .console import output, say
 
 if TYPE_CHECKING:
     from megatron_olmo_bridge.training.config import TrainingConfig
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    app.command("train", no_args_is_help=True)(guarded(train))
+    register(app, "train", train)
 
 
 def train(
@@ -40,9 +42,7 @@ def train(
         bool,
         typer.Option("--dry-run", help="Print config, memory, tokens and FLOPs; train nothing."),
     ] = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+) -> Outcome:
     """Train a model as a recipe says. Start it again, and it goes on where it was. Examples:
 
         olmo-bridge train recipes/olmo2/olmo2_tiny.py data.path=data/text checkpoint.save=runs/first
@@ -60,14 +60,13 @@ def train(
     config = apply_overrides(load_recipe(recipe), overrides or [])
     check_values(config)
     if dry_run:
-        _dry_run(config, processes, quiet, json)
-    elif processes and processes > 1 and "RANK" not in os.environ:
-        _start(processes, [recipe, *(overrides or [])], quiet, json)
-    else:
-        _train(config, quiet, json)
+        return Outcome(_dry_run(config, processes))
+    if processes and processes > 1 and "RANK" not in os.environ:
+        return Outcome(_start(processes, [recipe, *(overrides or [])]))
+    return Outcome(_train(config))
 
 
-def _train(config: TrainingConfig, quiet: bool, json: bool) -> None:
+def _train(config: TrainingConfig) -> dict[str, Any]:
     from megatron_olmo_bridge.runtime.launch import reporting_errors
 
     _no_warnings()
@@ -77,9 +76,7 @@ def _train(config: TrainingConfig, quiet: bool, json: bool) -> None:
         from megatron_olmo_bridge.classification.train import train as run
 
     with reporting_errors():
-        figures = run(config, say=lambda line: say(line, quiet or json))
-    if json and os.environ.get("RANK", "0") == "0":
-        print_json(figures)
+        return run(config, say=say)
 
 
 def _no_warnings() -> None:
@@ -87,25 +84,32 @@ def _no_warnings() -> None:
         warnings.simplefilter("ignore")
 
 
-def _start(processes: int, arguments: list[str], quiet: bool, json: bool) -> None:
+def _start(processes: int, arguments: list[str]) -> dict[str, Any] | None:
     from megatron_olmo_bridge.runtime.launch import processes as started
 
-    flags = ["--quiet"] * quiet + ["--json"] * json
+    flags = ["--quiet"] * output.quiet + ["--json"] * output.json
     command = ["train", *arguments, *flags]
-    with started("megatron_olmo_bridge", command, processes, stoppable=True) as output:
-        for line in output:
-            typer.echo(line, nl=False)
+    printed = []
+    with started("megatron_olmo_bridge", command, processes, stoppable=True) as lines:
+        for line in lines:
+            if output.json:
+                printed.append(line)
+            else:
+                typer.echo(line, nl=False)
+    return json.loads("".join(printed))["result"] if output.json else None
 
 
-def _dry_run(config: TrainingConfig, processes: int | None, quiet: bool, json: bool) -> None:
+def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     _no_warnings()
     from megatron_olmo_bridge.training.estimate import estimate
     from megatron_olmo_bridge.training.layout import checks, smallest
     from megatron_olmo_bridge.training.train import resolved
 
-    from .dry_run import print_dry_run
+    from .dry_run import dry_run_result, print_dry_run
 
     config, _ = resolved(config)
     count = processes or int(os.environ.get("WORLD_SIZE", "0")) or smallest(config)
     checks(config, count)
-    print_dry_run(config, estimate(config, count), quiet=quiet, json=json)
+    found = estimate(config, count)
+    print_dry_run(config, found)
+    return dry_run_result(config, found)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,18 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in args])
 
 
+def result_of(command: Result) -> Any:
+    """What ``--json`` printed of a command that did its work."""
+    envelope = json.loads(command.stdout)
+    assert envelope["ok"]
+    return envelope["result"]
+
+
 def test_equal(tiny_hf: Path, tiny_megatron: Path) -> None:
     result = run("verify", tiny_hf, tiny_megatron, "--workers", 2)
     assert result.exit_code == 0
     assert result.stdout == "Equal: 47 tensors, 2.10 MB compared bit for bit.\n"
-    said = json.loads(run("verify", tiny_hf, tiny_megatron, "--json").stdout)
+    said = result_of(run("verify", tiny_hf, tiny_megatron, "--json"))
     assert said == {
         "equal": True, "differences": [], "compared": 47, "nbytes": 2_100_992, "notes": []
     }  # fmt: skip
@@ -38,7 +46,7 @@ def test_not_equal(make_hf: HF) -> None:
         assert text in result.stdout
     result = run("verify", a, b, "--json")
     assert result.exit_code == 1
-    (difference,) = json.loads(result.stdout)["differences"]
+    (difference,) = result_of(result)["differences"]
     assert (difference["kind"], difference["name"]) == ("values", name)
     result = run("verify", a, b, "--quiet")
     assert (result.exit_code, result.output) == (1, "")
@@ -48,7 +56,7 @@ def test_a_long_list_of_differences_is_cut_in_the_table_alone(make_hf: HF) -> No
     a = make_hf("a", num_hidden_layers=6)
     b = make_hf("b", num_hidden_layers=6, dtype=torch.bfloat16)
     assert "... and 29 more; --json lists all." in run("verify", a, b).stdout
-    assert len(json.loads(run("verify", a, b, "--json").stdout)["differences"]) == 69
+    assert len(result_of(run("verify", a, b, "--json"))["differences"]) == 69
 
 
 def test_one_path_is_compared_with_its_record(tiny_megatron: Path) -> None:
@@ -88,8 +96,11 @@ def test_inspect_tensors_and_mapping(tiny_megatron: Path) -> None:
     assert "ignored: computed from rope_theta" in mapping
 
 
-def test_inspect_json_has_everything(tiny_hf: Path) -> None:
-    said = json.loads(run("inspect", tiny_hf, "--json").stdout)
+def test_inspect_json_has_the_long_lists_only_on_request(tiny_hf: Path) -> None:
+    short = result_of(run("inspect", tiny_hf, "--json"))
+    assert not short.keys() & {"tensors", "mapping"}
+    said = result_of(run("inspect", tiny_hf, "--json", "--tensors", "--mapping"))
+    assert short.items() <= said.items()
     assert (said["kind"], said["size"], said["dtypes"]) == (
         "Hugging Face", "olmo2-tiny", ["bfloat16"]
     )  # fmt: skip
@@ -122,7 +133,7 @@ def test_doctor() -> None:
     assert result.exit_code == 0
     for text in ("megatron-olmo-bridge", "torch", "gloo", "copy_file_range", "disk here"):
         assert text in result.stdout
-    found = json.loads(run("doctor", "--json").stdout)
+    found = result_of(run("doctor", "--json"))
     assert found[0].keys() == {"what", "found", "works", "means"}
     assert run("doctor", "--quiet").output == ""
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -23,6 +24,13 @@ def done(*args: object) -> str:
     return result.stdout
 
 
+def result_of(*args: object) -> Any:
+    """What ``--json`` printed of a command that did its work."""
+    envelope = json.loads(done(*args, "--json"))
+    assert envelope["ok"]
+    return envelope["result"]
+
+
 def tree(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
@@ -33,6 +41,9 @@ def test_synth(tmp_path: Path) -> None:
     assert out.startswith(f"{tmp_path / 'hf'}: olmo2-tiny with random weights, float16, ")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     assert done("synth", "olmo2-tiny", tmp_path / "quiet", "--layers", 1, "--quiet") == ""
+    made = result_of("synth", "olmo2-tiny", tmp_path / "json", "--layers", 1)
+    assert made["destination"] == str(tmp_path / "json")
+    assert made["bytes_written"] == sum(map(len, tree(tmp_path / "json").values()))
 
 
 def test_import_and_export(tiny_hf: Path, tmp_path: Path) -> None:
@@ -54,7 +65,7 @@ def test_average(tiny_hf: Path, tiny_megatron: Path, tmp_path: Path) -> None:
     out = done("average", tiny_hf, tiny_megatron, tmp_path / "soup", *options)
     assert out.startswith(f"{tmp_path / 'soup'}: 47 tensors, 2.11 MB in ")
     assert run("verify", tiny_hf, tmp_path / "soup").exit_code == 0
-    said = json.loads(done("average", tiny_hf, tiny_hf, tmp_path / "soup", "--overwrite", "--json"))
+    said = result_of("average", tiny_hf, tiny_hf, tmp_path / "soup", "--overwrite")
     assert said["destination"] == str(tmp_path / "soup")
 
 
@@ -64,12 +75,12 @@ def test_quiet(tiny_hf: Path, tmp_path: Path) -> None:
 
 
 def test_json(tiny_hf: Path, tmp_path: Path) -> None:
-    said = json.loads(done("import", tiny_hf, tmp_path / "m", "--json"))
-    assert said.keys() == {"destination", "bytes_written", "seconds", "plans"}
+    said = result_of("import", tiny_hf, tmp_path / "m")
+    assert said.keys() == {"destination", "bytes_written", "seconds", "plan_sha256"}
     assert said["destination"] == str(tmp_path / "m")
     recorded = json.loads((tmp_path / "m/iter_0000000/olmo_bridge.json").read_text())
-    assert said["plans"] == [recorded["plan_sha256"]]
-    said = json.loads(done("export", tmp_path / "m", tmp_path / "back", "--json"))
+    assert said["plan_sha256"] == [recorded["plan_sha256"]]
+    said = result_of("export", tmp_path / "m", tmp_path / "back")
     assert said["bytes_written"] == sum(
         p.stat().st_size for p in (tmp_path / "back").iterdir() if p.name != "olmo_bridge.json"
     )
@@ -103,7 +114,7 @@ def test_dry_runs_write_nothing(
         target = tmp_path / "not" / "there"
         out = done(command, source, target, "--dry-run", *flags)
         if "--json" in flags:
-            plan = json.loads(out)
+            (plan,) = json.loads(out)["result"]["plans"]
             assert (plan["operation"], plan["tensors"]) == (command, tensors)
             assert plan["destination"] == str(target)
             assert plan["bytes_written"] == sum(plan["files"].values())
@@ -119,19 +130,19 @@ def test_dry_runs_write_nothing(
 
 
 def test_the_dry_runs_plan_is_the_one_carried_out(tiny_hf: Path, tmp_path: Path) -> None:
-    planned = json.loads(done("import", tiny_hf, tmp_path / "m", "--dry-run", "--json"))
-    said = json.loads(done("import", tiny_hf, tmp_path / "m", "--json"))
-    assert said["plans"] == [planned["plan_sha256"]]
+    (planned,) = result_of("import", tiny_hf, tmp_path / "m", "--dry-run")["plans"]
+    said = result_of("import", tiny_hf, tmp_path / "m")
+    assert said["plan_sha256"] == [planned["plan_sha256"]]
     assert said["bytes_written"] == planned["bytes_written"]
 
 
-def test_a_dry_run_of_all_iterations_is_one_json_value(tiny_megatron: Path, tmp_path: Path) -> None:
+def test_a_dry_run_has_a_plan_for_each_iteration(tiny_megatron: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_megatron, tmp_path / "m")
     shutil.copytree(tmp_path / "m/iter_0000000", tmp_path / "m/iter_0000004")
     args = ("export", tmp_path / "m", tmp_path / "all", "--iteration", "all")
-    plans = json.loads(done(*args, "--dry-run", "--json"))
+    plans = result_of(*args, "--dry-run")["plans"]
     assert [Path(p["destination"]).name for p in plans] == ["iter_0000000", "iter_0000004"]
-    assert len(json.loads(done(*args, "--json"))["plans"]) == 2
+    assert len(result_of(*args)["plan_sha256"]) == 2
 
 
 def test_other_processes_of_torchrun_say_nothing(

@@ -51,7 +51,7 @@ def test_what_was_done_is_said(folder: Path) -> None:
 
 def test_json_and_quiet(folder: Path) -> None:
     done = prepare(folder, "scripted", "--skip-bad-lines", "--json")
-    said = json.loads(done.stdout)
+    said = json.loads(done.stdout)["result"]
     assert (said["documents"], said["bad_lines"], said["vocab_size"]) == (40, 1, 400)
     assert said["seconds"] > 0
     assert prepare(folder, "silent", "--skip-bad-lines", "--quiet").output == ""
@@ -82,7 +82,7 @@ def test_inspect(folder: Path, suffix: str) -> None:
 
 
 def test_inspect_for_scripts(folder: Path) -> None:
-    said = json.loads(run("inspect", folder / "train", "--json").stdout)
+    said = json.loads(run("inspect", folder / "train", "--json").stdout)["result"]
     assert said["kind"] == "Megatron indexed dataset"
     assert said["info"]["documents"] == 40
     assert len(said["first_tokens"]) == 32

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from megatron_olmo_bridge.cli.dry_run import print_dry_run, shown_settings
+from megatron_olmo_bridge.cli.dry_run import dry_run_result, print_dry_run, shown_settings
 from megatron_olmo_bridge.models.bridge import published_sizes
 from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
@@ -76,16 +74,10 @@ def test_it_reads_well_in_a_narrow_terminal(
     assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 120
 
 
-def test_what_scripts_read(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_scripts_read(config: TrainingConfig) -> None:
     found = estimate(config, 8)
-    print_dry_run(config, found, json=True)
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["config"]["optimizer"]["beta1"] == 0.9
-    assert printed["estimate"]["parameters"] == 7_298_617_344
-    assert [s["total"] for s in printed["estimate"]["stages"]] == [s.total for s in found.stages]
-    assert printed["estimate"]["worst"] == found.worst.stage == 0
-
-
-def test_quiet(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    print_dry_run(config, estimate(config, 8), quiet=True)
-    assert capsys.readouterr().out == ""
+    result = dry_run_result(config, found)
+    assert result["config"]["optimizer"]["beta1"] == 0.9
+    assert result["estimate"]["parameters"] == 7_298_617_344
+    assert [s["total"] for s in result["estimate"]["stages"]] == [s.total for s in found.stages]
+    assert result["estimate"]["worst"] == found.worst.stage == 0

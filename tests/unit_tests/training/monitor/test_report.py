@@ -222,7 +222,7 @@ def test_a_classifier_has_its_measures_and_no_perplexity(classifier: Path) -> No
 
 
 def test_figures_of_a_classifier_for_scripts(classifier: Path) -> None:
-    said = json.loads(run(classifier, "--json").stdout)
+    said = json.loads(run(classifier, "--json").stdout)["result"]
     assert (said["evaluation_accuracy"], said["evaluation_macro_f1"]) == (0.875, 0.75)
     assert said["perplexity"] is None
 
@@ -327,7 +327,7 @@ def test_the_command_writes_the_same_report_again(done: Path) -> None:
 
 
 def test_the_last_figures_for_scripts(done: Path) -> None:
-    said = json.loads(run(done, "--json").stdout)
+    said = json.loads(run(done, "--json").stdout)["result"]
     assert said == {
         "name": "OLMo <1B> & co", "state": "done", "step": 100, "steps": 100, "tokens": 100_000,
         "parameters": 1_484_916_736, "loss": 2.08, "perplexity": pytest.approx(math.exp(2.08)),

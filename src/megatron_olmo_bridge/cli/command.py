@@ -1,0 +1,199 @@
+"""The shape of every command: the options that all have, the JSON envelope, errors, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from math import isfinite
+from typing import Annotated, Any, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+from megatron_olmo_bridge.errors import BridgeError
+
+from .console import first_process, output
+
+INTERNAL_ERROR = 70
+"""Exit code of a fault of our own: EX_SOFTWARE of sysexits.h."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
+BAD_USAGE = 2
+EXTRAS = {
+    "megatron": ("megatron", "transformers", "tokenizers", "numpy"),
+    "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard"),
+}
+"""Extras, and packages that come with them and that only some commands need."""
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+"""click's, or that of the copy of click which typer brings."""
+
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, for scripts: docs/scripting.md.")
+]
+_COMMON = {"quiet": _Quiet, "json": _Json}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did or found."""
+
+    result: Any = None
+    """What ``--json`` prints; may hold dataclasses and paths."""
+    exit_code: int = 0
+    """1 if the command looked for a difference and found one."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a command could not do its work."""
+
+    type: str
+    """Name of a class of errors.py, or of a built-in exception."""
+    message: str
+    exit_code: int = BAD_USAGE
+
+
+def register(app: typer.Typer, name: str, function: Callable[..., Outcome]) -> None:
+    """Make a function a command: with the options that all have, and one way to end.
+
+    The function prints for people by ``console.say`` and ``console.table``, which are silent under
+    ``--quiet`` and ``--json``, and returns what ``--json`` prints.
+    """
+    own = inspect.signature(function, eval_str=True)
+    common = [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for option, kind in _COMMON.items()
+    ]
+    parameters = [*own.parameters.values(), *common]
+    required = any(p.default is inspect.Parameter.empty for p in own.parameters.values())
+
+    def command(*, quiet: bool, json: bool, **arguments: Any) -> None:
+        output.quiet, output.json = quiet, json
+        try:
+            code = _run(name, function, arguments, resumable="resume" in own.parameters)
+        finally:
+            output.quiet = output.json = False
+        if code:
+            raise typer.Exit(code)
+
+    command.__doc__ = function.__doc__
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    app.command(name, no_args_is_help=required)(command)
+
+
+class CommandGroup(TyperGroup):
+    """The group of all commands. Bad usage is told in the JSON envelope where that is asked for."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line: see :meth:`typer.core.TyperGroup.main`."""
+        words = list(sys.argv[1:] if args is None else args)
+        flags = words[: words.index("--")] if "--" in words else words
+        json = "--json" in flags
+        alone = standalone_mode and not json  # typer then prints bad usage, and exits
+        try:
+            code = super().main(args, prog_name, complete_var, alone, windows_expand_args, **extra)
+        except _UsageError as error:
+            if not json:
+                raise
+            name = next((word for word in flags if word in self.commands), None)
+            _print_envelope(sys.stdout, name, Failure("UsageError", error.format_message()))
+            code = error.exit_code
+        except SystemExit as end:
+            if not isinstance(end.__context__, BrokenPipeError):
+                raise
+            code = _end_quietly()  # of the help, which rich prints
+        return sys.exit(code) if standalone_mode else code
+
+
+def _run(
+    name: str, function: Callable[..., Outcome], arguments: dict[str, Any], resumable: bool
+) -> int:
+    """Run a command, say what became of it, and return the exit code."""
+    stdout = sys.stdout
+    try:
+        # What libraries print must not stand beside the JSON.
+        with contextlib.redirect_stdout(sys.stderr if output.json else stdout):
+            outcome = function(**arguments)
+        if output.json:
+            _print_envelope(stdout, name, outcome.result)
+        stdout.flush()
+        return outcome.exit_code
+    except BrokenPipeError:
+        return _end_quietly()
+    except typer.Exit:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        failure = _explain(error, resumable)
+        if output.json and first_process():
+            _print_envelope(stdout, name, failure)
+        else:
+            sys.stderr.write(f"olmo-bridge: {failure.message}\n")
+        return failure.exit_code
+
+
+def _end_quietly() -> int:
+    """Print nothing more: the reader of a pipe, `head` for example, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _explain(error: BaseException, resumable: bool) -> Failure:
+    kind = type(error).__name__
+    if isinstance(error, BridgeError):
+        return Failure(kind, str(error), error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        hint = " Run the same with --resume to continue." if resumable else ""
+        return Failure("Interrupted", f"interrupted.{hint}", INTERRUPTED)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, has in EXTRAS.items() if package in has), None)
+        if extra is not None:
+            install = f"pip install 'megatron-olmo-bridge[{extra}]'"
+            return Failure("MissingPackage", f"this needs {error.name}: {install}")
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return Failure(kind, f"{where}{error.strerror or error}")
+    traceback.print_exception(error)
+    return Failure(kind, f"a fault of olmo-bridge itself: {kind}: {error}", INTERNAL_ERROR)
+
+
+def _print_envelope(stdout: TextIO, command: str | None, outcome: Any) -> None:
+    """Print what a command found, or its failure, as the one JSON object of docs/scripting.md."""
+    if not first_process():
+        return
+    failed = isinstance(outcome, Failure)
+    envelope = {
+        "command": command,
+        "ok": not failed,
+        "error": {"type": outcome.type, "message": outcome.message} if failed else None,
+        "result": None if failed else _plain(outcome),
+    }
+    stdout.write(json.dumps(envelope, indent=2, allow_nan=False, default=str) + "\n")
+    stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as objects, tuples as lists, null for NaN and infinity: JSON has neither."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,0 +1,222 @@
+"""What every command does alike: the JSON envelope, errors, exit codes, broken pipes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from megatron_olmo_bridge.cli import app as command_line
+from megatron_olmo_bridge.cli.command import CommandGroup, Outcome, register
+from megatron_olmo_bridge.cli.console import output, say
+from megatron_olmo_bridge.errors import AskedToStop, FormatError
+
+
+@dataclass(frozen=True)
+class Found:
+    """A result as functions of the package return it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    error: float
+
+
+def run_command(function: Callable[..., Outcome], *args: str) -> Result:
+    """Run ``olmo-bridge look ...``, where ``look`` is the function."""
+    app = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    register(app, "look", function)
+    return CliRunner().invoke(app, ["look", *args])
+
+
+def failing(error: BaseException) -> Callable[[], Outcome]:
+    def command() -> Outcome:
+        raise error
+
+    return command
+
+
+def succeeding(at: Annotated[str, typer.Argument(metavar="AT")]) -> Outcome:
+    """Look at something."""
+    say(f"looked at {at}")
+    return Outcome({"at": at})
+
+
+# ---------------------------------------------------------------------------------- the envelope
+
+
+def test_json_prints_the_envelope_and_nothing_else() -> None:
+    done = run_command(succeeding, "here", "--json")
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == {
+        "command": "look", "ok": True, "error": None, "result": {"at": "here"},
+    }  # fmt: skip
+
+
+def test_people_read_lines_and_quiet_has_none() -> None:
+    assert run_command(succeeding, "here").stdout == "looked at here\n"
+    assert run_command(succeeding, "here", "--quiet").output == ""
+
+
+def test_options_of_one_command_do_not_outlive_it() -> None:
+    run_command(succeeding, "here", "--json", "--quiet")
+    assert not output.silent
+
+
+def test_a_difference_is_a_result_with_exit_code_1() -> None:
+    """The command did its work: ok says so, and the result says what differs."""
+    done = run_command(lambda: Outcome({"equal": False}, exit_code=1), "--json")
+    assert done.exit_code == 1
+    envelope = json.loads(done.stdout)
+    assert (envelope["ok"], envelope["result"]) == (True, {"equal": False})
+
+
+def test_what_json_has_no_word_for() -> None:
+    """Paths are text, and numbers that JSON lacks are null: Python alone would read ``NaN``."""
+    found = Found(Path("a/b"), (2, 3), math.nan)
+    done = run_command(lambda: Outcome({"found": [found], "largest": math.inf}), "--json")
+    assert json.loads(done.stdout)["result"] == {
+        "found": [{"path": "a/b", "shape": [2, 3], "error": None}], "largest": None,
+    }  # fmt: skip
+
+
+def test_what_a_library_prints_goes_to_standard_error() -> None:
+    def chatty() -> Outcome:
+        print("a library says hello")
+        return Outcome(3)
+
+    done = run_command(chatty, "--json")
+    assert json.loads(done.stdout)["result"] == 3
+    assert done.stderr == "a library says hello\n"
+
+
+def test_only_the_first_process_of_torchrun_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(succeeding, "here").output == ""
+    assert run_command(succeeding, "here", "--json").output == ""
+    done = run_command(failing(FormatError("shard of rank 1 is damaged")), "--json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "olmo-bridge: shard of rank 1 is damaged\n"
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+ERRORS = [
+    (FormatError("file x is damaged"), 2, "FormatError", "file x is damaged"),
+    (AskedToStop("stopped after step 3"), 75, "AskedToStop", "stopped after step 3"),
+    (FileNotFoundError(2, "No such file or directory", "/a/b"), 2, "FileNotFoundError",
+     "/a/b: No such file or directory"),
+    (OSError(5, "Input/output error"), 2, "OSError", "Input/output error"),
+    (OSError("only words"), 2, "OSError", "only words"),
+    (KeyboardInterrupt(), 130, "Interrupted", "interrupted."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "code", "kind", "message"), ERRORS)
+def test_an_error_is_one_message_and_an_exit_code(
+    error: BaseException, code: int, kind: str, message: str
+) -> None:
+    done = run_command(failing(error))
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert done.stderr == f"olmo-bridge: {message}\n"
+
+
+@pytest.mark.parametrize(("error", "code", "kind", "message"), ERRORS)
+def test_an_error_as_json_has_the_same_exit_code(
+    error: BaseException, code: int, kind: str, message: str
+) -> None:
+    done = run_command(failing(error), "--json")
+    assert (done.exit_code, done.stderr) == (code, "")
+    assert json.loads(done.stdout) == {
+        "command": "look", "ok": False, "error": {"type": kind, "message": message},
+        "result": None,
+    }  # fmt: skip
+
+
+def test_after_an_interrupt_resume_is_named_where_there_is_such_an_option() -> None:
+    def convert(resume: bool = False) -> Outcome:
+        raise KeyboardInterrupt
+
+    done = run_command(convert)
+    assert done.stderr == "olmo-bridge: interrupted. Run the same with --resume to continue.\n"
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_fault_of_our_own_shows_its_traceback(flags: tuple[str, ...]) -> None:
+    """Not with exit code 1, which says that a difference was found."""
+    done = run_command(failing(ZeroDivisionError("of x by y")), *flags)
+    assert done.exit_code == 70
+    assert "Traceback" in done.stderr
+    message = "a fault of olmo-bridge itself: ZeroDivisionError: of x by y"
+    if flags:
+        assert json.loads(done.stdout)["error"] == {"type": "ZeroDivisionError", "message": message}
+    else:
+        assert done.stderr.endswith(f"olmo-bridge: {message}\n")
+
+
+# -------------------------------------------------------------------------------------- bad usage
+
+
+def envelope_of(*args: str) -> Any:
+    done = CliRunner().invoke(command_line.app, [*args])
+    assert done.exit_code == 2
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("args", "command", "message"),
+    [
+        (("import", "hf", "--json"), "import", "Missing argument 'DST'"),
+        (("--json", "import"), "import", "No such option: --json"),
+        (("verify", "--json", "--no-such-flag"), "verify", "No such option: --no-such-flag"),
+        (("verify", "a", "b", "-j", "0", "--json"), "verify", "Invalid value for '--workers'"),
+        (("no-such-command", "--json"), None, "No such command 'no-such-command'"),
+    ],
+)
+def test_bad_usage_is_an_envelope_too(
+    args: tuple[str, ...], command: str | None, message: str
+) -> None:
+    envelope = envelope_of(*args)
+    assert envelope["command"] == command
+    assert (envelope["ok"], envelope["result"]) == (False, None)
+    assert envelope["error"]["type"] == "UsageError"
+    assert message in envelope["error"]["message"]
+
+
+def test_json_after_two_dashes_is_an_argument() -> None:
+    done = CliRunner().invoke(command_line.app, ["verify", "--", "--json"])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "--json: no such file or folder" in done.stderr
+
+
+def test_every_command_is_registered_in_the_same_way() -> None:
+    """So that none lacks the envelope, or ends in a way of its own."""
+    for command in command_line.app.registered_commands:
+        done = CliRunner().invoke(command_line.app, [str(command.name), "--help"])
+        assert done.exit_code == 0
+        assert {"--json", "--quiet"} <= set(done.stdout.split())
+
+
+# ----------------------------------------------------------------------------------- broken pipes
+
+
+@pytest.mark.parametrize("args", [("models",), ("models", "--json"), ("import", "--help")])
+def test_a_reader_who_has_seen_enough_is_no_error(args: tuple[str, ...]) -> None:
+    """``olmo-bridge models | head -1``: exit code 1 would say that a difference was found."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "megatron_olmo_bridge", *args]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
