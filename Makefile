@@ -5,14 +5,16 @@ PYTHON_LATEST ?= $(shell for p in python3.12 $(wildcard $(HOME)/.pyenv/versions/
 VENV := .venv
 LATEST := .venv-latest
 BENCH ?=
+TE_VERSIONS := 2.6.0 2.20.2
 
-.PHONY: help setup demo train-demo test test-latest lint bench clean
+.PHONY: help setup demo train-demo test test-latest test-te lint bench clean
 
 help:
 	@echo "make demo         set up, convert a 1B model both ways, and prove that nothing was lost"
 	@echo "make train-demo   set up, and go from text to a trained model in transformers; 5 minutes"
 	@echo "make test         set up, lint, run the tests"
 	@echo "make test-latest  the same tests on Python 3.12 with the newest megatron-core"
+	@echo "make test-te      Transformer Engine's own Python on a CPU, oldest and newest version"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        time import and export next to cp -r, live loading next to safetensors,"
 	@echo "                  training next to a PyTorch loop; BENCH='--size olmo2-7b' for more"
@@ -44,6 +46,19 @@ test: $(VENV)/ready lint
 test-latest: $(LATEST)/ready
 	$(LATEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
+# The pure Python wheel alone: 6 MB, without the compiled parts and without CUDA.
+.te/%/ready: $(VENV)/ready
+	rm -rf .te/$*
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		-c constraints.txt --target .te/$* transformer-engine==$* einops
+	touch $@
+
+test-te: $(VENV)/ready $(TE_VERSIONS:%=.te/%/ready)
+	for version in $(TE_VERSIONS); do \
+		CUDA_VISIBLE_DEVICES= TRANSFORMER_ENGINE_PYTHON=.te/$$version $(VENV)/bin/python -m pytest \
+			tests/functional_tests/te_on_cpu -n 2 --dist loadfile || exit 1; \
+	done
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -55,4 +70,4 @@ bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/train.py
 
 clean:
-	rm -rf $(VENV) $(LATEST) demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) .te demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache

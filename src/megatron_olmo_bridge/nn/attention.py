@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_olmo_bridge.errors import UnsupportedError
 
+from .attention_mask import check_mask
+
 _NOTHING = contextlib.nullcontext()
 
 
@@ -77,6 +79,7 @@ class ScaledDotProductAttention(torch.nn.Module):
             [s, b, heads / TP * head_dim]
 
         Raises:
+            InputError: the mask is of another shape or dtype.
             UnsupportedError: packed sequences or an attention bias.
         """
         if packed_seq_params is not None or attention_bias is not None:
@@ -84,7 +87,10 @@ class ScaledDotProductAttention(torch.nn.Module):
                 "packed sequences and attention biases need Transformer Engine's attention"
             )
         length, past = query.shape[0], key.shape[0] - query.shape[0]
-        allowed = None if attention_mask is None else ~attention_mask
+        allowed = None
+        if attention_mask is not None:
+            check_mask(attention_mask, length, length + past)
+            allowed = ~attention_mask
         seen = self._seen(length, past, query.device)
         if seen is not None:
             allowed = seen if allowed is None else allowed & seen

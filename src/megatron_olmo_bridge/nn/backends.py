@@ -59,18 +59,18 @@ def backend_named(name: str = AUTO) -> Backend:
         )
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
-        TEDotProductAttention,
         TENorm,
         TERowParallelLinear,
     )
 
+    from .te_attention import MaskedTEDotProductAttention
     from .te_post_norm import TERowParallelLinearPostLN
 
     return Backend(
         column_parallel_linear=TEColumnParallelLinear,
         row_parallel_linear=TERowParallelLinear,
         row_parallel_linear_post_norm=TERowParallelLinearPostLN,
-        core_attention=TEDotProductAttention,
+        core_attention=MaskedTEDotProductAttention,
         q_norm=QRMSNorm,
         k_norm=KRMSNorm,
         norm=TENorm,

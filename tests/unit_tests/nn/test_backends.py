@@ -183,9 +183,9 @@ def test_an_installed_transformer_engine_is_used_where_there_is_cuda_and_only_th
     assert {x.rpartition(":")[2] for x in found["without CUDA"]} == {x.__name__ for x in local}
     assert {x for x in found["with CUDA"] if "TE" in x} == {
         "megatron:TEColumnParallelLinear",
-        "megatron:TEDotProductAttention",
         "megatron:TENorm",
         "megatron:TERowParallelLinear",
+        "megatron_olmo_bridge:MaskedTEDotProductAttention",
         "megatron_olmo_bridge:TERowParallelLinearPostLN",
     }
 

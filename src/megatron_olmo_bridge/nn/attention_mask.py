@@ -1,0 +1,55 @@
+"""What a decoder's attention mask may be, and whether it says more than causality."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+from megatron_olmo_bridge.errors import InputError
+
+
+def check_mask(mask: torch.Tensor, queries: int, keys: int) -> None:
+    """Check that a mask is [batch or 1, heads or 1, queries, keys] of bool.
+
+    Of a mask of keys alone, [b, 1, 1, keys], megatron-core would let queries see later keys; and
+    transformers' masks are True where megatron-core's are False.
+
+    Raises:
+        InputError: another shape or dtype.
+    """
+    if mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[2:] == (queries, keys):
+        return
+    raise InputError(
+        f"attention_mask is {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}: it must "
+        f"be bool [batch or 1, 1, {queries}, {keys}], True where a query must not see a key "
+        "(megatron_olmo_bridge.nn.classification.padding_mask makes one). For causal attention "
+        "without padding, or with padding on the right, pass None."
+    )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    mask: weakref.ref[torch.Tensor]
+    version: int
+    causal: bool
+
+
+_last: _Answer | None = None
+"""Of the mask that was looked at last: every layer of a model asks for the same one."""
+
+
+def is_causal(mask: torch.Tensor) -> bool:
+    """Whether a mask hides exactly the later keys, as Megatron-LM's data loader makes it.
+
+    Waits for the device once for each mask, not once for each layer.
+    """
+    global _last
+    version = 0 if mask.is_inference() else mask._version
+    if _last is None or _last.mask() is not mask or _last.version != version:
+        queries, keys = mask.shape[2:]
+        later = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
+        same = bool((mask == later.triu(keys - queries + 1)).all())
+        _last = _Answer(weakref.ref(mask), version, same)
+    return _last.causal

@@ -1,0 +1,54 @@
+"""Transformer Engine's attention, with attention masks honoured. Needs CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+from .attention_mask import check_mask, is_causal
+
+
+class MaskedTEDotProductAttention(TEDotProductAttention):  # type: ignore[misc]
+    """``TEDotProductAttention`` that doesn't ignore the mask it is given.
+
+    Under the mask type ``causal`` flash attention and cuDNN's kernel take no mask, so that
+    Transformer Engine drops it in 16 bits (in float32 it doesn't). Only its unfused attention takes
+    one, as the type ``arbitrary``, and hides beside it what a window hides; it keeps the scores of
+    all pairs of positions in memory. A mask that is the causal one is left to the fast kernels.
+    Source: ``get_attention_backend`` and ``get_full_mask`` of Transformer Engine 2.6 to 2.20,
+    ``attention/dot_product_attention/utils.py``.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As TEDotProductAttention's.
+
+        Args:
+            attention_mask: bool, [b or 1, 1, s, t], True where attention is not allowed. Packed
+                sequences are masked by their lengths instead, as in megatron-core.
+
+        Raises:
+            InputError: the mask is of another shape or dtype.
+        """
+        if packed_seq_params is None and attention_mask is not None:
+            check_mask(attention_mask, len(query), len(key))
+            if attn_mask_type is AttnMaskType.causal and is_causal(attention_mask):
+                attention_mask = None
+            else:
+                attn_mask_type = AttnMaskType.arbitrary
+        return super().forward(  # type: ignore[no-any-return]
+            query, key, value, attention_mask, attn_mask_type,
+            attention_bias, packed_seq_params, **kwargs,
+        )  # fmt: skip
