@@ -46,7 +46,7 @@ def stage2() -> TrainingConfig:
             steps=23_852, global_batch_size=512, micro_batch_size=4, sequence_length=4096,
             precision="bfloat16", seed=42,
         ),
-        schedule=ScheduleConfig(warmup_steps=0, decay="linear", min_lr_ratio=0.0, end_step=23_841),
+        schedule=ScheduleConfig(warmup_steps=0, decay="linear", min_lr_ratio=0.0, end_step=23_842),
         parallel=ParallelConfig(overlap=True),
         init=CONTINUED,
         sources=of_yaml(STAGE2, REPOSITORY, "stage2-ingredient3-step23852-tokens51B") | {

@@ -46,7 +46,7 @@ def stage2() -> TrainingConfig:
             steps=11_931, global_batch_size=1024, micro_batch_size=2, sequence_length=4096,
             precision="bfloat16", seed=42,
         ),
-        schedule=ScheduleConfig(warmup_steps=0, decay="linear", min_lr_ratio=0.0, end_step=11_920),
+        schedule=ScheduleConfig(warmup_steps=0, decay="linear", min_lr_ratio=0.0, end_step=11_921),
         parallel=ParallelConfig(tp=2, sp=True, overlap=True),
         init=CONTINUED,
         sources=of_yaml(STAGE2, REPOSITORY, "stage2-ingredient1-step11931-tokens50B") | {

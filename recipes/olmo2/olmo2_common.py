@@ -1,6 +1,8 @@
 """What the OLMo-2 recipes share: model, optimizer, and where each value is published.
 
-The initial weights are normal; OLMo cuts them off at 3 standard deviations, which is not done here.
+The initial weights are drawn as OLMo draws them: from a normal distribution cut off at 3 standard
+deviations. Schedules that are published in tokens end at the first step that has all of them; the
+last checkpoint of OLMo's own trainer is 10 steps later (``extra_steps_after_cancel``).
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def of_yaml(file: str, repository: str, revision: str) -> dict[str, str]:
         "schedule.warmup_steps": "scheduler.t_warmup, in tokens",
         "schedule.decay": "scheduler.name",
         "schedule.min_lr_ratio": "scheduler.alpha_f",
-        "schedule.end_step": "scheduler.t_max, else max_duration; in tokens",
+        "schedule.end_step": "scheduler.t_max, else max_duration; in tokens, rounded up",
         "checkpoint.interval": "save_interval",
         "evaluation.interval": "eval_interval",
     }
@@ -96,7 +98,7 @@ def of_script(file: str, repository: str, revision: str) -> dict[str, str]:
         "schedule.warmup_steps": "scheduler.warmup_steps",
         "schedule.decay": "scheduler",
         "schedule.min_lr_ratio": "scheduler.alpha_f",
-        "schedule.end_step": "max_duration, in tokens",
+        "schedule.end_step": "max_duration, in tokens, rounded up",
         "stability.on_spike": optim,
         "stability.sigma": f"{optim}.sigma_factor, by default",
         "stability.window": f"{optim}.rolling_interval_length, by default",

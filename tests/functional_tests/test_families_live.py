@@ -170,7 +170,8 @@ def launch(
 def language_model(family: str, layout: str, families: Path, root: Path) -> Step:
     fields: dict[str, Any] = dict(FAMILY_LAYOUTS[layout].fields)
     if family in MIXTURES:
-        fields["moe_aux_loss_coeff"] = 0.0  # transformers' loss has no such part either
+        # transformers' loss has no such parts either
+        fields |= {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
     return {
         "action": "language_model", "hf": families / family, "fields": fields,
         "out": root / family / layout, "tokens": tokens().tolist(), "saves": saves(family, layout),

@@ -21,7 +21,7 @@ from megatron_olmo_bridge.training.monitor.human import short
 from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-FAMILIES = ("olmo2", "olmo3", "gpt2")
+FAMILIES = ("olmo2", "olmo3", "olmoe", "gpt2")
 
 ADAMW = {
     "optimizer.beta1": 0.9, "optimizer.beta2": 0.95, "optimizer.eps": 1e-8,
@@ -49,14 +49,14 @@ def olmo2(lr: float, batch: int, steps: int, end: int, seed: int) -> dict[str, A
 PUBLISHED: dict[str, dict[str, Any]] = {
     "olmo2/olmo2_1b.py": COSINE | olmo2(4e-4, 512, 1907359, 2384186, 6198)
     | {"schedule.warmup_steps": 4000},
-    "olmo2/olmo2_1b.py:stage2": TO_ZERO | olmo2(7.4487e-5, 512, 23852, 23841, 42),
+    "olmo2/olmo2_1b.py:stage2": TO_ZERO | olmo2(7.4487e-5, 512, 23852, 23842, 42),
     "olmo2/olmo2_7b.py": COSINE | olmo2(3e-4, 1024, 928646, 1192093, 6198)
     | {"schedule.warmup_steps": 2000},
-    "olmo2/olmo2_7b.py:stage2": TO_ZERO | olmo2(6.1499e-5, 1024, 11931, 11920, 42),
-    "olmo2/olmo2_13b.py": COSINE | olmo2(9e-4, 2048, 596057, 596046, 6198)
-    | {"schedule.warmup_steps": 2000},
-    "olmo2/olmo2_13b.py:stage2": TO_ZERO | olmo2(9e-5, 2048, 11931, 11920, 1110),
-    "olmo2/olmo2_13b.py:stage2_300b": TO_ZERO | olmo2(9e-5, 2048, 35773, 35762, 2662),
+    "olmo2/olmo2_7b.py:stage2": TO_ZERO | olmo2(6.1499e-5, 1024, 11931, 11921, 42),
+    "olmo2/olmo2_13b.py": COSINE | olmo2(9e-4, 2048, 596057, 596047, 6198)
+    | {"schedule.warmup_steps": 1000},
+    "olmo2/olmo2_13b.py:stage2": TO_ZERO | olmo2(9e-5, 2048, 11931, 11921, 1110),
+    "olmo2/olmo2_13b.py:stage2_300b": TO_ZERO | olmo2(9e-5, 2048, 35773, 35763, 2662),
     "olmo2/olmo2_32b.py": COSINE | SKIPS | olmo2(6e-4, 2048, 721901, 774861, 34521)
     | {"schedule.warmup_steps": 2000},
     "olmo2/olmo2_32b.py:stage2": TO_ZERO | SKIPS | olmo2(6.6232e-5, 2048, 11921, 11921, 1110),
@@ -65,6 +65,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "olmo3/olmo3_7b.py": COSINE | SKIPS | olmo2(3e-4, 512, 597046, 1192093, 34521)
     | {"train.sequence_length": 8192, "schedule.warmup_steps": 2000,
        "provider.make_vocab_size_divisible_by": 128},
+    "olmo3/olmo3_7b.py:stage2": TO_ZERO | SKIPS
+    | olmo2(2.0712352850360292e-4, 256, 47684, 47684, 1337)
+    | {"train.sequence_length": 8192, "provider.make_vocab_size_divisible_by": 128},
+    "olmoe/olmoe_1b_7b.py": COSINE | olmo2(4e-4, 1024, 1_200_000, 1192093, 6198)
+    | {"schedule.warmup_steps": 2500, "optimizer.decayed": "all", "optimizer.z_loss": 0.0,
+       "provider.moe_aux_loss_coeff": 0.01, "provider.moe_z_loss_coeff": 0.001},
     "gpt2/gpt2_124m.py": COSINE | ADAMW | {
         "optimizer.lr": 6e-4, "optimizer.decayed": "matrices", "optimizer.z_loss": 0.0,
         "train.global_batch_size": 480, "train.steps": 600_000, "train.sequence_length": 1024,
@@ -74,8 +80,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """OLMo-2 1B, 7B and 13B: allenai/OLMo ``configs/official-0425``, ``configs/official-1124``, of 13B
-the peak and the warmup from the paper's Table 3; 32B and Olmo-3: allenai/OLMo-core
-``src/scripts/official``; GPT-2: nanoGPT. Steps: the last revisions on the hub."""
+the peak from the launch scripts; 32B and Olmo-3: allenai/OLMo-core ``src/scripts/official``; OLMoE:
+allenai/OLMo ``configs/official/OLMoE-1B-7B-0824.yml``; GPT-2: nanoGPT. Steps: revisions on the hub,
+the last of each stage or the one that the next stage began with."""
 
 TOTALS = {
     "olmo2/olmo2_1b.py": (1_484_916_736, 4.000e12, 2_097_152),
@@ -89,6 +96,8 @@ TOTALS = {
     "olmo2/olmo2_32b.py:stage2": (32_234_279_936, 100.0e9, 8_388_608),
     "olmo2/olmo2_32b.py:stage2_300b": (32_234_279_936, 300.0e9, 8_388_608),
     "olmo3/olmo3_7b.py": (7_298_011_136, 2.504e12, 4_194_304),
+    "olmo3/olmo3_7b.py:stage2": (7_298_011_136, 100.0e9, 2_097_152),
+    "olmoe/olmoe_1b_7b.py": (6_919_161_856, 5.033e12, 4_194_304),
     "gpt2/gpt2_124m.py": (124_439_808, 294.9e9, 491_520),
 }
 """Parameters, tokens of the run, and tokens of a step."""
@@ -192,6 +201,28 @@ def test_stage_2_begins_where_stage_1_ended() -> None:
     for size, lr in ends.items():
         stage2 = load(f"olmo2/olmo2_{size}.py:stage2")
         assert stage2.optimizer.lr == pytest.approx(lr, rel=1e-2 if size == "7b" else 1e-5)
+
+
+def test_the_rate_of_olmo3s_stage_2_is_that_of_stage_1s_cosine_after_2t_tokens() -> None:
+    after = 2e12 / (512 * 8192)
+    assert load("olmo3/olmo3_7b.py:stage2").optimizer.lr == pytest.approx(
+        cosine(3e-4, round(after + 0.5), 2000, 5e12 / (512 * 8192)), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("recipe", [name for name in PUBLISHED if "olmo" in name])
+def test_a_schedule_in_tokens_ends_at_the_first_step_that_has_all_of_them(recipe: str) -> None:
+    config = load(recipe)
+    tokens = config.schedule.end_step * config.tokens_per_step
+    published = round(tokens / 1e10) * 1e10
+    assert published <= tokens < published + config.tokens_per_step
+
+
+def test_the_launch_scripts_of_13b_override_the_rate_and_not_the_warmup() -> None:
+    sources = load("olmo2/olmo2_13b.py").sources
+    assert "scripts/augusta/peteish13.sh" in sources["optimizer.lr"]
+    assert "scripts/beaker/peteish/peteish13-highlr.sh" in sources["optimizer.lr"]
+    assert "OLMo2-13B-stage1.yaml" in sources["schedule.warmup_steps"]
 
 
 def test_the_tiny_one_is_for_a_laptop() -> None:

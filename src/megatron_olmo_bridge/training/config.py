@@ -57,8 +57,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     decayed: str = "all_but_embeddings"
-    """Which parameters decay: ``all_but_embeddings`` (OLMo), ``matrices`` (GPT-2: embeddings, but
-    neither norms nor biases) or ``all``."""
+    """Which parameters decay: ``all_but_embeddings`` (OLMo-2 and Olmo-3), ``all`` (OLMoE, OLMo 7B
+    0424 and 0724), or ``matrices`` (GPT-2: embeddings, but neither norms nor biases)."""
     clip_grad: float = 1.0
     """Largest norm of the gradient, over all parameters; 0 does not clip."""
     z_loss: float = 0.0
@@ -91,7 +91,8 @@ class StabilityConfig:
     """A spike is a loss, or with ``skip`` a gradient norm too, this many standard deviations above
     the mean of the last ``window`` steps."""
     window: int = 128
-    """Until so many steps were seen, there are no spikes."""
+    """Steps that are looked back on. The first spike can be the step in the middle of the first
+    window (step 64 of 128)."""
 
 
 @dataclass

@@ -17,9 +17,9 @@ from .config import StabilityConfig
 class Watch:
     """Remembers the last steps' losses and gradient norms.
 
-    Source of ``skip``: OLMo-core's ``SkipStepOptimizer``, which leaves out a step whose loss or
-    gradient norm is more than ``sigma`` standard deviations above the mean of the last ``window``,
-    once it has seen half of that.
+    Source of ``skip``: OLMo-core's ``SkipStepOptimizer``, which skips a step whose loss or gradient
+    norm is more than ``sigma`` standard deviations above the mean of the ``window`` steps before.
+    It starts with step ``window // 2``, itself counted: the 64th of the usual 128.
 
     Attributes:
         losses, norms: of the last steps, skipped ones among them, the newest last.
@@ -88,6 +88,7 @@ class Watch:
 
     def _above(self, seen: Iterable[float], value: float) -> bool:
         last = list(seen)
-        if len(last) < max(2, self.settings.window // 2):
+        # A deviation takes two steps (OLMo-core skips for lack of one: its deviation is NaN).
+        if len(last) < 2 or len(last) + 1 < self.settings.window // 2:
             return False
         return value > fmean(last) + self.settings.sigma * stdev(last)

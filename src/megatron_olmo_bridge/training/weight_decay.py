@@ -14,7 +14,8 @@ def olmo_weight_decay() -> Overrides:
     megatron-core's own choice is the other way round: it decays the embeddings and spares every
     vector, the norms' gains that is. Source: OLMo-core, ``src/scripts/official/OLMo2``, where
     AdamW has ``weight_decay=0.1`` and one ``OptimGroupOverride`` with ``weight_decay=0.0`` for
-    ``embeddings.weight``.
+    ``embeddings.weight``. OLMoE and OLMo 7B 0424 and 0724 decay the embeddings too
+    (``decay_embeddings: true`` in allenai/OLMo's ``configs/official``): ``optimizer.decayed=all``.
 
     megatron-core applies the multiplier in ``OptimizerParamScheduler``: without one it has no
     effect, and everything is decayed.

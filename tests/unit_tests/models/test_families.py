@@ -20,7 +20,8 @@ from megatron_olmo_bridge.models.catalogue import catalogue, markdown
 
 PARAMETERS = {
     "olmo-1b": 1_176_764_416, "olmo-7b": 6_888_095_744, "olmo3-7b": 7_298_011_136,
-    "olmo3-32b": 32_233_522_176, "olmoe-1b-7b": 6_919_161_856, "gpt2-124m": 124_439_808,
+    "olmo3-32b": 32_233_522_176, "olmo3.1-7b": 7_298_011_136, "olmo3.1-32b": 32_233_522_176,
+    "olmoe-1b-7b": 6_919_161_856, "gpt2-124m": 124_439_808,
     "gpt2-355m": 354_823_168, "gpt2-774m": 774_030_080, "gpt2-1.5b": 1_557_611_200,
 }  # fmt: skip
 TINY = [name for name in published_sizes() if name.endswith("-tiny")]

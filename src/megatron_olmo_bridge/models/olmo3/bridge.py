@@ -34,6 +34,9 @@ class Olmo3Bridge(ModelBridge):
         "olmo3-tiny": _published(4, 128, 8, 4, 384, vocab=1022, window=16, original=32),
         "olmo3-7b": _published(32, 4096, 32, 32, 11008),
         "olmo3-32b": _published(64, 5120, 40, 8, 27648),
+        # Olmo 3.1 is Olmo 3 after more post-training, in the same shapes.
+        "olmo3.1-7b": _published(32, 4096, 32, 32, 11008),
+        "olmo3.1-32b": _published(64, 5120, 40, 8, 27648),
     }
     config_class = Olmo3Config
     provider_class = "megatron_olmo_bridge.models.olmo3.provider:Olmo3ModelProvider"

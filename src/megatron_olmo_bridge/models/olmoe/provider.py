@@ -38,6 +38,9 @@ class OlmoeModelProvider(MoEModelProvider):
     """Theta of the rotary embedding."""
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to this, after the QK norm; None for not at all."""
+    moe_z_loss_coeff: float | None = 0.001
+    """Weight of the loss that keeps the router's logits small, in training. Source: allenai/OLMo
+    ``configs/official/OLMoE-1B-7B-0824.yml``, ``moe_zloss_weight``."""
 
     def layer_spec(self) -> ModuleSpec:
         return decoder_layer(
