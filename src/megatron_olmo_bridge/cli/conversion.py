@@ -12,6 +12,7 @@ import typer
 
 from megatron_olmo_bridge.convert.plan import WORKERS, CopyPlan
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
+from megatron_olmo_bridge.formats.dtypes import parse_dtype
 
 from .command import Outcome, register
 from .console import ProgressBar, Workers, first_process, human_bytes, output, say, table
@@ -62,7 +63,7 @@ def synth(
             name, folder, dtype=dtype, seed=seed, layers=layers, max_shard_size=max_shard_size,
             reporter=bar,
         )  # fmt: skip
-    size = _size(made)
+    size, dtype = _size(made), parse_dtype(dtype)
     say(f"{made}: {name} with random weights, {dtype}, {human_bytes(size)}")
     return Outcome({"destination": made, "name": name, "dtype": dtype, "bytes_written": size})
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.tensors import MeanView, TensorView
 from megatron_olmo_bridge.mapping.registry import bulleted
 
@@ -14,10 +16,13 @@ from .execute import execute
 from .plan import WORKERS, CopyPlan
 from .provenance import Provenance
 from .reporter import Reporter
-from .source import Source, check_dtype, fetch, open_source
+from .source import Source, fetch, open_source
 from .stage import refuse_overlap
 from .to_hf import MAX_SHARD_SIZE, index_of, parse_size, shards, side_texts
 from .verify import config_differences, name_differences
+
+if TYPE_CHECKING:
+    import torch
 
 
 def average_checkpoints(
@@ -25,7 +30,7 @@ def average_checkpoints(
     destination: str | Path,
     *,
     weights: Sequence[float] | None = None,
-    dtype: str = "keep",
+    dtype: str | torch.dtype = "keep",
     max_shard_size: str | int = MAX_SHARD_SIZE,
     workers: int = WORKERS,
     resume: bool = False,
@@ -44,7 +49,8 @@ def average_checkpoints(
         destination: the folder to make.
         weights: a share for each source, above 0; they are divided by their sum. By default all
             count the same.
-        dtype: ``keep`` (all must have the same then), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``keep`` (all must have the same then), ``float32``, ``bfloat16`` or ``float16``;
+            also ``bf16`` or a torch dtype.
         max_shard_size: bytes, or a text such as ``5GB``.
         workers, resume, overwrite, checksum, reporter: as for ``import_checkpoint``.
 
@@ -70,11 +76,11 @@ def plan_average(
     destination: str | Path,
     *,
     weights: Sequence[float] | None = None,
-    dtype: str = "keep",
+    dtype: str | torch.dtype = "keep",
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> tuple[CopyPlan, Provenance]:
     """The plan, from headers alone; arguments as :func:`average_checkpoints`."""
-    check_dtype(dtype)
+    dtype = parse_dtype(dtype)
     limit = parse_size(max_shard_size)
     shares = _shares(weights, len(sources))
     fetched = [fetch(str(source), None) for source in sources]

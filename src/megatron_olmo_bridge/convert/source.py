@@ -29,7 +29,7 @@ from megatron_olmo_bridge.formats.hf_folder import (
     read_config,
 )
 from megatron_olmo_bridge.formats.olm import read_olm
-from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
+from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.mapping.placement import Region, source_of
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
@@ -353,12 +353,6 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
 def is_on_hub(source: str) -> bool:
     """Whether a name is taken for a hub's: ``owner/name``, and nothing here is called so."""
     return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise InputError unless it is ``keep`` or a dtype that weights are converted in."""
-    if dtype != "keep" and dtype not in ITEM_SIZE:
-        raise InputError(f"dtype {dtype!r} is not one of keep, {', '.join(ITEM_SIZE)}")
 
 
 def config_with_dtype(config: dict[str, Any], dtype: str) -> bytes:

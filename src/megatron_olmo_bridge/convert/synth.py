@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
 from megatron_olmo_bridge.models.bridge import published_sizes
@@ -29,7 +30,7 @@ def synth(
     name: str,
     destination: str | Path,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | torch.dtype = "bfloat16",
     seed: int = 0,
     layers: int | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
@@ -42,7 +43,7 @@ def synth(
     Args:
         name: a published size, ``olmo2-1b`` for example.
         destination: the folder to make; it may not exist.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch dtype.
         seed: of the random numbers.
         layers: make a model of fewer (or more) layers than the published one.
         max_shard_size: bytes, or a text such as ``5GB``.
@@ -55,8 +56,7 @@ def synth(
     sizes = published_sizes()
     if name not in sizes:
         raise InputError(f"{name!r} is not known. Known are: {', '.join(sizes)}")
-    if dtype not in ITEM_SIZE:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(ITEM_SIZE)}")
+    dtype = parse_dtype(dtype, keep=False)
     if layers is not None and layers < 1:
         raise InputError("--layers must be at least 1")
     config = dict(sizes[name].sizes[name])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, side_files
 from megatron_olmo_bridge.formats.safetensors import write_header
 from megatron_olmo_bridge.formats.tensors import TensorView
@@ -18,8 +19,11 @@ from .execute import execute
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .provenance import Provenance
 from .reporter import Reporter
-from .source import Source, check_dtype, config_with_dtype, open_source
+from .source import Source, config_with_dtype, open_source
 from .stage import refuse_overlap
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -29,7 +33,7 @@ def export_checkpoint(
     source: str | Path,
     destination: str | Path,
     *,
-    dtype: str = "keep",
+    dtype: str | torch.dtype = "keep",
     iteration: int | str | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     hf_config: str | Path | None = None,
@@ -47,7 +51,7 @@ def export_checkpoint(
         source: a checkpoint root or an iteration's folder, saved at any parallel layout; or OLM's
             ``step_N.pt``.
         destination: the folder to make; with ``iteration="all"`` one folder in it for each.
-        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch dtype.
         iteration: a number, ``release`` or ``all``; None takes the tracker's.
         max_shard_size: bytes, or a text such as ``5GB``.
         hf_config: folder with config.json and tokenizer, where the checkpoint has none.
@@ -77,7 +81,7 @@ def plan_exports(
     source: str | Path,
     destination: str | Path,
     *,
-    dtype: str = "keep",
+    dtype: str | torch.dtype = "keep",
     iteration: int | str | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     hf_config: str | Path | None = None,
@@ -85,7 +89,7 @@ def plan_exports(
     heads: int | None = None,
 ) -> list[tuple[CopyPlan, Provenance, Path]]:
     """The plan of each iteration's export and the folder it goes to, from headers alone."""
-    check_dtype(dtype)
+    dtype = parse_dtype(dtype)
     limit = parse_size(max_shard_size)
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     refuse_overlap(source, destination)

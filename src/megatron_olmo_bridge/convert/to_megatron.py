@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
 from megatron_olmo_bridge.formats.pickles import built
 from megatron_olmo_bridge.formats.tensors import TensorView
@@ -42,11 +43,13 @@ from .source import (
     HF_SUBFOLDER,
     RUN_CONFIG,
     Source,
-    check_dtype,
     config_with_dtype,
     fetch,
     open_source,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 FILE_BYTES = 2 << 30
 """Most bytes of a .distcp file (a single chunk may be larger): enough files to share out."""
@@ -57,7 +60,7 @@ def import_checkpoint(
     source: str | Path,
     destination: str | Path,
     *,
-    dtype: str = "keep",
+    dtype: str | torch.dtype = "keep",
     workers: int = WORKERS,
     revision: str | None = None,
     make_vocab_size_divisible_by: int = 1,
@@ -75,7 +78,7 @@ def import_checkpoint(
     Args:
         source: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``; or OLM's ``step_N.pt``.
         destination: the checkpoint root to make; ``iter_0000000`` (or ``release``) goes into it.
-        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch dtype.
         workers: threads that write.
         revision: branch, tag or commit on the hub.
         make_vocab_size_divisible_by: pad the vocabulary with zero rows up to a multiple of this.
@@ -109,7 +112,7 @@ def import_checkpoint(
 def plan_import(
     source: str | Path,
     *,
-    dtype: str = "keep",
+    dtype: str | torch.dtype = "keep",
     revision: str | None = None,
     make_vocab_size_divisible_by: int = 1,
     release: bool = False,
@@ -118,7 +121,7 @@ def plan_import(
     hf_config: str | Path | None = None,
 ) -> tuple[CopyPlan, Provenance]:
     """The plan of an import, from headers alone; arguments as :func:`import_checkpoint`."""
-    check_dtype(dtype)
+    dtype = parse_dtype(dtype)
     if make_vocab_size_divisible_by < 1:
         raise InputError("--make-vocab-size-divisible-by must be at least 1")
     folder, name, commit = fetch(str(source), revision)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from megatron_olmo_bridge.convert.source import Source, check_dtype, fetch, open_source
+from megatron_olmo_bridge.convert.source import Source, fetch, open_source
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
 from megatron_olmo_bridge.models.bridge import bridge_for
 
@@ -88,7 +89,7 @@ def compare(
     pp: int = 1,
     sp: bool = False,
     ep: int = 1,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     prompt: str | None = None,
     tokens: int = 128,
     threshold: float | None = None,
@@ -100,7 +101,8 @@ def compare(
         other: a checkpoint of either kind, run by megatron-core in processes of its own.
         tp, pp, sp, ep: tensor and pipeline parallel size, sequence parallelism, expert parallel
             size of these.
-        dtype: of both models: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of both models: ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch
+            dtype.
         prompt: text to run on; it is read by the tokenizer of ``hf``.
         tokens: without a prompt, how many random ones.
         threshold: instead of :data:`THRESHOLD` in float32, of :data:`NOISE` in 16 bits.
@@ -109,7 +111,7 @@ def compare(
         BridgeError: a checkpoint is not sound, the models have different shapes, or the layout
             can't be.
     """
-    check_dtype(dtype)
+    dtype = parse_dtype(dtype, keep=False)
     reference = open_source(fetch(str(hf), None)[0])
     model = open_source(fetch(str(other), None)[0])
     if reference.kind is not Kind.HF:

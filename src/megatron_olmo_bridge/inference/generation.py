@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_olmo_bridge.convert.source import Source, check_dtype, fetch, open_source
+from megatron_olmo_bridge.convert.source import Source, fetch, open_source
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.dtypes import parse_dtype
 
 from .compare import tokenize, tokenizer_of
 from .jobs import TOKEN, Job
 from .sampling import check_request
+
+if TYPE_CHECKING:
+    import torch
 
 _UNFINISHED = "\ufffd"
 """Ends a text whose last token is a part of a character."""
@@ -43,11 +47,11 @@ class Generation:
         *,
         prompt: str | None,
         tokens: list[int] | None,
-        dtype: str = "keep",
+        dtype: str | torch.dtype = "keep",
         tp: int = 1,
         pp: int = 1,
     ) -> None:
-        check_dtype(dtype)
+        dtype = parse_dtype(dtype)
         source = open_source(fetch(checkpoint, None)[0])
         if source.bridge.num_labels is not None:
             raise InputError(f"{checkpoint}: has a classification head, and generates nothing")

@@ -15,6 +15,7 @@ from megatron_olmo_bridge.convert.to_hf import MAX_SHARD_SIZE, export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError
 from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, known_architectures
@@ -98,18 +99,19 @@ class AutoBridge:
         return [name for name in known_architectures() if name[0].isupper()]
 
     def to_megatron_provider(
-        self, load_weights: bool = True, dtype: torch.dtype | None = None
+        self, load_weights: bool = True, dtype: str | torch.dtype | None = None
     ) -> GPTModelProvider:
         """The model's config for megatron-core, which also builds it.
 
         Args:
             load_weights: fill the model when ``provide_distributed_model`` builds it.
-            dtype: of its parameters; by default the checkpoint's.
+            dtype: of its parameters, as torch has it or by name; by default the checkpoint's.
 
         Raises:
             InputError: there are no weights to load, or they have several dtypes.
         """
-        provider = self.bridge.provider(params_dtype=dtype or self._dtype())
+        chosen = self._dtype() if dtype is None else getattr(torch, parse_dtype(dtype, keep=False))
+        provider = self.bridge.provider(params_dtype=chosen)
         if load_weights:
             if self.source is None:
                 raise InputError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_olmo_bridge.formats.dtypes import canonical_dtype
+
 
 @dataclass
 class TrainConfig:
@@ -23,9 +25,13 @@ class TrainConfig:
     sequence_length: int = 4096
     """Tokens of a sequence."""
     precision: str = "bfloat16"
-    """Of parameters and activations: float32, or bfloat16 (the optimizer then keeps float32)."""
+    """Of parameters and activations: float32, or bfloat16 (the optimizer then keeps float32); bf16,
+    fp32 and torch dtypes are understood."""
     seed: int = 1234
     """Of initial weights, of the data's order and of dropout."""
+
+    def __post_init__(self) -> None:
+        self.precision = canonical_dtype(self.precision)
 
 
 @dataclass

@@ -101,6 +101,20 @@ def test_options_of_import(tiny_hf: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "m/release").exists()
 
 
+@pytest.mark.parametrize("name", ["bf16", "BF16", "torch.bfloat16", "bfloat16"])
+def test_names_of_a_dtype_make_the_same_files(
+    name: str, tiny_hf: Path, tiny_megatron: Path, tmp_path: Path
+) -> None:
+    for command, *sources in (
+        ("import", tiny_hf), ("export", tiny_megatron), ("average", tiny_hf, tiny_hf),
+    ):  # fmt: skip
+        arguments = (command, *sources, tmp_path / "x", "--dry-run", "--dtype")
+        plan, usual = (result_of(*arguments, dtype)["plans"][0] for dtype in (name, "bfloat16"))
+        assert plan["plan_sha256"] == usual["plan_sha256"]
+    made = result_of("synth", "olmo2-tiny", tmp_path / "hf", "--layers", 1, "--dtype", name)
+    assert made["dtype"] == "bfloat16"
+
+
 def test_resume_with_nothing_to_resume(tiny_hf: Path, tmp_path: Path) -> None:
     done("import", tiny_hf, tmp_path / "m", "--resume")
     assert (tmp_path / "m/iter_0000000").is_dir()
