@@ -4,15 +4,23 @@ The expected tensors are gathered from the model's own parameters by the saving 
 nothing of the bridge's mapping.
 """
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from launching import stock
+from damage import edit_json
+from launching import olmo_bridge, stock
 from safetensors.torch import load_file
 
-from megatron_olmo_bridge import export_checkpoint, inspect, synth
+from megatron_olmo_bridge import (
+    AutoBridge,
+    export_checkpoint,
+    import_checkpoint,
+    inspect,
+    synth,
+)
 from megatron_olmo_bridge.errors import InputError
 
 TP_PP = ("--tp", 2, "--pp", 2)
@@ -70,6 +78,65 @@ def test_config_comes_from_megatron_lms_args(hf: Path, tmp_path: Path) -> None:
         export_checkpoint(root, tmp_path / "hf")
     export_checkpoint(root, tmp_path / "hf", vocab_size=1024)
     assert_same(load_folder(tmp_path / "hf"), load_file(root / "expected.safetensors"))
+
+
+OTHER_MODELS = {
+    "fewer heads": ({"num_attention_heads": 4, "num_key_value_heads": 2},
+                    "num_query_groups is 4 in the checkpoint, 2 in the config"),
+    "another theta": ({"rope_theta": 10000.0},
+                      "rotary_base is 500000.0 in the checkpoint, 10000.0 in the config"),
+    "another epsilon": ({"rms_norm_eps": 1e-5},
+                        "norm_epsilon is 1e-06 in the checkpoint, 1e-05 in the config"),
+    "another family": ({"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"},
+                       "spec is megatron_olmo_bridge.models.olmo2.layer_specs in the checkpoint, "
+                       "the config is of olmo3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [(), ("--optimizer",)])
+def test_a_config_that_contradicts_megatron_lms_args_is_refused(
+    hf: Path, tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    """All of these have tensors of the same shapes: the weights would be taken for others."""
+    root, config = tmp_path / "run", tmp_path / "hf" / "config.json"
+    stock("save", "--hf", hf, "--out", root, *layout)
+    config.parent.mkdir()
+    for change, line in OTHER_MODELS.values():
+        config.write_text(json.dumps(json.loads((hf / "config.json").read_text()) | change))
+        for command in (("export", root, tmp_path / "out"), ("inspect", root)):
+            done = olmo_bridge(*command, "--hf-config", config.parent)
+            assert done.exit_code == 2
+            said = " ".join(done.stderr.split())
+            assert f"{config} contradicts {root}/iter_0000007/common.pt:" in said
+            assert f"- {line}" in said
+            assert "Pass --hf-config with the folder of the model" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_beside_the_weights_that_contradicts_them_is_refused_everywhere(
+    hf: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m" / "iter_0000000"
+    import_checkpoint(hf, tmp_path / "m")
+    edit_json(folder / "hf" / "config.json", lambda c: c.update(num_key_value_heads=2, head_dim=32))
+    for command in (
+        ("export", tmp_path / "m", tmp_path / "out"), ("inspect", tmp_path / "m"),
+        ("verify", hf, tmp_path / "m"), ("compare", hf, tmp_path / "m"),
+        ("generate", tmp_path / "m", "--tokens", "1,2"),
+        ("average", tmp_path / "m", hf, tmp_path / "out"),
+    ):  # fmt: skip
+        done = olmo_bridge(*command)
+        assert done.exit_code == 2, command
+        said = " ".join(done.stderr.split())
+        assert f"{folder}/hf/config.json contradicts {folder}/run_config.yaml:" in said, command
+        assert "- num_query_groups is 4 in the checkpoint, 2 in the config" in said, command
+    with pytest.raises(InputError, match="contradicts"):
+        AutoBridge.from_checkpoint(tmp_path / "m")
+
+    # What was saved here says it right.
+    for record in ("run_config.yaml", "hf/config.json"):
+        (folder / record).unlink()
+    assert inspect(tmp_path / "m").numbers["num_query_groups"] == 4
 
 
 def test_every_iteration_is_exported(hf: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def import_(
         olmo-bridge import ./checkpoints/step_100.pt ./megatron --heads 4
     """
     from megatron_olmo_bridge.convert import to_megatron
-    from megatron_olmo_bridge.convert.source import HF_SUBFOLDER
+    from megatron_olmo_bridge.convert.megatron_config import HF_SUBFOLDER
     from megatron_olmo_bridge.formats.hf_folder import read_config
     from megatron_olmo_bridge.models.bridge import bridge_for
 

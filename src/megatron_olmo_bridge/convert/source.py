@@ -12,14 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_olmo_bridge.errors import (
-    BridgeError,
-    FormatError,
     InputError,
     MappingError,
-    UnsupportedError,
 )
 from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.hf_folder import (
@@ -37,15 +32,12 @@ from megatron_olmo_bridge.models.bridge import (
     ModelBridge,
     bridge_for,
     looks_like,
-    published_sizes,
 )
 from megatron_olmo_bridge.models.gpt2 import olm
 
 from .hf_source import read_hf_model
+from .megatron_config import check_agreement, config_of
 
-HF_SUBFOLDER = "hf"
-"""In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""
-RUN_CONFIG = "run_config.yaml"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """``owner/name``"""
 
@@ -218,8 +210,9 @@ def _open_hf(folder: Path, strict: bool, num_labels: int | None) -> Source:
 def _open_megatron(folder: Path, hf_config: str | Path | None, vocab_size: int | None) -> Source:
     dist = TorchDistFolder.read(folder)
     _ = dist.common  # where nothing in it is needed, it is refused all the same if it isn't sound
-    config, config_from, side_folder = _config_of(dist, hf_config, vocab_size)
+    config, config_from, side_folder = config_of(dist, hf_config, vocab_size)
     bridge = bridge_for(config, config_from)
+    check_agreement(dist, bridge, config_from, any_vocab_size=vocab_size is not None)
     rows = dist.rows(bridge.vocab_param)
     if rows is not None and rows < bridge.vocab_size:
         raise InputError(
@@ -255,62 +248,6 @@ def _open_olm(file: Path, hf_config: str | Path | None, heads: int | None) -> So
     mapping = bridge.mapping_registry().resolve()
     views = olm.hf_views(arrays, mapping.hf_shapes, file)
     return Source(Kind.OLM, file, bridge, mapping, {}, config_from, side_folder, olm=views)
-
-
-def _config_of(
-    dist: TorchDistFolder, given: str | Path | None, vocab_size: int | None
-) -> tuple[dict[str, Any], Path, Path | None]:
-    """config.json of a Megatron checkpoint, the file it was taken from, and the tokenizer's folder.
-
-    The first of: the folder the user names, the one this package wrote, Megatron-Bridge's
-    run_config.yaml, Megatron-LM's args.
-    """
-    beside = dist.path / HF_SUBFOLDER
-    if given or (beside / CONFIG).is_file():
-        folder = Path(given) if given else beside
-        config = read_config(folder)
-        if vocab_size is not None:
-            config["vocab_size"] = vocab_size
-        return config, folder / CONFIG, folder
-    run_config = dist.path / RUN_CONFIG
-    if run_config.is_file():
-        values, where = _read_run_config(run_config), run_config
-    elif dist.args:
-        values, where = dist.args, dist.path / "common.pt"
-    else:
-        raise InputError(
-            f"{dist.path}: doesn't say what model it holds (no {HF_SUBFOLDER}/{CONFIG}, no "
-            f"{RUN_CONFIG}, no args in its common state). Pass --hf-config with a folder that has "
-            "the model's config.json."
-        )
-    errors: list[Exception] = []
-    for bridge in dict.fromkeys(published_sizes().values()):
-        try:
-            return bridge.hf_config_from_megatron(values, vocab_size), where, None
-        except (BridgeError, TypeError, ValueError) as error:
-            errors.append(error)
-    # A family that lacks something is nearer to it than one that it isn't.
-    errors.sort(key=lambda error: isinstance(error, UnsupportedError))
-    kind = UnsupportedError if isinstance(errors[0], UnsupportedError) else InputError
-    raise kind(f"{where}: {errors[0]}") from errors[0]
-
-
-def _read_run_config(file: Path) -> dict[str, Any]:
-    """The ``model`` section of Megatron-Bridge's run_config.yaml, read as data only."""
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    # It may tag Python objects; what they would build is of no interest here.
-    Loader.add_multi_constructor("", lambda loader, suffix, node: f"<{suffix}>")
-    try:
-        value = yaml.load(file.read_text(), Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise FormatError(f"{file}: not sound YAML: {error}") from error
-    model = value.get("model") if isinstance(value, dict) else None
-    if not isinstance(model, dict):
-        raise FormatError(f"{file}: has no model section")
-    return model
 
 
 def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:

@@ -36,12 +36,11 @@ from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
 
 from .execute import execute
+from .megatron_config import HF_SUBFOLDER, RUN_CONFIG
 from .plan import WORKERS, CopyPlan, Packer
 from .provenance import Provenance
 from .reporter import Reporter
 from .source import (
-    HF_SUBFOLDER,
-    RUN_CONFIG,
     Source,
     config_with_dtype,
     fetch,

@@ -127,20 +127,30 @@ class TorchDistFolder:
     @cached_property
     def common(self) -> dict[str, Any]:
         """The common state as plain values and placeholders; empty where there is none."""
-        file = self.path / COMMON
-        if file.is_file():
-            value = read_archive(file)
-        else:
-            key = next((k for k in self.objects if k.startswith("common_state/")), None)
-            if key is None:
-                return {}
-            at = self.objects[key]
-            file = self.path / at.file
-            value = read_archive(file, at.offset, at.length)
+        at = self._common_object
+        if at is not None:
+            value = read_archive(self.common_file, at.offset, at.length)
             value = value[0] if isinstance(value, list) and value else value
+        elif self.common_file.is_file():
+            value = read_archive(self.common_file)
+        else:
+            return {}
         if not isinstance(value, dict):
-            raise FormatError(f"{file}: the common state is no dictionary")
+            raise FormatError(f"{self.common_file}: the common state is no dictionary")
         return value
+
+    @property
+    def common_file(self) -> Path:
+        """The file that has the common state."""
+        at = self._common_object
+        return self.path / (at.file if at else COMMON)
+
+    @property
+    def _common_object(self) -> Stored | None:
+        """Where it is among the shards, as megatron-core 0.19 saves it."""
+        if (self.path / COMMON).is_file():
+            return None
+        return next((o for key, o in self.objects.items() if key.startswith("common_state/")), None)
 
     @property
     def args(self) -> dict[str, Any] | None:

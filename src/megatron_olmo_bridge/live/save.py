@@ -15,10 +15,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
 from megatron_olmo_bridge.convert.execute import cleaning_up, finish
+from megatron_olmo_bridge.convert.megatron_config import HF_SUBFOLDER, RUN_CONFIG
 from megatron_olmo_bridge.convert.plan import CopyPlan, Literal
 from megatron_olmo_bridge.convert.provenance import LIVE, Provenance
 from megatron_olmo_bridge.convert.reporter import Reporter
-from megatron_olmo_bridge.convert.source import HF_SUBFOLDER, RUN_CONFIG, open_source
+from megatron_olmo_bridge.convert.source import open_source
 from megatron_olmo_bridge.convert.stage import Stage, clear, is_vacant
 from megatron_olmo_bridge.convert.to_hf import (
     MAX_SHARD_SIZE,

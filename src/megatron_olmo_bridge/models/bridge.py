@@ -18,6 +18,7 @@ from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
 
 from .hf_values import HFValues
+from .recorded import DECODER_SETTINGS
 from .tables import EMBEDDING, HF_HEAD
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class ModelBridge(ABC):
     """Parallel layouts that logits and gradients were compared at with transformers'."""
     default_pad_token_id: ClassVar[int | None] = 1
     """Default of transformers' config class."""
+    settings: ClassVar[dict[str, Any]] = DECODER_SETTINGS
+    """What Megatron records alike of every model of the family, beside :attr:`numbers`."""
     hf_embedding: ClassVar[str] = "model.embed_tokens.weight"
     ignored: ClassVar[dict[str, str]] = {
         "*rotary_emb.inv_freq": "computed from rope_theta, not a weight"

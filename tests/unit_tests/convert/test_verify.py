@@ -198,6 +198,10 @@ def test_a_megatron_checkpoint_that_is_not_its_configs(make_hf: HF) -> None:
     a, b = make_hf("a"), as_megatron(make_hf("b"))
     config = b / "iter_0000000/hf/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
+    with pytest.raises(InputError, match="num_layers is 3 in the checkpoint, 4 in the config"):
+        verify(a, b)
+    for record in ("common.pt", "run_config.yaml"):
+        (b / "iter_0000000" / record).unlink()
     (difference,) = verify(a, b).differences
     assert (difference.kind, difference.name) == ("mapping", str(b))
     assert "has shape [3, 36], the config asks for [4, 36]" in difference.detail

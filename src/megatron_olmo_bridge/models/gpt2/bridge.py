@@ -46,6 +46,16 @@ class GPT2Bridge(ModelBridge):
     }
     config_class = GPT2Config
     provider_class = "megatron_olmo_bridge.models.gpt2.provider:GPT2ModelProvider"
+    settings: ClassVar[dict[str, Any]] = {
+        "normalization": "LayerNorm",
+        "position_embedding_type": "learned_absolute",
+        "gated_linear_unit": None,
+        "layernorm_zero_centered_gamma": None,
+        "apply_residual_connection_post_layernorm": None,
+        "window_size": None,
+        "softmax_scale": None,
+        "squared_relu": None,
+    }
     hf_embedding = "transformer.wte.weight"
     ignored: ClassVar[dict[str, str]] = {
         "transformer.h.*.attn.bias": "the causal mask, not a weight",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from megatron_olmo_bridge.mapping.mappings import Mapping
 from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
 from megatron_olmo_bridge.models.config import published
+from megatron_olmo_bridge.models.recorded import DECODER_SETTINGS
 from megatron_olmo_bridge.models.tables import attention, embedding, gated_mlp
 
 from .config import OlmoConfig
@@ -32,6 +33,7 @@ class OlmoBridge(ModelBridge):
     }
     config_class = OlmoConfig
     provider_class = "megatron_olmo_bridge.models.olmo.provider:OlmoModelProvider"
+    settings: ClassVar[dict[str, Any]] = DECODER_SETTINGS | {"normalization": "LayerNorm"}
 
     def table(self, padded_vocab_size: int | None) -> list[Mapping]:
         c = self.config

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
+from megatron_olmo_bridge.models.recorded import DECODER_SETTINGS, differing
 
 SPEC = ("megatron_olmo_bridge.models.olmo2.layer_specs", "OLMO2_LAYER_SPEC")
 """Module and name of the layer spec, as Megatron-LM's ``--spec`` takes them."""
@@ -222,33 +223,18 @@ def _dtype(args: Mapping[str, Any]) -> str | None:
     return "float32" if "bf16" in args and "fp16" in args else None
 
 
-_ONLY = {
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "qk_layernorm": True,
-    "swiglu": True,
-    "gated_linear_unit": True,
-}
-"""Settings that, where given, must have this value."""
-
-_NEVER = (
-    "add_bias_linear", "add_qkv_bias", "apply_layernorm_1p", "layernorm_zero_centered_gamma",
-    "apply_residual_connection_post_layernorm", "rotary_interleaved", "use_rope_scaling",
-    "rope_scaling", "rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor",
-    "no_rope_freq", "window_size", "softmax_scale", "attention_output_gate", "qk_l2_norm",
-    "squared_relu", "quick_geglu", "num_experts", "num_moe_experts", "multi_latent_attention",
-    "hybrid_layer_pattern", "hybrid_override_pattern", "mtp_num_layers",
+_SETTINGS = DECODER_SETTINGS | {"qk_layernorm": True} | dict.fromkeys(
+    ("add_bias_linear", "add_qkv_bias", "attention_output_gate", "multi_latent_attention",
+     "hybrid_layer_pattern", "hybrid_override_pattern", "mtp_num_layers")
 )  # fmt: skip
-"""Settings that must be absent, false, zero or null."""
+"""Settings that, where given, must have this value; None: must be absent, false, zero or null."""
 
 
 def _refuse_other_models(args: Mapping[str, Any]) -> None:
-    wrong = [n for n, value in _ONLY.items() if args.get(n) is not None and args[n] != value]
-    wrong += [name for name in _NEVER if args.get(name)]
+    wrong = differing(args, _SETTINGS)
     # A function, or in YAML a reference to one.
     if args.get("activation_func") is not None and "silu" not in str(args["activation_func"]):
-        wrong.append("activation_func")
+        wrong["activation_func"] = args["activation_func"]
     if wrong:
-        said = ", ".join(f"{name}={args[name]!r}" for name in wrong)
+        said = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         raise UnsupportedError(f"the checkpoint's model settings are not OLMo-2's: {said}")
