@@ -64,7 +64,8 @@ def verify(
     if second is None:
         compared = f"{result.compared} files compared with what was recorded"
     if result.equal:
-        say(f"Equal: {compared}.")
+        verdict = "Sizes only, no difference" if result.checked == "sizes" else "Equal"
+        say(f"{verdict}: {compared}.")
     else:
         say(f"NOT equal: {len(result.differences)} difference(s). {compared}.")
     return Outcome({"equal": result.equal} | asdict(result), exit_code=0 if result.equal else 1)

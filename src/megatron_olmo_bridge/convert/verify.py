@@ -49,6 +49,9 @@ class Verification:
     """Bytes compared."""
     notes: list[str] = field(default_factory=list)
     """What was not compared, and why."""
+    checked: str = "tensors"
+    """What equality rests on: ``tensors`` bit for bit, or of one checkpoint's files the recorded
+    ``checksums``, or the ``sizes`` only, which damaged bytes don't change."""
 
     @property
     def equal(self) -> bool:
@@ -213,7 +216,12 @@ def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verificati
             if digest != entry["sha256"]:
                 differences.append(Difference("checksum", name, "SHA-256 is not the recorded one"))
     reporter.end()
-    notes = [] if checkable else ["no checksums were recorded: only names and sizes were compared"]
     if not differences:
         open_source(folder)  # headers and mapping are sound
-    return Verification(differences, len(files), total, notes)
+    if len(checkable) == len(files):
+        return Verification(differences, len(files), total, checked="checksums")
+    note = (
+        "no checksums were recorded: only names and sizes were compared, which damaged bytes don't "
+        "change. --checksum of import, export and average records them."
+    )
+    return Verification(differences, len(files), total, [note], checked="sizes")

@@ -31,7 +31,8 @@ def test_equal(tiny_hf: Path, tiny_megatron: Path) -> None:
     assert result.stdout == "Equal: 47 tensors, 2.10 MB compared bit for bit.\n"
     said = result_of(run("verify", tiny_hf, tiny_megatron, "--json"))
     assert said == {
-        "equal": True, "differences": [], "compared": 47, "nbytes": 2_100_992, "notes": []
+        "equal": True, "differences": [], "compared": 47, "nbytes": 2_100_992, "notes": [],
+        "checked": "tensors",
     }  # fmt: skip
     assert run("verify", tiny_hf, tiny_megatron, "--quiet").output == ""
 
@@ -63,7 +64,16 @@ def test_one_path_is_compared_with_its_record(tiny_megatron: Path) -> None:
     result = run("verify", tiny_megatron)
     assert result.exit_code == 0
     assert "Note: no checksums were recorded" in result.stdout
-    assert "Equal: 7 files" in result.stdout
+    assert "Sizes only, no difference: 7 files" in result.stdout
+    assert "Equal" not in result.stdout
+    assert result_of(run("verify", tiny_megatron, "--json"))["checked"] == "sizes"
+
+
+def test_one_path_is_compared_with_its_checksums(tiny_hf: Path, tmp_path: Path) -> None:
+    run("import", tiny_hf, tmp_path / "m", "--checksum")
+    assert "Equal: 7 files compared with what was recorded." in run("verify", tmp_path / "m").stdout
+    assert result_of(run("verify", tmp_path / "m", "--json"))["checked"] == "checksums"
+    assert result_of(run("verify", tmp_path / "m", tiny_hf, "--json"))["checked"] == "tensors"
 
 
 def test_nothing_recorded_is_bad_input(tiny_hf: Path) -> None:

@@ -264,7 +264,7 @@ def test_recorded_files_are_as_recorded(recorded: Path, tmp_path: Path) -> None:
     result = verify(recorded)
     assert result.equal
     assert result.notes == []
-    assert result.compared == 8
+    assert (result.compared, result.checked) == (8, "checksums")
     assert verify(recorded / "iter_0000000").equal
     export_checkpoint(recorded, tmp_path / "back", checksum=True)
     assert verify(tmp_path / "back").equal
@@ -274,7 +274,15 @@ def test_without_checksums_it_says_so(make_hf: HF, tmp_path: Path) -> None:
     import_checkpoint(make_hf(), tmp_path / "m")
     result = verify(tmp_path / "m")
     assert result.equal
-    assert result.notes == ["no checksums were recorded: only names and sizes were compared"]
+    assert result.checked == "sizes"
+    (note,) = result.notes
+    assert note.startswith("no checksums were recorded: only names and sizes were compared")
+
+
+def test_without_checksums_damaged_bytes_are_not_called_equal(make_hf: HF, tmp_path: Path) -> None:
+    export_checkpoint(as_megatron(make_hf()), tmp_path / "hf2")
+    damaged_at("model.safetensors", -1)(tmp_path / "hf2")
+    assert verify(tmp_path / "hf2").checked == "sizes"
 
 
 def damaged_at(name: str, position: int) -> Callable[[Path], object]:
