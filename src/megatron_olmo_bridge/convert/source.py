@@ -292,7 +292,12 @@ def is_on_hub(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
 
 
+def recorded_dtypes(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the weights' dtype, by the keys of transformers 5 and of 4."""
+    return {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+
+
 def config_with_dtype(config: dict[str, Any], dtype: str) -> bytes:
-    """config.json for weights of this dtype, under whichever key the config uses."""
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    return json.dumps({**config, key: dtype}, indent=2).encode() + b"\n"
+    """config.json for weights of this dtype, under every key that the config has for it."""
+    keys = recorded_dtypes(config) or ("torch_dtype",)
+    return json.dumps({**config, **dict.fromkeys(keys, dtype)}, indent=2).encode() + b"\n"

@@ -19,7 +19,7 @@ from .execute import execute
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .provenance import Provenance
 from .reporter import Reporter
-from .source import Source, config_with_dtype, open_source
+from .source import Source, config_with_dtype, open_source, recorded_dtypes
 from .stage import refuse_overlap
 
 if TYPE_CHECKING:
@@ -145,8 +145,9 @@ def side_texts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[
         if folder is None
         else {name: file.read_bytes() for name, file in side_files(folder).items()}
     )
-    recorded = config.get("dtype", config.get("torch_dtype"))
-    if CONFIG not in texts or recorded != dtype or json.loads(texts[CONFIG]) != config:
+    recorded = recorded_dtypes(config)
+    right = recorded and all(value == dtype for value in recorded.values())
+    if CONFIG not in texts or not right or json.loads(texts[CONFIG]) != config:
         texts[CONFIG] = config_with_dtype(config, dtype)
     return texts
 

@@ -14,6 +14,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_olmo_bridge.convert.average import average_checkpoints
 from megatron_olmo_bridge.convert.to_hf import export_checkpoint, parse_size, plan_exports
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import FormatError, InputError, MappingError, UnsupportedError
@@ -73,6 +74,30 @@ def test_the_dtype_is_recorded_under_the_configs_own_key(make_hf: HF, tmp_path: 
     import_checkpoint(hf, tmp_path / "m", dtype="bfloat16")
     export_checkpoint(tmp_path / "m", tmp_path / "back")
     assert config_of(tmp_path / "back") == config | {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("stale", ["float32", "float16", None])
+def test_the_dtype_is_recorded_under_both_keys_if_there_are_two(
+    make_hf: HF, tmp_path: Path, stale: str | None
+) -> None:
+    """transformers 5 reads ``dtype``, 4 ``torch_dtype``: neither may say another."""
+    hf = make_hf(dtype=torch.float32)
+    both = {"dtype": "float32", "torch_dtype": "float32"}
+    config = config_of(hf) | both | {"torch_dtype": stale}
+    (hf / "config.json").write_text(json.dumps(config))
+
+    import_checkpoint(hf, tmp_path / "m", dtype="bfloat16")
+    export_checkpoint(tmp_path / "m", tmp_path / "a")
+    import_checkpoint(hf, tmp_path / "kept")
+    export_checkpoint(tmp_path / "kept", tmp_path / "b", dtype="float16")
+    export_checkpoint(tmp_path / "kept", tmp_path / "c")
+    average_checkpoints([hf, hf], tmp_path / "d", dtype="bfloat16")
+
+    written = tmp_path / "m/iter_0000000/hf", tmp_path / "a", tmp_path / "d"
+    for folder in written:
+        assert config_of(folder) == config | dict.fromkeys(both, "bfloat16")
+    assert config_of(tmp_path / "b") == config | dict.fromkeys(both, "float16")
+    assert config_of(tmp_path / "c") == config | both
 
 
 @pytest.mark.parametrize(("limit", "count"), [("5GB", 1), ("40KB", 4), (1, 36)])
