@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.errors import (
+    FormatError,
+    InputError,
+    MappingError,
+    UnsupportedError,
+)
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, HFFolder
 from megatron_olmo_bridge.formats.tensors import StoredArray, TensorView
-from megatron_olmo_bridge.models.bridge import ModelBridge, as_classifier, bridge_for
-from megatron_olmo_bridge.models.tables import HF_HEAD
+from megatron_olmo_bridge.models.bridge import (
+    ModelBridge,
+    as_classifier,
+    bridge_for,
+    is_buffer,
+    may_be_tied,
+)
+from megatron_olmo_bridge.models.tables import HF_HEAD, HF_SCORE
 
 from .transfer import Transfer
 
@@ -38,10 +50,9 @@ def read_hf_model(path: Path, num_labels: int | None) -> HFModel:
     Raises:
         InputError, FormatError, UnsupportedError: the folder is not a checkpoint of a known model.
     """
-    hf = HFFolder.read(path)
+    hf = HFFolder.read(path, is_buffer, may_be_tied)
     bridge = bridge_for(hf.config, path / CONFIG)
-    names = bridge.hf_names(hf.arrays)
-    hf = replace(hf, arrays={names.get(name, name): a for name, a in hf.arrays.items()})
+    hf = replace(hf, arrays=_split_experts(_by_table_names(hf, bridge), bridge, path))
     if num_labels is not None:
         return _with_new_head(hf, bridge, num_labels)
     if has_untied_head(bridge, hf.arrays):
@@ -51,7 +62,62 @@ def read_hf_model(path: Path, num_labels: int | None) -> HFModel:
             f"{bridge.hf_embedding}: kept as a head of its own, as transformers 5 does"
         )
         return HFModel(replace(hf, config=config), bridge_for(config, path / CONFIG), notes=(note,))
+    if bridge.num_labels is not None and HF_HEAD in hf.arrays:
+        note = f"{HF_HEAD} was left out: a classifier doesn't use a language model's head"
+        return HFModel(hf, bridge, notes=(note,))
     return HFModel(hf, bridge)
+
+
+def _by_table_names(hf: HFFolder, bridge: ModelBridge) -> dict[str, StoredArray]:
+    """Return the arrays by the table's names.
+
+    Raises:
+        FormatError: a tensor is there by two names.
+    """
+    names, arrays = bridge.hf_names(hf.arrays), {}
+    for name, array in hf.arrays.items():
+        known_as = names.get(name, name)
+        if known_as in arrays or (known_as != name and known_as in hf.arrays):
+            raise FormatError(f"{hf.path}: has both {known_as} and {name}, which mean the same")
+        arrays[known_as] = array
+    return arrays
+
+
+def _split_experts(
+    arrays: dict[str, StoredArray], bridge: ModelBridge, path: Path
+) -> dict[str, StoredArray]:
+    """Return the arrays with the experts of a layer, where they are stored as one, each apart.
+
+    transformers 5 holds them so in memory, and saves them so with ``save_original_format=False``:
+    ``gate_up_proj`` is [experts, gate over up, hidden], ``down_proj`` is [experts, hidden, ffn].
+
+    Raises:
+        MappingError: such a tensor has another shape.
+    """
+    if bridge.num_experts is None:
+        return arrays
+    c, out = bridge.config, {}
+    parts = {
+        "gate_up_proj": (("gate_proj", "up_proj"), (c.ffn_hidden_size, c.hidden_size)),
+        "down_proj": (("down_proj",), (c.hidden_size, c.ffn_hidden_size)),
+    }
+    for name, array in arrays.items():
+        module, _, last = name.rpartition(".")
+        if not module.endswith(".experts") or last not in parts:
+            out[name] = array
+            continue
+        projections, shape = parts[last]
+        expected = (bridge.num_experts, len(projections) * shape[0], shape[1])
+        if array.shape != expected:
+            raise MappingError(
+                f"{path}: {name} has shape {list(array.shape)}, the config asks for "
+                f"{list(expected)}"
+            )
+        for i, (expert, projection) in enumerate(product(range(expected[0]), projections)):
+            part = replace(array, shape=shape)
+            part = replace(part, offset=array.offset + i * part.nbytes)
+            out[f"{module}.{expert}.{projection}.weight"] = part
+    return out
 
 
 def has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> bool:
@@ -61,8 +127,7 @@ def has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> bool
     or equal.
     """
     head, embedding = arrays.get(HF_HEAD), arrays.get(bridge.hf_embedding)
-    tied = bridge.num_labels is None and bridge.config.share_embeddings_and_output_weights
-    if not tied or head is None or embedding is None:
+    if not bridge.is_tied or head is None or embedding is None:
         return False
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
         return True
@@ -82,4 +147,4 @@ def _with_new_head(hf: HFFolder, bridge: ModelBridge, num_labels: int) -> HFMode
         raise UnsupportedError(f"{hf.path / CONFIG}: {error}") from error
     kept = {name: array for name, array in hf.arrays.items() if name != HF_HEAD}
     hf = replace(hf, config=config, arrays=kept)
-    return HFModel(hf, bridge_for(config, hf.path / CONFIG), frozenset(("score.weight",)))
+    return HFModel(hf, bridge_for(config, hf.path / CONFIG), frozenset((HF_SCORE,)))

@@ -31,12 +31,12 @@ from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import (
     ModelBridge,
     bridge_for,
-    looks_like,
 )
 from megatron_olmo_bridge.models.gpt2 import olm
 
 from .hf_source import read_hf_model
 from .megatron_config import check_agreement, config_of
+from .name_hints import name_hint
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """``owner/name``"""
@@ -199,7 +199,7 @@ def _open_hf(folder: Path, strict: bool, num_labels: int | None) -> Source:
     mapping = hf.bridge.mapping_registry().resolve()
     if strict:
         held = {name: a.shape for name, a in hf.folder.arrays.items()}
-        with _saying_what_it_looks_like(held, hf.bridge):
+        with _explaining_names(held, hf.bridge):
             mapping.check_hf(held | {name: mapping.hf_shapes[name] for name in hf.new}, folder)
     return Source(
         Kind.HF, folder, hf.bridge, mapping, {}, folder / CONFIG, folder,
@@ -220,23 +220,19 @@ def _open_megatron(folder: Path, hf_config: str | Path | None, vocab_size: int |
             f"{bridge.vocab_size} that {config_from} names"
         )
     mapping = bridge.mapping_registry(rows).resolve()
-    with _saying_what_it_looks_like(dist.weights, bridge):
+    with _explaining_names(dist.weights, bridge):
         views = dist.views(mapping)
     return Source(Kind.MEGATRON, folder, bridge, mapping, views, config_from, side_folder)
 
 
 @contextmanager
-def _saying_what_it_looks_like(names: Collection[str], bridge: ModelBridge) -> Iterator[None]:
-    """Adds to the error of tensors that are not the config's: whose they look like."""
+def _explaining_names(names: Collection[str], bridge: ModelBridge) -> Iterator[None]:
+    """Append to an error about tensor names what the names say."""
     try:
         yield
     except MappingError as error:
-        others = looks_like(names)
-        if others and bridge.family not in others:
-            raise MappingError(
-                f"{error}\nThe names are those of {' or '.join(others)}, the config is of "
-                f"{bridge.family}: is it another model's config.json?"
-            ) from error
+        if hint := name_hint(names, bridge):
+            raise MappingError(f"{error}\n{hint}") from error
         raise
 
 

@@ -155,8 +155,10 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
     }
     side = side_files(source.side_folder) if source.side_folder else {}
     texts |= {f"{HF_SUBFOLDER}/{name}": file.read_bytes() for name, file in side.items()}
-    if dtype != "keep" or source.new or source.read_as or source.kind is Kind.OLM:
-        texts[f"{HF_SUBFOLDER}/{CONFIG}"] = config_with_dtype(source.hf_config, model_dtype)
+    config = f"{HF_SUBFOLDER}/{CONFIG}"
+    of_olm = source.kind is Kind.OLM
+    if dtype != "keep" or of_olm or json.loads(texts[config]) != source.hf_config:
+        texts[config] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(
         "import",
         source.folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -46,8 +47,18 @@ class HFFolder:
     arrays: dict[str, StoredArray]
 
     @classmethod
-    def read(cls, path: Path) -> HFFolder:
+    def read(
+        cls,
+        path: Path,
+        is_buffer: Callable[[str], bool] = lambda _: False,
+        may_be_tied: Callable[[str], bool] = lambda _: False,
+    ) -> HFFolder:
         """Read the config and every shard's header.
+
+        Args:
+            path: the folder.
+            is_buffer: whether a tensor of this name is no weight, and may have any dtype.
+            may_be_tied: whether the index may name a tensor of this name that no file has.
 
         Raises:
             InputError: config.json or the weights are absent.
@@ -63,7 +74,7 @@ class HFFolder:
                 f"{path / CONFIG}: the weights are quantised ({method}) and can't be converted. "
                 "Use the unquantised checkpoint."
             )
-        return cls(path, config, _read_arrays(path))
+        return cls(path, config, _read_arrays(path, is_buffer, may_be_tied))
 
     @property
     def shards(self) -> list[Path]:
@@ -129,39 +140,68 @@ def refuse_other_weights(path: Path) -> None:
         )
 
 
-def _read_arrays(path: Path) -> dict[str, StoredArray]:
-    index = path / INDEX
-    if index.exists() and (path / SINGLE).exists():
-        raise FormatError(f"{path}: has both {SINGLE} and {INDEX}; it is unclear which to read")
-    weight_map = _read_index(index) if index.exists() else None
+def _read_arrays(
+    path: Path, is_buffer: Callable[[str], bool], may_be_tied: Callable[[str], bool]
+) -> dict[str, StoredArray]:
+    index, single = path / INDEX, path / SINGLE
+    weight_map = _weight_map(path)
     if weight_map is None:
-        files = [path / SINGLE] if (path / SINGLE).exists() else sorted(path.glob("*.safetensors"))
+        files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
         if not files:
             raise InputError(f"{path}: has a {CONFIG} but no safetensors files")
     else:
         files = [path / name for name in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.is_file():
-            raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
+    optional = {n for n in weight_map or () if is_buffer(n) or may_be_tied(n)}
     arrays: dict[str, StoredArray] = {}
     for file in files:
-        for name, array in read_header(file).items():
+        if not file.is_file():
+            if weight_map and {n for n, f in weight_map.items() if f == file.name} <= optional:
+                continue
+            raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
+        for name, array in read_header(file, is_buffer).items():
             if name in arrays:
                 raise FormatError(
                     f"{file}: tensor {name} stands in {arrays[name].file.name} as well"
                 )
             if weight_map is not None and weight_map.get(name) != file.name:
-                said = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                listed = f"in {weight_map[name]}" if name in weight_map else "nowhere"
                 raise FormatError(
-                    f"{index}: tensor {name} is in {file.name}, the index says {said}"
+                    f"{index}: tensor {name} is in {file.name}, the index says {listed}. "
+                    f"{_WITHOUT_INDEX}"
                 )
             arrays[name] = array
     for name in weight_map or ():
-        if name not in arrays:
+        if name not in arrays and name not in optional:
             raise FormatError(
                 f"{index}: tensor {name} is not in {(weight_map or {})[name]}, where it should be"
             )
     return arrays
+
+
+_WITHOUT_INDEX = (
+    "If the files are right, delete the index: without it, every safetensors file is read."
+)
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    """Return the file of each tensor by the index; None where there is no index to go by.
+
+    An index whose files are not here is a stale one if all weights are in a single file, which
+    transformers too reads first.
+    """
+    index = path / INDEX
+    if not index.exists():
+        return None
+    weight_map = _read_index(index)
+    files = set(weight_map.values())
+    if SINGLE in files or not (path / SINGLE).exists():
+        return weight_map
+    if all((path / name).is_file() for name in files):
+        raise FormatError(
+            f"{path}: has both {SINGLE} and the files that {INDEX} names; it is unclear which to "
+            "read. Remove the single file, or the index."
+        )
+    return None
 
 
 def _read_index(index: Path) -> dict[str, str]:

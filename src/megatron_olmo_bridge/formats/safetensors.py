@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,25 @@ from .tensors import ITEM_SIZE, StoredArray
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _QUANTISED = {"I8", "U8", "I32", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"}
-_OTHER = {"BOOL", "I16", "U16", "I64", "U64", "F64", "C64"}
+_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "I8": 8, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F8_E8M0": 8, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F32": 32, "I32": 32, "U32": 32,
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits an element, of every dtype of the format."""
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 
 
-def read_header(file: Path) -> dict[str, StoredArray]:
-    """Every tensor of a safetensors file, in the order of their bytes.
+def read_header(
+    file: Path, is_buffer: Callable[[str], bool] = lambda _: False
+) -> dict[str, StoredArray]:
+    """Return every tensor of a safetensors file, in the order of the header.
+
+    Args:
+        file: the file.
+        is_buffer: whether a tensor of this name is no weight. In a dtype that weights are not
+            converted in, it is left out.
 
     Raises:
         FormatError: truncated, or the header is not sound; names the file and the tensor.
@@ -49,7 +61,9 @@ def read_header(file: Path) -> dict[str, StoredArray]:
         raise FormatError(f"{file}: the header is not sound JSON: {error}") from error
     header.pop("__metadata__", None)
     room = size - 8 - length
-    spans = {name: _span(file, name, entry, room) for name, entry in header.items()}
+    spans = {
+        name: _span(file, name, entry, room, is_buffer(name)) for name, entry in header.items()
+    }
     position = 0
     for name, (_, _, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != position:
@@ -63,10 +77,13 @@ def read_header(file: Path) -> dict[str, StoredArray]:
     return {
         name: StoredArray(file, 8 + length + begin, shape, dtype)
         for name, (dtype, shape, begin, _) in spans.items()
+        if dtype in ITEM_SIZE
     }
 
 
-def _span(file: Path, name: str, entry: Any, room: int) -> tuple[str, Shape, int, int]:
+def _span(
+    file: Path, name: str, entry: Any, room: int, any_dtype: bool
+) -> tuple[str, Shape, int, int]:
     """dtype, shape, first and last byte of a header's entry."""
     try:
         code, shape, (begin, end) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
@@ -75,17 +92,17 @@ def _span(file: Path, name: str, entry: Any, room: int) -> tuple[str, Shape, int
         raise FormatError(f"{file}: tensor {name}: the header's entry is not sound") from error
     if any(type(n) is not int or n < 0 for n in numbers):
         raise FormatError(f"{file}: tensor {name}: shape {shape} or offsets are no whole numbers")
-    if code in _QUANTISED:
+    if code not in _BITS:
+        raise FormatError(f"{file}: tensor {name} has the unknown dtype {code!r}")
+    if code in _QUANTISED and not any_dtype:
         raise UnsupportedError(
             f"{file}: tensor {name} is {code}: quantised weights can't be converted. "
             "Use the unquantised checkpoint."
         )
-    if code in _OTHER:
+    if code not in DTYPES and not any_dtype:
         raise UnsupportedError(f"{file}: tensor {name} is {code}; weights are {sorted(DTYPES)}")
-    if code not in DTYPES:
-        raise FormatError(f"{file}: tensor {name} has the unknown dtype {code!r}")
-    dtype = DTYPES[code]
-    if end - begin != math.prod(shape) * ITEM_SIZE[dtype]:
+    dtype = DTYPES.get(code, code)
+    if 8 * (end - begin) != math.prod(shape) * _BITS[code]:
         raise FormatError(
             f"{file}: tensor {name}: {end - begin} bytes (offsets {begin} to {end}) can't hold "
             f"shape {shape} of {dtype}"

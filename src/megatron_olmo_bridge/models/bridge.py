@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from collections.abc import Mapping as MappingABC
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from importlib import import_module
 from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +20,7 @@ from megatron_olmo_bridge.nn.problem_types import check_problem_type
 
 from .hf_values import HFValues
 from .recorded import DECODER_SETTINGS
-from .tables import EMBEDDING, HF_HEAD
+from .tables import EMBEDDING, HF_HEAD, HF_SCORE
 
 if TYPE_CHECKING:
     from .provider import GPTModelProvider
@@ -52,7 +53,11 @@ class ModelBridge(ABC):
     """Default of transformers' config class."""
     settings: ClassVar[dict[str, Any]] = DECODER_SETTINGS
     """What Megatron records alike of every model of the family, beside :attr:`numbers`."""
+    hf_base: ClassVar[str]
+    """Name of transformers' class of the model without a head, for example ``Olmo2Model``."""
     hf_embedding: ClassVar[str] = "model.embed_tokens.weight"
+    hf_layers: ClassVar[str] = "model.layers."
+    """What the names of the layers' tensors begin with."""
     ignored: ClassVar[dict[str, str]] = {
         "*rotary_emb.inv_freq": "computed from rope_theta, not a weight"
     }
@@ -112,8 +117,9 @@ class ModelBridge(ABC):
         rows, ignored = self.table(padded_vocab_size), dict(self.ignored)
         if self.num_labels:
             shape = (self.num_labels, self.config.hidden_size)
-            rows.append(DirectMapping("score.weight", "score.weight", shape))
-        elif self.config.share_embeddings_and_output_weights:
+            rows.append(DirectMapping(HF_SCORE, HF_SCORE, shape))
+            ignored[HF_HEAD] = "a language model's head, which a classifier doesn't use"
+        elif self.is_tied:
             ignored[HF_HEAD] = f"tied to {self.hf_embedding}"
         else:
             shape = (self.config.vocab_size, self.config.hidden_size)
@@ -123,13 +129,32 @@ class ModelBridge(ABC):
         )
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the embedding is the head of the language model."""
+        return self.num_labels is None and self.config.share_embeddings_and_output_weights
+
+    @property
     def notes(self) -> list[str]:
         """What somebody who converts this model should be told."""
         return []
 
     def hf_names(self, stored: Collection[str]) -> dict[str, str]:
-        """Tensors' names in a folder, as the table has them; for those that differ."""
-        return {}
+        """Return the table's names of tensors that are stored by another name.
+
+        As transformers reads them: a base model saved alone has no ``model.`` before its names,
+        and where embeddings are tied, either of the two names will do.
+        """
+        prefix, _, layers = self.hf_layers.partition(".")
+        embedding = self.hf_embedding.removeprefix(f"{prefix}.")
+        names = {}
+        if any(name == embedding or name.startswith(layers) for name in stored):
+            heads = (HF_HEAD, HF_SCORE)
+            names = {n: f"{prefix}.{n}" for n in stored if n not in heads and
+                     not n.startswith(f"{prefix}.")}  # fmt: skip
+        known = {names.get(name, name) for name in stored}
+        if self.is_tied and HF_HEAD in known and self.hf_embedding not in known:
+            names[HF_HEAD] = self.hf_embedding
+        return names
 
     def extra_state_patterns(self) -> Iterator[str]:
         """Names of the ``_extra_state`` objects for which the local or the Transformer Engine spec
@@ -232,27 +257,59 @@ def published_sizes() -> dict[str, type[ModelBridge]]:
 
 
 def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
-    """The bridge for a ``config.json``, by ``architectures`` and else by ``model_type``.
+    """Return the bridge for a ``config.json``, by ``architectures`` or else by ``model_type``.
 
     Raises:
         UnsupportedError: no bridge handles it; the message lists those that are known.
+        InputError: ``architectures`` and ``model_type`` are of different families.
         BridgeError: the bridge that handles it can't make sense of its values.
     """
+    bridge = _family_of(hf_config, where)
+    try:
+        return bridge(hf_config)
+    except BridgeError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{where}: a value is not of its kind: {error}") from error
+
+
+def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
     names = hf_config.get("architectures") or []
-    names = names if isinstance(names, list) else [names]
-    for name in [*names, *([] if names else [hf_config.get("model_type")])]:
-        if bridge := _families().get(str(name)):
-            try:
-                return bridge(hf_config)
-            except BridgeError as error:
-                raise type(error)(f"{where}: {error}") from error
-            except (TypeError, ValueError, AttributeError) as error:
-                raise FormatError(f"{where}: a value is not of its kind: {error}") from error
-    asked = ", ".join(map(str, names)) or f"model_type {hf_config.get('model_type')!r}"
+    names = [str(name) for name in (names if isinstance(names, list) else [names])]
+    model_type = str(hf_config.get("model_type"))
+    by_type = _families().get(model_type)
+    by_name = next((_families()[name] for name in names if name in _families()), None)
+    if by_name and by_type and by_name is not by_type:
+        raise InputError(
+            f"{where}: architectures {', '.join(names)} are of {by_name.family}, model_type "
+            f"{model_type!r} is of {by_type.family}: correct one of them"
+        )
+    if by_name:
+        return by_name
+    if by_type and (not names or any(_is_variant(name, by_type) for name in names)):
+        return by_type
+    asked = ", ".join(names) or f"model_type {hf_config.get('model_type')!r}"
     raise UnsupportedError(
         f"{where}: architecture {asked} is not known here. "
         f"Known are: {', '.join(known_architectures())}."
     )
+
+
+def _is_variant(name: str, bridge: type[ModelBridge]) -> bool:
+    """Return whether a class is a known one with a prefix, as FSDP's, or the base model's."""
+    return name.endswith((*architectures_of(bridge), bridge.hf_base))
+
+
+def is_buffer(hf_name: str) -> bool:
+    """Return whether a tensor of this name is computed, not a weight, in some family."""
+    patterns = {pattern for bridge in _families().values() for pattern in bridge.ignored}
+    return any(fnmatchcase(hf_name, pattern) for pattern in patterns)
+
+
+def may_be_tied(hf_name: str) -> bool:
+    """Return whether a tensor of this name is one of two that are tied in some model."""
+    embeddings = {bridge.hf_embedding for bridge in _families().values()}
+    return hf_name == HF_HEAD or hf_name in embeddings
 
 
 def _families() -> dict[str, type[ModelBridge]]:
@@ -269,7 +326,7 @@ def looks_like(names: Collection[str]) -> list[str]:
 
     Heads aside too: a family is known by its layers.
     """
-    heads = {HF_HEAD, "score.weight", "output_layer.weight"}
+    heads = {HF_HEAD, HF_SCORE, "output_layer.weight"}
     found = {re.sub(r"\.\d+(?=\.)", "", name) for name in names} - heads
     families = []
     for bridge in dict.fromkeys(published_sizes().values()):
@@ -306,9 +363,10 @@ def as_classifier(hf_config: dict[str, Any], num_labels: int) -> dict[str, Any]:
     Raises:
         UnsupportedError: transformers has no such head for the family.
     """
-    names = hf_config.get("architectures") or [""]
-    name = str(names[0]).replace("ForCausalLM", _CLASSIFIER)
-    if name not in known_architectures() or not name.endswith(_CLASSIFIER):
+    bridge = _family_of(hf_config, "config.json")
+    name = next((n for n in architectures_of(bridge) if n.endswith(_CLASSIFIER)), None)
+    if name is None:
+        names = hf_config.get("architectures") or [bridge.family]
         raise UnsupportedError(f"{names[0]} has no classification head here")
     labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     return {

@@ -16,7 +16,7 @@ EXPERTS = f"{MLP}.experts.experts.*"
 HF_ATTENTION, HF_MLP = "model.layers.*.self_attn", "model.layers.*.mlp"
 HF_EXPERTS = f"{HF_MLP}.experts.*"
 EMBEDDING = "embedding.word_embeddings.weight"
-HF_HEAD = "lm_head.weight"
+HF_HEAD, HF_SCORE = "lm_head.weight", "score.weight"
 
 
 def embedding(c: DecoderConfig, padded_vocab_size: int | None) -> Mapping:

@@ -91,10 +91,30 @@ def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
         HFFolder.read(sharded)
 
 
-def test_index_beside_a_single_file_is_refused(sharded: Path) -> None:
+def test_index_and_its_files_beside_a_single_file_are_refused(sharded: Path) -> None:
     save_file({"a": torch.zeros(2)}, sharded / "model.safetensors")
-    with pytest.raises(FormatError, match=r"has both model\.safetensors and"):
+    with pytest.raises(FormatError, match=r"has both model\.safetensors and .* Remove the single"):
         HFFolder.read(sharded)
+
+
+def test_a_stale_index_beside_a_single_file_is_not_read(sharded: Path) -> None:
+    (sharded / "two.safetensors").unlink()
+    save_file({"a": torch.zeros(2)}, sharded / "model.safetensors")
+    assert {n: a.shape for n, a in HFFolder.read(sharded).arrays.items()} == {"a": (2,)}
+
+
+def test_an_index_may_name_a_single_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    write_index(tmp_path, a="model.safetensors")
+    assert HFFolder.read(tmp_path).arrays.keys() == {"a"}
+
+
+@pytest.mark.parametrize("file", ["two.safetensors", "three.safetensors"])
+def test_an_index_may_name_a_tied_tensor_that_no_file_has(sharded: Path, file: str) -> None:
+    write_index(sharded, a="one.safetensors", b="one.safetensors", c="two.safetensors", tied=file)
+    read = HFFolder.read(sharded, may_be_tied=lambda name: name == "tied")
+    assert read.arrays.keys() == {"a", "b", "c"}
 
 
 def write(name: str, text: str) -> Callable[[Path], object]:

@@ -130,6 +130,19 @@ def test_other_dtypes_are_refused(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [("BOOL", [8]), ("U8", [2, 4]), ("I64", [1]), ("F8_E4M3", [8]), ("F4", [16]), ("C64", [1])],
+)
+def test_what_is_no_weight_may_have_any_dtype(tmp_path: Path, dtype: str, shape: list[int]) -> None:
+    header = {"mask": entry(0, 8, shape, dtype), "weight": entry(8, 16)}
+    arrays = read_header(raw(tmp_path, header, 16), is_buffer=lambda name: name == "mask")
+    assert {n: a.dtype for n, a in arrays.items()} == {"weight": "float32"}
+    header["mask"]["shape"] = [7, *shape]
+    with pytest.raises(FormatError, match=r"tensor mask: 8 bytes .* can't hold shape"):
+        read_header(raw(tmp_path, header, 16), is_buffer=lambda name: name == "mask")
+
+
+@pytest.mark.parametrize(
     "write",
     [
         lambda tmp: raw(tmp, b"{}", length=3),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_olmo_bridge.errors import UnsupportedError
+from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.models.bridge import bridge_for, known_architectures, published_sizes
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
 
@@ -22,6 +22,9 @@ NUMBERS = {key: value for key, value in Olmo2Bridge.sizes["olmo2-tiny"].items()
         {"model_type": "olmo_1124"},
         {"architectures": None, "model_type": "olmo2"},
         {"architectures": [], "model_type": "olmo2"},
+        {"architectures": ["FSDPOlmo2ForCausalLM"], "model_type": "olmo2"},
+        {"architectures": ["Olmo2Model"], "model_type": "olmo2"},
+        {"architectures": ["MyOlmo2ForSequenceClassification"], "model_type": "olmo2"},
     ],
 )
 def test_olmo2_by_any_of_its_names(says: dict[str, Any]) -> None:
@@ -34,10 +37,13 @@ def test_olmo2_by_any_of_its_names(says: dict[str, Any]) -> None:
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
         # The architecture is what the weights are of; a model_type doesn't overrule it.
         ({"architectures": ["Olmo2ForReward"], "model_type": "olmo2"}, "Olmo2ForReward"),
+        ({"architectures": ["Olmo2ForTokenClassification"], "model_type": "olmo2"},
+         "Olmo2ForTokenClassification"),
+        ({"architectures": ["FSDPOlmo2ForCausalLM"]}, "FSDPOlmo2ForCausalLM"),
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({}, "model_type None"),
     ],
-)
+)  # fmt: skip
 def test_an_unknown_architecture_is_refused_with_those_known(
     says: dict[str, Any], named: str
 ) -> None:
@@ -47,6 +53,16 @@ def test_an_unknown_architecture_is_refused_with_those_known(
         f"folder/config.json: architecture {named} is not known here. "
         f"Known are: {', '.join(known_architectures())}."
     )
+
+
+def test_a_name_and_a_type_of_different_families_are_refused() -> None:
+    with pytest.raises(InputError, match="Olmo2ForCausalLM are of olmo2, model_type 'olmo3' is of"):
+        bridge_for(NUMBERS | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo3"}, "x")
+
+
+def test_a_prefix_does_not_hide_a_classifier() -> None:
+    says = {"architectures": ["FSDPOlmo2ForSequenceClassification"], "model_type": "olmo2"}
+    assert bridge_for(NUMBERS | says, "config.json").num_labels == 2
 
 
 def test_known_architectures_and_published_sizes() -> None:

@@ -43,6 +43,7 @@ class FlexOlmoBridge(ModelBridge):
     """FlexOlmo: OLMo-2's post-norm blocks, with experts."""
 
     family = "flex_olmo"
+    hf_base = "FlexOlmoModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "flex-olmo-tiny": _published(2, 128, 8, 4, 96, experts=4, top=3, vocab=1024),
         "flex-olmo-7x7b": _published(32, 4096, 32, 32, 11008),

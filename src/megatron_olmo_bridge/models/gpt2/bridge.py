@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import (
@@ -37,6 +36,7 @@ class GPT2Bridge(ModelBridge):
     """GPT-2: pre-norm blocks with biases, learned positions, ``Conv1D`` weights [in, out]."""
 
     family = "gpt2"
+    hf_base = "GPT2Model"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "gpt2-tiny": _published(4, 128, 8, vocab=1024, positions=128),
         "gpt2-124m": _published(12, 768, 12),
@@ -57,16 +57,11 @@ class GPT2Bridge(ModelBridge):
         "squared_relu": None,
     }
     hf_embedding = "transformer.wte.weight"
+    hf_layers = "transformer.h."
     ignored: ClassVar[dict[str, str]] = {
-        "transformer.h.*.attn.bias": "the causal mask, not a weight",
-        "transformer.h.*.attn.masked_bias": "a constant, not a weight",
+        "*h.*.attn.bias": "the causal mask, not a weight",
+        "*h.*.attn.masked_bias": "a constant, not a weight",
     }
-
-    def hf_names(self, stored: Collection[str]) -> dict[str, str]:
-        """The first GPT-2 checkpoints have no ``transformer.`` before their names."""
-        if "wte.weight" not in stored:
-            return {}
-        return {name: f"transformer.{name}" for name in stored if name != "lm_head.weight"}
 
     @classmethod
     def with_layers(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class OlmoBridge(ModelBridge):
     """OLMo: pre-norm blocks, norms without weights."""
 
     family = "olmo"
+    hf_base = "OlmoModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "olmo-tiny": _published(4, 128, 8, 4, 384, tied=False, clip=0.4, vocab=1024),
         "olmo-1b": _published(16, 2048, 16, 16, 8192, tied=True),

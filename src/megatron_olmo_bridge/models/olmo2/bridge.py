@@ -50,6 +50,7 @@ class Olmo2Bridge(ModelBridge):
     """OLMo-2: post-norm blocks, QK norm over the full projection width."""
 
     family = "olmo2"
+    hf_base = "Olmo2Model"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "olmo2-tiny": _published(4, 128, 8, 4, 384, vocab=1024),
         "olmo2-1b": _published(16, 2048, 16, 16, 8192),

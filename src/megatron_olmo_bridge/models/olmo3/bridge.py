@@ -30,6 +30,7 @@ class Olmo3Bridge(ModelBridge):
     """OLMo-3: OLMo-2 with windows, and YaRN in the layers without one."""
 
     family = "olmo3"
+    hf_base = "Olmo3Model"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "olmo3-tiny": _published(4, 128, 8, 4, 384, vocab=1022, window=16, original=32),
         "olmo3-7b": _published(32, 4096, 32, 32, 11008),

@@ -27,6 +27,7 @@ class OlmoeBridge(ModelBridge):
     """OLMoE: pre-norm blocks, QK norm over the full projection width, experts."""
 
     family = "olmoe"
+    hf_base = "OlmoeModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "olmoe-tiny": _published(2, 128, 8, 4, 96, experts=8, top=3, clip=0.5, vocab=1024),
         "olmoe-1b-7b": _published(16, 2048, 16, 16, 1024),

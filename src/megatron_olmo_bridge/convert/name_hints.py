@@ -1,0 +1,60 @@
+"""What tensor names that don't fit their config say about where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from megatron_olmo_bridge.models.bridge import ModelBridge, looks_like
+from megatron_olmo_bridge.models.tables import HF_HEAD
+
+WRAPPERS = {
+    "_orig_mod.": "torch.compile put it there: save model._orig_mod",
+    "module.": "a data-parallel wrapper put it there: save model.module",
+    "base_model.model.": "PEFT put it there: merge the adapter (merge_and_unload()) and save that",
+    "_fsdp_wrapped_module.": "FSDP put it there: save its full state dict",
+    "_checkpoint_wrapped_module.": "activation checkpointing put it there: save the model inside",
+}
+"""What training tools put into names, and how to save without it."""
+
+
+def name_hint(names: Collection[str], bridge: ModelBridge) -> str | None:
+    """Return a sentence for names that are not those of the config's model, if one is known.
+
+    Args:
+        names: the checkpoint's tensors, by Hugging Face's or by Megatron's names.
+        bridge: of the config.
+    """
+    if any(".lora_" in name or ".base_layer." in name for name in names):
+        return (
+            "The names are those of a PEFT adapter in its base model. Merge it "
+            "(merge_and_unload()), save_pretrained() the result and convert that."
+        )
+    for part, way_out in WRAPPERS.items():
+        if any(name.startswith(part) or f".{part}" in name for name in names):
+            return f"Names have {part!r} in them: {way_out}, by save_pretrained()."
+    if prefix := _prefix(names, bridge.hf_embedding):
+        return (
+            f"Names begin with {prefix!r}, which doesn't belong to the model: save_pretrained() "
+            "the model that is inside."
+        )
+    others = looks_like(names)
+    if others and bridge.family not in others:
+        return (
+            f"The names are those of {' or '.join(others)}, the config is of {bridge.family}: is "
+            "it another model's config.json?"
+        )
+    if HF_HEAD not in names and bridge.hf_embedding in names and bridge.num_labels is None:
+        return (
+            f"A model saved without its head: {HF_HEAD} would be random. Save it from "
+            "AutoModelForCausalLM; or import it with --num-labels as a classifier; or, if its "
+            "head is the embedding, set tie_word_embeddings to true in config.json."
+        )
+    return None
+
+
+def _prefix(names: Collection[str], embedding: str) -> str | None:
+    """What stands before the embedding's own name."""
+    if embedding in names:
+        return None
+    longer = (name for name in names if name.endswith(f".{embedding}"))
+    return next((name.removesuffix(embedding) for name in longer), None)
