@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .errors import install_hint
 
 if TYPE_CHECKING:
     from .convert.average import average_checkpoints
@@ -76,7 +77,5 @@ def __getattr__(name: str) -> Any:
                 "transformers",
             ):
                 raise
-            raise ImportError(
-                f"{name} needs megatron-core: pip install 'megatron-olmo-bridge[megatron]'"
-            ) from error
+            raise ImportError(f"{name} needs megatron-core: {install_hint('megatron')}") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,6 +32,10 @@ class OutputError(BridgeError):
     """The output can't be written: it exists, overlaps the source, or the disk is too small."""
 
 
+class MissingPackageError(BridgeError):
+    """A package that only some commands need is not installed."""
+
+
 class ProcessError(BridgeError):
     """A process that was started died of an error that is not one of these."""
 
@@ -44,3 +48,24 @@ class AskedToStop(TrainingStopped):
     """By SIGTERM or Ctrl-C; the step it stopped at is saved, and the same command goes on."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+EXTRAS = {
+    "megatron": ("megatron", "transformers", "tokenizers", "numpy"),
+    "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard"),
+}
+"""Extras, and packages that come with them and that only some commands need."""
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra: from an index, and in a clone."""
+    return f"pip install 'megatron-olmo-bridge[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+
+
+def missing_package(module: str) -> MissingPackageError | None:
+    """Return the error that a module is not installed; None if no extra brings it."""
+    package = module.partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return MissingPackageError(f"this needs {package}: {install_hint(extra)}")
+    return None

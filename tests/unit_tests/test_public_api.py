@@ -49,7 +49,8 @@ def test_without_megatron_core_a_live_name_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == (
-        "AutoBridge needs megatron-core: pip install 'megatron-olmo-bridge[megatron]'"
+        "AutoBridge needs megatron-core: pip install 'megatron-olmo-bridge[megatron]' "
+        "(in a clone: pip install -e '.[megatron]')"
     )
 
 

@@ -12,7 +12,7 @@ import typer
 from megatron_olmo_bridge.convert.plan import WORKERS
 from megatron_olmo_bridge.errors import InputError
 
-from .command import Outcome, register
+from .command import DIFFERENT, Outcome, register
 from .console import ProgressBar, Workers, human_bytes, say, table
 from .data import inspect_dataset
 
@@ -29,7 +29,7 @@ SHOWN = 40
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    register(app, "verify", verify)
+    register(app, "verify", verify, exit_codes=DIFFERENT)
     register(app, "inspect", inspect)
     register(app, "models", models)
     register(app, "doctor", doctor)
@@ -47,10 +47,11 @@ def verify(
 
     Names, shapes, dtypes, values and config are compared in both directions. With one path, its
     files are compared with what was recorded when they were written. Exits with 1 if anything
-    differs. Example:
+    differs.
 
+    Examples:
         olmo-bridge verify ./hf ./megatron
-
+        olmo-bridge verify ./megatron
         olmo-bridge verify ./checkpoints/step_100.pt ./megatron --heads 4
     """
     from megatron_olmo_bridge.convert.verify import verify as run
@@ -101,6 +102,11 @@ def inspect(
 
     Only headers are read, and nothing in them is run. Of prepared data (the prefix of a .bin and an
     .idx) it says how many documents and tokens there are, and how they begin.
+
+    Examples:
+        olmo-bridge inspect ./megatron
+        olmo-bridge inspect ./megatron --megatron-args
+        olmo-bridge inspect ./hf --json --tensors
     """
     from megatron_olmo_bridge.convert.inspect import inspect as run
     from megatron_olmo_bridge.data.prefix import is_indexed

@@ -8,15 +8,17 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from importlib.util import find_spec
 from math import isfinite
 from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from megatron_olmo_bridge.errors import BridgeError
+from megatron_olmo_bridge.errors import BridgeError, missing_package
 
 from .console import first_process, output
 
@@ -25,11 +27,8 @@ INTERNAL_ERROR = 70
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
 BAD_USAGE = 2
-EXTRAS = {
-    "megatron": ("megatron", "transformers", "tokenizers", "numpy"),
-    "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard"),
-}
-"""Extras, and packages that come with them and that only some commands need."""
+DIFFERENT = "1 a difference was found"
+"""Exit code of commands that compare, for ``register``."""
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 """click's, or that of the copy of click which typer brings."""
 
@@ -60,11 +59,23 @@ class Failure:
     exit_code: int = BAD_USAGE
 
 
-def register(app: typer.Typer, name: str, function: Callable[..., Outcome]) -> None:
+def register(
+    app: typer.Typer,
+    name: str,
+    function: Callable[..., Outcome],
+    *,
+    needs: tuple[str, ...] = (),
+    exit_codes: str = "",
+) -> None:
     """Make a function a command: with the options that all have, and one way to end.
 
     The function prints for people by ``console.say`` and ``console.table``, which are silent under
-    ``--quiet`` and ``--json``, and returns what ``--json`` prints.
+    ``--quiet`` and ``--json``, and returns what ``--json`` prints. Lines of its docstring under
+    ``Examples:`` stand at the bottom of ``--help``.
+
+    Args:
+        needs: modules of extras without which the command can do nothing.
+        exit_codes: those that only some commands have: ``1 a difference was found``.
     """
     own = inspect.signature(function, eval_str=True)
     common = [
@@ -74,19 +85,47 @@ def register(app: typer.Typer, name: str, function: Callable[..., Outcome]) -> N
     parameters = [*own.parameters.values(), *common]
     required = any(p.default is inspect.Parameter.empty for p in own.parameters.values())
 
+    def checked(**arguments: Any) -> Outcome:
+        for module in needs:
+            if find_spec(module) is None and (missing := missing_package(module)):
+                raise missing
+        return function(**arguments)
+
     def command(*, quiet: bool, json: bool, **arguments: Any) -> None:
         output.quiet, output.json = quiet, json
+        # torch says so when it is imported; nothing that runs without NumPy misses it.
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
-            code = _run(name, function, arguments, resumable="resume" in own.parameters)
+            code = _run(name, checked, arguments, resumable="resume" in own.parameters)
         finally:
             output.quiet = output.json = False
         if code:
             raise typer.Exit(code)
 
-    command.__doc__ = function.__doc__
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    app.command(name, no_args_is_help=required)(command)
+    text, epilog = _help(function, exit_codes)
+    app.command(name, help=text, epilog=epilog, no_args_is_help=required)(command)
+
+
+def _help(function: Callable[..., Outcome], exit_codes: str) -> tuple[str, str]:
+    """Return what ``--help`` says above the options, and below them.
+
+    Lines are joined to paragraphs: rich would keep the ends of lines in some and not in others.
+    """
+    text, _, examples = (inspect.getdoc(function) or "").partition("\nExamples:\n")
+    paragraphs = [" ".join(lines.split()) for lines in text.split("\n\n")]
+    codes = [
+        "0 done",
+        "2 bad usage or input",
+        "130 interrupted",
+        *([exit_codes] * bool(exit_codes)),
+    ]
+    codes.sort(key=lambda code: int(code.split()[0]))
+    below = [f"  {line.strip()}" for line in examples.splitlines() if line.strip()]
+    if below:
+        below.insert(0, "Examples:")
+    return "\n\n".join(paragraphs), "\n\n".join([*below, f"Exit codes: {'; '.join(codes)}."])
 
 
 class CommandGroup(TyperGroup):
@@ -161,11 +200,9 @@ def _explain(error: BaseException, resumable: bool) -> Failure:
         hint = " Run the same with --resume to continue." if resumable else ""
         return Failure("Interrupted", f"interrupted.{hint}", INTERRUPTED)
     if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        extra = next((extra for extra, has in EXTRAS.items() if package in has), None)
-        if extra is not None:
-            install = f"pip install 'megatron-olmo-bridge[{extra}]'"
-            return Failure("MissingPackage", f"this needs {error.name}: {install}")
+        missing = missing_package(error.name or "")
+        if missing is not None:
+            return _explain(missing, resumable)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return Failure(kind, f"{where}{error.strerror or error}")

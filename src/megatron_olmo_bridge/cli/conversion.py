@@ -52,8 +52,10 @@ def synth(
 ) -> Outcome:
     """Make a Hugging Face checkpoint with random weights in a published architecture.
 
-    Streamed: a model of any size needs little memory. transformers loads it. Example:
+    Streamed: a model of any size needs little memory. transformers loads it.
 
+    Examples:
+        olmo-bridge synth olmo2-tiny ./tiny
         olmo-bridge synth olmo2-1b ./olmo2-1b --dtype float32
     """
     from megatron_olmo_bridge.convert.synth import synth as run
@@ -100,12 +102,11 @@ def import_(
 ) -> Outcome:
     """Write a Hugging Face checkpoint as a Megatron checkpoint (torch_dist).
 
-    Stock Megatron loads it at any parallel layout. Needs no GPU and little memory. Examples:
+    Stock Megatron loads it at any parallel layout. Needs no GPU and little memory.
 
+    Examples:
         olmo-bridge import allenai/OLMo-2-0425-1B ./megatron
-
         olmo-bridge import ./hf ./megatron --dtype bfloat16 --workers 2
-
         olmo-bridge import ./checkpoints/step_100.pt ./megatron --heads 4
     """
     from megatron_olmo_bridge.convert import to_megatron
@@ -184,14 +185,12 @@ def export(
     """Write a Megatron checkpoint as a Hugging Face checkpoint, as save_pretrained writes it.
 
     Reads what this tool, megatron-core, Megatron-LM or Megatron-Bridge saved, at any parallel
-    layout, with or without optimizer state. Examples:
+    layout, with or without optimizer state.
 
+    Examples:
         olmo-bridge export ./megatron ./hf
-
         olmo-bridge export ./run ./hf --iteration all --hf-config ./olmo2-1b
-
         olmo-bridge export ./checkpoints/step_100.pt ./hf --heads 4
-
         olmo-bridge export ./run ./hf --push-to-hub me/my-olmo --private
     """
     from megatron_olmo_bridge.convert import to_hf
@@ -269,11 +268,11 @@ def average(
 ) -> Outcome:
     """Average the weights of several checkpoints of one model ("souping").
 
-    DST is a Hugging Face folder, with the config and tokenizer of A. Examples:
+    DST is a Hugging Face folder, with the config and tokenizer of A.
 
-        olmo-bridge average ./seed1 ./seed2 ./seed3 ./soup
-
-        olmo-bridge average ./run/iter_0001000 ./run/iter_0002000 ./soup --weights 1,2
+    Examples:
+        olmo-bridge average ./seed1 ./seed2 ./soup --weights 1,2
+        olmo-bridge average ./run/iter_0001000 ./run/iter_0002000 ./soup
     """
     from megatron_olmo_bridge.convert.average import average_checkpoints, plan_average
 

@@ -19,7 +19,7 @@ KIND = "Megatron indexed dataset"
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    register(app, "prepare-data", prepare_data)
+    register(app, "prepare-data", prepare_data, needs=("transformers",))
 
 
 def prepare_data(
@@ -59,12 +59,11 @@ def prepare_data(
 
     Each document gets an eos. The output is the same for any number of workers.
 
-    A compressed file goes to one worker; others are cut for all. Examples:
+    A compressed file goes to one worker; others are cut for all.
 
+    Examples:
         olmo-bridge prepare-data corpus.jsonl data/train --tokenizer ./olmo2-1b
-
         olmo-bridge prepare-data part-*.json.gz train --tokenizer allenai/OLMo-2-0425-1B -j 16
-
         olmo-bridge prepare-data tokens.npy train --tokenizer ./olmo2-1b --token-dtype uint32
     """
     from megatron_olmo_bridge.data.prepare import prepare_data as run

@@ -10,7 +10,7 @@ import typer
 
 from megatron_olmo_bridge.errors import InputError
 
-from .command import Outcome, register
+from .command import DIFFERENT, Outcome, register
 from .console import output, say, table
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ SHOWN_LAYERS = 12
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    register(app, "compare", compare)
-    register(app, "roundtrip", roundtrip)
-    register(app, "generate", generate)
+    needs = ("megatron", "transformers")
+    register(app, "compare", compare, needs=needs, exit_codes=DIFFERENT)
+    register(app, "roundtrip", roundtrip, needs=needs, exit_codes=DIFFERENT)
+    register(app, "generate", generate, needs=needs)
 
 
 def compare(
@@ -48,8 +49,9 @@ def compare(
     """Run HF in transformers and OTHER in megatron-core, and say where they part.
 
     In float32 the logits may differ by 1e-4 of the largest; in 16 bits by 1.2 times what
-    transformers' own logits in that dtype differ from its float32. Exits with 1 past that. Example:
+    transformers' own logits in that dtype differ from its float32. Exits with 1 past that.
 
+    Examples:
         olmo-bridge compare ./hf ./megatron --tp 2
     """
     from megatron_olmo_bridge.inference.compare import compare as run
@@ -112,8 +114,9 @@ def roundtrip(
 ) -> Outcome:
     """Prove the way there and back: load, run, save with stock megatron-core, export, verify.
 
-    Weights must be equal bit for bit, logits up to rounding. Exits with 1 if not. Example:
+    Weights must be equal bit for bit, logits up to rounding. Exits with 1 if not.
 
+    Examples:
         olmo-bridge roundtrip ./hf --tp 2 --pp 2
     """
     from megatron_olmo_bridge.inference.roundtrip import roundtrip as run
@@ -146,9 +149,10 @@ def generate(
     tp: Tp = 1,
     pp: Pp = 1,
 ) -> Outcome:
-    """Continue a prompt with a live model; tokens appear as they come. Example:
+    """Continue a prompt with a live model; tokens appear as they come.
 
-    olmo-bridge generate ./megatron --prompt "Language models are" --tp 2
+    Examples:
+        olmo-bridge generate ./megatron --prompt "Language models are" --tp 2
     """
     from megatron_olmo_bridge.inference.generation import Generation
 

@@ -13,7 +13,7 @@ from .console import say
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    register(app, "report", report)
+    register(app, "report", report, needs=("matplotlib",))
 
 
 def report(
@@ -21,10 +21,10 @@ def report(
 ) -> Outcome:
     """Write RUN/report.html again, from RUN/log.jsonl: curves, key figures, config.
 
-    Also while the run goes on, or after it was killed. Examples:
+    Also while the run goes on, or after it was killed.
 
+    Examples:
         olmo-bridge report ./run
-
         olmo-bridge report ./run --json | jq .result.evaluation_loss
     """
     from megatron_olmo_bridge.training.monitor.history import RunHistory

@@ -16,10 +16,14 @@ from .console import output, say
 if TYPE_CHECKING:
     from megatron_olmo_bridge.training.config import TrainingConfig
 
+STOPPED = "75 stopped when asked to, and saved"
+
 
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
-    register(app, "train", train)
+    register(
+        app, "train", train, needs=("omegaconf", "megatron", "transformers"), exit_codes=STOPPED
+    )
 
 
 def train(
@@ -43,16 +47,14 @@ def train(
         typer.Option("--dry-run", help="Print config, memory, tokens and FLOPs; train nothing."),
     ] = False,
 ) -> Outcome:
-    """Train a model as a recipe says. Start it again, and it goes on where it was. Examples:
+    """Train a model as a recipe says. Start it again, and it goes on where it was.
 
+    Asked to stop (SIGTERM, Ctrl-C), it saves its last step first.
+
+    Examples:
         olmo-bridge train recipes/olmo2/olmo2_tiny.py data.path=data/text checkpoint.save=runs/first
-
         olmo-bridge train recipes/olmo2/olmo2_1b.py parallel.tp=2 --dry-run
-
-        torchrun --nproc_per_node 8 -m megatron_olmo_bridge train recipes/olmo2/olmo2_7b.py \\
-            data.path=data/text checkpoint.save=runs/7b
-
-    Exits with 75 when it was asked to stop (SIGTERM, Ctrl-C) and has saved its last step.
+        torchrun --nproc_per_node 8 -m megatron_olmo_bridge train recipes/olmo2/olmo2_7b.py
     """
     from megatron_olmo_bridge.training.check import check_values
     from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe

@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_olmo_bridge._version import __version__
+from megatron_olmo_bridge.errors import install_hint
 
 from .transfer import copy_methods
 
-_WITH_MEGATRON = "pip install 'megatron-olmo-bridge[megatron]'"
+_WITH_MEGATRON = install_hint("megatron")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def doctor() -> list[Finding]:
         _package("psutil", "megatron-core's checkpoint writer (it hangs without)",
                  _WITH_MEGATRON),
         _package("transformer-engine", "Transformer Engine layers on GPUs",
-                 "pip install 'megatron-olmo-bridge[gpu]' on a machine with CUDA"),
+                 f"on a machine with CUDA {install_hint('gpu')}"),
     ]  # fmt: skip
     if find_spec("torch"):
         findings += _devices()

@@ -29,11 +29,11 @@ class Found:
     error: float
 
 
-def run_command(function: Callable[..., Outcome], *args: str) -> Result:
+def run_command(function: Callable[..., Outcome], *args: str, **options: Any) -> Result:
     """Run ``olmo-bridge look ...``, where ``look`` is the function."""
     app = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
     app.callback()(lambda: None)
-    register(app, "look", function)
+    register(app, "look", function, **options)
     return CliRunner().invoke(app, ["look", *args])
 
 
@@ -161,6 +161,43 @@ def test_a_fault_of_our_own_shows_its_traceback(flags: tuple[str, ...]) -> None:
         assert json.loads(done.stdout)["error"] == {"type": "ZeroDivisionError", "message": message}
     else:
         assert done.stderr.endswith(f"olmo-bridge: {message}\n")
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the command begins, and also where it comes upon it later."""
+    expected = (
+        "olmo-bridge: this needs pyarrow: pip install 'megatron-olmo-bridge[train]' "
+        "(in a clone: pip install -e '.[train]')\n"
+    )
+    done = run_command(failing(ModuleNotFoundError(name="pyarrow.parquet")))
+    assert (done.exit_code, done.stderr) == (2, expected)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    done = run_command(lambda: Outcome(), needs=("pyarrow",))
+    assert (done.exit_code, done.stderr) == (2, expected)
+
+
+def test_without_numpy_torch_does_not_warn(tmp_path: Path) -> None:
+    """NumPy is not a dependency of conversion."""
+    code = (
+        "import sys; sys.modules['numpy'] = None\nfrom megatron_olmo_bridge.cli import main\nmain()"
+    )
+    args = ["synth", "olmo2-tiny", str(tmp_path / "hf"), "--layers", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ------------------------------------------------------------------------------------------- help
+
+
+def test_help_ends_with_examples_and_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in command_line.app.registered_commands:
+        done = CliRunner().invoke(command_line.app, [str(command.name), "--help"])
+        below = done.stdout.rpartition("╯")[2]
+        assert "Exit codes: 0 done; " in below
+        assert "Examples:" in below or command.name in ("models", "doctor")
 
 
 # -------------------------------------------------------------------------------------- bad usage

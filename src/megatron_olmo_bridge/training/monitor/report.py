@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge._version import __version__
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import MissingPackageError, install_hint
 
 from .history import RunHistory
 from .human import compact, duration, flops, heading, short, when
@@ -33,16 +33,15 @@ def write_report(folder: Path) -> Path:
         The report's path.
 
     Raises:
-        InputError: The folder has no log, or matplotlib is missing.
+        InputError: The folder has no log.
+        MissingPackageError: matplotlib is not installed.
         FormatError: The log is damaged.
     """
     history = RunHistory.read(folder)
     try:
         import matplotlib as _  # noqa: F401
     except ImportError:
-        raise InputError(
-            "the report needs matplotlib: pip install 'megatron-olmo-bridge[train]'"
-        ) from None
+        raise MissingPackageError(f"the report needs matplotlib: {install_hint('train')}") from None
     path = folder / NAME
     temporary = path.with_name(f".{NAME}.tmp")
     temporary.write_text(_page(history, folder), encoding="utf-8")
