@@ -1,5 +1,14 @@
 """Everything that can go wrong, as exceptions. Each message says what, where, and what to do."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for a message, or nothing where no known name is near."""
+    found = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
 
 class BridgeError(Exception):
     """Base of all errors that this package raises on purpose."""

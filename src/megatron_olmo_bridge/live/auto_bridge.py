@@ -194,8 +194,6 @@ class AutoBridge:
         """
         provider = AutoBridge.from_checkpoint(path).to_megatron_provider()
         for name, value in fields.items():
-            if not hasattr(provider, name):
-                raise InputError(f"the provider has no field {name!r}")
             setattr(provider, name, value)
         return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
 

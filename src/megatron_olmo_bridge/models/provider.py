@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.errors import InputError, UnsupportedError, nearest
 from megatron_olmo_bridge.nn.backends import (
     AUTO,
     TRANSFORMER_ENGINE,
@@ -129,10 +129,39 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         self.output_layer_init_method: Any = method
         self.embedding_init_method: Any = method
 
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Refuse names of fields that don't exist, with the nearest one.
+
+        Raises:
+            InputError: There is no such field.
+        """
+        for name in given:
+            if name not in cls.field_names():
+                raise cls._unknown(name)
+        made: Self = super().__new__(cls)
+        return made
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """A field that is set is no longer derived from the others."""
-        self.__dict__.get("_derived", {}).pop(name, None)
+        """Set a field, which is then no longer derived from the others.
+
+        Raises:
+            InputError: There is no such field: a typo would have no effect.
+        """
+        derived = self.__dict__.get("_derived")
+        if derived is not None:  # None: megatron-core's own __post_init__ is at work
+            derived.pop(name, None)
+            if not (name.startswith("_") or hasattr(self, name) or name in self.field_names()):
+                raise self._unknown(name)
         super().__setattr__(name, value)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The names of all fields that can be set, megatron-core's and this package's."""
+        return [f.name for f in fields(cls) if f.init]
+
+    @classmethod
+    def _unknown(cls, name: str) -> InputError:
+        return InputError(f"{cls.__name__} has no field {name!r}{nearest(name, cls.field_names())}")
 
     @classmethod
     def from_config(cls, config: Any, **overrides: Any) -> Self:
@@ -298,7 +327,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         Returns:
             One chunk, or as many as ``virtual_pipeline_model_parallel_size``. A chunk is called as
             ``chunk(input_ids [b, s], position_ids [b, s], attention_mask)`` and gives this rank's
-            part of the vocabulary, [b, s, padded_vocab_size / TP].
+            part of the vocabulary, [b, s, padded_vocab_size / TP]. The mask is None for causal
+            attention, or bool [b or 1, 1, s, s], True where attention is not allowed.
 
         Raises:
             InputError, UnsupportedError: the layout can't be, or the processes are too few.

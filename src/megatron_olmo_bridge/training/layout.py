@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import pkgutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_olmo_bridge.errors import BridgeError, InputError
+from megatron_olmo_bridge.errors import BridgeError, InputError, nearest
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
 
 from .check import check_values
 from .config import TrainingConfig
-from .recipes import nearest
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -181,7 +180,7 @@ def provider_fields(config: TrainingConfig) -> dict[str, Any]:
     import torch
 
     provider = pkgutil.resolve_name(model_of(config).provider_class)
-    known = [field.name for field in fields(provider) if field.init]
+    known = provider.field_names()
     for name in config.provider:
         if name not in known:
             raise InputError(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_olmo_bridge.errors import BridgeError, InputError
+from megatron_olmo_bridge.errors import BridgeError, InputError, nearest
 
 from .config import ClassificationConfig, TrainingConfig
 
@@ -165,9 +164,3 @@ def _is_list(key: str) -> bool:
     if not is_dataclass(of):
         return False
     return any(f.name == name and str(f.type).startswith("list") for f in fields(of))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or nothing where no name is near."""
-    found = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""

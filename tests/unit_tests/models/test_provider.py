@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import pickle
+import re
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -201,6 +204,42 @@ def comparable(provider: Provider) -> dict[str, Any]:
             torch.manual_seed(0)
             values[name] = value(torch.empty(4)).tolist()
     return values
+
+
+def test_a_field_that_does_not_exist_is_refused_with_the_nearest_name() -> None:
+    message = (
+        "Provider has no field 'tensor_model_parallel_sise'; "
+        "did you mean 'tensor_model_parallel_size'?"
+    )
+    provider = make()
+    with pytest.raises(InputError, match=re.escape(message)):
+        provider.tensor_model_parallel_sise = 2  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=re.escape(message)):
+        make(tensor_model_parallel_sise=2)
+    with pytest.raises(InputError, match=r"has no field 'xyzzy'$"):
+        provider.xyzzy = 1  # type: ignore[attr-defined]
+    provider.finalize()
+
+
+def test_fields_that_megatron_core_sets_and_private_ones_can_be_set() -> None:
+    provider = make()
+    provider.no_sync_func, provider._ours = None, 1  # type: ignore[attr-defined]
+    assert copy.deepcopy(provider)._ours == 1  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(provider)).hidden_size == provider.hidden_size
+
+
+def test_a_subclass_may_declare_more_fields() -> None:
+    @dataclass
+    class Mine(Provider):
+        label_smoothing: float = 0.0
+
+    values = {f.name: getattr(make(), f.name) for f in fields(Provider) if f.init}
+    mine = Mine(**values, label_smoothing=0.1)
+    mine.label_smoothing = 0.2
+    mine.finalize()
+    assert mine.label_smoothing == 0.2
+    with pytest.raises(InputError, match="Mine has no field 'label_smothing'; did you mean"):
+        mine.label_smothing = 0.3  # type: ignore[attr-defined]
 
 
 def test_what_follows_from_other_fields() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("omegaconf")
 
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import InputError, nearest
 from megatron_olmo_bridge.training.config import (
     ClassificationConfig,
     TrainConfig,
@@ -21,7 +21,6 @@ from megatron_olmo_bridge.training.recipes import (
     field_names,
     from_dict,
     load_recipe,
-    nearest,
 )
 
 RECIPE = """
