@@ -1,15 +1,18 @@
 """The examples run as their docstrings say, as one process and as several."""
 
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from megatron_olmo_bridge import synth, verify
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +20,14 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synth("olmo2-tiny", tmp_path_factory.mktemp("hf") / "tiny", dtype="float32")
 
 
-def run(processes: int, name: str, *arguments: object) -> str:
+def run(processes: int, name: str | Path, *arguments: object, cwd: Path | None = None) -> str:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes)]
     command += [str(EXAMPLES / name), *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,3 +58,15 @@ def test_hf_as_megatron(hf: Path) -> None:
     said = run(2, "hf_as_megatron.py", hf, "--tp", 2)
 
     assert "rank 0: " in said and "rank 1: " in said
+
+
+def test_the_python_of_the_readme_runs(hf: Path, tmp_path: Path) -> None:
+    """As it stands, but for the name of the checkpoint; a block that sets TP 2 on two processes."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        script = tmp_path / f"{number}.py"
+        body = textwrap.indent(block.replace("allenai/OLMo-2-0425-1B", str(hf)), "    ")
+        script.write_text(f"def main():\n{body}\n    print('ran')\n\nmain()\n")
+        processes = 2 if "tensor_model_parallel_size = 2" in block else 1
+        assert run(processes, script, cwd=tmp_path).count("ran") == processes
