@@ -13,6 +13,7 @@ from megatron_olmo_bridge.convert.plan import WORKERS
 from megatron_olmo_bridge.errors import InputError
 
 from .command import DIFFERENT, Outcome, register
+from .completion import iterations
 from .console import ProgressBar, Workers, human_bytes, say, table
 from .data import inspect_dataset
 
@@ -91,7 +92,9 @@ def inspect(
     megatron_args: Annotated[
         bool, typer.Option("--megatron-args", help="Print Megatron-LM's flags, ready to paste.")
     ] = False,
-    iteration: Annotated[str | None, typer.Option(help="A number or 'release'.")] = None,
+    iteration: Annotated[
+        str | None, typer.Option(help="A number or 'release'.", autocompletion=iterations)
+    ] = None,
     hf_config: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder with config.json, if PATH has none.")
     ] = None,

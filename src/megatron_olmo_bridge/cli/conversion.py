@@ -15,9 +15,12 @@ from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 
 from .command import Outcome, register
+from .completion import dtypes, dtypes_or_keep, iterations, sizes
 from .console import ProgressBar, Workers, first_process, human_bytes, output, say, table
 
-Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="keep, float32, bfloat16 or float16.", autocompletion=dtypes_or_keep)
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue an interrupted run; afresh if there is none.")
 ]
@@ -43,9 +46,16 @@ def add_to(app: typer.Typer) -> None:
 
 
 def synth(
-    name: Annotated[str, typer.Argument(help="A size of `olmo-bridge models`: olmo2-7b.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A size of `olmo-bridge models`: olmo2-7b.", autocompletion=sizes
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16.", autocompletion=dtypes)
+    ] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     layers: Annotated[int | None, typer.Option(help="Layers, if not the published number.")] = None,
     max_shard_size: ShardSize = "5GB",
@@ -155,7 +165,10 @@ def export(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
     dtype: Dtype = "keep",
     iteration: Annotated[
-        str | None, typer.Option(help="A number, 'release' or 'all'; else the latest.")
+        str | None,
+        typer.Option(
+            help="A number, 'release' or 'all'; else the latest.", autocompletion=iterations
+        ),
     ] = None,
     max_shard_size: ShardSize = "5GB",
     hf_config: Annotated[

@@ -12,6 +12,7 @@ import typer
 from megatron_olmo_bridge.data.progress import WORKERS, PrepareReporter
 
 from .command import Outcome, register
+from .completion import one_of
 from .console import ProgressBar, human_bytes, say, table
 
 KIND = "Megatron indexed dataset"
@@ -37,11 +38,18 @@ def prepare_data(
         str, typer.Option(help="Field (.jsonl) or column (.parquet) with the text.")
     ] = "text",
     txt_documents: Annotated[
-        str, typer.Option(help="What is a document of .txt: each line, or each file.")
+        str,
+        typer.Option(
+            help="What is a document of .txt: each line, or each file.",
+            autocompletion=one_of("line", "file"),
+        ),
     ] = "line",
     token_dtype: Annotated[
         str | None,
-        typer.Option(help="Of .npy: uint16, uint32...; else the least for the vocabulary."),
+        typer.Option(
+            help="Of .npy: uint16, uint32...; else the least for the vocabulary.",
+            autocompletion=one_of("uint16", "uint32"),
+        ),
     ] = None,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Leave out what can't be read, and count it.")

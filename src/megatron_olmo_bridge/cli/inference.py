@@ -11,6 +11,7 @@ import typer
 from megatron_olmo_bridge.errors import InputError
 
 from .command import DIFFERENT, Outcome, register
+from .completion import dtypes, dtypes_or_keep
 from .console import output, say, table
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def compare(
     pp: Pp = 1,
     sp: Sp = False,
     ep: Ep = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16.", autocompletion=dtypes)
+    ] = "float32",
     prompt: Annotated[str | None, typer.Option(help="Text to run on.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Random tokens, without a prompt.")] = 128,
     threshold: Annotated[
@@ -145,7 +148,9 @@ def generate(
         float, typer.Option(help="Sample among the likeliest tokens of this probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    dtype: Annotated[
+        str, typer.Option(help="keep, float32, bfloat16 or float16.", autocompletion=dtypes_or_keep)
+    ] = "keep",
     tp: Tp = 1,
     pp: Pp = 1,
 ) -> Outcome:

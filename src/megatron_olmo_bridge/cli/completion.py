@@ -1,0 +1,45 @@
+"""Values that the shell completes. Nothing here may import torch: a shell does not wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from megatron_olmo_bridge.formats.dtypes import KEEP
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE
+
+
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """Complete one of these values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+dtypes = one_of(*ITEM_SIZE)
+dtypes_or_keep = one_of(KEEP, *ITEM_SIZE)
+
+
+def sizes(incomplete: str) -> list[str]:
+    """Complete the name of a published size."""
+    from megatron_olmo_bridge.models.bridge import published_sizes
+
+    return [name for name in published_sizes() if name.startswith(incomplete)]
+
+
+def iterations(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete an iteration of the checkpoint root that the command line names already."""
+    if not context.args:  # an option without its value ends the parsing before any argument's
+        return []
+    root = Path(context.args[0]).expanduser()
+    found = [folder.name.removeprefix("iter_") for folder in sorted(root.glob("iter_*"))]
+    names = [str(int(name)) for name in found if name.isdecimal()]
+    if (root / "release").is_dir():
+        names.append("release")
+    if context.info_name == "export":
+        names.append("all")
+    return [name for name in names if name.startswith(incomplete)]
