@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 
-from .hf_folder import is_hf_folder, refuse_other_weights
+from .hf_folder import hint_at_folders_inside, is_hf_folder, refuse_other_weights
+from .lfs import refuse_pointer
 from .torch_dist import (
     FORMAT_FILE,
     METADATA,
@@ -49,6 +50,7 @@ def detect(path: Path, iteration: int | str | None = None) -> tuple[Kind, Path]:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_file() and path.suffix == ".pt":
+        refuse_pointer(path)
         return Kind.OLM, path
     if not path.is_dir():
         raise InputError(
@@ -73,6 +75,8 @@ def detect(path: Path, iteration: int | str | None = None) -> tuple[Kind, Path]:
     if is_hf_folder(path):
         return Kind.HF, path
     refuse_other_weights(path)
+    if hint := hint_at_folders_inside(path):
+        raise InputError(f"{path}: not a checkpoint itself. {hint}")
     raise InputError(
         f"{path}: not a checkpoint: neither Hugging Face (config.json and safetensors) nor "
         f"Megatron ({TRACKER}, or an iter_ folder with {FORMAT_FILE})"
@@ -81,7 +85,11 @@ def detect(path: Path, iteration: int | str | None = None) -> tuple[Kind, Path]:
 
 def _refuse_unless_torch_dist(path: Path) -> None:
     if not (path / FORMAT_FILE).is_file():
+        if is_hf_folder(path):
+            raise InputError(f"{path}: a Hugging Face checkpoint; name this very folder")
         raise InputError(f"{path}: no {FORMAT_FILE}: an incomplete or foreign checkpoint")
+    for file in (f for f in path.rglob("*") if f.is_file()):
+        refuse_pointer(file)
     if (name := read_format(path)) != "torch_dist":
         raise UnsupportedError(f"{path}: a Megatron checkpoint of format {name!r}, "
                                f"not torch_dist. {_CONVERT_WITH_MEGATRON}")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError
 
+from .lfs import refuse_pointer
 from .safetensors import read_header
 from .tensors import StoredArray
 
@@ -36,6 +38,10 @@ CODE = "*.py"
 """A model's own code, which ``save_pretrained`` writes where a config has an ``auto_map``."""
 HUB_PATTERNS = (*SIDE_FILES, CODE, "*.safetensors", INDEX)
 """What is fetched from the hub."""
+
+
+SHOWN = 4
+"""Folders that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,25 @@ def is_hf_folder(path: Path) -> bool:
     return (path / CONFIG).is_file() or any(path.glob("*.safetensors")) or (path / INDEX).exists()
 
 
+def hint_at_folders_inside(path: Path) -> str | None:
+    """Return which folder to name instead, if this one holds Hugging Face checkpoints in folders.
+
+    So does the root of a run of transformers' Trainer, and a model's folder in the hub's cache.
+    """
+    cached = re.fullmatch(r"models--(.+?)--(.+)", path.resolve().name)
+    if cached and (path / "snapshots").is_dir():
+        snapshots = sorted(p for p in (path / "snapshots").iterdir() if is_hf_folder(p))
+        if snapshots:
+            names = " or ".join(map(str, snapshots))
+            return f"The hub's cache: name {names}, or {'/'.join(cached.groups())}."
+    inside = [p for p in path.iterdir() if p.is_dir() and is_hf_folder(p)]
+    if not inside:
+        return None
+    inside.sort(key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)][-1:] or [0])
+    names = ", ".join(p.name for p in inside[-SHOWN:])
+    return f"The checkpoints are in folders inside ({names}): name one, {inside[-1]} for example."
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The folder's config.json."""
     if not (path / CONFIG).is_file():
@@ -95,6 +120,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A file that holds a JSON object."""
+    refuse_pointer(file)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -108,6 +134,9 @@ def side_files(path: Path) -> dict[str, Path]:
     """Return the folder's files beside the weights that belong to its model, by name in it.
 
     Python files are among them where a config or tokenizer names them in its ``auto_map``.
+
+    Raises:
+        FormatError: one of them is a Git LFS pointer.
     """
     names = [entry.name for entry in path.iterdir()]
     if (path / CHAT_TEMPLATES).is_dir():
@@ -116,6 +145,8 @@ def side_files(path: Path) -> dict[str, Path]:
     own = {name: file for name, file in files.items() if _matches(name, SIDE_FILES)}
     if any(b'"auto_map"' in f.read_bytes() for name, f in own.items() if name.endswith(_SETTINGS)):
         own |= {name: file for name, file in files.items() if _matches(name, (CODE,))}
+    for file in own.values():
+        refuse_pointer(file)
     return own
 
 
@@ -148,7 +179,8 @@ def _read_arrays(
     if weight_map is None:
         files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
         if not files:
-            raise InputError(f"{path}: has a {CONFIG} but no safetensors files")
+            where = f". {hint}" if (hint := hint_at_folders_inside(path)) else ""
+            raise InputError(f"{path}: has a {CONFIG} but no safetensors files{where}")
     else:
         files = [path / name for name in sorted(set(weight_map.values()))]
     optional = {n for n in weight_map or () if is_buffer(n) or may_be_tied(n)}

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_olmo_bridge.errors import FormatError, UnsupportedError
 from megatron_olmo_bridge.mapping.placement import Shape
 
+from .lfs import refuse_pointer
 from .tensors import ITEM_SIZE, StoredArray
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -41,6 +42,7 @@ def read_header(
         FormatError: truncated, or the header is not sound; names the file and the tensor.
         UnsupportedError: a tensor has a dtype that weights are not converted in.
     """
+    refuse_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as handle:
         head = handle.read(8)

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER, Kind, detect
+from megatron_olmo_bridge.formats.hf_folder import HFFolder
 
 TORCH_DIST = '{"sharded_backend": "torch_dist"}'
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -96,3 +97,52 @@ def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file; name the folder"):
         detect(tmp_path / "file")
+
+
+def hugging_face(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def test_the_root_of_a_trainers_run_names_its_checkpoints(tmp_path: Path) -> None:
+    for step in (500, 1000, 9):
+        hugging_face(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError) as caught:
+        detect(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: not a checkpoint itself. The checkpoints are in folders inside "
+        "(checkpoint-9, checkpoint-500, checkpoint-1000): name one, "
+        f"{tmp_path / 'checkpoint-1000'} for example."
+    )
+
+
+def test_so_does_one_with_a_config_of_its_own(tmp_path: Path) -> None:
+    hugging_face(tmp_path / "checkpoint-9")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no safetensors files\. The checkpoints .*checkpoint-9"):
+        HFFolder.read(tmp_path)
+
+
+def test_a_models_folder_in_the_hubs_cache_names_its_snapshots(tmp_path: Path) -> None:
+    cached = tmp_path / "models--allenai--OLMo-2--x"
+    snapshot = hugging_face(cached / "snapshots" / ("a" * 40))
+    (cached / "blobs").mkdir()
+    with pytest.raises(InputError) as caught:
+        detect(cached)
+    assert str(caught.value) == (
+        f"{cached}: not a checkpoint itself. The hub's cache: name {snapshot}, or "
+        "allenai/OLMo-2--x."
+    )
+    with pytest.raises(InputError, match=f"name one, {snapshot} for example"):
+        detect(cached / "snapshots")
+
+
+def test_an_iteration_that_is_hugging_face_is_named(tmp_path: Path) -> None:
+    """As ``export --iteration all`` leaves them."""
+    folder = hugging_face(tmp_path / "iter_0000010")
+    with pytest.raises(InputError, match=f"{folder}: a Hugging Face checkpoint; name this very"):
+        detect(tmp_path, 10)
+    assert detect(folder) == (Kind.HF, folder)
