@@ -8,7 +8,7 @@ from megatron_olmo_bridge.errors import FormatError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 """https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md: the first key of a pointer."""
-_LARGEST = 1024
+_LARGEST = 1 << 10
 """Bytes of a pointer at most, by the same specification."""
 
 
