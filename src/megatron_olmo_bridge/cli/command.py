@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.util import find_spec
 from math import isfinite
+from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -21,6 +22,7 @@ from typer.core import TyperGroup
 from megatron_olmo_bridge.errors import BridgeError, missing_package
 
 from .console import first_process, output
+from .logs import logging_to
 
 INTERNAL_ERROR = 70
 """Exit code of a fault of our own: EX_SOFTWARE of sysexits.h."""
@@ -36,7 +38,18 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but e
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object, for scripts: docs/scripting.md.")
 ]
-_COMMON = {"quiet": _Quiet, "json": _Json}
+_Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Say on standard error what happens.")
+]
+_LogFile = Annotated[
+    Path | None,
+    typer.Option("--log-file", metavar="FILE", help="Append to it what happens, in detail."),
+]
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "quiet": (_Quiet, False), "json": (_Json, False), "verbose": (_Verbose, False),
+    "log_file": (_LogFile, None),
+}  # fmt: skip
+"""Options that every command has: how typer declares each, and its default."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +92,29 @@ def register(
     """
     own = inspect.signature(function, eval_str=True)
     common = [
-        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for option, kind in _COMMON.items()
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=usual, annotation=kind)
+        for option, (kind, usual) in _COMMON.items()
     ]
     parameters = [*own.parameters.values(), *common]
     required = any(p.default is inspect.Parameter.empty for p in own.parameters.values())
 
-    def checked(**arguments: Any) -> Outcome:
-        for module in needs:
-            if find_spec(module) is None and (missing := missing_package(module)):
-                raise missing
-        return function(**arguments)
+    def command(
+        *, quiet: bool, json: bool, verbose: bool, log_file: Path | None, **arguments: Any
+    ) -> None:
+        def work() -> Outcome:
+            with logging_to(verbose, log_file):
+                for module in needs:
+                    if find_spec(module) is None and (missing := missing_package(module)):
+                        raise missing
+                return function(**arguments)
 
-    def command(*, quiet: bool, json: bool, **arguments: Any) -> None:
-        output.quiet, output.json = quiet, json
+        output.quiet, output.json, output.verbose = quiet, json, verbose
         # torch says so when it is imported; nothing that runs without NumPy misses it.
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
-            code = _run(name, checked, arguments, resumable="resume" in own.parameters)
+            code = _run(name, work, resumable="resume" in own.parameters)
         finally:
-            output.quiet = output.json = False
+            output.quiet = output.json = output.verbose = False
         if code:
             raise typer.Exit(code)
 
@@ -160,15 +176,13 @@ class CommandGroup(TyperGroup):
         return sys.exit(code) if standalone_mode else code
 
 
-def _run(
-    name: str, function: Callable[..., Outcome], arguments: dict[str, Any], resumable: bool
-) -> int:
+def _run(name: str, work: Callable[[], Outcome], resumable: bool) -> int:
     """Run a command, say what became of it, and return the exit code."""
     stdout = sys.stdout
     try:
         # What libraries print must not stand beside the JSON.
         with contextlib.redirect_stdout(sys.stderr if output.json else stdout):
-            outcome = function(**arguments)
+            outcome = work()
         if output.json:
             _print_envelope(stdout, name, outcome.result)
         stdout.flush()

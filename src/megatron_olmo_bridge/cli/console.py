@@ -27,6 +27,8 @@ class Output:
 
     quiet: bool = False
     json: bool = False
+    verbose: bool = False
+    """Lines on standard error say what happens; no progress bar is drawn over them."""
 
     @property
     def silent(self) -> bool:
@@ -90,7 +92,7 @@ class ProgressBar(Reporter):
     """Bytes done, rate and time left on the terminal; silent where standard error is none."""
 
     def __init__(self) -> None:
-        self._shown = not output.silent and sys.stderr.isatty()
+        self._shown = not (output.silent or output.verbose) and sys.stderr.isatty()
         self._lock = threading.Lock()
         self._progress: Progress | None = None
         self._task: TaskID | None = None

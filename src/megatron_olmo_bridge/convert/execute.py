@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import threading
 from collections import deque
@@ -21,6 +22,8 @@ from .provenance import PROVENANCE, Provenance
 from .reporter import Reporter
 from .stage import Stage
 from .transfer import Interrupted, Transfer, write_all
+
+_LOG = logging.getLogger(__name__)
 
 
 def execute(
@@ -59,6 +62,11 @@ def execute(
         reporter.advance(done_before)
         todo = [f for f in plan.files if f.name not in stage.complete]
         mine = share(todo, processes.count)[processes.index]
+        _LOG.info(
+            "%s of %s into %s: %d bytes in %d files, by %d threads of %d processes",
+            plan.operation, plan.source, stage.folder, plan.output_bytes, len(plan.files), workers,
+            processes.count,
+        )  # fmt: skip
         with cleaning_up(stage):
             _write_files(mine, stage, workers, reporter, record=processes.first)
             processes.wait_for_each_other()
@@ -67,6 +75,7 @@ def execute(
         reporter.end()
     if processes.first:
         stage.check_output()
+        _LOG.info("%s: complete", destination)
     processes.wait_for_each_other()
 
 
@@ -143,6 +152,7 @@ def _write_files(
     def sync(name: str) -> None:
         with (stage.folder / name).open("rb+") as handle:
             os.fsync(handle.fileno())
+        _LOG.debug("%s: written and synced", name)
         if record:
             stage.record(name)
 

@@ -7,6 +7,7 @@ Three ways to copy a range, the fastest first: ``copy_file_range``, ``sendfile``
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ FALL_BACK = {
 }  # fmt: skip
 """Errors that say "not this way": other file systems, kernels and seccomp filters."""
 
+_LOG = logging.getLogger(__name__)
 CopyMethod = Callable[[int, int, int, int, int], int]
 """(source fd, source offset, target fd, target offset, bytes) to bytes copied."""
 
@@ -104,10 +106,12 @@ class Transfer:
             InputError: a value is too large for ``dtype``.
         """
         if dtype == view.dtype and _worth_kernel_copies(view):
+            _LOG.debug("%s: copied by the kernel, %d bytes", view.name, view.nbytes)
             for piece in view.pieces:
                 for source_at, target_at, count in _runs(piece, view):
                     self._copy(piece, source_at, target, offset + target_at, count)
             return
+        _LOG.debug("%s: through memory, %s to %s", view.name, view.dtype, dtype)
         for top, bottom, data in self.blocks(view):
             if dtype == view.dtype:
                 out: memoryview = data
@@ -170,6 +174,7 @@ class Transfer:
                 if error.errno not in FALL_BACK or chosen + 1 == len(self._methods):
                     raise
                 self._chosen[source, target] = chosen + 1
+                _LOG.debug("%s for %s: %s", self._methods[chosen].__name__, piece.array.file, error)
                 continue
             if done == 0:
                 raise FormatError(f"{piece.array.file}: truncated at byte {source_at}")

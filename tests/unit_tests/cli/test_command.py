@@ -1,6 +1,7 @@
 """What every command does alike: the JSON envelope, errors, exit codes, broken pipes."""
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from megatron_olmo_bridge import __version__
 from megatron_olmo_bridge.cli import app as command_line
 from megatron_olmo_bridge.cli.command import CommandGroup, Outcome, register
 from megatron_olmo_bridge.cli.console import output, say
@@ -242,7 +245,61 @@ def test_every_command_is_registered_in_the_same_way() -> None:
     for command in command_line.app.registered_commands:
         done = CliRunner().invoke(command_line.app, [str(command.name), "--help"])
         assert done.exit_code == 0
-        assert {"--json", "--quiet"} <= set(done.stdout.split())
+        assert {"--json", "--quiet", "--verbose", "--log-file"} <= set(done.stdout.split())
+
+
+# -------------------------------------------------------------------------------------------- logs
+
+
+def logged() -> Outcome:
+    logging.getLogger("megatron_olmo_bridge.convert").info("three files")
+    logging.getLogger("megatron_olmo_bridge.convert").debug("the first file")
+    return Outcome(3)
+
+
+def test_verbose_says_on_standard_error_what_happens() -> None:
+    done = run_command(logged, "--verbose", "--json")
+    assert json.loads(done.stdout)["result"] == 3
+    first, *_, happened, end = done.stderr.splitlines()
+    assert first.startswith(f"olmo-bridge {__version__}: ")
+    assert f"torch {torch.__version__}" in done.stderr
+    assert happened == "three files"
+    assert end.startswith("done in ")
+    assert run_command(logged).output == ""
+
+
+def test_a_log_file_has_every_detail_whatever_is_printed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert run_command(logged, "--quiet", "--log-file", str(log)).output == ""
+    text = log.read_text()
+    assert "INFO megatron_olmo_bridge.convert: three files" in text
+    assert "DEBUG megatron_olmo_bridge.convert: the first file" in text
+    done = run_command(failing(FormatError("file x is damaged")), "--log-file", str(log))
+    assert done.stderr == "olmo-bridge: file x is damaged\n"
+    added = log.read_text().removeprefix(text)
+    assert "by FormatError" in added
+    assert "Traceback" in added
+
+
+def test_a_log_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    done = run_command(logged, "--log-file", str(tmp_path / "absent/log"))
+    assert done.exit_code == 2
+    assert done.stderr == f"olmo-bridge: {tmp_path}/absent/log: No such file or directory\n"
+
+
+def test_a_conversion_logs_how_each_tensor_was_copied(tiny_hf: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    args = ["import", str(tiny_hf), str(tmp_path / "m"), "--log-file", str(log)]
+    assert CliRunner().invoke(command_line.app, args).exit_code == 0
+    text = log.read_text()
+    for line in (
+        f"import of {tiny_hf} into {tmp_path / 'm.partial'}: 2200527 bytes in 1 files",
+        "embedding.word_embeddings.weight: copied by the kernel, 262144 bytes",
+        "linear_qkv.weight: through memory",
+        "iter_0000000/__0_0.distcp: written and synced",
+        f"{tmp_path / 'm'}: complete",
+    ):
+        assert line in text
 
 
 # ----------------------------------------------------------------------------------- broken pipes
