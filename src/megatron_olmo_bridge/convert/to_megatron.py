@@ -16,7 +16,7 @@ from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
 from megatron_olmo_bridge.formats.pickles import built
-from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.formats.tensors import MixedView, TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive, tensor_archive
 from megatron_olmo_bridge.formats.torch_dist import (
     COMMON,
@@ -179,7 +179,7 @@ def _pack_tensors(
     dtypes: dict[str, str] = {}
     shapes: dict[str, Shape] = {}
     for parameter in mapping.parameters.values():
-        view = _view(parameter, source)
+        view = _view(parameter, source, dtype)
         axes = len(parameter.index)
         key = parameter.key(axes)
         target = view.dtype if dtype == "keep" else dtype
@@ -200,10 +200,18 @@ def _pack_tensors(
     return {key: GlobalTensor(dtypes[key], shapes[key], tuple(chunks[key])) for key in chunks}
 
 
-def _view(parameter: Parameter, source: Source) -> TensorView:
-    pieces = source.pieces(parameter, Region.whole(parameter.shape))
-    dtype = source.tensors[parameter.placements[0].hf_name or ""].dtype
-    return TensorView.assembled(parameter.name, parameter.shape, pieces, dtype)
+def _view(parameter: Parameter, source: Source, dtype: str) -> TensorView:
+    pieces = tuple(source.pieces(parameter, Region.whole(parameter.shape)))
+    dtypes = sorted({piece.array.dtype for piece in pieces if piece.array})
+    if len(dtypes) < 2:
+        only = source.tensors[parameter.placements[0].hf_name or ""].dtype
+        return TensorView.assembled(parameter.name, parameter.shape, pieces, only)
+    if dtype == "keep":
+        raise FormatError(
+            f"{source.folder}: the parts of {parameter.name} are {' and '.join(dtypes)}; Megatron "
+            "stores them as one. Pass --dtype."
+        )
+    return MixedView(parameter.name, parameter.shape, dtype, pieces)
 
 
 def _pack_extra_states(source: Source, packer: Packer) -> dict[str, Stored]:

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError
-from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, Piece, StoredArray, TensorView
+from megatron_olmo_bridge.formats.tensors import (
+    ITEM_SIZE,
+    MeanView,
+    MixedView,
+    Piece,
+    StoredArray,
+    TensorView,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -140,6 +147,9 @@ class Transfer:
         """Put some rows of a tensor into ``out``."""
         if isinstance(view, MeanView):
             self._fill_mean(view, top, bottom, out)
+        if isinstance(view, MixedView):
+            self._fill_mixed(view, top, bottom, out)
+            return
         for piece in view.pieces:
             self._read_rows(piece, view, top, bottom, out)
 
@@ -159,6 +169,25 @@ class Transfer:
         torch.frombuffer(mean, dtype=torch.float32).copy_(total)
         where = f"the mean of {view.name}"
         out[:] = mean if view.dtype == "float32" else _cast(mean, "float32", view.dtype, where)
+
+    def _fill_mixed(self, view: MixedView, top: int, bottom: int, out: memoryview) -> None:
+        import torch
+
+        out[:] = bytes(len(out))
+        whole = torch.frombuffer(out, dtype=getattr(torch, view.dtype)).view(bottom - top, -1)
+        for part in view.parts:
+            rows = memoryview(bytearray((bottom - top) * part.row_bytes))
+            self._fill(part, top, bottom, rows)
+            if part.dtype != view.dtype:
+                rows = _cast(rows, part.dtype, view.dtype, _where(part, top, bottom))
+            values = torch.frombuffer(rows, dtype=whole.dtype).view(bottom - top, -1)
+            for piece in part.pieces:
+                at = piece.target
+                block = (
+                    slice(max(at.top - top, 0), max(at.bottom - top, 0)),
+                    slice(at.left, at.right),
+                )
+                whole[block] = values[block]
 
     def _copy(self, piece: Piece, source_at: int, target: int, target_at: int, count: int) -> None:
         if piece.array is None:  # the target file is new: its bytes are zero
@@ -297,7 +326,7 @@ def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
 
 
 def _worth_kernel_copies(view: TensorView) -> bool:
-    if isinstance(view, MeanView) or any(p.transposed for p in view.pieces):
+    if isinstance(view, MeanView | MixedView) or any(p.transposed for p in view.pieces):
         return False
     runs = sum(1 if _contiguous(p, view) else p.target.rows for p in view.pieces)
     return runs == 1 or view.nbytes >= runs * SHORT_RUN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -106,8 +106,25 @@ class TensorView:
 
     def region(self, region: Region, shape: Shape) -> TensorView:
         """One region of the tensor as a tensor of its own."""
-        return TensorView(
-            self.name, shape, self.dtype, tuple(self.within(region, Region.whole(shape)))
+        return replace(self, shape=shape, pieces=tuple(self.within(region, Region.whole(shape))))
+
+
+@dataclass(frozen=True)
+class MixedView(TensorView):
+    """A tensor whose pieces are stored in several dtypes; each is cast to ``dtype`` when read."""
+
+    @property
+    def parts(self) -> tuple[TensorView, ...]:
+        """The pieces of each stored dtype, in place in a tensor of that dtype."""
+        dtypes = sorted({p.array.dtype for p in self.pieces if p.array})
+        return tuple(
+            TensorView(
+                self.name,
+                self.shape,
+                dtype,
+                tuple(p for p in self.pieces if p.array and p.array.dtype == dtype),
+            )
+            for dtype in dtypes
         )
 
 

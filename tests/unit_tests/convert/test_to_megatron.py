@@ -202,11 +202,48 @@ def test_layers_of_different_dtypes_need_a_dtype(make_hf: HF, tmp_path: Path) ->
     import_checkpoint(hf, tmp_path / "m", dtype="float32")
 
 
-def test_parts_of_different_dtypes_are_refused(make_hf: HF, tmp_path: Path) -> None:
-    name = "model.layers.1.self_attn.k_proj.weight"
-    hf = make_hf(change=lambda t: t.update({name: t[name].half()}))
-    with pytest.raises(FormatError, match=r"linear_qkv\.weight: its parts have different dtypes"):
+MIXED = {
+    "model.layers.1.self_attn.q_proj.weight": torch.bfloat16,
+    "model.layers.1.self_attn.k_proj.weight": torch.float16,
+    "model.layers.0.mlp.up_proj.weight": torch.float16,
+    "model.layers.2.self_attn.v_proj.weight": torch.bfloat16,
+    "model.norm.weight": torch.bfloat16,
+}
+"""Of a float32 model: one of q, k and v, one of gate and up, a whole tensor."""
+
+
+def mix(tensors: Tensors) -> None:
+    tensors.update({name: tensors[name].to(dtype) for name, dtype in MIXED.items()})
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
+def test_parts_of_one_tensor_may_differ_in_dtype_if_one_is_asked_for(
+    make_hf: HF, tmp_path: Path, reference: SimpleNamespace, target: str
+) -> None:
+    hf = make_hf(change=mix)
+    import_checkpoint(hf, tmp_path / "m", dtype=target, workers=3, make_vocab_size_divisible_by=128)
+    cast = {n: t.to(getattr(torch, target)) for n, t in load_file(hf / "model.safetensors").items()}
+    parameters = reference.stacked(reference.parameters(cast, reference.config), reference.config)
+    found = load(tmp_path / "m/iter_0000000")
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        found[name] = found[name][:101]
+    assert same(found, parameters)
+
+
+def test_a_block_of_rows_may_hold_parts_of_several_dtypes(
+    make_hf: HF, tmp_path: Path, reference: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_olmo_bridge.convert.transfer.BLOCK", 7 * 36 * 4)  # 7 rows
+    test_parts_of_one_tensor_may_differ_in_dtype_if_one_is_asked_for(
+        make_hf, tmp_path, reference, "float32"
+    )
+
+
+def test_parts_of_different_dtypes_need_a_dtype(make_hf: HF, tmp_path: Path) -> None:
+    hf = make_hf(change=mix)
+    with pytest.raises(FormatError, match=r"mlp.linear_fc1.weight are .*\. Pass --dtype"):
         import_checkpoint(hf, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_value_too_large_leaves_nothing_behind(make_hf: HF, tmp_path: Path) -> None:
