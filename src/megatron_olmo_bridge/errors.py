@@ -45,6 +45,10 @@ class MissingPackageError(BridgeError):
     """A package that only some commands need is not installed."""
 
 
+class SkippedError(BridgeError):
+    """Of several iterations some could not be read; the others were converted all the same."""
+
+
 class ProcessError(BridgeError):
     """A process that was started died of an error that is not one of these."""
 

@@ -216,8 +216,10 @@ def export(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of an upload
     _check_push(push_to_hub, private, revision, iteration)
     if dry_run:
-        planned = to_hf.plan_exports(source, destination, **options)
-        return _show_plans([_summary(plan, folder) for plan, _, folder in planned])
+        exports = to_hf.plan_exports(source, destination, **options)
+        outcome = _show_plans([_summary(plan, folder) for plan, _, folder in exports.plans])
+        exports.check_all_planned("as above")
+        return outcome
     begin = time.monotonic()
     with ProgressBar() as bar:
         plans = to_hf.export_checkpoint(
@@ -228,9 +230,11 @@ def export(
     if push_to_hub is not None and first_process():
         url = _push(destination, push_to_hub, private, revision)
     result = _show_done(plans, destination, begin)
+    for plan in plans:
+        say(f"Exported:    {plan.source}")
     if url is not None:
         say(f"On the hub:  {url}")
-    return Outcome(result | {"url": url})
+    return Outcome(result | {"url": url, "sources": [plan.source for plan in plans]})
 
 
 def _check_push(

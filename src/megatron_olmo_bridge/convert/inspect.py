@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.formats.detect import Kind
-from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder, iteration_folders
+from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folder, iteration_folders
+from megatron_olmo_bridge.formats.torch_dist import (
+    TorchDistFolder,
+)
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
 
 from .provenance import read_provenance
@@ -39,7 +42,8 @@ class Inspection:
     tensors: list[dict[str, Any]]
     mapping: list[dict[str, str]]
     megatron_flags: list[str]
-    """Empty where Megatron-LM's command line can't say what the model is."""
+    """With ``--load``, of a Megatron checkpoint. Empty where Megatron-LM's command line can't say
+    what the model is."""
     notes: list[str]
     """What somebody who converts it should know."""
 
@@ -90,11 +94,22 @@ def inspect(
             for n, v in views.items()
         ],
         mapping=mapping_rows(source),
-        megatron_flags=source.bridge.megatron_flags(
-            source.padded_vocab_size, source.tensors[next(iter(source.tensors))].dtype
-        ),
+        megatron_flags=_megatron_flags(source),
         notes=source.notes,
     )
+
+
+def _megatron_flags(source: Source) -> list[str]:
+    dtype = source.tensors[next(iter(source.tensors))].dtype
+    flags = source.bridge.megatron_flags(source.padded_vocab_size, dtype)
+    if not flags or source.kind is not Kind.MEGATRON:
+        return flags
+    folder = source.folder.resolve()
+    flags += ["--load", str(folder.parent)]
+    tracker = folder.parent / TRACKER
+    latest = tracker.is_file() and iteration_folder(folder.parent, None) == folder
+    number = folder.name.removeprefix("iter_")
+    return flags if latest or not number.isdecimal() else [*flags, "--ckpt-step", str(int(number))]
 
 
 def mapping_rows(source: Source) -> list[dict[str, str]]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import BridgeError, InputError, SkippedError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, side_files
+from megatron_olmo_bridge.formats.iterations import iteration_folders
 from megatron_olmo_bridge.formats.safetensors import write_header
 from megatron_olmo_bridge.formats.tensors import TensorView
-from megatron_olmo_bridge.formats.torch_dist import iteration_folders
+from megatron_olmo_bridge.mapping.registry import bulleted
 
 from .execute import execute
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
@@ -27,6 +29,27 @@ if TYPE_CHECKING:
 
 MAX_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Exports:
+    """What an export writes: one folder, or one for each iteration."""
+
+    source: Path
+    plans: list[tuple[CopyPlan, Provenance, Path]]
+    """The plan, what is recorded of it, and the folder it goes to."""
+    skipped: dict[str, BridgeError]
+    """Iterations that can't be read, for example since their save was interrupted, and why."""
+
+    def check_all_planned(self, where: str) -> None:
+        """Raise SkippedError if some iterations can't be exported; the others are ``where``."""
+        if self.skipped:
+            reasons = [f"{name}: {error}" for name, error in self.skipped.items()]
+            raise SkippedError(
+                f"{self.source}: {len(self.skipped)} of {len(self.skipped) + len(self.plans)} "
+                f"iterations can't be exported; the others are {where}. Skipped:\n"
+                f"{bulleted(reasons, len(reasons))}"
+            )
 
 
 def export_checkpoint(
@@ -63,18 +86,20 @@ def export_checkpoint(
         The plans that were carried out, one for each iteration.
 
     Raises:
+        SkippedError: of all iterations some could not be read; the others are exported.
         BridgeError: the source is not sound or not supported, or the output can't be written.
     """
-    plans = plan_exports(
+    exports = plan_exports(
         source, destination, dtype=dtype, iteration=iteration, max_shard_size=max_shard_size,
         hf_config=hf_config, vocab_size=vocab_size, heads=heads,
     )  # fmt: skip
-    for plan, provenance, folder in plans:
+    for plan, provenance, folder in exports.plans:
         execute(
             plan, folder, provenance, workers=workers, resume=resume, overwrite=overwrite,
             checksum=checksum, reporter=reporter,
         )  # fmt: skip
-    return [plan for plan, _, _ in plans]
+    exports.check_all_planned(f"in {destination}")
+    return [plan for plan, _, _ in exports.plans]
 
 
 def plan_exports(
@@ -87,8 +112,8 @@ def plan_exports(
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
     heads: int | None = None,
-) -> list[tuple[CopyPlan, Provenance, Path]]:
-    """The plan of each iteration's export and the folder it goes to, from headers alone."""
+) -> Exports:
+    """Plan an export from headers alone; arguments as :func:`export_checkpoint`."""
     dtype = parse_dtype(dtype)
     limit = parse_size(max_shard_size)
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
@@ -100,19 +125,28 @@ def plan_exports(
             raise InputError(f"{source}: has no iter_ folders")
         names = [f.name.removeprefix("iter_") for f in folders]
         targets = [(n, destination / f.name) for n, f in zip(names, folders, strict=True)]
-    plans = []
+    exports = Exports(source, [], {})
     for which, folder in targets:
-        opened = open_source(
-            source, iteration=which, hf_config=hf_config, vocab_size=vocab_size, heads=heads
-        )
+        try:
+            opened = open_source(
+                source, iteration=which, hf_config=hf_config, vocab_size=vocab_size, heads=heads
+            )
+        except BridgeError as error:
+            if iteration != "all":
+                raise
+            exports.skipped[folder.name] = error
+            continue
         if opened.kind is Kind.HF:
             raise InputError(
                 f"{source}: is a Hugging Face checkpoint already; export reads Megatron"
             )
         plan = _plan(opened, dtype, limit)
         options = {"dtype": dtype, "max_shard_bytes": limit}
-        plans.append((plan, Provenance(str(opened.folder.resolve()), None, options), folder))
-    return plans
+        provenance = Provenance(str(opened.folder.resolve()), None, options)
+        exports.plans.append((plan, provenance, folder))
+    if not exports.plans:
+        raise next(iter(exports.skipped.values()))
+    return exports
 
 
 def parse_size(size: str | int) -> int:

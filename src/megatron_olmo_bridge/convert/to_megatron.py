@@ -15,6 +15,7 @@ from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
+from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.pickles import built
 from megatron_olmo_bridge.formats.tensors import MixedView, TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive, tensor_archive
@@ -23,7 +24,6 @@ from megatron_olmo_bridge.formats.torch_dist import (
     FORMAT,
     FORMAT_FILE,
     METADATA,
-    TRACKER,
     Chunk,
     GlobalTensor,
     Stored,

@@ -8,13 +8,11 @@ from pathlib import Path
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 
 from .hf_folder import hint_at_folders_inside, is_hf_folder, refuse_other_weights
+from .iterations import TRACKER, iteration_folder, iteration_folders
 from .lfs import refuse_pointer
 from .torch_dist import (
     FORMAT_FILE,
     METADATA,
-    TRACKER,
-    iteration_folder,
-    iteration_folders,
     read_format,
 )
 

@@ -20,7 +20,7 @@ from operator import index as index_of
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping, check_tensors
 
@@ -31,7 +31,6 @@ from .torch_archive import read_archive, read_tensor
 FORMAT_FILE = "metadata.json"
 METADATA = ".metadata"
 COMMON = "common.pt"
-TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1,
     "common_backend": "torch", "common_backend_version": 1,
@@ -313,39 +312,6 @@ def encode_metadata(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, S
             },
         )
     )
-
-
-def iteration_folder(root: Path, iteration: int | str | None) -> Path:
-    """The folder of an iteration under a checkpoint root; the tracker's where none is asked for.
-
-    Raises:
-        InputError: there is no such iteration, or no tracker.
-    """
-    if iteration is None:
-        tracker = root / TRACKER
-        if not tracker.is_file():
-            raise InputError(
-                f"{root}: no {TRACKER}: the save was interrupted, or this is no checkpoint root. "
-                "Name an iter_ folder in it, or pass --iteration."
-            )
-        iteration = tracker.read_text(errors="replace").strip()
-    name = "release" if iteration == "release" else f"iter_{_whole_number(iteration, root):07d}"
-    if not (root / name).is_dir():
-        present = ", ".join(p.name for p in iteration_folders(root)) or "none"
-        raise InputError(f"{root}: has no {name}. Iterations there: {present}")
-    return root / name
-
-
-def iteration_folders(root: Path) -> list[Path]:
-    """Every iteration's folder under a checkpoint root, in order."""
-    return sorted(p for p in root.iterdir() if re.fullmatch(r"iter_\d+|release", p.name))
-
-
-def _whole_number(text: int | str, root: Path) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{root}: {text!r:.80} is no iteration: a number or 'release'") from None
 
 
 def read_format(path: Path) -> str:

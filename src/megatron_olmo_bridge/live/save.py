@@ -31,8 +31,8 @@ from megatron_olmo_bridge.convert.to_hf import (
 from megatron_olmo_bridge.convert.transfer import write_all
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
+from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.tensors import TensorView
-from megatron_olmo_bridge.formats.torch_dist import TRACKER
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
-from megatron_olmo_bridge.formats.torch_dist import TRACKER, iteration_folders
+from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 from megatron_olmo_bridge.live.save import megatron_state, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first

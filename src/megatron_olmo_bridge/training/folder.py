@@ -10,7 +10,7 @@ import yaml
 
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
-from megatron_olmo_bridge.formats.torch_dist import TRACKER, iteration_folders
+from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 
 from .config import TrainingConfig
 from .recipes import as_dict

@@ -159,6 +159,50 @@ def test_a_dry_run_has_a_plan_for_each_iteration(tiny_megatron: Path, tmp_path: 
     assert len(result_of(*args)["plan_sha256"]) == 2
 
 
+@pytest.fixture
+def half_saved(tiny_megatron: Path, tmp_path: Path) -> Path:
+    """Two sound iterations, one whose save was killed, one of which no more than a folder is."""
+    root = tmp_path / "m"
+    for number in (0, 4, 8):
+        shutil.copytree(tiny_megatron / "iter_0000000", root / f"iter_{number:07d}")
+    (root / "iter_0000004/.metadata").unlink()
+    (root / "iter_0000009").mkdir()
+    (root / "latest_checkpointed_iteration.txt").write_text("8")
+    return root
+
+
+def test_all_iterations_but_those_that_were_half_saved(
+    half_saved: Path, tiny_hf: Path, tmp_path: Path
+) -> None:
+    for flags in ((), ("--dry-run",), ("--json", "--resume")):
+        result = run("export", half_saved, tmp_path / "all", "--iteration", "all", *flags)
+        assert result.exit_code == 2
+        said = " ".join((result.stdout if "--json" in flags else result.stderr).split())
+        assert "2 of 4 iterations can't be exported; the others are " in said
+        assert f"- iter_0000004: {half_saved}/iter_0000004: has metadata.json but no .meta" in said
+        assert f"- iter_0000009: {half_saved}/iter_0000009: no metadata.json" in said
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["iter_0000000", "iter_0000008"]
+    for folder in (tmp_path / "all").iterdir():
+        assert run("verify", tiny_hf, folder).exit_code == 0
+
+
+def test_all_iterations_where_each_is_half_saved(half_saved: Path, tmp_path: Path) -> None:
+    """The reason is said as for a single one: it may be the same for all."""
+    for number in (0, 8):
+        (half_saved / f"iter_{number:07d}/.metadata").unlink()
+    result = run("export", half_saved, tmp_path / "all", "--iteration", "all")
+    assert result.exit_code == 2
+    assert "iter_0000000: has metadata.json but no .metadata" in " ".join(result.stderr.split())
+    assert not (tmp_path / "all").exists()
+
+
+def test_export_says_which_iteration_it_took(half_saved: Path, tmp_path: Path) -> None:
+    out = done("export", half_saved, tmp_path / "a")
+    assert out.splitlines()[1] == f"Exported:    {half_saved}/iter_0000008"
+    said = result_of("export", half_saved, tmp_path / "b", "--iteration", 0)
+    assert said["sources"] == [f"{half_saved}/iter_0000000"]
+
+
 def test_other_processes_of_torchrun_say_nothing(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

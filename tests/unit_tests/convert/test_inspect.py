@@ -1,8 +1,10 @@
 """Inspect: what a checkpoint is, from its headers."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -91,3 +93,21 @@ def test_a_checkpoint_of_a_training_run(
     assert found.layout == (
         "a key for each layer, tensors in up to 1 chunk(s), 1 tensors of optimizer state"
     )
+
+
+def test_megatron_lms_flags_load_the_checkpoint(tiny_megatron: Path, tmp_path: Path) -> None:
+    def load_flags(path: Path, **options: Any) -> list[str]:
+        flags = inspect(path, **options).megatron_flags
+        return flags[flags.index("--load") :]
+
+    root = tmp_path / "m"
+    for number in (3, 20):
+        shutil.copytree(tiny_megatron / "iter_0000000", root / f"iter_{number:07d}")
+    (root / "latest_checkpointed_iteration.txt").write_text("20")
+    assert load_flags(root) == ["--load", str(root)]
+    assert load_flags(root / "iter_0000020") == ["--load", str(root)]
+    assert load_flags(root, iteration=3) == ["--load", str(root), "--ckpt-step", "3"]
+
+
+def test_megatron_lms_flags_of_a_hugging_face_checkpoint_load_nothing(tiny_hf: Path) -> None:
+    assert "--load" not in inspect(tiny_hf).megatron_flags

@@ -289,7 +289,8 @@ def test_one_iteration_of_several(make_hf: HF, tmp_path: Path) -> None:
     import_checkpoint(b, tmp_path / "r")
     shutil.move(tmp_path / "r/iter_0000000", tmp_path / "m/iter_0000012")
     for iteration, source in ((12, b), ("0", a), (None, a)):
-        ((_, provenance, _),) = plan_exports(tmp_path / "m", tmp_path / "x", iteration=iteration)
+        exports = plan_exports(tmp_path / "m", tmp_path / "x", iteration=iteration)
+        ((_, provenance, _),) = exports.plans
         assert provenance.source.endswith("iter_0000012" if source is b else "iter_0000000")
     export_checkpoint(tmp_path / "m", tmp_path / "x", iteration=12)
     assert same(load(tmp_path / "x"), load(b))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from megatron_olmo_bridge.convert.transfer import Transfer
-from megatron_olmo_bridge.errors import FormatError, InputError, MappingError, UnsafePickleError
+from megatron_olmo_bridge.errors import FormatError, MappingError, UnsafePickleError
 from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive
 from megatron_olmo_bridge.formats.torch_dist import (
@@ -22,8 +21,6 @@ from megatron_olmo_bridge.formats.torch_dist import (
     Stored,
     TorchDistFolder,
     encode_metadata,
-    iteration_folder,
-    iteration_folders,
     read_format,
     stacked_key,
 )
@@ -268,53 +265,6 @@ def test_a_chunk_or_object_without_a_place_is_refused(tmp_path: Path) -> None:
         path.write_bytes(pickle.dumps(type(real)(real.state_dict_metadata, None, kept)))
         with pytest.raises(FormatError, match=f"does not say {says}"):
             TorchDistFolder.read(tmp_path)
-
-
-# ---------------------------------------------------------------------------- folders of iterations
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    for name in ("iter_0000020", "iter_0000003", "release", "logs", "iter_x"):
-        (tmp_path / name).mkdir()
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("iteration", "tracker", "name"),
-    [
-        (None, "20\n", "iter_0000020"),
-        (None, "release", "release"),
-        (3, "20", "iter_0000003"),
-        ("3", "20", "iter_0000003"),
-        ("0000003", None, "iter_0000003"),
-        ("release", None, "release"),
-    ],
-)
-def test_an_iterations_folder(
-    root: Path, iteration: int | str | None, tracker: str | None, name: str
-) -> None:
-    if tracker is not None:
-        (root / "latest_checkpointed_iteration.txt").write_text(tracker)
-    assert iteration_folder(root, iteration) == root / name
-
-
-def test_all_iterations_in_order(root: Path) -> None:
-    found = [folder.name for folder in iteration_folders(root)]
-    assert found == ["iter_0000003", "iter_0000020", "release"]
-
-
-@pytest.mark.parametrize(
-    ("iteration", "says"),
-    [
-        (None, "no latest_checkpointed_iteration.txt: the save was interrupted"),
-        (4, "has no iter_0000004. Iterations there: iter_0000003, iter_0000020, release"),
-        ("last", "'last' is no iteration: a number or 'release'"),
-    ],
-)
-def test_no_such_iteration(root: Path, iteration: Any, says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        iteration_folder(root, iteration)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', "3"])
