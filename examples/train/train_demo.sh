@@ -24,10 +24,10 @@ show() {
 }
 
 say "Text: a few MB of made-up stories, in three kinds of files, and some that are held out"
-show python "$scripts/make_text.py" text
+show python "$root/recipes/text/make_text.py" text
 
 say "A tokenizer of 1024 tokens, learned from the text"
-show python "$scripts/train_tokenizer.py" tokenizer text/train-1.jsonl text/train-3.txt
+show python "$root/recipes/text/train_tokenizer.py" tokenizer text/train-1.jsonl text/train-3.txt
 
 say "Data: text becomes token ids, in the format that megatron-core reads; by two processes"
 show olmo-bridge prepare-data text/train-1.jsonl text/train-2.jsonl.gz text/train-3.txt data/train \
@@ -36,7 +36,7 @@ show olmo-bridge prepare-data text/held-out.jsonl data/held-out --tokenizer toke
 show olmo-bridge inspect data/train
 
 # The run: a recipe, and what differs from it.
-set -- "$root/recipes/olmo2/olmo2_tiny.py" "train.steps=$steps" parallel.tp=2 --processes 2 \
+set -- olmo2_tiny "train.steps=$steps" parallel.tp=2 --processes 2 \
     data.path=data/train data.validation=data/held-out checkpoint.save=run
 
 say "What would be trained, and what it takes: a dry run, which costs nothing"
@@ -83,5 +83,6 @@ What was shown
   as if nothing had happened.
 - transformers computes the loss that the trainer found, and it is far below the unigram entropy.
 Look at $out/run/report.html; $out/hf is what AutoModelForCausalLM.from_pretrained loads.
-Next: recipes/README.md has the published sizes, and how to train them on a cluster.
+Next: olmo-bridge recipes lists the published sizes; recipes/README.md says how to train them on a
+cluster.
 TEXT

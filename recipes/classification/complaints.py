@@ -1,6 +1,6 @@
 """Which of 113 issues is a consumer's complaint about? OLMo-2 1B as a classifier of texts.
 
-    olmo-bridge train recipes/classification/complaints.py checkpoint.save=RUN \
+    olmo-bridge train complaints checkpoint.save=RUN \
         classification.train=train.jsonl classification.validation=validation.jsonl
 
 ``tiny()`` is for a laptop: the models and texts of examples/classification/make_synthetic.py.

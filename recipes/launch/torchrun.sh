@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Train on the GPUs of this machine, or on several machines, by torchrun.
 #
-#   recipes/launch/torchrun.sh recipes/olmo2/olmo2_7b.py data.path=data/text checkpoint.save=runs/7b
+#   torchrun.sh olmo2_7b data.path=data/text checkpoint.save=runs/7b
 #
 # On several machines, start it on each with NNODES, NODE_RANK (0, 1, ...) and MASTER_ADDR, the name
 # of the first:
 #
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=gpu001 recipes/launch/torchrun.sh ...
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=gpu001 torchrun.sh ...
 #
 # Started again with the same arguments, a run goes on where it was saved. To stop one, send SIGTERM
 # to torchrun: the processes save and end.

@@ -11,8 +11,7 @@ and with 2662 over 300B, and the four were averaged.
 
 from __future__ import annotations
 
-from olmo2_common import CONTINUED, of_yaml, olmo2
-
+from megatron_olmo_bridge.recipes.olmo2.olmo2_common import CONTINUED, of_yaml, olmo2
 from megatron_olmo_bridge.training.config import (
     ParallelConfig,
     ScheduleConfig,

@@ -6,8 +6,7 @@ The layout is plain data parallelism, on any number of GPUs of 80 GB; on smaller
 
 from __future__ import annotations
 
-from olmo2_common import CONTINUED, of_yaml, olmo2
-
+from megatron_olmo_bridge.recipes.olmo2.olmo2_common import CONTINUED, of_yaml, olmo2
 from megatron_olmo_bridge.training.config import (
     ParallelConfig,
     ScheduleConfig,

@@ -8,8 +8,7 @@ Stage 2 was run with the seeds 1110 and 2662 over 100B tokens and with 2662 over
 
 from __future__ import annotations
 
-from olmo2_common import CONTINUED, of_script, olmo2
-
+from megatron_olmo_bridge.recipes.olmo2.olmo2_common import CONTINUED, of_script, olmo2
 from megatron_olmo_bridge.training.config import (
     ParallelConfig,
     ScheduleConfig,

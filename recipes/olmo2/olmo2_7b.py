@@ -6,8 +6,7 @@ run with the seeds 42, 42069 and 666, and the three were averaged.
 
 from __future__ import annotations
 
-from olmo2_common import CONTINUED, of_yaml, olmo2
-
+from megatron_olmo_bridge.recipes.olmo2.olmo2_common import CONTINUED, of_yaml, olmo2
 from megatron_olmo_bridge.training.config import (
     ParallelConfig,
     ScheduleConfig,

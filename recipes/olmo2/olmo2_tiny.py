@@ -6,8 +6,7 @@ text with it.
 
 from __future__ import annotations
 
-from olmo2_common import olmo2
-
+from megatron_olmo_bridge.recipes.olmo2.olmo2_common import olmo2
 from megatron_olmo_bridge.training.config import ScheduleConfig, TrainConfig, TrainingConfig
 
 

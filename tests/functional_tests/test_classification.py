@@ -20,7 +20,7 @@ pytest.importorskip("megatron.core")
 from launching import olmo_bridge, run_script
 
 ROOT = Path(__file__).parents[2]
-RECIPE = f"{ROOT}/recipes/classification/complaints.py:tiny"
+RECIPE = "complaints:tiny"
 CLASSES, CHANCE, REACHED = 10, 0.1, 0.9
 """Of the data: no model reaches more than 0.96, by what the texts are made of."""
 LENGTH = 32

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, BELOW = 80, 3.5
 """The loss in nats a token after so many steps. Random weights have 6.9, unigrams 4.7."""
 OVERRIDES = [
-    str(ROOT / "recipes/olmo2/olmo2_tiny.py"), f"train.steps={STEPS}", "train.sequence_length=64",
+    "olmo2_tiny", f"train.steps={STEPS}", "train.sequence_length=64",
     "train.micro_batch_size=16", "optimizer.lr=3e-3", "schedule.warmup_steps=10",
     "data.path=data/train", "data.validation=data/held-out", "evaluation.interval=40",
     "checkpoint.save=run", "checkpoint.interval=20", "parallel.tp=2",
@@ -27,10 +27,10 @@ OVERRIDES = [
 
 
 def script(name: str, *arguments: object) -> None:
-    """Run an example in this process."""
+    """Run a script of the repository in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(ROOT / "examples/train" / name), run_name="__main__")
+        runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
 def command(*arguments: object) -> str:
@@ -65,8 +65,9 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loop")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        script("make_text.py", "text", "--megabytes", 0.5)
-        script("train_tokenizer.py", "tokenizer", "text/train-1.jsonl", "text/train-3.txt")
+        script("recipes/text/make_text.py", "text", "--megabytes", 0.5)
+        script("recipes/text/train_tokenizer.py", "tokenizer", "text/train-1.jsonl",
+               "text/train-3.txt")  # fmt: skip
         parts = ["text/train-1.jsonl", "text/train-2.jsonl.gz", "text/train-3.txt"]
         command("prepare-data", *parts, "data/train", "--tokenizer", "tokenizer", "--workers", 2)
         command("prepare-data", "text/held-out.jsonl", "data/held-out", "--tokenizer", "tokenizer",
@@ -95,7 +96,7 @@ def test_a_stopped_run_goes_on_where_it_was() -> None:
 
 
 def test_transformers_finds_the_same_loss_and_it_is_low(capsys: pytest.CaptureFixture[str]) -> None:
-    script("evaluate.py", "run", "hf", "--below", BELOW)
+    script("examples/train/evaluate.py", "run", "hf", "--below", BELOW)
 
     said = capsys.readouterr().out
     losses = [float(x) for x in re.findall(r" (\d+\.\d{6}) ", said)]
@@ -106,10 +107,10 @@ def test_transformers_finds_the_same_loss_and_it_is_low(capsys: pytest.CaptureFi
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="The loss is not below"):
-        script("evaluate.py", "run", "hf", "--below", 0.5)
+        script("examples/train/evaluate.py", "run", "hf", "--below", 0.5)
     command("export", "run", tmp_path / "earlier", "--iteration", 20)
     with pytest.raises(SystemExit, match="differ by"):
-        script("evaluate.py", "run", tmp_path / "earlier")
+        script("examples/train/evaluate.py", "run", tmp_path / "earlier")
 
 
 def test_the_export_is_what_was_trained() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-TINY = RECIPES / "olmo2" / "olmo2_tiny.py"
+TINY = "olmo2_tiny"
 ON_A_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -39,7 +39,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 def test_without_a_recipe_there_is_help(name: str) -> None:
     done = script(name)
     assert done.returncode == 2
-    assert "recipes/olmo2/olmo2_7b.py" in done.stdout or "usage: sbatch" in done.stderr
+    assert "torchrun.sh olmo2_7b" in done.stdout or "usage: sbatch" in done.stderr
 
 
 def test_torchrun_starts_the_command() -> None:

@@ -62,7 +62,7 @@ def recipe(text: str) -> Callable[[Path], object]:
 
 
 RECIPES = [
-    Case("HERE/mine.py", ("mine.py: no such recipe", "recipes/olmo2/")),
+    Case("HERE/mine.py", ("mine.py: no such recipe", "`olmo-bridge recipes` lists")),
     Case("HERE/mine.py", ("mine.py: can't be run", "SyntaxError", "line 1"), recipe("def x(:")),
     Case("HERE/mine.py", ("mine.py: can't be run", "No module named 'nowhere'"),
          recipe("import nowhere")),
@@ -240,7 +240,7 @@ INIT = [
     Case("init.optimizer=true init.checkpoint=DATA/imported",
          ("imported/iter_0000000: has no optimizer's state", "leave out init.optimizer")),
     Case("init.hf=DATA/hf model.hidden_size=64", ("model.hidden_size", "is that of init.hf")),
-    Case("init.hf=DATA/classifier", ("a classifier of 5 labels", "recipes/classification/")),
+    Case("init.hf=DATA/classifier", ("a classifier of 5 labels", "the recipe complaints")),
     Case("init.hf=HERE/copy", ("model.safetensors: truncated",),
          lambda here: os.truncate(copy("hf", here) / "model.safetensors", 999)),
     Case("init.hf=HERE/copy", ("lm_head.weight", "missing"),

@@ -84,6 +84,7 @@ BELOW = {
     "data": {"convert"},
     "training": {"data", "formats", "models", "nn", "runtime", "convert", "live"},
     "classification": {"data", "formats", "models", "nn", "runtime", "convert", "live", "training"},
+    "recipes": {"models", "training"},
     "convert": {"mapping", "formats", "models"},
     "live": {"mapping", "formats", "models", "runtime", "convert"},
     "inference": {"mapping", "formats", "models", "runtime", "convert", "live"},

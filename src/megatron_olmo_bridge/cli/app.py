@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import checks, conversion, data, inference, report, training
+from . import checks, conversion, data, inference, recipes, report, training
 from .command import CommandGroup
 from .console import show_version
 
@@ -33,6 +33,7 @@ conversion.add_to(app)
 checks.add_to(app)
 inference.add_to(app)
 data.add_to(app)
+recipes.add_to(app)
 training.add_to(app)
 report.add_to(app)
 

@@ -47,7 +47,7 @@ def _print_settings(config: TrainingConfig) -> None:
 
 def shown_settings(config: TrainingConfig) -> Iterator[Setting]:
     """``section.field`` and value of what is not at its default or has a source of its own."""
-    yield "model", _size(config)
+    yield "model", model_name(config)
     for section in fields(config):
         values = getattr(config, section.name)
         if section.name == "provider":
@@ -60,7 +60,7 @@ def shown_settings(config: TrainingConfig) -> Iterator[Setting]:
                     yield key, value
 
 
-def _size(config: TrainingConfig) -> str:
+def model_name(config: TrainingConfig) -> str:
     """The published size that the model is, or its family."""
     known = published_sizes()
     named = [name for name in known if known[name].sizes[name] == config.model]

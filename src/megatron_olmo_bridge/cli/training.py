@@ -28,7 +28,11 @@ def add_to(app: typer.Typer) -> None:
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="FILE.py, or FILE.py:FUNCTION; see recipes/.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A name that `olmo-bridge recipes` lists, or FILE.py, or FILE.py:FUNCTION.",
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -52,9 +56,9 @@ def train(
     Asked to stop (SIGTERM, Ctrl-C), it saves its last step first.
 
     Examples:
-        olmo-bridge train recipes/olmo2/olmo2_tiny.py data.path=data/text checkpoint.save=runs/first
-        olmo-bridge train recipes/olmo2/olmo2_1b.py parallel.tp=2 --dry-run
-        torchrun --nproc_per_node 8 -m megatron_olmo_bridge train recipes/olmo2/olmo2_7b.py
+        olmo-bridge train olmo2_tiny data.path=data/text checkpoint.save=runs/first
+        olmo-bridge train olmo2_1b parallel.tp=2 --dry-run
+        torchrun --nproc_per_node 8 -m megatron_olmo_bridge train olmo2_7b data.path=data/text
     """
     from megatron_olmo_bridge.training.check import check_values
     from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe

@@ -126,7 +126,7 @@ def checks(config: TrainingConfig, processes: int) -> None:
     if bridge.num_labels and config.classification is None:
         raise InputError(
             f"the model is a classifier of {bridge.num_labels} labels, the task is to predict "
-            "tokens: begin with a language model, or with a recipe of recipes/classification/"
+            "tokens: begin with a language model, or with the recipe complaints"
         )
     parallel, length = config.parallel, config.train.sequence_length
     positions = bridge.config.max_position_embeddings

@@ -17,6 +17,7 @@ from yaml import YAMLError
 from megatron_olmo_bridge.errors import BridgeError, InputError, nearest
 
 from .config import ClassificationConfig, TrainingConfig
+from .named_recipes import recipe_files
 
 DEFAULT = "config"
 """The function of a recipe that is taken where none is named."""
@@ -30,13 +31,14 @@ def load_recipe(name: str) -> TrainingConfig:
     """The config that a recipe gives.
 
     Args:
-        name: ``FILE.py`` or ``FILE.py:FUNCTION``.
+        name: a name such as ``olmo2_1b``, or a file; ``:FUNCTION`` may follow either.
 
     Raises:
-        InputError: there is no such file or function, or it returns something else.
+        InputError: there is no such recipe or function, or it returns something else.
     """
-    path, _, function = name.partition(":")
-    module = _module(Path(path))
+    name_or_file, _, function = name.partition(":")
+    path = _file(name_or_file)
+    module = _module(path)
     make = getattr(module, function or DEFAULT, None)
     if not callable(make):
         known = [n for n, v in vars(module).items() if _is_recipe(v, module)]
@@ -55,9 +57,19 @@ def load_recipe(name: str) -> TrainingConfig:
     return config
 
 
-def _module(path: Path) -> ModuleType:
+def _file(name: str) -> Path:
+    files, path = recipe_files(), Path(name)
+    if name in files:
+        return files[name]
     if not path.is_file():
-        raise InputError(f"{path}: no such recipe; name a Python file, as in recipes/olmo2/")
+        raise InputError(
+            f"{name}: no such recipe{nearest(path.stem, files)}; `olmo-bridge recipes` lists those "
+            "that have a name, and your own is named by its file, FILE.py"
+        )
+    return path
+
+
+def _module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: a recipe is a Python file, FILE.py")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
 
-RECIPE = f"{Path(__file__).parents[3]}/recipes/classification/complaints.py"
+RECIPE = "complaints"
 
 
 def test_complaints_are_learned_as_olmo2_1b_was_fine_tuned() -> None:

@@ -1,6 +1,6 @@
 """Make text that a small model can learn: short stories of a seeded grammar. Needs no network.
 
-    python examples/train/make_text.py OUT --megabytes 3
+    python make_text.py OUT --megabytes 3
 
 OUT gets train-1.jsonl, train-2.jsonl.gz and train-3.txt (a story on each line), a third of the text
 each, and held-out.jsonl: stories of the same kind that are in none of the others.

@@ -1,6 +1,6 @@
 """Train a tokenizer on text files and save it as transformers loads it. Needs no network.
 
-    python examples/train/train_tokenizer.py OUT TEXT... --vocab-size 1024
+    python train_tokenizer.py OUT TEXT... --vocab-size 1024
 
 It is a byte-level BPE tokenizer, as OLMo's and GPT-2's: any text can be tokenized, and decoded
 again without loss. It has one special token, eos, which ends each document.

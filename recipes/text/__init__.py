@@ -1,0 +1,1 @@
+"""Text and a tokenizer to try training with, made without a network."""

@@ -1,0 +1,142 @@
+"""The command that lists recipes and prints them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_olmo_bridge.errors import InputError, nearest
+
+from .command import Outcome, register
+from .console import say, table
+
+if TYPE_CHECKING:
+    from megatron_olmo_bridge.training.config import TrainingConfig
+    from megatron_olmo_bridge.training.named_recipes import NamedRecipe
+
+FITS = 75e9
+"""Bytes of a GPU of 80 GB that the estimate may fill; it leaves some GB out."""
+
+
+@dataclass(frozen=True)
+class RecipeSummary:
+    """A row of the list."""
+
+    name: str
+    """What ``olmo-bridge train`` takes."""
+    file: Path
+    model: str | None
+    """Published size or hub id; None where the command line names the model."""
+    stage: int | None
+    tokens: int
+    """Of the whole run."""
+    gpus: int | None
+    """GPUs of 80 GB that it takes at least; None for a model that has to be looked at first."""
+    memory: int | None
+    """Bytes on the fullest of them, as estimated."""
+    settings: list[str]
+    """Fields that the command line must give."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register this module's commands."""
+    register(app, "recipes", recipes)
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this recipe or script.")
+    ] = None,
+    path: Annotated[bool, typer.Option("--path", help="Print where NAME is instead.")] = False,
+) -> Outcome:
+    """List the recipes that have a name, or print one, to be copied and changed.
+
+    Examples:
+        olmo-bridge recipes
+        olmo-bridge recipes olmo2_1b > mine.py
+        olmo-bridge recipes slurm.sbatch > slurm.sbatch
+    """
+    if name is None:
+        if path:
+            raise InputError("--path prints where a recipe is: name one")
+        return Outcome(_list())
+    file = _file(name)
+    text = file.read_text()
+    say(str(file) if path else text.rstrip("\n"))
+    return Outcome({"file": file, "text": text})
+
+
+def _file(name: str) -> Path:
+    from megatron_olmo_bridge.training.named_recipes import other_files, recipe_files
+
+    files = recipe_files() | other_files()
+    stem = name.partition(":")[0]
+    if stem not in files:
+        raise InputError(
+            f"no recipe or script is named {name!r}{nearest(stem, files)}; known are "
+            f"{', '.join(files)}"
+        )
+    return files[stem]
+
+
+def _list() -> dict[str, list[RecipeSummary] | list[str]]:
+    from megatron_olmo_bridge.training.monitor.human import short
+    from megatron_olmo_bridge.training.named_recipes import named_recipes, other_files
+
+    found = [_summary(recipe) for recipe in named_recipes()]
+    rows = [
+        [
+            r.name,
+            r.model or "",
+            str(r.stage or ""),
+            short(r.tokens),
+            f"{r.gpus} x {r.memory / 1e9:.1f} GB" if r.gpus and r.memory else "",
+            " ".join(r.settings),
+        ]
+        for r in found
+    ]
+    table(["recipe", "model", "stage", "tokens", "GPUs at least", "to be given"], rows)
+    scripts = list(other_files())
+    say(f"\nScripts: {', '.join(scripts)}.")
+    say("olmo-bridge train NAME [KEY=VALUE]... trains one, olmo-bridge recipes NAME prints it.")
+    return {"recipes": found, "scripts": scripts}
+
+
+def _summary(recipe: NamedRecipe) -> RecipeSummary:
+    from megatron_olmo_bridge.training.estimate import estimate
+    from megatron_olmo_bridge.training.layout import smallest
+    from megatron_olmo_bridge.training.recipes import load_recipe
+
+    from .dry_run import model_name
+
+    config = load_recipe(recipe.name)
+    gpus = memory = None
+    if config.model:
+        gpus = smallest(config)
+        while (memory := estimate(config, gpus).worst.total) > FITS:
+            gpus *= 2
+    stage = re.match(r"stage(\d)", recipe.function)
+    return RecipeSummary(
+        name=recipe.name,
+        file=recipe.file,
+        model=model_name(config) if config.model else config.init.hf,
+        stage=int(stage[1]) if stage else None,
+        tokens=config.train.steps * config.tokens_per_step,
+        gpus=gpus,
+        memory=memory,
+        settings=_settings(config),
+    )
+
+
+def _settings(config: TrainingConfig) -> list[str]:
+    """Fields without which the run can't be: its data, and what it begins with."""
+    begins = ["init.checkpoint"] if config.init.optimizer else []
+    if config.classification is None:
+        return [*begins, "data.path"]
+    if not (config.model or config.init.hf):
+        begins = ["init.hf"]
+    return [*begins, "classification.train", "classification.validation"]

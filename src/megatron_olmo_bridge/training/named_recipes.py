@@ -1,0 +1,42 @@
+"""The recipes that come with the package, and their names. No file is run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+"""In a checkout a link to the folder recipes/."""
+_FUNCTION = re.compile(r"^def ([a-z]\w*)\(\) -> TrainingConfig:", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A function of a file in :data:`FOLDER` that returns a config."""
+
+    name: str
+    """``olmo2_1b`` for the first function of the file, ``olmo2_1b:stage2`` for a further one."""
+    file: Path
+    function: str
+
+
+def named_recipes() -> list[NamedRecipe]:
+    """Every recipe that has a name, sorted by file."""
+    return [
+        NamedRecipe(file.stem + (f":{function}" if i else ""), file, function)
+        for file in sorted(FOLDER.glob("*/*.py"))
+        for i, function in enumerate(_FUNCTION.findall(file.read_text()))
+    ]
+
+
+def recipe_files() -> dict[str, Path]:
+    """The files of these recipes, by the name of their first function's."""
+    return {recipe.file.stem: recipe.file for recipe in named_recipes()}
+
+
+def other_files() -> dict[str, Path]:
+    """Scripts, and what recipes share, by file name."""
+    recipes = set(recipe_files().values())
+    files = (file for file in sorted(FOLDER.glob("*/*")) if file.is_file() and file not in recipes)
+    return {file.name: file for file in files if file.name != "__init__.py"}
