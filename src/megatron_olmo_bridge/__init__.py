@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import install_hint
+from .runtime.te_import import look_before_megatron_core
 
 if TYPE_CHECKING:
     from .convert.average import average_checkpoints
@@ -79,3 +80,6 @@ def __getattr__(name: str) -> Any:
                 raise
             raise ImportError(f"{name} needs megatron-core: {install_hint('megatron')}") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+look_before_megatron_core()

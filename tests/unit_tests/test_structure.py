@@ -79,7 +79,7 @@ BELOW = {
     "mapping": set(),
     "formats": {"mapping"},
     "models": {"mapping", "formats", "nn", "runtime"},
-    "nn": set(),
+    "nn": {"runtime"},
     "runtime": set(),
     "data": {"convert"},
     "training": {"data", "formats", "models", "nn", "runtime", "convert", "live"},

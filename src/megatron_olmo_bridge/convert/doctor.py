@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,11 +40,11 @@ def doctor() -> list[Finding]:
         _package("transformers", "Hugging Face models that run", _WITH_MEGATRON),
         _package("psutil", "megatron-core's checkpoint writer (it hangs without)",
                  _WITH_MEGATRON),
-        _package("transformer-engine", "Transformer Engine layers on GPUs",
-                 f"on a machine with CUDA {install_hint('gpu')}"),
+        _transformer_engine(),
     ]  # fmt: skip
     if find_spec("torch"):
         findings += _devices()
+        findings += _attention()
     ways = [m.__name__.strip("_") for m in copy_methods()]
     findings.append(Finding("copying", ways[0], len(ways) > 1, f"in this order: {', '.join(ways)}"))
     return findings + _machine()
@@ -55,6 +55,36 @@ def _package(name: str, enables: str, install: str) -> Finding:
         return Finding(name, version(name), True, enables)
     except PackageNotFoundError:
         return Finding(name, "absent", False, f"for {enables}: {install}")
+
+
+def _transformer_engine() -> Finding:
+    """Of its wheels that are installed, some cannot be imported; then it is said why."""
+    finding = _package(
+        "transformer-engine",
+        "Transformer Engine layers on GPUs",
+        f"on a machine with CUDA {install_hint('gpu')}",
+    )
+    if finding.works and find_spec("torch"):
+        from megatron_olmo_bridge.models.attention_kernels import why_no_transformer_engine
+
+        if reason := why_no_transformer_engine():
+            return replace(finding, works=False, means=reason)
+    return finding
+
+
+def _attention() -> list[Finding]:
+    """What attention would run on: on a GPU by family, since widths and windows matter."""
+    from megatron_olmo_bridge.models.attention_kernels import attention_kernels
+
+    kernels = attention_kernels()
+    if not kernels:
+        sdpa = "torch's scaled_dot_product_attention"
+        return [Finding("attention", sdpa, True, "of all families, with windows and masks")]
+    return [
+        Finding(f"attention, {kernel.size}", kernel.kernel, not kernel.kernel.startswith("not"),
+                f"{kernel.layers}, causal, in bfloat16; with another mask the unfused one")
+        for kernel in kernels
+    ]  # fmt: skip
 
 
 def _devices() -> list[Finding]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.runtime import te_import
 
 from .attention import ScaledDotProductAttention
 from .layer_norm import LayerNorm
@@ -97,14 +96,8 @@ def resolved_name(name: str) -> str:
 @cache
 def why_no_transformer_engine() -> str | None:
     """Why Transformer Engine's modules can't be built here; None where they can."""
-    if find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed"
-    if not torch.cuda.is_available():
-        return "Transformer Engine needs CUDA, and there is none here"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, no library
-        return f"Transformer Engine can't be imported: {error}"
+    if reason := te_import.why_no_transformer_engine():
+        return reason
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return None if HAVE_TE else "megatron-core can't use the Transformer Engine that is installed"

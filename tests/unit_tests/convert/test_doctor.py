@@ -8,6 +8,7 @@ import torch
 from megatron_olmo_bridge import __version__
 from megatron_olmo_bridge.convert import doctor as module
 from megatron_olmo_bridge.convert.doctor import doctor
+from megatron_olmo_bridge.runtime import te_import
 
 
 def test_versions_devices_and_machine() -> None:
@@ -21,6 +22,28 @@ def test_versions_devices_and_machine() -> None:
     assert found["memory"].found.endswith("GiB")
     assert found["copying"].found == "copy_file_range"
     assert {f.what for f in doctor()} >= {"CPUs", "nccl", "transformer-engine", "psutil"}
+
+
+def test_without_transformer_engine_attention_is_torchs() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("written for a machine without CUDA")
+    found = {f.what: f for f in doctor()}
+    assert found["attention"].found == "torch's scaled_dot_product_attention"
+
+
+def test_an_installed_transformer_engine_that_cannot_be_used_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("written for a machine without CUDA")
+    real = module.version
+    monkeypatch.setattr(
+        module, "version", lambda name: "2.20.2" if name == "transformer-engine" else real(name)
+    )
+    reason = "Transformer Engine can't be imported: libcudnn.so.9: no such file"
+    monkeypatch.setattr(te_import, "_hidden", reason)
+    found = {f.what: f for f in doctor()}["transformer-engine"]
+    assert (found.found, found.works, found.means) == ("2.20.2", False, reason)
 
 
 def test_what_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""Which kernel attention would take here, family by family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron_olmo_bridge.runtime.te_import import (
+    why_no_transformer_engine as why_no_transformer_engine,
+)
+
+from .bridge import published_sizes
+
+_SEQUENCE = 4 * 1024
+"""Tokens, for the kernels that ask for the length."""
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """What a published size's attention would run on, in training in bfloat16."""
+
+    size: str
+    layers: str
+    """Width of a head, and window of the layers that have one."""
+    kernel: str
+
+
+def attention_kernels() -> list[AttentionKernel]:
+    """What the largest published size of each family would take on this machine's GPU.
+
+    Empty where Transformer Engine can't be used: attention is then torch's
+    ``scaled_dot_product_attention``.
+    """
+    if why_no_transformer_engine() is not None:
+        return []
+    largest = {bridge: size for size, bridge in published_sizes().items()}
+    return [
+        AttentionKernel(size, layers, _kernel(config, window))
+        for bridge, size in largest.items()
+        for config in [bridge(bridge.sizes[size]).config]
+        for layers, window in _windows(config)
+    ]
+
+
+def _windows(config: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The kinds of layers by their windows, as Transformer Engine counts them."""
+    heads = f"heads of {config.kv_channels}"
+    yield heads, (-1, 0)
+    if window := getattr(config, "window_size", None):
+        yield f"{heads}, window of {window[0] + 1}", window
+
+
+def _kernel(config: Any, window: tuple[int, int]) -> str:
+    """What ``get_attention_backend`` of Transformer Engine (2.6 to 2.20) says."""
+    try:
+        from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+        known = {field.name for field in fields(utils.AttentionParams)}
+        asked: dict[str, Any] = {
+            "qkv_layout": "sbhd_sbhd_sbhd",
+            "num_heads": config.num_attention_heads,
+            "num_gqa_groups": getattr(config, "num_query_groups", config.num_attention_heads),
+            "max_seqlen_q": _SEQUENCE,
+            "max_seqlen_kv": _SEQUENCE,
+            "head_dim_qk": config.kv_channels,
+            "head_dim_v": config.kv_channels,
+            "attn_mask_type": "causal",
+            "window_size": window,
+            "bottom_right_diagonal": False,
+        }
+        params = utils.AttentionParams(**{k: v for k, v in asked.items() if k in known})
+        flash, flash_version, fused, fused_backend, unfused, *_ = utils.get_attention_backend(
+            params
+        )
+    except Exception as error:  # an internal function: no reason for the caller to fail
+        return f"not known: {type(error).__name__}: {error}"
+    if flash:
+        return f"flash attention {flash_version}"
+    if fused:
+        return f"cuDNN's fused attention (backend {int(fused_backend)})"
+    return "Transformer Engine's unfused attention" if unfused else "none"

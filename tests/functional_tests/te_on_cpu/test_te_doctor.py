@@ -1,0 +1,78 @@
+"""What is said of attention's kernels, by Transformer Engine's own choice; and of a Transformer
+Engine without its compiled parts, which must not break anything."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from training_runs import TRACKER, Place
+from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+from megatron_olmo_bridge.models import attention_kernels as module
+from megatron_olmo_bridge.models.attention_kernels import AttentionKernel, attention_kernels
+
+
+@pytest.fixture(autouse=True)
+def usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "why_no_transformer_engine", lambda: None)
+
+
+def test_each_family_and_each_kind_of_layer_has_a_kernel() -> None:
+    """Of the extension's stub, cuDNN has one for all."""
+    fused = "cuDNN's fused attention (backend 1)"
+    assert attention_kernels() == [
+        AttentionKernel("olmo2-32b", "heads of 128", fused),
+        AttentionKernel("olmo3-32b", "heads of 128", fused),
+        AttentionKernel("olmo3-32b", "heads of 128, window of 4096", fused),
+        AttentionKernel("olmo-7b", "heads of 128", fused),
+        AttentionKernel("olmoe-1b-7b", "heads of 128", fused),
+        AttentionKernel("flex-olmo-7x7b", "heads of 128", fused),
+        AttentionKernel("gpt2-1.5b", "heads of 64", fused),
+    ]
+
+
+def test_without_cudnns_kernel_it_is_the_unfused_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    kernels = {kernel.kernel for kernel in attention_kernels()}
+    assert kernels == {"Transformer Engine's unfused attention"}
+
+
+def test_where_it_cannot_be_known_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "get_attention_backend", lambda params: SimpleNamespace().missing)
+    assert all(kernel.kernel.startswith("not known: ") for kernel in attention_kernels())
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """In a process that has nothing of Transformer Engine but its Python, and no stubs."""
+    folder = str(Path(os.environ["TRANSFORMER_ENGINE_PYTHON"]).resolve())
+    path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True,
+        env=env | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+
+
+def test_megatron_core_alone_cannot_be_imported_beside_such_a_one() -> None:
+    """Else the next test proves nothing."""
+    done = run("-c", "import megatron.core")
+    assert done.returncode != 0
+    assert "transformer-engine" in done.stderr
+
+
+def test_training_and_doctor_work_beside_a_transformer_engine_that_does_not(
+    tmp_path: Path,
+) -> None:
+    Place.made(tmp_path)
+    recipe, save = str(tmp_path / "olmo2.py"), f"checkpoint.save={tmp_path / 'run'}"
+    done = run("-m", "megatron_olmo_bridge", "train", recipe, save, "train.steps=5")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / TRACKER).read_text() == "5"
+    done = run("-m", "megatron_olmo_bridge", "doctor")
+    assert done.returncode == 0, done.stderr
+    assert "Transformer Engine needs CUDA" in " ".join(done.stdout.split())
