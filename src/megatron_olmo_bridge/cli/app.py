@@ -44,8 +44,3 @@ def _options(
         False, "--version", callback=show_version, is_eager=True, help="Print the version."
     ),
 ) -> None: ...
-
-
-def main() -> None:
-    """Run the command line."""
-    app()

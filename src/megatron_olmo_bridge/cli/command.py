@@ -21,13 +21,12 @@ from typer.core import TyperGroup
 
 from megatron_olmo_bridge.errors import BridgeError, missing_package
 
+from . import INTERRUPTED
 from .console import first_process, output
 from .logs import logging_to
 
 INTERNAL_ERROR = 70
 """Exit code of a fault of our own: EX_SOFTWARE of sysexits.h."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
 BAD_USAGE = 2
 DIFFERENT = "1 a difference was found"
 """Exit code of commands that compare, for ``register``."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
@@ -14,7 +15,7 @@ from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
 from megatron_olmo_bridge.models.bridge import published_sizes
 
-from .plan import Literal
+from .plan import Literal, OutputFile
 from .reporter import Reporter
 from .source import config_with_dtype
 from .to_hf import MAX_SHARD_SIZE, index_of, parse_size, shards
@@ -76,6 +77,23 @@ def synth(
     except OSError as error:
         raise OutputError(f"{folder}: can't be made: {error.strerror}") from error
     reporter.begin("synthesising", sum(f.size for f in files))
+    try:
+        _write(folder, files, config, dtype, seed, reporter)
+    except BaseException:
+        shutil.rmtree(folder)  # it was empty or absent before
+        raise
+    reporter.end()
+    return folder
+
+
+def _write(
+    folder: Path,
+    files: tuple[OutputFile, ...],
+    config: dict[str, Any],
+    dtype: str,
+    seed: int,
+    reporter: Reporter,
+) -> None:
     for file in files:
         with (folder / file.name).open("wb") as handle:
             for part in file.parts:
@@ -87,8 +105,6 @@ def synth(
         (folder / text).write_bytes(data)
     (folder / "generation_config.json").write_text(json.dumps(_generation_config(config), indent=2))
     (folder / CONFIG).write_bytes(config_with_dtype(config, dtype))  # last: now it is a checkpoint
-    reporter.end()
-    return folder
 
 
 def _write_random(fd: int, offset: int, view: TensorView, seed: int, reporter: Reporter) -> None:

@@ -1,5 +1,6 @@
 """Synthesised checkpoints: random, reproducible, and loaded by transformers."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_olmo_bridge.convert.reporter import Reporter
 from megatron_olmo_bridge.convert.synth import synth
 from megatron_olmo_bridge.errors import InputError, OutputError
 
@@ -112,3 +114,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="can't be made"):
         synth("olmo2-tiny", tmp_path / "file/inside")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "disk full")])
+def test_what_was_begun_is_removed(error: BaseException, tmp_path: Path) -> None:
+    """Else the half-written folder would be in the way of a second try."""
+
+    class Failing(Reporter):
+        def advance(self, done: int) -> None:
+            raise error
+
+    with pytest.raises(type(error)):
+        synth("olmo2-tiny", tmp_path / "t", layers=1, reporter=Failing())
+    assert list(tmp_path.iterdir()) == []
+    synth("olmo2-tiny", tmp_path / "t", layers=1)
