@@ -16,6 +16,14 @@ from megatron_olmo_bridge import synth, verify
 
 REPO = "org/tiny"
 REVISION = "stage1-step10-tokens1B"
+REFUSED = {
+    "org/gated": (403, "GatedRepo", "Access to model org/gated is restricted."),
+    "org/private": (401, "RepoNotFound", ""),
+    "org/expired": (401, "", "Invalid credentials in Authorization header"),
+    "org/forbidden": (403, "", "Forbidden"),
+    "org/broken": (501, "", "Out of order"),
+}
+"""What the hub answers for these models, as the real one does: status, code and message."""
 COMMITS = {"main": "a" * 40, REVISION: "b" * 40}
 
 
@@ -51,6 +59,9 @@ class Handler(BaseHTTPRequestHandler):
                 what = "/".join(rest)
             case _:
                 return self.fail("EntryNotFound")
+        if refusal := REFUSED.get(f"{owner}/{name}"):
+            status, code, message = refusal
+            return self.fail(code, status=status, message=message)
         if f"{owner}/{name}" != REPO:
             return self.fail("RepoNotFound")
         commit = self.hub.commit(revision)
@@ -75,18 +86,20 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), None, kind="application/json")
 
-    def fail(self, code: str, commit: str | None = None) -> None:
-        self.send(404, b"{}", commit, code=code)
+    def fail(
+        self, code: str, commit: str | None = None, status: int = 404, message: str = ""
+    ) -> None:
+        self.send(status, b"{}", commit, code=code, message=message)
 
     def send(
         self, status: int, body: bytes, commit: str | None, etag: str = "", code: str = "",
-        kind: str = "application/octet-stream",
+        kind: str = "application/octet-stream", message: str = "",
     ) -> None:  # fmt: skip
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", kind)
         for name, value in (("X-Repo-Commit", commit), ("ETag", etag and f'"{etag}"'),
-                            ("X-Error-Code", code)):  # fmt: skip
+                            ("X-Error-Code", code), ("X-Error-Message", message)):  # fmt: skip
             if value:
                 self.send_header(name, value)
         self.end_headers()
@@ -148,17 +161,31 @@ def test_the_cache_serves_where_the_hub_is_out_of_reach(hub: Hub, tmp_path: Path
         assert texts[0] == texts[1]
     done = with_hub(tmp_path, nowhere, "import", "org/other", "d", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
+    cache = f"not in the cache {tmp_path}/cache/hub (HF_HOME says where that is)"
     assert done.stderr == (
-        "olmo-bridge: org/other: no such folder here, the hub can't be reached, "
-        "and it isn't in the cache\n"
+        f"olmo-bridge: org/other: no such folder here, and {cache}. HF_HUB_OFFLINE is set, so the "
+        "hub is not asked: unset it, or bring the cache from where there is a network\n"
+    )
+    done = with_hub(tmp_path, nowhere, "import", "org/other", "d")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"olmo-bridge: org/other: no such folder here, {cache}, and the hub at {nowhere} "
+        "(HF_ENDPOINT) can't be reached\n"
     )
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((REPO, "--revision", "no-such"), f"{REPO}: the hub has no revision 'no-such' of it"),
-        (("org/absent",), "org/absent: no such folder here, no such model on the hub"),
+        ((REPO, "--revision", "no-such"), f"{REPO}: the hub at URL has no revision 'no-such' of"),
+        ((f"{REPO}@no-such",), f"{REPO}: the hub at URL has no revision 'no-such' of it"),
+        ((f"{REPO}@main", "--revision", "no-such"), "names another revision than --revision"),
+        (("org/absent",), "org/absent: no such folder here, and the hub at URL shows no such"),
+        (("org/private",), "Where it is private, run `hf auth login`, or set HF_TOKEN"),
+        (("org/gated",), "org/gated: gated: accept its conditions at URL/org/gated, then run"),
+        (("org/expired",), "org/expired: the hub at URL refuses the token (401)"),
+        (("org/forbidden",), "org/forbidden: the hub at URL refuses the token (403)"),
+        (("org/broken",), "org/broken: the hub at URL answers 501: "),
     ],
 )
 def test_what_the_hub_does_not_have(
@@ -166,7 +193,8 @@ def test_what_the_hub_does_not_have(
 ) -> None:
     done = with_hub(tmp_path, hub.url, "import", args[0], "m", *args[1:])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"olmo-bridge: {says}\n"
+    assert says.replace("URL", hub.url) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "m").exists()
 
 
@@ -175,3 +203,22 @@ def test_a_dry_run_of_a_hub_id(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["result"]["plans"][0]["operation"] == "import"
     assert not (tmp_path / "m").exists()
+
+
+def test_a_hub_id_wherever_a_checkpoint_is_read(hub: Hub, tmp_path: Path) -> None:
+    at = f"{REPO}@{REVISION}"
+    done = with_hub(tmp_path, hub.url, "verify", at, hub.folders[COMMITS[REVISION]])
+    assert (done.returncode, "Equal" in done.stdout) == (0, True), done.stderr
+    done = with_hub(tmp_path, hub.url, "verify", hub.folders[COMMITS[REVISION]], REPO)
+    assert (done.returncode, "NOT equal" in done.stdout) == (1, True), done.stderr
+    for flags in ((at,), (REPO, "--revision", REVISION)):
+        done = with_hub(tmp_path, hub.url, "inspect", *flags)
+        assert done.returncode == 0, done.stderr
+        assert COMMITS[REVISION] in "".join(done.stdout.split())
+    done = with_hub(tmp_path, hub.url, "average", REPO, at, "mean", "--quiet")
+    assert done.returncode == 0, done.stderr
+    recorded = json.loads((tmp_path / "mean/olmo_bridge.json").read_text())["source"]
+    assert recorded == f"{REPO} at {COMMITS['main']}, {REPO} at {COMMITS[REVISION]}"
+    done = with_hub(tmp_path, hub.url, "inspect", "mean", "--revision", "main")
+    assert done.returncode == 2
+    assert "mean: is a path; --revision is for a hub id" in done.stderr

@@ -37,7 +37,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def verify(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint of any kind.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="A checkpoint of any kind, or a hub id.")
+    ],
     second: Annotated[
         Path | None, typer.Argument(metavar="[B]", help="Another, to compare it with.")
     ] = None,
@@ -83,7 +85,8 @@ def _print_differences(differences: list[Difference]) -> None:
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A checkpoint of any kind, or prepared data.")
+        Path,
+        typer.Argument(metavar="PATH", help="A checkpoint of any kind, a hub id, prepared data."),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     mapping: Annotated[
@@ -100,6 +103,7 @@ def inspect(
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="If it is not recorded.")] = None,
     heads: Heads = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag, commit.")] = None,
 ) -> Outcome:
     """Say what a checkpoint is: model, size, dtype, files, layout, where it came from.
 
@@ -116,7 +120,10 @@ def inspect(
 
     if is_indexed(path):
         return inspect_dataset(path)
-    found = run(path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, heads=heads)
+    found = run(
+        path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, heads=heads,
+        revision=revision,
+    )  # fmt: skip
     result = asdict(found)
     for name, wanted in (("tensors", tensors), ("mapping", mapping)):
         if not wanted:  # these are long

@@ -15,7 +15,7 @@ from megatron_olmo_bridge.formats.torch_dist import (
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
 
 from .provenance import read_provenance
-from .source import Source, open_source
+from .source import Source, local_path, open_source
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Inspection:
 def inspect(
     path: str | Path,
     *,
+    revision: str | None = None,
     iteration: int | str | None = None,
     hf_config: str | Path | None = None,
     vocab_size: int | None = None,
@@ -58,11 +59,17 @@ def inspect(
 ) -> Inspection:
     """Describe a checkpoint of any kind; its tensors are checked against its mapping.
 
+    ``path`` may be a hub id, and ``revision`` a branch, tag or commit of it.
+
     Raises:
         BridgeError: it is no checkpoint, is damaged, or is not supported.
     """
     source = open_source(
-        path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, heads=heads
+        local_path(path, revision),
+        iteration=iteration,
+        hf_config=hf_config,
+        vocab_size=vocab_size,
+        heads=heads,
     )
     is_file = source.kind is Kind.OLM
     root = source.folder.parent

@@ -40,6 +40,7 @@ from .name_hints import name_hint
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """``owner/name``"""
+_HUB_ID_AT = re.compile(rf"(?P<repo>{HUB_ID.pattern})(@(?P<revision>\S+))?")
 
 
 @dataclass(frozen=True)
@@ -247,40 +248,50 @@ def _open_olm(file: Path, hf_config: str | Path | None, heads: int | None) -> So
 
 
 def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
-    """A local folder for a path or a hub id, its name to record, and the hub's commit.
+    """Return a local folder for a path or a hub id, its name to record, and the hub's commit.
+
+    Args:
+        source: a path, or a hub id such as ``allenai/OLMo-2-0425-1B``, which may name a branch, tag
+            or commit: ``owner/name@revision``.
+        revision: the same, apart.
 
     Raises:
-        InputError: there is no such folder, repository or revision.
+        InputError: there is no such folder, repository or revision, or the hub doesn't deliver it.
     """
     path = Path(source).expanduser()
-    if not is_on_hub(source):
+    on_hub = None if path.exists() else _HUB_ID_AT.fullmatch(source)
+    if on_hub is None:
         if revision is not None:
             raise InputError(f"{source}: is a path; --revision is for a hub id such as "
                              "allenai/OLMo-2-0425-1B")  # fmt: skip
         if not path.exists():
             raise InputError(f"{source}: no such folder, and no hub id (owner/name)")
         return path, str(path.resolve()), None
+    repo, named = on_hub["repo"], on_hub["revision"]
+    if named and revision and named != revision:
+        raise InputError(f"{source}: names another revision than --revision {revision}")
+    revision = revision or named
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+
+    from .hub import why_not_fetched
 
     try:
         # Where the hub can't be reached, this takes what is in the cache.
-        folder = snapshot_download(source, revision=revision, allow_patterns=list(HUB_PATTERNS))
-    except RevisionNotFoundError as error:
-        raise InputError(f"{source}: the hub has no revision {revision!r} of it") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(f"{source}: no such folder here, no such model on the hub") from error
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"{source}: no such folder here, the hub can't be reached, and it isn't in the cache"
-        ) from error
+        folder = snapshot_download(repo, revision=revision, allow_patterns=list(HUB_PATTERNS))
     except Exception as error:  # of the HTTP library, which differs from version to version
-        raise InputError(f"{source}: the hub could not deliver it: {error}") from error
-    return Path(folder), source, Path(folder).name  # the cache names a snapshot by its commit
+        raise InputError(f"{repo}: {why_not_fetched(error, repo, revision)}") from error
+    return Path(folder), repo, Path(folder).name  # the cache names a snapshot by its commit
+
+
+def local_path(source: str | Path, revision: str | None = None) -> Path:
+    """Return a path as it is, and the downloaded folder of a hub id.
+
+    Raises:
+        InputError: as :func:`fetch`; a path that isn't there is left to who opens it.
+    """
+    path = Path(source).expanduser()
+    on_hub = not path.exists() and _HUB_ID_AT.fullmatch(str(source))
+    return fetch(str(source), revision)[0] if on_hub or revision else path
 
 
 def is_on_hub(source: str) -> bool:

@@ -20,7 +20,7 @@ from .model_card import MODEL_CARD
 from .plan import WORKERS
 from .provenance import PROVENANCE, read_provenance
 from .reporter import Reporter
-from .source import Source, open_source
+from .source import Source, local_path, open_source
 from .transfer import Transfer
 
 # Config keys that say nothing of the model, or whose meaning is compared as a number of the model.
@@ -76,10 +76,11 @@ def verify(
         BridgeError: a path is no checkpoint, or is damaged.
     """
     reporter = reporter or Reporter()
+    first = local_path(first)
     if second is None:
         return _verify_recorded(Path(first).expanduser(), workers, reporter)
     opened = []
-    for path in (first, second):
+    for path in (first, local_path(second)):
         try:
             of_olm = detect(Path(path).expanduser())[0] is Kind.OLM
             opened.append(open_source(path, heads=heads if of_olm else None, strict=False))
