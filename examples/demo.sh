@@ -13,6 +13,13 @@ show() {
     "$@"
 }
 
+# Two processes take two GPUs, or the CPU.
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+if [ "$gpus" = 1 ]; then
+    echo "There is one GPU here and the demo takes two processes: it runs on the CPU, on gloo."
+    export CUDA_VISIBLE_DEVICES=
+fi
+
 models="olmo2-tiny"
 if [ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -gt 10000000 ]; then
     models="$models olmo2-1b"

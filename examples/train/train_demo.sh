@@ -23,6 +23,13 @@ show() {
     "$@"
 }
 
+# Two processes take two GPUs, or the CPU.
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+if [ "$gpus" = 1 ]; then
+    echo "There is one GPU here and the demo takes two processes: it runs on the CPU, on gloo."
+    export CUDA_VISIBLE_DEVICES=
+fi
+
 say "Text: a few MB of made-up stories, in three kinds of files, and some that are held out"
 show python "$root/recipes/text/make_text.py" text
 

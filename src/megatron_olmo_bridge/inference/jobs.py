@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megatron_olmo_bridge.runtime.devices import NO_TF32
 from megatron_olmo_bridge.runtime.launch import processes
 
 LOGITS = "logits"
@@ -41,8 +42,10 @@ class Job:
     """Options of :func:`inference.generate.generate`."""
 
     def started(self) -> Any:
-        """Start the processes; a context manager that gives what they print."""
-        return processes(_WORKER, [json.dumps(asdict(self))], self.tp * self.pp * self.ep)
+        """Start the processes; a context manager that gives what they print. Their float32 is
+        compared with other float32, and so is not TF32."""
+        count = self.tp * self.pp * self.ep
+        return processes(_WORKER, [json.dumps(asdict(self))], count, environment=NO_TF32)
 
     def run(self) -> None:
         """Start the processes and wait for them.

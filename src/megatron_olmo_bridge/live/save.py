@@ -34,7 +34,7 @@ from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.models.bridge import ModelBridge
-from megatron_olmo_bridge.runtime.process_groups import on_first
+from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
 
 from .export import stream_weights
 from .shards import LiveModel
@@ -148,7 +148,7 @@ def save_megatron(
     on_first(lambda: _begin(root, stage, folder))
     state, texts = megatron_state(chunks, bridge, beside=beside, iteration=iteration)
     dist_checkpointing.save(state, str(folder), content_metadata=ON_DISK)
-    dist.barrier()
+    wait_for_all()
     on_first(lambda: _commit(root, stage, folder, texts, iteration))
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -25,7 +25,12 @@ _NO_MORE = "\0\n"
 
 @contextlib.contextmanager
 def processes(
-    module: str, arguments: Sequence[str], count: int, *, stoppable: bool = False
+    module: str,
+    arguments: Sequence[str],
+    count: int,
+    *,
+    stoppable: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Iterator[str]]:
     """Run ``python -m module`` in so many processes, by torchrun if more than one.
 
@@ -34,6 +39,7 @@ def processes(
     Args:
         stoppable: they know what to do on SIGTERM. Then SIGTERM, Ctrl-C and the end of the terminal
             don't end this process, but are handed on to them as SIGTERM.
+        environment: variables for them, in place of those of this process.
 
     Yields:
         What they print, line by line. On leaving, they are waited for.
@@ -49,6 +55,7 @@ def processes(
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as folder:
         error_file = Path(folder) / "error"
         env = {k: v for k, v in os.environ.items() if k not in _OF_TORCHRUN}
+        env |= environment or {}
         env[_ERROR_FILE] = str(error_file)
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         with (Path(folder) / "stderr").open("w+") as stderr:

@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, MutableMapping
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -21,16 +22,25 @@ from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
 from megatron_olmo_bridge.errors import InputError
 
 from .cpu import ensure_cpu_runtime
+from .devices import gpu_of
 
 T = TypeVar("T")
 
 SEED = 1234
 """For dropout and for initial weights, where none is asked for; Megatron-LM's default."""
+TIMEOUT_MINUTES = 60
+"""How long a process waits for others by default: longer than the first one works on files."""
 _FIRST_PORT, _PORTS = 15000, 15000
 """Ports for the rendezvous of a Slurm job: below those that Linux gives out by itself."""
 
 
-def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None:
+_waiting: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+"""The default group, and the group on gloo that waits in its place."""
+
+
+def ensure_process_groups(
+    layout: ModelParallelConfig, seed: int = SEED, *, timeout_minutes: int = TIMEOUT_MINUTES
+) -> None:
     """Set up torch.distributed and megatron-core's groups for a layout, where they aren't yet.
 
     Without CUDA the CPU runtime is entered and the groups are gloo's; with it they are NCCL's.
@@ -38,17 +48,19 @@ def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None
     Args:
         layout: a provider, or any other config with the parallel sizes.
         seed: of megatron-core's random numbers.
+        timeout_minutes: how long a process waits for others before it gives up.
 
     Raises:
-        InputError: the processes are not a multiple of those that the layout takes, or the groups
-            exist already for another layout. The message has the command to use.
+        InputError: the processes are not a multiple of those that the layout takes, there are more
+            of them on this machine than GPUs, or the groups exist already for another layout. The
+            message has the command to use.
     """
     begun = dist.is_initialized()
     if not begun and "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         add_slurm(os.environ)
     ensure_cpu_runtime()
     if not begun:
-        _init_distributed()
+        _init_distributed(timedelta(minutes=timeout_minutes))
     tensor = layout.tensor_model_parallel_size
     pipeline = layout.pipeline_model_parallel_size
     virtual = layout.virtual_pipeline_model_parallel_size
@@ -64,6 +76,7 @@ def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None
             virtual_pipeline_model_parallel_size=virtual,
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=expert_tensor,
+            distributed_timeout_minutes=timeout_minutes,
         )
     if not tensor_parallel.get_cuda_rng_tracker().is_initialized():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -71,6 +84,8 @@ def ensure_process_groups(layout: ModelParallelConfig, seed: int = SEED) -> None
 
 def destroy_process_groups() -> None:
     """Undo :func:`ensure_process_groups`; also after a part of it."""
+    global _waiting
+    _waiting = None
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -87,7 +102,8 @@ def started_together() -> int:
 
 
 def on_first(action: Callable[[], T]) -> T | None:
-    """Do something in the first process, and return its result there; the others wait for it.
+    """Do something in the first process, and return its result there; the others wait for it, on
+    the CPU.
 
     Raises:
         Exception: what the action raised, in all processes.
@@ -99,21 +115,44 @@ def on_first(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as error:
             errors = [error]
-    dist.broadcast_object_list(errors, 0)
+    dist.broadcast_object_list(errors, 0, _waiting_group())
     if errors[0] is not None:
         raise errors[0]
     return result
 
 
-def _init_distributed() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+def wait_for_all() -> None:
+    """Wait until all processes are here, on the CPU."""
+    dist.barrier(_waiting_group())
+
+
+def _waiting_group() -> dist.ProcessGroup:
+    """A group of all processes on gloo: waiting in NCCL would keep the GPU busy."""
+    global _waiting
+    world = dist.group.WORLD
+    assert world is not None
+    if dist.get_backend() == "gloo":
+        return world
+    if _waiting is None or _waiting[0] is not world:
+        timeout = timedelta(minutes=TIMEOUT_MINUTES)
+        _waiting = world, dist.new_group(backend="gloo", timeout=timeout)
+    return _waiting[1]
+
+
+def _init_distributed(timeout: timedelta) -> None:
+    index = gpu_of(torch.cuda.device_count(), os.environ)
+    device = None if index is None else torch.device("cuda", index)
+    backend = "gloo"
+    if device is not None:
+        torch.cuda.set_device(device)
+        backend = "nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=device
+        )
 
 
 def add_slurm(env: MutableMapping[str, str]) -> None:

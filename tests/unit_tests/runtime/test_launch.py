@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_olmo_bridge.errors import MappingError, ProcessError
+from megatron_olmo_bridge.runtime.devices import NO_TF32
 from megatron_olmo_bridge.runtime.launch import processes, reporting_errors
 
 MODULE = """
@@ -13,6 +14,9 @@ import os, sys
 from megatron_olmo_bridge.errors import MappingError
 from megatron_olmo_bridge.runtime.launch import reporting_errors
 rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+if sys.argv[1] == "tf32":
+    print(f"NVIDIA_TF32_OVERRIDE={os.environ['NVIDIA_TF32_OVERRIDE']}", flush=True)
+    sys.exit()
 print(f"{sys.argv[1]} {rank} of {world}, {os.environ['OMP_NUM_THREADS']} threads", flush=True)
 with reporting_errors():
     if sys.argv[1] == "refuse":
@@ -45,6 +49,14 @@ def test_several_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # it is the user's word
     threads = max(1, (os.cpu_count() or 1) // 2)
     assert start("work", 2) == [f"work {rank} of 2, {threads} threads\n" for rank in (0, 1)]
+
+
+def test_variables_for_the_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that which switches TF32 off."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with processes("started_module", ["tf32"], 1, environment=NO_TF32) as output:
+        assert list(output) == ["NVIDIA_TF32_OVERRIDE=0\n"]
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
 
 
 @pytest.mark.parametrize("count", [1, 2])

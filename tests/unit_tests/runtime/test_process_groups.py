@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -21,12 +22,14 @@ from megatron_olmo_bridge.errors import BridgeError, InputError
 from megatron_olmo_bridge.runtime.cpu import cpu_runtime
 from megatron_olmo_bridge.runtime.process_groups import (
     SEED,
+    TIMEOUT_MINUTES,
     add_slurm,
     destroy_process_groups,
     ensure_process_groups,
     first_host,
     on_first,
     torchrun_command,
+    wait_for_all,
 )
 
 # ------------------------------------------------------------------------------ what srun says
@@ -180,6 +183,36 @@ def test_one_process_needs_nobody_to_start_it() -> None:
 
 
 @pytest.mark.usefixtures("by_itself")
+@pytest.mark.parametrize("minutes", [TIMEOUT_MINUTES, 7])
+def test_all_groups_wait_as_long_as_they_are_told(minutes: int) -> None:
+    ensure_process_groups(layout(), timeout_minutes=minutes)
+    for group in (dist.group.WORLD, parallel_state.get_tensor_model_parallel_group()):
+        backend = group._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == timedelta(minutes=minutes)
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_under_nccl_the_others_wait_on_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one group, made once; and anew after the groups are destroyed."""
+    ensure_process_groups(layout())
+    original, waited = dist.broadcast_object_list, []
+    monkeypatch.setattr(dist, "get_backend", lambda *_: "nccl")
+    monkeypatch.setattr(
+        dist, "broadcast_object_list",
+        lambda objects, source, group: waited.append(group) or original(objects, source, group),
+    )  # fmt: skip
+    assert on_first(lambda: 1) == on_first(lambda: 1)
+    wait_for_all()
+    assert waited[0] is waited[1] is not dist.group.WORLD
+    assert waited[0]._get_backend(torch.device("cpu")).name() == "gloo"
+
+    destroy_process_groups()
+    ensure_process_groups(layout())
+    on_first(lambda: 1)
+    assert waited[2] is not waited[0]
+
+
+@pytest.mark.usefixtures("by_itself")
 def test_the_seed_fixes_the_random_numbers() -> None:
     def drawn(**seed: int) -> list[float]:
         ensure_process_groups(layout(), **seed)
@@ -295,7 +328,7 @@ def test_an_error_of_the_first_process_is_everybodys(monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="no such folder"):
         on_first(refuse)
 
-    def receive(errors: list[BridgeError | None], _: int) -> None:
+    def receive(errors: list[BridgeError | None], *_: object) -> None:
         errors[0] = InputError("said by the first")
 
     monkeypatch.setattr(dist, "get_rank", lambda *_: 1)

@@ -1,0 +1,13 @@
+"""Hides GPUs from all tests but those of ``pytest -m gpu``, which run by themselves.
+
+The processes that tests start inherit it. It has to be said before anything starts CUDA.
+"""
+
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr.strip() != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
