@@ -15,11 +15,13 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from training_runs import Place, Run, apart
+from trees import tree_hash
 
 LAYOUTS = {"one": (), "tp": ("parallel.tp=2",), "pp": ("parallel.pp=2",), "dp": ()}
 PROCESSES = {"one": 1, "tp": 2, "pp": 2, "dp": 2}
 PLAIN_OPTIMIZER = "parallel.distributed_optimizer=false"
 BF16 = "train.precision=bfloat16"
+FOR_ANY_LAYOUT = "checkpoint.fully_reshardable=all"
 DROPOUT = ("provider.hidden_dropout=0.1", "provider.attention_dropout=0.1")
 Uninterrupted = Callable[..., Run]
 
@@ -31,13 +33,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def uninterrupted(place: Place) -> Uninterrupted:
-    """A run at a layout that nothing happens to; made once."""
+    """A run at a layout that nothing happens to; made once. Its checkpoints are for any layout,
+    those of the runs that are compared with it are as by default."""
     made: dict[tuple[str, ...], Run] = {}
 
     def run(layout: str, *overrides: str, recipe: str = "olmo2") -> Run:
         key = (layout, recipe, *overrides)
         if key not in made:
-            made[key] = train(place, "-".join(key), layout, *overrides, recipe=recipe).done()
+            name, overrides = "-".join(key), (*overrides, FOR_ANY_LAYOUT)
+            made[key] = train(place, name, layout, *overrides, recipe=recipe).done()
         return made[key]
 
     return run
@@ -184,3 +188,103 @@ def test_resumed_at_another_layout(
     loss, norm = apart(run.curve, whole.curve)
     assert 0 < loss < (3e-3 if BF16 in overrides else 1e-4)
     assert norm < (0.1 if BF16 in overrides else 1e-3)
+
+
+# ----------------------------------------- checkpoints that are for one layout, or for any
+
+
+@pytest.fixture(scope="module")
+def stopped(place: Place) -> Run:
+    """A run at TP 2 that was stopped after step 5; its checkpoint is as by default."""
+    return train(place, "stopped", "tp", fate="TERM:5")
+
+
+def copied(place: Place, run: Run, name: str) -> str:
+    place.back_at(run, run.tracked, name)
+    return name
+
+
+def test_another_model_parallel_layout_is_refused(place: Place, stopped: Run) -> None:
+    """With what differs, and the way out; nothing is changed."""
+    name = copied(place, stopped, "refused")
+    before = tree_hash(place.folder / name)
+
+    run = train(place, name, "pp")
+
+    assert 2 in run.codes
+    assert "Traceback" not in run.said
+    assert "  parallel.tp: was 2, is 1\n  parallel.pp: was 1, is 2\n" in run.said
+    assert "at the saved layout with checkpoint.fully_reshardable=all" in run.said
+    assert tree_hash(place.folder / name) == before
+
+
+def test_another_data_parallel_size(
+    place: Place, uninterrupted: Uninterrupted, stopped: Run
+) -> None:
+    name = copied(place, stopped, "more")
+    run = place.run(name, "parallel.tp=2", processes=4).done()
+    assert apart(run.curve, uninterrupted("tp").curve)[0] < 1e-5
+
+
+def test_saved_again_for_any_layout(
+    place: Place, uninterrupted: Uninterrupted, stopped: Run
+) -> None:
+    """Before the run's next step, and the run is no other by it."""
+    name = copied(place, stopped, "again")
+    killed = train(place, name, "tp", FOR_ANY_LAYOUT, fate="killed:6:0")
+    assert set(killed.codes) == {-signal.SIGKILL}
+    assert killed.saved == ["iter_0000004", "iter_0000005"]
+    assert_same(train(place, copied(place, killed, "same"), "tp").done(), uninterrupted("tp"))
+
+    run = train(place, name, "pp").done()
+
+    assert apart(run.curve, uninterrupted("tp").curve)[0] < 1e-4
+
+
+def test_killed_while_a_checkpoint_takes_the_place_of_another(
+    place: Place, uninterrupted: Uninterrupted, stopped: Run
+) -> None:
+    """Between the two renames: the old one gets its name back."""
+    name = copied(place, stopped, "between")
+    killed = train(place, name, "tp", FOR_ANY_LAYOUT, fate="replacing:1")
+    assert killed.saved[1:] == ["iter_0000005.partial", "iter_0000005.replaced.partial"]
+
+    run = train(place, name, "tp").done()
+
+    assert "iter_0000005" in run.saved
+    assert_same(run, uninterrupted("tp"))
+
+
+# ---------------------------------------------------------------------------------- more steps
+
+
+def test_an_extended_run_is_the_run_that_had_all_steps(place: Place) -> None:
+    """Its learning rate is constant, and its data are enough for all steps: to the last bit."""
+    constant = ("schedule.decay=constant",)
+    whole = place.run("constant", *constant).done()
+    place.run("extended", *constant, "train.steps=8").done()
+
+    run = place.run("extended", *constant, "train.steps=14").done()
+
+    assert run.curve == whole.curve
+    assert run.events("extended")[0]["message"].startswith("from 8 to 14 steps; the learning rate")
+    assert run.events("resumed")[0]["steps"] == 14
+
+
+def test_the_learning_rate_of_an_extended_run(place: Place, uninterrupted: Uninterrupted) -> None:
+    """The schedule that is asked for, from the next step on; without a word it is refused."""
+    whole = {line["step"]: line["lr"] for line in uninterrupted("one").events("step")}
+    short = place.run("short", "train.steps=8").done()
+    place.back_at(short, 8, "planned")
+    before = tree_hash(short.folder)
+    refused = place.run("short", "train.steps=14")
+    assert refused.codes == [2]
+    assert "  schedule.end_step=14: as in a run of 14 steps" in refused.said
+    assert tree_hash(short.folder) == before
+
+    for name, end in (("short", 14), ("planned", 8)):
+        run = place.run(name, "train.steps=14", f"schedule.end_step={end}").done()
+        rates = {line["step"]: line["lr"] for line in run.events("step") if line["step"] > 8}
+        planned = dict.fromkeys(range(9, 15), pytest.approx(3e-4))
+        assert rates == (planned if end == 8 else {step: whole[step] for step in rates})
+        assert len(rates) == 6

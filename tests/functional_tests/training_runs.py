@@ -8,6 +8,7 @@ the first:
     killed:STEP:SECONDS    SIGKILL so long after a step began
     saving:N               SIGKILL when the n-th checkpoint is written, and has no name yet
     tracking:N             SIGKILL when it has, and the tracker is not written yet
+    replacing:N            SIGKILL before the n-th rename of a checkpoint to its name
     deleting:N             SIGKILL when the n-th checkpoint that is too old is being deleted
     TERM:STEP, INT:STEP    that signal during a step
     cheated                the disk seems to have room, and has none; in all processes
@@ -194,7 +195,7 @@ def prepare(kind: str, *when: str) -> None:
     from megatron_olmo_bridge.training import checkpoint
 
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    of_a_file = kind in ("saving", "tracking", "deleting")
+    of_a_file = kind in ("saving", "tracking", "replacing", "deleting")
     if kind == "cheated":
         checkpoint._bytes = lambda state: 0
         return
@@ -209,6 +210,9 @@ def prepare(kind: str, *when: str) -> None:
             before(checkpoint, "write_texts", die, int(when[0]))
         case "tracking":
             before(Path, "replace", die, int(when[0]), lambda path, _: "latest" in path.name)
+        case "replacing":
+            named = lambda path, to: ".replaced." not in to.name and to.name.startswith("iter_")  # noqa: E731
+            before(Path, "rename", die, int(when[0]), named)
         case "deleting":
             before(shutil, "rmtree", die, int(when[0]), lambda path: ".old." in str(path))
         case "TERM" | "INT":

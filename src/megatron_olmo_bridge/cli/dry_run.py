@@ -9,6 +9,7 @@ from typing import Any
 from megatron_olmo_bridge.models.bridge import published_sizes
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.estimate import LEFT_OUT, UTILISATION, Estimate
+from megatron_olmo_bridge.training.folder import what_is_lost
 from megatron_olmo_bridge.training.layout import model_of
 from megatron_olmo_bridge.training.monitor.human import SI, duration, short
 
@@ -24,12 +25,17 @@ def print_dry_run(config: TrainingConfig, estimate: Estimate) -> None:
     _print_settings(config)
     _print_totals(estimate, config.train.micro_batch_size)
     _print_memory(estimate)
+    _print_saves(config, estimate)
 
 
 def dry_run_result(config: TrainingConfig, estimate: Estimate) -> dict[str, Any]:
     """Return every setting and every number of the estimate, for ``--json``."""
     worst = estimate.worst.stage
-    return {"config": asdict(config), "estimate": asdict(estimate) | {"worst": worst}}
+    return {
+        "config": asdict(config),
+        "estimate": asdict(estimate) | {"worst": worst},
+        "not_saved": what_is_lost(config),
+    }
 
 
 def _print_settings(config: TrainingConfig) -> None:
@@ -146,3 +152,21 @@ def _print_memory(estimate: Estimate) -> None:
     say(f"Memory of each of {processes}, estimated:\n")
     table([*(["stage", "layers"] if several else []), "parameters", *parts], rows)
     say(f"Counted for Transformer Engine.\nNot counted: {LEFT_OUT}.")
+
+
+def _print_saves(config: TrainingConfig, estimate: Estimate) -> None:
+    save, last = (
+        max(getattr(stage, name) for stage in estimate.stages) for name in ("save", "last_save")
+    )
+    say("\nHost memory of saving, in the first process of each data-parallel group:\n")
+    wanted = config.checkpoint.fully_reshardable
+    fully, by_dp = "can be resumed at any layout", "can be resumed at another data-parallel size"
+    if not config.parallel.distributed_optimizer:
+        wanted, by_dp = "none", fully
+    rows = [
+        ["on the way", human_bytes(save), fully if wanted == "all" else by_dp],
+        ["the last step", human_bytes(last), by_dp if wanted == "none" else fully],
+    ]
+    table(["checkpoint", "memory", ""], rows)
+    if lost := what_is_lost(config):
+        say(f"\n{lost}")

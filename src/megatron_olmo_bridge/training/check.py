@@ -20,12 +20,14 @@ CHOICES = {
     "schedule.decay": ("cosine", "linear", "wsd", "constant"),
     "stability.on_spike": ("stop", "skip", "ignore"),
     "parallel.recompute": ("none", "selective", "full"),
+    "checkpoint.fully_reshardable": ("last", "all", "none"),
 }
 """What each field that names one of several ways may say."""
 RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 1": (lambda value: value >= 1, (
         "train.steps", "train.global_batch_size", "train.micro_batch_size",
         "train.sequence_length", "parallel.tp", "parallel.pp", "parallel.vpp", "parallel.ep",
+        "parallel.timeout_minutes",
         "schedule.end_step", "checkpoint.interval", "checkpoint.keep_last", "evaluation.interval",
         "evaluation.batches", "logging.interval", "export.interval", "classification.patience",
         "provider.make_vocab_size_divisible_by",

@@ -33,12 +33,21 @@ from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 from megatron_olmo_bridge.live.save import megatron_state, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
-from megatron_olmo_bridge.runtime.process_groups import on_first
+from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
 from megatron_olmo_bridge.runtime.signals import sheltered
 
-from .restore import CONTENT, PROGRESS, is_distributed, layout, load, optimizer_state, rng_state
+from .optimizer_state import (
+    content_metadata,
+    is_distributed,
+    is_fully_reshardable,
+    model_parallel_layout,
+    optimizer_state,
+)
+from .restore import PROGRESS, layout, load, rng_state, saved_content
 
 _SUFFIX = ".partial"
+_REPLACED = f".replaced{_SUFFIX}"
+"""Ends the name of a complete checkpoint while another one of the same step takes its place."""
 _STRATEGY = {"async_strategy": "mcore"}
 """0.19 would use NVIDIA's resiliency extension, another package, unless told otherwise."""
 if "async_strategy" not in inspect.signature(dist_checkpointing.save).parameters:
@@ -88,12 +97,14 @@ class Checkpointer:
     """Called in the first process when a checkpoint is complete."""
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
 
-    def save(self, step: int, progress: dict[str, Any]) -> None:
+    def save(self, step: int, progress: dict[str, Any], *, fully_reshardable: bool) -> None:
         """Write a checkpoint, or begin to.
 
         Args:
             step: optimizer steps that are in the weights.
             progress: plain values to have back from :meth:`restore`.
+            fully_reshardable: at any layout. Else it can be resumed at another data-parallel size,
+                and takes less memory to save; see :mod:`.optimizer_state`.
 
         Raises:
             OutputError: it can't be written; what was saved before is as it was.
@@ -102,17 +113,21 @@ class Checkpointer:
         folder = iteration_folder(self.root, step)
         partial = folder.with_name(folder.name + _SUFFIX)
         state, texts = megatron_state(self.chunks, self.bridge, beside=self.beside, iteration=step)
-        state["optimizer"] = optimizer_state(self.optimizer, self.chunks, is_loading=False)
+        metadata = content_metadata(self.optimizer, fully_reshardable=fully_reshardable)
+        state["optimizer"] = optimizer_state(
+            self.optimizer, self.chunks, metadata, is_loading=False
+        )
         state["rng_state"] = rng_state()
         state[PROGRESS] = progress | {
             "layout": layout(),
             "distributed_optimizer": is_distributed(self.optimizer),
+            "model_parallel_layout": model_parallel_layout(self.chunks),
         }
         needed = _bytes(state)
         with _saying_what_fails(self.root), sheltered():
             on_first(lambda: _begin(partial, needed))
             request = dist_checkpointing.save(
-                state, str(partial), content_metadata=CONTENT,
+                state, str(partial), content_metadata=metadata,
                 async_sharded_save=self.asynchronous, **_STRATEGY,
             )  # fmt: skip
 
@@ -123,7 +138,7 @@ class Checkpointer:
             request.add_finalize_fn(commit)
             self._queue.schedule_async_request(request)
         else:
-            dist.barrier()
+            wait_for_all()
             with _saying_what_fails(self.root):
                 commit()
 
@@ -143,7 +158,8 @@ class Checkpointer:
         At another layout the random numbers, of which dropout alone is made, begin anew.
 
         Raises:
-            InputError: the checkpoint is of another model.
+            InputError: the checkpoint's optimizer state can't be loaded at this layout.
+        FormatError: it is damaged, or of another model.
         """
         try:
             return load(iteration_folder(self.root, step), self.chunks, self.optimizer)
@@ -153,19 +169,26 @@ class Checkpointer:
                 f"{self.root / TRACKER}."
             ) from error
 
+    def is_fully_reshardable(self, step: int) -> bool:
+        """Whether a step's checkpoint can be resumed at any layout."""
+        return is_fully_reshardable(saved_content(iteration_folder(self.root, step)))
+
     def _commit(self, partial: Path, folder: Path, texts: dict[str, bytes], step: int) -> None:
         write_texts(partial, texts)
         (partial / PARTIAL_MARKER).unlink()
         for path in (partial, *partial.rglob("*")):
             sync(path)
-        if folder.exists():  # of a run that went on from an earlier step
-            _delete(folder)
+        replaced = folder.with_name(folder.name + _REPLACED)
+        if folder.exists():  # of a run that went on from an earlier step, or saved again
+            folder.rename(replaced)
         partial.rename(folder)
         tracker = self.root / (TRACKER + _SUFFIX)
         tracker.write_text(str(step))
         sync(tracker)
         tracker.replace(self.root / TRACKER)
         sync(self.root)
+        if replaced.exists():
+            _delete(replaced)
         if self.keep_last:
             complete = [p for p in iteration_folders(self.root) if p <= folder]
             for old in complete[: -self.keep_last]:
@@ -229,8 +252,17 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def put_back(root: Path) -> None:
+    """Give its name back to a checkpoint whose replacement was interrupted between two renames."""
+    for replaced in root.glob(f"iter_*{_REPLACED}"):
+        folder = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if not folder.exists():
+            replaced.rename(folder)
+
+
 def _clean(root: Path) -> None:
     """Delete what saves and deletions that were interrupted left behind."""
+    put_back(root)
     for path in root.glob(f"iter_*{_SUFFIX}"):
         shutil.rmtree(path)
 

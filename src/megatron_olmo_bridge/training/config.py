@@ -117,6 +117,9 @@ class ParallelConfig:
     """Sequence parallelism: what tensor parallelism leaves whole is shared out by tokens."""
     distributed_optimizer: bool = True
     """Each data-parallel rank keeps a part of the optimizer's state (ZeRO-1)."""
+    timeout_minutes: int = 60
+    """How long a process waits for the others, while the first one writes files for example, before
+    it gives up."""
     overlap: bool = False
     """Reduce gradients and gather parameters while computing; for GPUs."""
     recompute: str = "none"
@@ -137,6 +140,11 @@ class CheckpointConfig:
     """Older checkpoints are deleted; by default all are kept."""
     asynchronous: bool = False
     """Write while training goes on."""
+    fully_reshardable: str = "last"
+    """Which checkpoints can be resumed at another tensor, pipeline or expert parallel size:
+    ``last`` (that of the last step), ``all`` or ``none``. The others can be resumed at another
+    data-parallel size. With the distributed optimizer it takes memory to save such a checkpoint:
+    the state of all data-parallel ranks is gathered on the CPU of the first one."""
 
 
 @dataclass

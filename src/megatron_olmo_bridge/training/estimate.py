@@ -49,6 +49,11 @@ class StageMemory:
     logits: int
     """On the last stage: logits of one micro-batch, in float32 again, and their gradient."""
     total: int
+    """All of these: memory of the GPU."""
+    save: int
+    """Host memory that a checkpoint on the way takes; none of the GPU's."""
+    last_save: int
+    """Host memory that the checkpoint of the last step takes."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +290,31 @@ class _Rank:
             self.stage, self.layers, parameters, weights, gradients, round(optimizer),
             activations, logits,
             weights + gradients + round(optimizer) + activations + logits,
+            *self.saves(),
         )  # fmt: skip
+
+    def saves(self) -> tuple[int, int]:
+        """Host bytes of a checkpoint on the way and of the last one, in the first data-parallel
+        rank, which writes the weights too.
+
+        What a rank writes is staged on the host. To be fully reshardable, the state of all
+        data-parallel ranks is gathered there first: 12 bytes a parameter, and while that is under
+        way three times a third of it and the rank's own part; later, staged as a copy, with the
+        weights. Source: ``get_parameter_state_dp_zero`` and ``FileSystemWriterAsync`` of
+        megatron-core; measured by ``benchmarks/saving.py``.
+        """
+        dense, experts = self.parameters()
+        weights = self.value_bytes * (dense + experts)
+        if not self.config.parallel.distributed_optimizer:
+            state = 12 if self.value_bytes == 2 else 8  # float32 weights are the model's own
+            return (weights + state * (dense + experts),) * 2
+        part = round(12 * (dense / self.layout.dp + experts / self.layout.expert_dp))
+        fully = 2 * 12 * (dense + experts) + max(weights, part)
+        wanted = self.config.checkpoint.fully_reshardable
+        return (
+            fully if wanted == "all" else weights + part,
+            weights + part if wanted == "none" else fully,
+        )
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@ from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 
 from .config import TrainingConfig
+from .extension import Extension
 from .recipes import as_dict
 
 RUN_FILE = "run.yaml"
@@ -23,12 +24,25 @@ _MAY_CHANGE = {
     "classification.baseline", "classification.baseline_lr",
 }  # fmt: skip
 """Sections and fields in which a run that continues may differ from what it was."""
+_EXTENDS = {"train.steps", "schedule.end_step"}
+"""Fields in which it may differ if there are more steps than before; see :mod:`.extension`."""
 _DIFFERENCES = 8
 """That a message shows."""
 
 
-def check_folders(config: TrainingConfig) -> None:
+def what_is_lost(config: TrainingConfig) -> str | None:
+    """What is not saved of a run without a folder, in words; None for one that has a folder."""
+    if config.checkpoint.save is not None:
+        return None
+    weights = "" if config.export.hf else ", and the trained weights will be lost"
+    return f"No checkpoint, log or report will be saved{weights}: set checkpoint.save=FOLDER"
+
+
+def check_folders(config: TrainingConfig) -> Extension | None:
     """Look whether the run's folder is new or this run's own; nothing is written.
+
+    Returns:
+        The extension, if the folder's run was planned with fewer steps.
 
     Raises:
         InputError: the folder is another run's, or is where the weights come from.
@@ -43,28 +57,46 @@ def check_folders(config: TrainingConfig) -> None:
             _not_the_source(field, folder, config)
             _writable(field, folder)
     if config.checkpoint.save is None:
-        return
+        return None
     folder = Path(config.checkpoint.save).expanduser()
     file = folder / RUN_FILE
     if file.is_file():
-        if differences := _differences(_read(file), as_dict(config)):
-            more = len(differences) - _DIFFERENCES
-            shown = differences[:_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
-            lines = "\n".join(f"  {line}" for line in shown)
-            raise InputError(
-                f"{folder}: is the folder of another run; this one differs in\n{lines}\n"
-                "Name another folder as checkpoint.save. To go on from what was trained there, "
-                f"add init.checkpoint={folder} (and init.optimizer=true)."
-            )
-    elif folder.exists() and (iteration_folders(folder) or (folder / TRACKER).exists()):
+        return _check_same_run(folder, _read(file), config)
+    if folder.exists() and (iteration_folders(folder) or (folder / TRACKER).exists()):
         raise InputError(
             f"{folder}: has checkpoints that no run of this command saved ({RUN_FILE} is not "
             f"there). Name another folder as checkpoint.save, and this one as init.checkpoint."
         )
-    elif (folder / CONFIG).exists():
+    if (folder / CONFIG).exists():
         raise InputError(
             f"{folder}: is a Hugging Face checkpoint. Name another folder as checkpoint.save."
         )
+    return None
+
+
+def _check_same_run(
+    folder: Path, before: dict[str, Any], config: TrainingConfig
+) -> Extension | None:
+    differences = _differences(before, as_dict(config))
+    old = _flat(before)
+    steps = old.get("train.steps")
+    extension = None
+    if isinstance(steps, int) and steps < config.train.steps:
+        extension = Extension(config, steps, old.get("schedule.end_step") or steps)
+    if differences.keys() - (_EXTENDS if extension else set()):
+        lines = list(differences.values())
+        more = len(lines) - _DIFFERENCES
+        shown = lines[:_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
+        text = "\n".join(f"  {line}" for line in shown)
+        raise InputError(
+            f"{folder}: is the folder of another run; this one differs in\n{text}\n"
+            "Name another folder as checkpoint.save. To go on from what was trained there, "
+            f"add init.checkpoint={folder} (and init.optimizer=true). To extend the run, change "
+            "train.steps alone, to more."
+        )
+    if extension:
+        extension.check()
+    return extension
 
 
 def claim(config: TrainingConfig) -> None:
@@ -121,15 +153,15 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """``section.field: was X, is Y`` for everything in which the runs are not the same."""
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """By field, ``section.field: was X, is Y`` for all in which the runs are not the same."""
     old, new = _flat(before), _flat(now)
-    return [
-        f"{name}: was {old.get(name)}, is {new.get(name)}"
+    return {
+        name: f"{name}: was {old.get(name)}, is {new.get(name)}"
         for name in dict.fromkeys([*old, *new])
         if old.get(name) != new.get(name)
         and not any(name == other or name.startswith(f"{other}.") for other in _MAY_CHANGE)
-    ]
+    }
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,8 @@ def train_loop(run: Run) -> None:
     batches = run.task.train_batches(begin=run.step + 1)
     if run.step == 0:
         run.evaluate()
+    elif run.saved_for_one_layout_only():
+        run.save()
     while not run.finished:
         record, asked_to_stop = one_step(run, batches)
         run.after_step(record, asked_to_stop)

@@ -11,17 +11,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
-from megatron_olmo_bridge.live.save import ON_DISK, model_states
+from megatron_olmo_bridge.live.save import model_states
 from megatron_olmo_bridge.runtime.process_groups import on_first
 
-CONTENT = ON_DISK | {"distrib_optim_sharding_type": "fully_reshardable"}
-"""``content_metadata``: what the optimizer keeps can be loaded at any other layout."""
+from .optimizer_state import (
+    check_loadable,
+    content_metadata,
+    is_distributed,
+    is_fully_reshardable,
+    optimizer_state,
+)
+
 PROGRESS = "olmo_bridge_progress"
 """Key of what this package adds: the layout, and what the watch over the loss remembers."""
 
@@ -29,7 +34,10 @@ PROGRESS = "olmo_bridge_progress"
 def load(
     folder: Path, chunks: Sequence[Any], optimizer: Any, *, fresh_rng: bool = False
 ) -> dict[str, Any]:
-    """Set a model and its optimizer from a run's checkpoint, saved at any layout.
+    """Set a model and its optimizer from a run's checkpoint.
+
+    Where the optimizer's state is fully reshardable, the layout may be any; else only the
+    data-parallel size may differ from what it was.
 
     Args:
         folder: an iteration's.
@@ -41,7 +49,7 @@ def load(
         What :meth:`Checkpointer.save` was given.
 
     Raises:
-        InputError: it has no optimizer, or one that is kept otherwise.
+        InputError: its optimizer's state is of another kind, or of another layout.
         FormatError: it is damaged, or of another model.
     """
     with _saying_what_is_damaged(folder):
@@ -67,11 +75,15 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
             f"{folder}: its optimizer's state is of parallel.distributed_optimizer="
             f"{str(distributed).lower()}, and can be loaded with that only"
         )
+    for_any_layout = is_fully_reshardable(saved_content(folder))
+    if not for_any_layout:
+        check_loadable(folder, progress.get("model_parallel_layout"), chunks)
     with_torch = _torch_optimizers(optimizer)
     for part in with_torch:
         _allocate(part.optimizer)
     state = model_states(chunks)
-    state["optimizer"] = optimizer_state(optimizer, chunks, is_loading=True)
+    metadata = content_metadata(optimizer, fully_reshardable=for_any_layout)
+    state["optimizer"] = optimizer_state(optimizer, chunks, metadata, is_loading=True)
     with_rng = progress.get("layout") == layout() and not fresh_rng
     if with_rng:
         state["rng_state"] = rng_state()
@@ -79,7 +91,8 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
     for i, chunk in enumerate(unwrap_model(list(chunks))):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
     _keep_settings(optimizer.param_groups, loaded["optimizer"])
-    with contextlib.ExitStack() as stack:
+    # megatron-core loads a dp_reshardable state in place, and leaves it to others to say no_grad.
+    with torch.no_grad(), contextlib.ExitStack() as stack:
         for part in with_torch:
             stack.enter_context(_keeping_steps(part))
         optimizer.load_state_dict(loaded["optimizer"])
@@ -88,16 +101,9 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
     return progress
 
 
-def optimizer_state(optimizer: Any, chunks: Sequence[Any], is_loading: bool) -> Any:
-    """An optimizer's sharded state dict, to be saved or loaded."""
-    models = model_states(chunks)  # anew: those that are saved are taken apart by that
-    return optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=CONTENT)
-
-
-def is_distributed(optimizer: Any) -> bool:
-    """Whether each data-parallel rank keeps a part of the state."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return any(isinstance(part, DistributedOptimizer) for part in parts)
+def saved_content(folder: Path) -> dict[str, Any]:
+    """``content_metadata`` of a checkpoint; empty where it has none."""
+    return dist_checkpointing.load_content_metadata(str(folder)) or {}
 
 
 def _torch_optimizers(optimizer: Any) -> list[Any]:

@@ -53,8 +53,6 @@ class Run:
     """The task says that going on is of no use."""
     figures: dict[str, float] = field(default_factory=dict)
     """Of the last step and the last evaluation."""
-    saved: int | None = None
-    """The last step that was saved."""
 
     @property
     def finished(self) -> bool:
@@ -89,12 +87,30 @@ class Run:
         if due(config.evaluation.interval):
             self.evaluate()
         if self.checkpointer is not None and (asked_to_stop or due(config.checkpoint.interval)):
-            with self.whole_parameters():
-                self.checkpointer.save(record.step, {"watch": self.watch.state()})
+            self.save()
         if config.export.hf and due(config.export.interval):
             self.export()
         if asked_to_stop and not self.finished:
             raise AskedToStop("asked to stop; the same command goes on from here")
+
+    def save(self) -> None:
+        """Write a checkpoint, or begin to; the run must have a folder."""
+        assert self.checkpointer is not None
+        wanted = self.config.checkpoint.fully_reshardable
+        with self.whole_parameters():
+            self.checkpointer.save(
+                self.step,
+                {"watch": self.watch.state()},
+                fully_reshardable=wanted == "all" or (wanted == "last" and self.finished),
+            )
+
+    def saved_for_one_layout_only(self) -> bool:
+        """Whether the checkpoint that the run goes on from is to be saved again for any layout."""
+        return (
+            self.config.checkpoint.fully_reshardable == "all"
+            and self.checkpointer is not None
+            and not self.checkpointer.is_fully_reshardable(self.step)
+        )
 
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:

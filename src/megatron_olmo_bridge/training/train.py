@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,16 +18,18 @@ from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.live.auto_bridge import AutoBridge
 from megatron_olmo_bridge.models.provider import GPTModelProvider
+from megatron_olmo_bridge.nn.backends import TRANSFORMER_ENGINE, resolved_name
+from megatron_olmo_bridge.runtime.devices import tf32_notice
 from megatron_olmo_bridge.runtime.process_groups import (
     ensure_process_groups,
     on_first,
     started_together,
 )
 
-from .checkpoint import Checkpointer, last_step
+from .checkpoint import Checkpointer, last_step, put_back
 from .config import TrainingConfig
 from .facts import run_facts
-from .folder import check_folders, claim
+from .folder import check_folders, claim, what_is_lost
 from .layout import Layout, checks, model_of, provider_fields
 from .loop import train_loop
 from .monitor.run_log import RunLog
@@ -104,11 +107,12 @@ def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
     watch = Watch(config.stability)
     bridge = model_of(config)
     provider = bridge.provider(**provider_fields(config))
-    ensure_process_groups(provider, config.train.seed)
-    on_first(lambda: check_folders(config))
+    ensure_process_groups(
+        provider, config.train.seed, timeout_minutes=config.parallel.timeout_minutes
+    )
+    extension = on_first(lambda: check_folders(config))
     folder = Path(config.checkpoint.save).expanduser() if config.checkpoint.save else None
-    step = last_step(folder) if folder else None
-    micro_batches = Layout.of(config, dist.get_world_size()).micro_batches
+    step = _last_step(folder)
     task, beside = subject.task()
     chunks, optimizer = _model_and_optimizer(config, provider, source, fill=step is None)
     checkpointer = None
@@ -127,14 +131,37 @@ def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
     on_first(lambda: claim(config))  # now that all else is sound
     log = None
     if dist.get_rank() == 0:
-        facts = run_facts(config, bridge, task.loss_unit)
-        log = RunLog(facts, config.logging, folder, resumed_at=step, say=say)
+        log = RunLog(run_facts(config, bridge, task.loss_unit), config.logging, folder,
+                     resumed_at=step, say=say)  # fmt: skip
+        for notice in _notices(config, provider):
+            say(f">> {notice}")
         if checkpointer is not None:
             checkpointer.on_saved = lambda at, path: log.event("checkpoint", at, path=str(path))
+        if extension is not None:
+            log.event("extended", step or 0, message=extension.message())
     return Run(
-        config, bridge, chunks, optimizer, scheduler, task, micro_batches, watch, checkpointer,
+        config, bridge, chunks, optimizer, scheduler, task,
+        Layout.of(config, dist.get_world_size()).micro_batches, watch, checkpointer,
         log, beside, step or 0,
     )  # fmt: skip
+
+
+def _notices(config: TrainingConfig, provider: GPTModelProvider) -> Iterator[str]:
+    """What one should know when a run begins, and might not expect."""
+    if lost := what_is_lost(config):
+        yield lost
+    with_te = resolved_name(provider.backend) == TRANSFORMER_ENGINE
+    precision = config.train.precision
+    if notice := tf32_notice(precision, transformer_engine=with_te, env=os.environ):
+        yield notice
+
+
+def _last_step(folder: Path | None) -> int | None:
+    """The step that a run goes on from, if it was begun before."""
+    if folder is None:
+        return None
+    on_first(lambda: put_back(folder))
+    return last_step(folder)
 
 
 def resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("megatron.core")
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.training.checkpoint import Checkpointer
 from megatron_olmo_bridge.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -68,3 +70,31 @@ def test_pretraining_1b(micro_batch_size: int, data: str, tmp_path: Path, record
     )
     assert losses[-1] < losses[0]
     assert losses[-1] < 8, "of 100352 tokens, guessing costs 11.5 nats and 100 words cost 4.6"
+
+
+@pytest.mark.parametrize("fully_reshardable", ["none", "all"])
+def test_saving_takes_no_gpu_memory(
+    fully_reshardable: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a few MB: what is staged or gathered is on the host."""
+    config = TrainingConfig(
+        model=dict(published_sizes()["olmo2-1b"].sizes["olmo2-1b"]),
+        train=TrainConfig(1, 1, 1, 128, "bfloat16"),
+        data=DataConfig([data]),
+        schedule=ScheduleConfig(decay="constant"),
+        checkpoint=CheckpointConfig(
+            save=str(tmp_path / "run"), fully_reshardable=fully_reshardable
+        ),
+    )
+    original, grown = Checkpointer.save, []
+
+    def measured(*args: Any, **options: Any) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        original(*args, **options)
+        grown.append(torch.cuda.max_memory_allocated() - before)
+
+    monkeypatch.setattr(Checkpointer, "save", measured)
+    train(config)
+    assert len(grown) == 1 and grown[0] < 16 * 2**20

@@ -67,6 +67,24 @@ def test_what_people_read(config: TrainingConfig, capsys: pytest.CaptureFixture[
     assert any(line.startswith("0 16 1.82B 3.65 GB 7.30 GB 10.95 GB") for line in lines)
 
 
+def test_what_is_saved(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its memory, and that nothing is where no folder is named."""
+    print_dry_run(config, estimate(config, 8))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "on the way 14.60 GB can be resumed at another data-parallel size" in lines
+    assert "the last step 54.74 GB can be resumed at any layout" in lines
+    lost = "No checkpoint, log or report will be saved, and the trained weights will be lost: "
+    assert lines[-1] == f"{lost}set checkpoint.save=FOLDER"
+
+    config.export.hf = "exports"
+    print_dry_run(config, estimate(config, 8))
+    assert "report will be saved: set checkpoint.save=FOLDER" in capsys.readouterr().out
+
+    config.checkpoint.save = "runs/seven"
+    print_dry_run(config, estimate(config, 8))
+    assert "will be saved" not in capsys.readouterr().out
+
+
 def test_it_reads_well_in_a_narrow_terminal(
     config: TrainingConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -240,3 +240,33 @@ def test_all_parts_are_in_the_total() -> None:
     for stage in estimate(run(tp=2, pp=2, sp=True)).stages:
         parts = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits)
         assert stage.total == math.fsum(parts)
+
+
+# ----------------------------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize(
+    ("precision", "processes", "parallel", "wanted", "on_the_way", "last"),
+    [  # bytes for each of the P parameters that a rank holds
+        ("bfloat16", 4, {}, "last", 2 + 12 / 4, 24 + 12 / 4),
+        ("bfloat16", 8, {}, "last", 2 + 12 / 8, 24 + 2),
+        ("bfloat16", 4, {}, "all", 24 + 12 / 4, 24 + 12 / 4),
+        ("bfloat16", 4, {}, "none", 2 + 12 / 4, 2 + 12 / 4),
+        ("float32", 4, {}, "last", 4 + 12 / 4, 24 + 4),
+        ("bfloat16", 4, {"distributed_optimizer": False}, "last", 14, 14),
+        ("float32", 4, {"distributed_optimizer": False}, "last", 12, 12),
+        ("bfloat16", 4, {"tp": 2}, "last", 2 + 12 / 2, 24 + 12 / 2),
+    ],
+)
+def test_host_memory_of_saving(
+    precision: str, processes: int, parallel: dict[str, Any], wanted: str, on_the_way: float,
+    last: float,
+) -> None:  # fmt: skip
+    """24 bytes a parameter to gather the state were 27 at DP 4, as ``benchmarks/saving.py`` says,
+    with the rank's own part."""
+    config = run(**parallel)
+    config.train.precision = precision
+    config.checkpoint.fully_reshardable = wanted
+    stage = estimate(config, processes).stages[0]
+    assert stage.save == pytest.approx(on_the_way * stage.parameters)
+    assert stage.last_save == pytest.approx(last * stage.parameters)

@@ -65,7 +65,8 @@ def test_a_run_may_go_on_with_other(folder: Path, override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "differs"),
     [
-        ("train.steps=6", "train.steps: was 5, is 6"),
+        ("train.steps=4", "train.steps: was 5, is 4"),
+        ("schedule.end_step=7", "schedule.end_step: was None, is 7"),
         ("train.seed=1", "train.seed: was 1234, is 1"),
         ("optimizer.lr=1", "optimizer.lr: was 0.0003, is 1.0"),
         ("model.vocab_size=101", "model.vocab_size: was 100, is 101"),
@@ -82,6 +83,25 @@ def test_but_not_of_another_kind(folder: Path, override: str, differs: str) -> N
     ):
         check_folders(run(folder, override))
     assert (folder / RUN_FILE).read_bytes() == before
+
+
+def test_a_run_may_be_extended(folder: Path) -> None:
+    """By more steps, once it is said what becomes of the learning rate."""
+    more = "train.steps=9"
+    with pytest.raises(InputError, match=r"extends a run of 5 steps(.|\n)*\n  .*end_step=5: as"):
+        check_folders(run(folder, more))
+    with pytest.raises(InputError, match=r"differs in\n(.*\n)*  train.seed: was 1234, is 1\n"):
+        check_folders(run(folder, more, "schedule.end_step=9", "train.seed=1"))
+
+    for end in (5, 9):
+        extended = run(folder, more, f"schedule.end_step={end}")
+        extension = check_folders(extended)
+        assert extension is not None and extension.planned_steps == 5
+
+    claim(extended)
+    assert check_folders(extended) is None
+    with pytest.raises(InputError, match=r"train\.steps: was 9, is 5"):
+        check_folders(run(folder))
 
 
 def test_many_differences_are_counted(folder: Path) -> None:
