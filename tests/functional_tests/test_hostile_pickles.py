@@ -1,8 +1,14 @@
 """Pickles are programs. Of a hostile one nothing runs; an honest one is read, whatever it names."""
 
 import argparse
+import collections
+import datetime
+import decimal
+import enum
+import functools
 import os
 import pickle
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -54,7 +60,14 @@ HOSTILE = {
     "pickle.loads": calling("pickle.loads", "x"),
     "runpy.run_path": calling("runpy.run_path", "x.py"),
     "operator.attrgetter": calling("operator.attrgetter", "system"),
-    "functools.partial": calling("functools.partial", "x"),
+    "operator.methodcaller": calling("operator.methodcaller", "system", "true"),
+    "builtins.map": calling("__builtin__.map", "f", "x"),
+    "types.FunctionType": calling("types.FunctionType", "code"),
+    "marshal.loads": calling("marshal.loads", "x"),
+    "ctypes.CDLL": calling("ctypes.CDLL", "libc.so.6"),
+    "shutil.rmtree": calling("shutil.rmtree", "/none"),
+    "torch.storage._load_from_bytes": calling("torch.storage._load_from_bytes", "x"),
+    "torch.package.PackageImporter": calling("torch.package.PackageImporter", "x"),
     "torch.hub.load": calling("torch.hub.load", "someone/repository", "model"),
     "torch.load": calling("torch.load", "x.pt"),
     "torch.jit.load": calling("torch.jit.load", "x.pt"),
@@ -65,12 +78,18 @@ HOSTILE = {
     ),
     # From protocol 4 on, a name may be a path of attributes.
     "argparse.Namespace.__class__": b"\x80\x04\x8c\x08argparse\x8c\x13Namespace.__class__\x93.",
+    # Modules hold the modules that they import.
+    "torch.optim.adam.torch.load": b"\x80\x04\x8c\x0btorch.optim\x8c\x0fadam.torch.load\x93.",
+    "megatron.core.os.system": b"\x80\x04\x8c\x0dmegatron.core\x8c\x09os.system\x93.",
+    "mine.config.os.system": b"\x80\x04\x8c\x0bmine.config\x8c\x09os.system\x93.",
 }
 """By the global that it asks for."""
 
 
 # What an allow-listed name stands for is never imported, so calling it does nothing either.
 HARMLESS = {
+    "functools.partial": calling("functools.partial", "x"),
+    "collections.defaultdict": calling("collections.defaultdict", "x"),
     "megatron.nothing.here": calling("megatron.nothing.here", "x"),
     "torch.distributed.checkpoint.anything": calling("torch.distributed.checkpoint.anything", "x"),
 }
@@ -162,6 +181,53 @@ def test_a_pickle_can_not_fill_the_memory(copy: Path) -> None:
 # --------------------------------------------------------------------------- honest ones are read
 
 
+class Schedule:
+    """A class of the program that trained, which is not known where its checkpoint is read."""
+
+    def __init__(self) -> None:
+        self.steps = [1, 2]
+
+
+class Phase(enum.Enum):
+    """An enum of that program."""
+
+    WARM_UP = "warm-up"
+
+
+class Options(dict[str, Any]):
+    """A dictionary of that program."""
+
+
+def its_function() -> None:
+    raise AssertionError("it was called")
+
+
+OTHER_TYPES = {
+    "activation": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "another_activation": torch.tanh,
+    "silu": torch.nn.functional.silu,
+    "module": torch.nn.SiLU(),
+    "init_method": functools.partial(torch.nn.init.normal_, std=0.02),
+    "by_name": collections.defaultdict(list, {"a": [1]}),
+    "last": collections.deque([1, 2], maxlen=2),
+    "ordered": collections.OrderedDict(a=1),
+    "counted": collections.Counter("aab"),
+    "file": argparse.FileType("r"),
+    "kind": int,
+    "price": decimal.Decimal("0.5"),
+    "started": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    "pattern": re.compile("a+"),
+    "array": np.float32(0.5) + np.arange(2),
+    "flag": np.bool_(True),
+    "seeds": np.random.default_rng(0),
+    "schedule": Schedule(),
+    "phase": Phase.WARM_UP,
+    "options": Options(a=1),
+    "callback": its_function,
+    "reduction": torch.distributed.ReduceOp.SUM,
+}
+
+
 def real_args() -> argparse.Namespace:
     """``args`` as a training run saves them: real objects of the classes that occur there."""
     enums = pytest.importorskip("megatron.core.transformer.enums")
@@ -172,6 +238,7 @@ def real_args() -> argparse.Namespace:
         position_embedding_type="rope", normalization="RMSNorm", swiglu=True, qk_layernorm=True,
         untie_embeddings_and_output_weights=True, padded_vocab_size=1024, vocab_size=1024,
         bf16=True, fp16=False,
+        **OTHER_TYPES,
         attention_backend=enums.AttnBackend.auto,
         attn_mask_type=enums.AttnMaskType.causal,
         model_type=pytest.importorskip("megatron.core.enums").ModelType.encoder_or_decoder,
@@ -204,6 +271,43 @@ def test_the_args_of_a_real_run_are_read(copy: Path, tmp_path: Path, sharded: Pa
     export_checkpoint(copy, tmp_path / "hf")
     differences = verify(sharded, tmp_path / "hf").differences
     assert [d.name for d in differences if d.kind != "config"] == []
+
+
+@pytest.mark.parametrize("kind", [Options, Schedule, dict])
+def test_args_may_be_of_any_class(copy: Path, kind: Any) -> None:
+    """A dictionary, or an object of the program that trained."""
+    args = kind()
+    if isinstance(args, dict):
+        args.update(vars(real_args()))
+    else:
+        vars(args).update(vars(real_args()))
+    torch.save({"args": args, "iteration": 0}, copy / ITERATION / "common.pt")
+    (copy / ITERATION / "hf" / "config.json").unlink()
+    (copy / ITERATION / "run_config.yaml").unlink()
+
+    assert inspect(copy).size == "olmo2-tiny"
+
+
+def test_a_function_that_is_not_known_is_not_taken_for_a_class(copy: Path) -> None:
+    into_common(copy / ITERATION, calling("mine.config.make_args", "x"))
+
+    with pytest.raises(UnsafePickleError) as refused:
+        inspect(copy)
+
+    assert "the pickle calls mine.config.make_args, which is not known here." in str(refused.value)
+    assert "Nothing of it was run. If the file is your own, load it with the" in str(refused.value)
+
+
+@pytest.mark.parametrize("place", [".metadata", "a tensor"])
+def test_classes_of_other_programs_have_no_place_but_in_the_common_state(
+    copy: Path, place: str
+) -> None:
+    PLACES[place](copy / ITERATION, calling("mine.config.Config", "x"))
+
+    with pytest.raises(
+        UnsafePickleError, match=r"asks for mine\.config\.Config, which has no place"
+    ):
+        inspect(copy)
 
 
 def test_the_common_state_of_a_newer_megatron_is_read(copy: Path) -> None:

@@ -103,9 +103,11 @@ class StoredStorage:
     count: int
 
 
-def read_archive(file: Path, offset: int = 0, length: int | None = None) -> Any:
+def read_archive(
+    file: Path, offset: int = 0, length: int | None = None, *, any_classes: bool = False
+) -> Any:
     """The pickled value of an archive that takes ``length`` bytes of a file; storages as
-    :class:`StoredStorage`.
+    :class:`StoredStorage`. ``any_classes`` as for :func:`pickles.loads`.
 
     Raises:
         FormatError: truncated, compressed, big-endian or not an archive.
@@ -120,7 +122,7 @@ def read_archive(file: Path, offset: int = 0, length: int | None = None) -> Any:
         window = io.BufferedReader(_Window(handle, offset, length))
         try:
             with zipfile.ZipFile(window) as archive:
-                return _read_zip(archive, window, offset, where)
+                return _read_zip(archive, window, offset, where, any_classes)
         except (
             zipfile.BadZipFile, struct.error, LookupError, ValueError, OverflowError, RuntimeError,
             EOFError,
@@ -128,7 +130,9 @@ def read_archive(file: Path, offset: int = 0, length: int | None = None) -> Any:
             raise FormatError(f"{where}: not an archive of torch.save ({error})") from error
 
 
-def _read_zip(archive: zipfile.ZipFile, window: BinaryIO, offset: int, where: str) -> Any:
+def _read_zip(
+    archive: zipfile.ZipFile, window: BinaryIO, offset: int, where: str, any_classes: bool
+) -> Any:
     records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
         raise FormatError(f"{where}: the archive is compressed")
@@ -150,7 +154,7 @@ def _read_zip(archive: zipfile.ZipFile, window: BinaryIO, offset: int, where: st
             raise FormatError(f"{where}: storage {key} ends after the archive")
         return StoredStorage(dtype, offset + at, count)
 
-    return loads(archive.read(records["data.pkl"]), where, storage)
+    return loads(archive.read(records["data.pkl"]), where, storage, any_classes=any_classes)
 
 
 def read_tensor(file: Path, offset: int, length: int) -> StoredArray:

@@ -128,10 +128,10 @@ class TorchDistFolder:
         """The common state as plain values and placeholders; empty where there is none."""
         at = self._common_object
         if at is not None:
-            value = read_archive(self.common_file, at.offset, at.length)
+            value = read_archive(self.common_file, at.offset, at.length, any_classes=True)
             value = value[0] if isinstance(value, list) and value else value
         elif self.common_file.is_file():
-            value = read_archive(self.common_file)
+            value = read_archive(self.common_file, any_classes=True)
         else:
             return {}
         if not isinstance(value, dict):
@@ -155,7 +155,9 @@ class TorchDistFolder:
     def args(self) -> dict[str, Any] | None:
         """Megatron-LM's ``args``, if a training run saved them."""
         args = self.common.get("args")
-        return args.state if isinstance(args, Inert) and isinstance(args.state, dict) else None
+        if isinstance(args, Inert):
+            args = args.state if isinstance(args.state, dict) else args.items
+        return args if isinstance(args, dict) and args else None
 
     @cached_property
     def weights(self) -> dict[str, GlobalTensor]:

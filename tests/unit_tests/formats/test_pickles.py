@@ -1,15 +1,25 @@
 """Pickles as data: read without importing what they name, written so that pickle reads them."""
 
 import argparse
+import array
+import collections
 import datetime
+import decimal
 import enum
+import fractions
+import functools
 import io
+import math
+import operator
 import os
 import pathlib
 import pickle
+import random
+import re
 import signal
 import sys
 import types
+import uuid
 from collections import OrderedDict
 from typing import Any
 
@@ -137,6 +147,94 @@ def test_a_checkpoints_settings_are_read_as_placeholders(
         assert isinstance(value, Inert) or issubclass(value, Inert), name
     assert {name: read.state[name] for name in plain} == plain
     assert repr(read).startswith("<argparse.Namespace")
+
+
+HARMLESS: list[Any] = [
+    functools.partial(torch.nn.functional.gelu, approximate="tanh"), torch.nn.functional.silu,
+    torch.tanh, torch.nn.init.normal_, torch.nn.SiLU(), torch.optim.AdamW, torch.Generator,
+    collections.deque([1], 2), collections.Counter("a"), collections.defaultdict(list, a=[1]),
+    collections.ChainMap({"a": 1}), argparse.FileType("r"), decimal.Decimal("1.5"),
+    fractions.Fraction(1, 2), uuid.UUID(int=1), re.compile("a"), re.IGNORECASE,
+    datetime.UTC, datetime.date.fromtimestamp, math.sqrt, operator.itemgetter(1), int, len,
+    ValueError("x"), type(None), np.tanh, np.random.default_rng(0), np.random.RandomState(0),
+    array.array("i", [1]), random.Random(1), list[int],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("value", HARMLESS, ids=lambda value: str(value)[:40])
+def test_harmless_types_are_read_as_placeholders(value: Any, protocol: int) -> None:
+    read = loads(pickle.dumps({"value": value, "beside": 3}, protocol), "file")
+    assert read["beside"] == 3
+    assert isinstance(read["value"], Inert) or issubclass(read["value"], Inert)
+
+
+def test_what_a_container_holds_is_kept() -> None:
+    read = loads(
+        pickle.dumps([collections.defaultdict(list, a=[1]), collections.deque([1, 2])]), ""
+    )
+    assert read[0].items == {"a": [1]}
+    assert read[1].members == [1, 2]
+
+
+def foreign(text: str) -> bytes:
+    """A pickle of protocol 2 that names ``mine.config``'s members."""
+    return b"\x80\x02" + text.replace("@", "cmine.config\n").encode("latin1") + b"."
+
+
+@pytest.mark.parametrize(
+    ("pickled", "name"),
+    [
+        ("@Config\n)\x81}X\x01\x00\x00\x00aK\x03sb", "mine.config.Config"),  # an object
+        ("@config\n)\x81}X\x01\x00\x00\x00aK\x03sb", "mine.config.config"),  # the same
+        ("@Mode\nK\x01\x85R", "mine.config.Mode"),  # an enum's member
+        ("@function\n", "mine.config.function"),  # not called
+    ],
+)
+def test_classes_of_other_programs_where_they_may_be(pickled: str, name: str) -> None:
+    assert loads(foreign(pickled), "file", any_classes=True).global_name == name
+    with pytest.raises(UnsafePickleError, match=f"asks for {name}, which has no place"):
+        loads(foreign(pickled), "file")
+
+
+@pytest.mark.parametrize("pickled", ["@function\n)R", "@function\nK\x01\x85R", "@_make\n)R"])
+def test_functions_of_other_programs_are_not_called(pickled: str) -> None:
+    with pytest.raises(
+        UnsafePickleError, match=r"calls mine\.config\.\w+, which is not known here"
+    ):
+        loads(foreign(pickled), "file", any_classes=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("torch.nn.modules", "module.torch.load"),
+        ("torch.nn.functional", "__builtins__"),
+        ("mine.config", "os.system"),
+        ("mine.config", "Config.__init__"),
+        ("mine.config", "Config.__init__.__globals__"),
+        ("os", "PathLike"),
+        ("numpy.testing", "Tester"),
+    ],
+)
+def test_paths_that_lead_elsewhere_are_refused(module: str, name: str) -> None:
+    parts = [b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name)]
+    with pytest.raises(UnsafePickleError, match=f"asks for {module}.{name},"):
+        loads(b"\x80\x04" + b"".join(parts) + b"\x93.", "file", any_classes=True)
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute"),
+    [
+        ("torch.nn.functional\ntorch", "load"),
+        ("torch\nTensor", "__reduce__"),
+        ("torch\nTensor", "a.b"),
+    ],
+)
+def test_attributes_of_what_is_no_class_are_refused(owner: str, attribute: str) -> None:
+    data = f"\x80\x02cbuiltins\ngetattr\nc{owner}\nX{chr(len(attribute))}\0\0\0{attribute}\x86R."
+    with pytest.raises(UnsafePickleError, match=r"asks for builtins\.getattr,"):
+        loads(data.encode("latin1"), "file")
 
 
 class Evil:
