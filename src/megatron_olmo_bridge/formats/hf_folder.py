@@ -184,12 +184,12 @@ def _read_arrays(
     else:
         files = [path / name for name in sorted(set(weight_map.values()))]
     optional = {n for n in weight_map or () if is_buffer(n) or may_be_tied(n)}
-    arrays: dict[str, StoredArray] = {}
+    needed = {f for n, f in (weight_map or {}).items() if n not in optional}
     for file in files:
-        if not file.is_file():
-            if weight_map and {n for n, f in weight_map.items() if f == file.name} <= optional:
-                continue
+        if not file.is_file() and (weight_map is None or file.name in needed):
             raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
+    arrays: dict[str, StoredArray] = {}
+    for file in (file for file in files if file.is_file()):
         for name, array in read_header(file, is_buffer).items():
             if name in arrays:
                 raise FormatError(
