@@ -77,7 +77,7 @@ def _file(name: str) -> Path:
     stem = name.partition(":")[0]
     if stem not in files:
         raise InputError(
-            f"no recipe or script is named {name!r}{nearest(stem, files)}; known are "
+            f"no recipe or script is named {name!r}{nearest(stem, files) or '.'} Known are: "
             f"{', '.join(files)}"
         )
     return files[stem]

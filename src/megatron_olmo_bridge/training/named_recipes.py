@@ -37,6 +37,6 @@ def recipe_files() -> dict[str, Path]:
 
 def other_files() -> dict[str, Path]:
     """Scripts, and what recipes share, by file name."""
-    recipes = set(recipe_files().values())
-    files = (file for file in sorted(FOLDER.glob("*/*")) if file.is_file() and file not in recipes)
-    return {file.name: file for file in files if file.name != "__init__.py"}
+    names = {"__init__.py", *(file.name for file in recipe_files().values())}
+    files = sorted(FOLDER.glob("[!_]*/*"))  # not those of __pycache__
+    return {file.name: file for file in files if file.is_file() and file.name not in names}

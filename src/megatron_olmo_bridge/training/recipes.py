@@ -63,8 +63,8 @@ def _file(name: str) -> Path:
         return files[name]
     if not path.is_file():
         raise InputError(
-            f"{name}: no such recipe{nearest(path.stem, files)}; `olmo-bridge recipes` lists those "
-            "that have a name, and your own is named by its file, FILE.py"
+            f"{name}: no such recipe{nearest(path.stem, files) or '.'} `olmo-bridge recipes` lists "
+            "those that have a name; your own is named by its file, FILE.py"
         )
     return path
 

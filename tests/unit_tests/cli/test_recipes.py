@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import compileall
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,20 @@ def test_a_recipe_is_printed_as_it_stands(name: str) -> None:
     assert run("recipes", name, "--path").stdout == f"{FOLDER / 'olmo2/olmo2_1b.py'}\n"
 
 
+def test_scripts_have_names_too_and_what_python_compiled_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "recipes"
+    shutil.copytree(FOLDER, installed)
+    assert compileall.compile_dir(installed, quiet=1)
+    monkeypatch.setattr(f"{other_files.__module__}.FOLDER", installed)
+    assert list(other_files()) == [
+        "slurm.sbatch", "torchrun.sh", "olmo2_common.py", "make_text.py", "train_tokenizer.py",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", list(other_files()))
-def test_scripts_are_printed_too(name: str) -> None:
+def test_scripts_are_printed_as_they_stand(name: str) -> None:
     assert run("recipes", name).stdout == other_files()[name].read_text()
 
 
@@ -86,7 +100,7 @@ def test_a_printed_recipe_runs_from_another_folder(recipe: Any, tmp_path: Path) 
         (("train", "olmo_1b"), "olmo_1b: no such recipe; did you mean 'olmo2_1b'"),
         (("train", "recipes/olmo2/olmo2_1b.py"), "did you mean 'olmo2_1b'"),
         (("train", "olmo2_1b:stage3"), "no function 'stage3'; did you mean 'stage2'"),
-        (("train", "zzz"), "zzz: no such recipe; `olmo-bridge recipes` lists those"),
+        (("train", "zzz"), "zzz: no such recipe. `olmo-bridge recipes` lists those"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest(
