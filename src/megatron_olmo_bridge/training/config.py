@@ -89,7 +89,7 @@ class ScheduleConfig:
 
 @dataclass
 class StabilityConfig:
-    """What happens when the loss leaps. A loss that is not a number always stops the run."""
+    """What happens when the loss spikes. A loss that is not a number always stops the run."""
 
     on_spike: str = "stop"
     """``stop``; ``skip`` (the step is not taken: OLMo-core's SkipStepAdamW); or ``ignore``."""
