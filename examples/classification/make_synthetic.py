@@ -4,6 +4,8 @@
 
 Each class has a few words of its own, which stand in its texts amid noise that all classes share;
 some texts have the words of the class beside theirs, so that no model gets them all right.
+With --problem-type multi_label_classification a text has the words of up to three classes, and a list
+of labels; with regression its label is a number, by which the class is one of a scale from 0 to 1.
 OUT gets train.jsonl, validation.jsonl, olmo2-tiny/ (to be fine-tuned) and modernbert-tiny/ (the
 baseline), both with random weights and a tokenizer of the texts' words. Needs no network.
 """
@@ -14,6 +16,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -53,20 +56,28 @@ def make_words(rng: random.Random, count: int) -> list[str]:
     return list(words)
 
 
-def make_texts(classes: int, count: int, seed: int) -> list[dict[str, str]]:
-    """Labelled texts, the classes in turns: each text has two of its class's words."""
+def make_texts(
+    classes: int, count: int, seed: int, problem_type: str = "single_label_classification"
+) -> list[dict[str, Any]]:
+    """Labelled texts, the classes in turns: each text has two of each of its classes' words."""
     rng = random.Random(seed)
     words = make_words(rng, NOISE_WORDS + classes * KEYWORDS)
     noise, own = words[:NOISE_WORDS], words[NOISE_WORDS:]
-    digits = len(str(classes - 1))
+    names = [f"topic {label:0{len(str(classes - 1))}}" for label in range(classes)]
     texts = []
     for i in range(count):
         label = i % classes
-        topic = (label + (rng.random() < MISLEADING)) % classes
+        topics, value = [(label + (rng.random() < MISLEADING)) % classes], names[label]
+        if problem_type == "multi_label_classification":
+            topics = sorted(rng.sample(range(classes), rng.randint(0, min(3, classes))))
+            value = [names[topic] for topic in topics]
+        elif problem_type == "regression":
+            value = round(label / (classes - 1), 3)
         text = rng.choices(noise, k=rng.randint(*TEXT_WORDS) - 2)
-        for word in rng.sample(own[topic * KEYWORDS : (topic + 1) * KEYWORDS], 2):
-            text.insert(rng.randint(0, len(text)), word)
-        texts.append({"text": " ".join(text), "label": f"topic {label:0{digits}}"})
+        for topic in topics:
+            for word in rng.sample(own[topic * KEYWORDS : (topic + 1) * KEYWORDS], 2):
+                text.insert(rng.randint(0, len(text)), word)
+        texts.append({"text": " ".join(text), "label": value})
     return texts
 
 
@@ -118,11 +129,17 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--examples", type=int, default=4000, help="to train on")
     parser.add_argument("--validation", type=int, default=500, help="held out")
+    parser.add_argument(
+        "--problem-type",
+        default="single_label_classification",
+        choices=["single_label_classification", "multi_label_classification", "regression"],
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     set_seed(args.seed)
     logging.disable_progress_bar()
-    texts = make_texts(args.classes, args.examples + args.validation, args.seed)
+    count = args.examples + args.validation
+    texts = make_texts(args.classes, count, args.seed, args.problem_type)
     random.Random(args.seed).shuffle(texts)
     args.out.mkdir(parents=True, exist_ok=True)
     parts = {"train": texts[: args.examples], "validation": texts[args.examples :]}

@@ -77,7 +77,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 def best(folder: Path) -> dict[str, Any]:
     evaluations = json.loads((folder / "evaluations.json").read_text())
-    return max(evaluations, key=lambda e: e["macro_f1"])
+    return max(evaluations, key=lambda e: e["score"])
 
 
 def test_both_models_learn_and_stand_in_one_table(run: tuple[Path, str, int]) -> None:
@@ -91,7 +91,7 @@ def test_both_models_learn_and_stand_in_one_table(run: tuple[Path, str, int]) ->
         cells = line.split()
         assert cells[0] == model["name"]
         assert cells[2:6:2] == [f"{model['quality'][n]:.4f}" for n in ("accuracy", "macro_f1")]
-        low, high = model["macro_f1_interval"]
+        low, high = model["intervals"]["macro_f1"]
         assert low < model["quality"]["macro_f1"] < high
         assert len(model["misread"]) == round(500 * (1 - model["quality"]["accuracy"]))
     for report, other in ("report", "classification"), ("classification", "report"):
@@ -101,7 +101,7 @@ def test_both_models_learn_and_stand_in_one_table(run: tuple[Path, str, int]) ->
 
 def test_transformers_reports_what_megatron_had_in_training(run: tuple[Path, str, int]) -> None:
     folder, _, _ = run
-    assert results(folder)[0]["quality"]["macro_f1"] == pytest.approx(best(folder)["macro_f1"])
+    assert results(folder)[0]["quality"]["macro_f1"] == pytest.approx(best(folder)["score"])
 
 
 def test_the_export_is_served_with_the_same_labels(
@@ -170,6 +170,77 @@ def test_it_stops_early_and_remembers(data: Path, tmp_path: Path) -> None:
     again = train(*arguments)
     assert "resumed at step 4" in again and "evaluation at step 6" not in again
     assert again.count(">> best:") == 1
+
+
+# -------------------------------------------------------------------------- other problem types
+
+SCORES = {"multi_label_classification": "macro_f1", "regression": "r2"}
+
+
+@pytest.fixture(scope="module", params=SCORES)
+def other_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of another problem type; its data stand beside it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    script = ROOT / "examples/classification/make_synthetic.py"
+    options = ["--problem-type", request.param, "--classes", "3", "--examples", "2000",
+               "--validation", "100"]  # fmt: skip
+    subprocess.run([sys.executable, script, folder, *options], check=True)
+    train(
+        *overrides(folder, folder / "run", f"classification.problem_type={request.param}"),
+        f"classification.baseline={folder}/modernbert-tiny", "classification.class_weights=none",
+        "train.steps=150", "evaluation.interval=75", "checkpoint.interval=75",
+    )  # fmt: skip
+    return folder / "run"
+
+
+def test_other_problem_types_are_learned_beside_a_baseline(other_run: Path) -> None:
+    found = json.loads((other_run / "results.json").read_text())
+    score = SCORES[found["problem_type"]]
+    assert [m["name"] for m in found["models"]] == ["olmo2-tiny", "modernbert-tiny"]
+    for model in found["models"]:
+        low, high = model["intervals"][score]
+        assert 0.6 < low < model["quality"][score] <= high <= 1
+    evaluations = json.loads((other_run / "evaluations.json").read_text())
+    kept = max(e["score"] for e in evaluations)
+    assert found["models"][0]["quality"][score] == pytest.approx(kept, abs=1e-5)
+
+
+def test_exports_of_other_problem_types_are_served_by_transformers(other_run: Path) -> None:
+    from transformers import pipeline
+
+    config = json.loads((other_run / "classifier/config.json").read_text())
+    lines = (other_run.parent / "validation.jsonl").read_text().splitlines()[:20]
+    texts = [json.loads(line)["text"] for line in lines]
+    true = [json.loads(line)["label"] for line in lines]
+    serve = pipeline("text-classification", model=str(other_run / "classifier"), top_k=None)
+    served = serve(texts, truncation=True)
+    if config["problem_type"] == "regression":
+        assert config["id2label"] == {"0": "label"}
+        errors = [
+            abs(answer[0]["score"] - value) for answer, value in zip(served, true, strict=True)
+        ]
+        assert sum(errors) / len(errors) < 0.15
+        return
+    assert config["id2label"] == {"0": "topic 0", "1": "topic 1", "2": "topic 2"}
+    labels = [{a["label"] for a in answer if a["score"] > 0.5} for answer in served]
+    assert sum(found == set(value) for found, value in zip(labels, true, strict=True)) >= 14
+
+
+def test_a_head_of_another_problem_type_is_refused(other_run: Path) -> None:
+    data = other_run.parent
+    problem_type = json.loads((other_run / "classifier/config.json").read_text())["problem_type"]
+    other = next(kind for kind in SCORES if kind != problem_type)
+    folder = data / "other"
+    folder.mkdir(exist_ok=True)
+    labels = ["1", "2"] if other == "regression" else [["a"], ["b"]]
+    for name in ("train", "validation"):
+        lines = [json.dumps({"text": "a text", "label": label}) for label in labels]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    message = refused(
+        overrides(folder, data / "again", f"init.hf={other_run}/classifier",
+                  f"classification.problem_type={other}", "classification.class_weights=none")
+    )  # fmt: skip
+    assert f"is a classifier of problem_type {problem_type}" in message
 
 
 # -------------------------------------------------------------------------- complaints, fetched
@@ -272,6 +343,8 @@ def test_a_line_that_is_not_json_is_named(data: Path, tmp_path: Path) -> None:
     [
         ("classification.train=''", "classification.train is not set"),
         ("classification.text=body", "no 'body'; it has 'text', 'label'"),
+        ("classification.problem_type=multi_label", "not one of regression, single_label"),
+        ("classification.problem_type=regression", "not a number or a list of numbers"),
         ("classification.class_weights=equal", "neither none nor balanced"),
         ("checkpoint.save=null", "checkpoint.save is not set"),
         ("init.hf=null", "init.hf is not set"),

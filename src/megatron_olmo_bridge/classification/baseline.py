@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
+from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 from megatron_olmo_bridge.training.config import ClassificationConfig, TrainingConfig
+from megatron_olmo_bridge.training.monitor.human import spoken
 
 from .data import Examples, balanced_weights, samples
 from .hf import HFClassifier, device
-from .metrics import quality
+from .problems import AnyQuality, Problem, problem_of
 from .stopping import Evaluation, best, out_of_patience
 
 Say = Callable[[str], None]
@@ -28,7 +30,7 @@ def train_baseline(
 
     As many steps, of the same examples in the same order, as the model that it is compared with;
     AdamW, the learning rate up linearly in the warm-up and down linearly to 0 after it, which is
-    usual for encoders. The state with the best macro-F1 is kept; ``patience`` ends it early.
+    usual for encoders. The state with the best score is kept; ``patience`` ends it early.
 
     Args:
         config: of the run.
@@ -42,14 +44,19 @@ def train_baseline(
     task = config.classification
     if task is None or task.baseline is None:
         raise InputError("classification.baseline is not set: name an encoder's folder or hub id")
+    problem = problem_of(task)
     torch.manual_seed(config.train.seed)  # of the head and of dropout
     classifier = HFClassifier.load(
-        task.baseline, config.train.sequence_length, classes=train.classes
+        task.baseline,
+        config.train.sequence_length,
+        classes=train.classes,
+        problem_type=task.problem_type,
     )
     model = classifier.model
     optimizer = _optimizer(model, config, task.baseline_lr or config.optimizer.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, config))
-    weights = class_weights(task, train).to(device())
+    weights = class_weights(task, train)
+    weights = None if weights is None else weights.to(device())
     history: list[Evaluation] = []
     kept: dict[str, torch.Tensor] = {}
     for step in range(config.train.steps):
@@ -57,12 +64,10 @@ def train_baseline(
         schedule.step()
         if (step + 1) % config.evaluation.interval and step + 1 != config.train.steps:
             continue
-        found = quality(held_out.labels.tolist(), classifier.predict(held_out.texts), train.classes)
-        history.append(Evaluation(step + 1, found.macro_f1))
-        say(
-            f">> baseline at step {step + 1}: loss {loss:.4f}; held out: accuracy "
-            f"{found.accuracy:.4f}, macro-F1 {found.macro_f1:.4f}"
-        )
+        found = measure(problem, held_out, classifier.outputs(held_out.texts)).measures
+        history.append(Evaluation(step + 1, found[problem.score]))
+        figures = ", ".join(f"{spoken(name)} {value:.4f}" for name, value in found.items())
+        say(f">> baseline at step {step + 1}: loss {loss:.4f}; held out: {figures}")
         if best(history) is history[-1]:
             kept = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
         if out_of_patience(history, task.patience):
@@ -71,30 +76,34 @@ def train_baseline(
     _save(classifier, folder)
 
 
-def class_weights(task: ClassificationConfig, train: Examples) -> torch.Tensor:
-    """[classes] of float32, as ``classification.class_weights`` says.
+def measure(problem: Problem, examples: Examples, logits: torch.Tensor) -> AnyQuality:
+    """Return the quality of logits [n, outputs], float32, of all the examples."""
+    labels, outputs = torch.from_numpy(examples.labels), len(examples.classes)
+    counts = problem.counts(labels, problem.predictions(logits), outputs)
+    return problem.quality(counts, examples.classes)
+
+
+def class_weights(task: ClassificationConfig, train: Examples) -> torch.Tensor | None:
+    """Return [classes] of float32, as ``classification.class_weights`` says; None for none.
+
+    The mean of the weighted losses is the loss: the weights' mean over the data is 1, and so it
+    doesn't depend on how a batch is cut up, which dividing by the batch's own weights would.
 
     Raises:
-        InputError: it is neither none nor balanced.
+        InputError: it is neither none nor balanced, or the problem type has no such weights.
     """
     if task.class_weights == "none":
-        return torch.ones(len(train.classes))
-    if task.class_weights == "balanced":
-        return torch.from_numpy(balanced_weights(train.labels, len(train.classes)))
-    raise InputError(
-        f"classification.class_weights is {task.class_weights!r}, neither none nor balanced"
-    )
-
-
-def weighted_losses(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """[b] of float32 from logits [b, classes] and labels [b].
-
-    Their plain mean is the loss: the weights' mean over the data is 1, and so it doesn't depend on
-    how a batch is cut up, which dividing by the batch's own weights would.
-    """
-    return cross_entropy(logits.float(), labels, weight=weights, reduction="none")
+        return None
+    if task.class_weights != "balanced":
+        raise InputError(
+            f"classification.class_weights is {task.class_weights!r}, neither none nor balanced"
+        )
+    if task.problem_type != SINGLE_LABEL:
+        raise InputError(
+            f"classification.class_weights=balanced is for {SINGLE_LABEL}, and "
+            f"classification.problem_type is {task.problem_type}: set class_weights to none"
+        )
+    return torch.from_numpy(balanced_weights(train.labels, len(train.classes)))
 
 
 def _step(
@@ -102,7 +111,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
     train: Examples,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
     step: int,
 ) -> float:
     """One optimizer step; its loss."""
@@ -117,7 +126,8 @@ def _step(
         labels = torch.from_numpy(train.labels[part]).to(device())
         with torch.autocast(device().type, torch.bfloat16, enabled=half):
             logits = classifier.logits([train.texts[i] for i in part])
-        loss = weighted_losses(logits, labels, weights).sum() / size
+        kind = classifier.model.config.problem_type
+        loss = sequence_losses(logits, labels, kind, weights).sum() / size
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     if config.optimizer.clip_grad:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,13 +17,16 @@ from omegaconf import OmegaConf
 
 from megatron_olmo_bridge.runtime.launch import processes, reporting_errors
 from megatron_olmo_bridge.training.config import TrainingConfig
+from megatron_olmo_bridge.training.monitor.human import spoken
 
+from .baseline import measure as measure_quality
 from .baseline import train_baseline
 from .data import Examples, load_examples
 from .hf import BATCH, HFClassifier, device_name
 from .intervals import Indices, Interval, bootstrap, wilson
-from .metrics import Speed, quality, speeds
-from .report import COLUMNS, PAGE, Misread, Report, Result, rows, write_report
+from .metrics import Speed, speeds
+from .problems import Problem, problem_of
+from .report import PAGE, Misread, Report, Result, columns, rows, write_report
 
 TIMED = 200
 """Texts that are timed, at most."""
@@ -40,7 +43,7 @@ class Job:
     """The trained classifier, a Hugging Face folder."""
     folder: str
     """For the report."""
-    macro_f1: float
+    score: float
     """The classifier's when it was kept, in training."""
 
     def run(self, say: Callable[[str], None]) -> None:
@@ -80,8 +83,9 @@ def compare(job: Job) -> None:
         paths[task.baseline.rstrip("/").rpartition("/")[2]] = str(folder / BASELINE)
     results, difference = measure(paths, held_out, job.config)
     setting = _setting(job, train, held_out)
-    write_report(Report(job.config.name, setting, results, difference), folder)
-    _print_table(results)
+    report = Report(job.config.name, problem_of(task), setting, results, difference)
+    write_report(report, folder)
+    _print_table(report)
     _say(
         f"ms: one text, tokenising included; texts/s: in batches of {results[0].speed.batch_size}; "
         f"{device_name()}, {job.config.train.precision}"
@@ -107,48 +111,77 @@ def measure(
         name: HFClassifier.load(path, config.train.sequence_length, dtype=dtype)
         for name, path in paths.items()
     }
-    probabilities = [c.probabilities(held_out.texts) for c in classifiers.values()]
+    assert config.classification is not None
+    problem = problem_of(config.classification)
+    logits = [c.outputs(held_out.texts) for c in classifiers.values()]
     batch = min(len(held_out), TIMED, BATCH)
-    times = speeds([c.predict for c in classifiers.values()], held_out.texts[:TIMED], batch)
+    times = speeds([c.outputs for c in classifiers.values()], held_out.texts[:TIMED], batch)
     results = [
-        _result(name, c.parameters, p, held_out, fast)
-        for (name, c), p, fast in zip(classifiers.items(), probabilities, times, strict=True)
+        _result(name, c.parameters, problem, logits_of, held_out, fast)
+        for (name, c), logits_of, fast in zip(classifiers.items(), logits, times, strict=True)
     ]
-    difference = _difference(held_out, *probabilities) if len(probabilities) == 2 else None
+    difference = _difference(problem, held_out, *logits) if len(logits) == 2 else None
     return results, difference
 
 
 def _result(
-    name: str, parameters: int, probabilities: torch.Tensor, held_out: Examples, speed: Speed
+    name: str,
+    parameters: int,
+    problem: Problem,
+    logits: torch.Tensor,
+    held_out: Examples,
+    speed: Speed,
 ) -> Result:
-    true, classes = held_out.labels, held_out.classes
-    predicted = probabilities.argmax(-1).numpy()
-    confidence = probabilities.amax(-1).tolist()
-    wrong = [i for i in range(len(true)) if predicted[i] != true[i]]
-    return Result(
-        name,
-        parameters,
-        quality(true, predicted, classes),
-        speed,
-        wilson(len(true) - len(wrong), len(true)),
-        bootstrap(lambda i: quality(true[i], predicted[i], classes).macro_f1, len(true)),
-        [
-            Misread(held_out.texts[i], classes[true[i]], classes[predicted[i]], confidence[i])
-            for i in sorted(wrong, key=lambda i: -confidence[i])
-        ],
-    )
+    quality = measure_quality(problem, held_out, logits)
+
+    def bound(measure: str) -> Interval:
+        if measure == "accuracy":
+            right = (problem.predictions(logits).numpy() == held_out.labels).sum()
+            return wilson(int(right), len(held_out))
+        return bootstrap(_on_a_sample(problem, held_out, logits, measure), len(held_out))
+
+    intervals = {measure: bound(measure) for measure in problem.bounded}
+    misread = _misread(problem, held_out, logits)
+    return Result(name, parameters, quality, speed, intervals, misread)
 
 
-def _difference(held_out: Examples, first: torch.Tensor, second: torch.Tensor) -> Interval:
-    """Return the interval of the first one's macro-F1 minus the second one's, on the same texts."""
-    true, classes = held_out.labels, held_out.classes
-    one, two = (p.argmax(-1).numpy() for p in (first, second))
+def _misread(problem: Problem, held_out: Examples, logits: torch.Tensor) -> list[Misread]:
+    """Return the texts with a wrong prediction, those that are furthest off first."""
+    names, labels = held_out.classes, held_out.labels
+    predicted, scores = problem.predictions(logits).numpy(), problem.scores(logits).numpy()
+    misread = [
+        Misread(
+            held_out.texts[i],
+            problem.words(labels[i], names),
+            problem.words(predicted[i], names),
+            problem.distance(labels[i], scores[i]),
+        )
+        for i in range(len(held_out))
+        if (predicted[i] != labels[i]).any()
+    ]
+    return sorted(misread, key=lambda m: -m.distance)
 
-    def measure(i: Indices) -> float:
-        scores = [quality(true[i], p[i], classes).macro_f1 for p in (one, two)]
-        return scores[0] - scores[1]
 
-    return bootstrap(measure, len(true))
+def _difference(
+    problem: Problem, held_out: Examples, first: torch.Tensor, second: torch.Tensor
+) -> Interval:
+    """Return the interval of the first one's score minus the second one's, on the same texts."""
+    one, two = (_on_a_sample(problem, held_out, x, problem.score) for x in (first, second))
+    return bootstrap(lambda i: one(i) - two(i), len(held_out))
+
+
+def _on_a_sample(
+    problem: Problem, held_out: Examples, logits: torch.Tensor, measure: str
+) -> Callable[[Indices], float]:
+    """Return the function from indices of texts to a measure on these texts."""
+    labels, names = torch.from_numpy(held_out.labels), held_out.classes
+    predictions = problem.predictions(logits)
+
+    def value(i: Indices) -> float:
+        counts = problem.counts(labels[i], predictions[i], len(names))
+        return problem.quality(counts, names).measures[measure]
+
+    return value
 
 
 def _name(config: TrainingConfig) -> str:
@@ -158,12 +191,14 @@ def _name(config: TrainingConfig) -> str:
 
 def _setting(job: Job, train: Examples, held_out: Examples) -> dict[str, str]:
     config = job.config
+    assert config.classification is not None
+    problem = problem_of(config.classification)
     return {
-        "Data": f"{len(train):,} texts to train on, {len(held_out):,} held out, "
-        f"{len(train.classes)} classes",
+        "Data": f"{len(train):,} texts to train on, {len(held_out):,} held out; "
+        f"{problem.describe(train.labels, train.classes)}",
         "Texts": f"cut to {config.train.sequence_length} tokens",
-        "In training": f"{_name(config)} had macro-F1 {job.macro_f1:.4f} on the same texts, in "
-        "megatron-core",
+        "In training": f"{_name(config)} had {spoken(problem.score)} {job.score:.4f} on the same "
+        "texts, in megatron-core",
         "Device": f"{device_name()}; {config.train.precision}; transformers, eager",
         "Latency": f"of one text, tokenising included, over {min(TIMED, len(held_out))} texts, the "
         "models in turns",
@@ -171,9 +206,9 @@ def _setting(job: Job, train: Examples, held_out: Examples) -> dict[str, str]:
     }
 
 
-def _print_table(results: Sequence[Result]) -> None:
-    lines = [COLUMNS, *rows(results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+def _print_table(report: Report) -> None:
+    lines = [columns(report), *rows(report)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         first, *others = (
             cell.rjust(w) if i else cell.ljust(w)

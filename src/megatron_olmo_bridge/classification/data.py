@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,23 +16,25 @@ import numpy.typing as npt
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
+from .problems import Problem, SingleLabel, problem_of, some
+
 KINDS = (".jsonl", ".csv")
-_SHOWN = 8
-"""Names of fields or classes that a message lists."""
 _TOKENISED_AT_ONCE = 1000
 
 Integers = npt.NDArray[np.int64]
+Labels = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts, and the class of each."""
+    """Texts, and the label of each."""
 
     texts: list[str]
-    labels: Integers
-    """[n], indices into ``classes``."""
+    labels: Labels
+    """Single-label: [n] of int64, indices into ``classes``. Else [n, classes] of float32: 1 for
+    each label that a text has and else 0, or the values of a regression."""
     classes: tuple[str, ...]
-    """Names, sorted; numerically if all are whole numbers."""
+    """Names of the model's outputs. Classes are sorted, numerically if all are whole numbers."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -44,7 +45,8 @@ class Record:
     """A text, its label, and where it stands: ``FILE:LINE``."""
 
     text: str
-    label: str
+    label: Any
+    """As the problem type reads it: a name, a list of names, or a list of numbers."""
     where: str
 
 
@@ -58,24 +60,21 @@ def load_examples(config: ClassificationConfig) -> tuple[Examples, Examples]:
     for option, path in named.items():
         if not path:
             raise InputError(f"{option} is not set: name a .jsonl or .csv file with labelled texts")
-    train, held_out = (list(read_records(p, config.text, config.label)) for p in named.values())
-    classes = _classes(train, config.train)
-    index = {name: i for i, name in enumerate(classes)}
-    for record in held_out:
-        if record.label not in index:
-            raise InputError(
-                f"{record.where}: label {record.label!r} never occurs in {config.train}, which has "
-                f"{_some(classes)}"
-            )
-    return _examples(train, index, classes), _examples(held_out, index, classes)
+    problem = problem_of(config)
+    train, held_out = (
+        list(read_records(p, config.text, config.label, problem)) for p in named.values()
+    )
+    classes = problem.names([r.label for r in train], config.label, config.train)
+    return _examples(train, problem, classes), _examples(held_out, problem, classes)
 
 
-def read_records(path: str | Path, text: str, label: str) -> Iterator[Record]:
+def read_records(path: str | Path, text: str, label: str, problem: Problem) -> Iterator[Record]:
     """The records of a .jsonl or .csv file.
 
     Args:
         path: UTF-8; a .csv has a first line with the columns' names.
         text, label: names of the fields or columns.
+        problem: reads the labels.
 
     Raises:
         InputError: what is wrong, with file and line.
@@ -92,10 +91,11 @@ def read_records(path: str | Path, text: str, label: str) -> Iterator[Record]:
         for name in (text, label):
             if name not in fields:
                 raise InputError(
-                    f"{where}: no {name!r}; it has {_some(fields)}. Say which by "
+                    f"{where}: no {name!r}; it has {some(list(fields))}. Say which by "
                     "classification.text and classification.label."
                 )
-        yield Record(_text(fields[text], text, where), _label(fields[label], label, where), where)
+        read = problem.read(fields[label], label, where)
+        yield Record(_text(fields[text], text, where), read, where)
     if not count:
         raise InputError(f"{path}: holds no examples")
 
@@ -149,33 +149,15 @@ def _text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def _label(value: Any, name: str, where: str) -> str:
-    if type(value) not in (str, int):
-        raise InputError(
-            f"{where}: {name!r} is {json.dumps(value)[:40]}, neither a text nor a whole number"
-        )
-    if not str(value).strip():
-        raise InputError(f"{where}: {name!r} is empty")
-    return str(value)
-
-
-def _classes(records: list[Record], path: str) -> tuple[str, ...]:
-    names = {record.label for record in records}
-    if len(names) == 1:
-        raise InputError(f"{path}: has a single class, {names.pop()!r}: there is nothing to learn")
-    numbers = all(name.isascii() and name.isdigit() for name in names)
-    return tuple(sorted(names, key=int if numbers else None))
-
-
-def _examples(records: list[Record], index: dict[str, int], classes: tuple[str, ...]) -> Examples:
-    labels = np.array([index[record.label] for record in records])
-    return Examples([record.text for record in records], labels, classes)
-
-
-def _some(names: Iterable[str]) -> str:
-    all_names = list(names)
-    more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
-    return ", ".join(map(repr, all_names[:_SHOWN])) + more
+def _examples(records: list[Record], problem: Problem, classes: tuple[str, ...]) -> Examples:
+    labels = []
+    for record in records:
+        try:
+            labels.append(problem.encode(record.label, classes))
+        except ValueError as error:
+            raise InputError(f"{record.where}: {error}") from error
+    dtype = np.int64 if isinstance(problem, SingleLabel) else np.float32
+    return Examples([record.text for record in records], np.array(labels, dtype), classes)
 
 
 def balanced_weights(labels: Integers, classes: int) -> npt.NDArray[np.float32]:
@@ -192,14 +174,14 @@ def balanced_weights(labels: Integers, classes: int) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Texts as tokens, one after the other, and the class of each."""
+    """Texts as tokens, one after the other, and the label of each."""
 
     tokens: npt.NDArray[np.int32]
     """[total]"""
     ends: Integers
     """[n], where in ``tokens`` each text ends."""
-    labels: Integers
-    """[n]"""
+    labels: Labels
+    """As in :class:`Examples`."""
     truncated: int
     """Texts that were longer than the limit."""
 
@@ -274,9 +256,3 @@ def samples(seed: int, count: int, first: int, number: int) -> list[int]:
 @lru_cache(maxsize=4)
 def _order(seed: int, count: int, epoch: int) -> Integers:
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def class_counts(examples: Examples) -> dict[str, int]:
-    """How many examples each class has, by name."""
-    counts = Counter(examples.labels.tolist())
-    return {name: counts[i] for i, name in enumerate(examples.classes)}

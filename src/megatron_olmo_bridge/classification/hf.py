@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
 
 BATCH = 32
 """Texts that are labelled at once, where their number isn't asked for."""
 
 
-def label_names(classes: Sequence[str]) -> dict[str, Any]:
-    """What ``config.json`` says of the classes."""
+def label_names(classes: Sequence[str], problem_type: str) -> dict[str, Any]:
+    """Return what ``config.json`` says of the head."""
     return {
         "id2label": {str(i): name for i, name in enumerate(classes)},
         "label2id": {name: i for i, name in enumerate(classes)},
-        "problem_type": "single_label_classification",
+        "problem_type": problem_type,
     }
 
 
@@ -55,6 +56,7 @@ class HFClassifier:
         *,
         dtype: torch.dtype = torch.float32,
         classes: Sequence[str] | None = None,
+        problem_type: str = SINGLE_LABEL,
     ) -> HFClassifier:
         """From a folder or hub id.
 
@@ -62,7 +64,8 @@ class HFClassifier:
             path: of the checkpoint.
             length: of the longest text, in tokens; less if the model's own limit is less.
             dtype: of the weights.
-            classes: names of a new head's classes, for an encoder without a head.
+            classes: names of a new head's outputs, for an encoder without a head.
+            problem_type: of the new head.
 
         Raises:
             InputError: it can't be loaded, or it has no token to pad with.
@@ -71,7 +74,7 @@ class HFClassifier:
 
         head: dict[str, Any] = {}
         if classes is not None:
-            head = label_names(classes) | {"id2label": dict(enumerate(classes))}
+            head = label_names(classes, problem_type) | {"id2label": dict(enumerate(classes))}
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -98,17 +101,12 @@ class HFClassifier:
         kept = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         return self.model(**kept).logits  # type: ignore[no-any-return]
 
-    def predict(self, texts: Sequence[str], batch_size: int = BATCH) -> list[int]:
-        """Return the class of each text; computed when it returns."""
-        classes: list[int] = self.probabilities(texts, batch_size).argmax(-1).tolist()
-        return classes
-
-    def probabilities(self, texts: Sequence[str], batch_size: int = BATCH) -> torch.Tensor:
-        """Return the probability of each class, [len(texts), classes], float32 on the CPU."""
+    def outputs(self, texts: Sequence[str], batch_size: int = BATCH) -> torch.Tensor:
+        """Return the logits of all texts, [len(texts), classes], float32 on the CPU."""
         self.model.eval()
         with torch.inference_mode():
             batches = [
-                self.logits(texts[first : first + batch_size]).float().softmax(-1)
+                self.logits(texts[first : first + batch_size]).float()
                 for first in range(0, len(texts), batch_size)
             ]
         return torch.cat(batches).cpu()

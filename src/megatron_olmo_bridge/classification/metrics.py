@@ -1,10 +1,11 @@
-"""How good a classifier's labels are, and how fast it gives them."""
+"""How good the predictions of each problem type are, and how fast they are made."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,11 @@ class Quality:
     classes: tuple[ClassQuality, ...]
     confusion: list[list[int]]
     """[true class][predicted class]"""
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """The measures of all classes together, by name."""
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1}
 
     @property
     def confused(self) -> list[tuple[str, str, int]]:
@@ -74,6 +80,124 @@ def quality_of(confusion: Counts, classes: Sequence[str]) -> Quality:
 
 
 @dataclass(frozen=True)
+class MultiLabelQuality:
+    """What a classifier of several labels a text gets right.
+
+    Source: ``f1_score(average="micro")``, ``f1_score(average="macro", zero_division=0)`` and
+    ``accuracy_score`` of scikit-learn.
+    """
+
+    micro_f1: float
+    """F1 over all decisions, whichever label they are of."""
+    macro_f1: float
+    """Mean of the labels' F1."""
+    exact_match: float
+    """Share of the texts with exactly the right labels."""
+    classes: tuple[ClassQuality, ...]
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """The measures of all labels together, by name."""
+        return {n: getattr(self, n) for n in ("micro_f1", "macro_f1", "exact_match")}
+
+
+def multi_label_quality(
+    counts: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]
+) -> MultiLabelQuality:
+    """Return the quality from sums over texts.
+
+    Args:
+        counts: ``right``, ``occurring`` and ``predicted`` of each label, [labels]; ``exact`` and
+            ``texts``, numbers of texts.
+        classes: Names of the labels.
+    """
+    right, occurring, predicted = (counts[n] for n in ("right", "occurring", "predicted"))
+    f1 = 2 * right / np.maximum(occurring + predicted, 1)
+    columns = (
+        (right / np.maximum(predicted, 1)).tolist(),
+        (right / np.maximum(occurring, 1)).tolist(),
+        f1.tolist(),
+        occurring.astype(int).tolist(),
+    )
+    return MultiLabelQuality(
+        micro_f1=float(2 * right.sum() / max(occurring.sum() + predicted.sum(), 1)),
+        macro_f1=float(f1.mean()),
+        exact_match=float(counts["exact"] / max(counts["texts"], 1)),
+        classes=tuple(map(ClassQuality, classes, *columns)),
+    )
+
+
+@dataclass(frozen=True)
+class TargetQuality:
+    """The quality of one predicted value."""
+
+    name: str
+    mse: float
+    """Mean squared error."""
+    mae: float
+    """Mean absolute error."""
+    r2: float
+    """Coefficient of determination; 0 if all true values are equal."""
+    pearson: float
+    """Correlation of true and predicted values; 0 if either are all equal."""
+
+
+@dataclass(frozen=True)
+class RegressionQuality:
+    """How close predicted values come; of several values, the mean of their measures.
+
+    Source: ``mean_squared_error``, ``mean_absolute_error`` and ``r2_score`` of scikit-learn;
+    Pearson's correlation as ``scipy.stats.pearsonr``.
+    """
+
+    mse: float
+    mae: float
+    r2: float
+    pearson: float
+    targets: tuple[TargetQuality, ...]
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """The measures of all values together, by name."""
+        return {n: getattr(self, n) for n in ("mse", "mae", "r2", "pearson")}
+
+
+def regression_quality(
+    counts: Mapping[str, npt.NDArray[Any]], names: Sequence[str]
+) -> RegressionQuality:
+    """Return the quality from sums over texts, float64.
+
+    Args:
+        counts: ``true``, ``predicted``, ``true_squared``, ``predicted_squared``, ``product``,
+            ``absolute_error`` and ``squared_error`` of each value, [values]; ``texts``.
+        names: Names of the values.
+    """
+    texts = max(float(counts["texts"]), 1.0)
+    means = {name: value / texts for name, value in counts.items()}
+    true_variance = means["true_squared"] - means["true"] ** 2
+    variance = means["predicted_squared"] - means["predicted"] ** 2
+    covariance = means["product"] - means["true"] * means["predicted"]
+    # What is left of a constant by rounding is not a variance.
+    varies = true_variance > 1e-12 * means["true_squared"]
+    both_vary = varies & (variance > 1e-12 * means["predicted_squared"])
+    r2 = np.where(varies, 1 - means["squared_error"] / np.where(varies, true_variance, 1), 0)
+    spread = np.sqrt(np.where(both_vary, true_variance * variance, 1))
+    measures = {
+        "mse": means["squared_error"],
+        "mae": means["absolute_error"],
+        "r2": r2,
+        "pearson": np.where(both_vary, covariance / spread, 0).clip(-1, 1),
+    }
+    each = [
+        TargetQuality(name, **{k: float(v[i]) for k, v in measures.items()})
+        for i, name in enumerate(names)
+    ]
+    return RegressionQuality(
+        **{k: float(v.mean()) for k, v in measures.items()}, targets=tuple(each)
+    )
+
+
+@dataclass(frozen=True)
 class Speed:
     """How fast a classifier labels texts, tokenising included."""
 
@@ -88,8 +212,8 @@ class Speed:
     """How many were timed."""
 
 
-Predict = Callable[[list[str]], Sequence[int]]
-"""Classes of some texts; returns when they are computed."""
+Predict = Callable[[list[str]], Any]
+"""Labels some texts; returns when they are computed."""
 
 
 def speeds(predictors: Sequence[Predict], texts: Sequence[str], batch_size: int) -> list[Speed]:

@@ -68,36 +68,40 @@ def _name_cells(
                 axes.text(j, i, f"{count}", ha="center", va="center", fontsize=8.5, color=colour)
 
 
-def tradeoff_svg(points: Sequence[tuple[str, float, float]], theme: Theme, size: Size) -> bytes:
-    """Draw macro-F1 against the median latency of one text.
+def tradeoff_svg(
+    points: Sequence[tuple[str, float, float]], measure: str, theme: Theme, size: Size
+) -> bytes:
+    """Draw a measure of quality against the median latency of one text.
 
     Args:
-        points: Name, milliseconds and macro-F1 of each classifier.
+        points: Name, milliseconds and measure of each classifier.
+        measure: Its name, for people.
     """
     slowest = max(ms for _, ms, _ in points)
-    scores = [f1 for _, _, f1 in points]
+    scores = [score for _, _, score in points]
     margin = max(0.02, (max(scores) - min(scores)) * 0.6)
 
     def draw(figure: Figure) -> None:
         figure.set_layout_engine("constrained")
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
-        for i, (name, ms, f1) in enumerate(points):
-            axes.scatter(ms, f1, s=80, color=(theme.main, theme.second)[i % 2], zorder=3)
+        for i, (name, ms, score) in enumerate(points):
+            axes.scatter(ms, score, s=80, color=(theme.main, theme.second)[i % 2], zorder=3)
             left = ms > slowest * 0.6  # the name has no room on the right
-            above = f1 == max(scores) if max(scores) > min(scores) else i % 2 == 0
+            above = score == max(scores) if max(scores) > min(scores) else i % 2 == 0
             axes.annotate(
-                f"{name}\n{f1:.3f} at {ms:.3g} ms",
-                (ms, f1),
+                f"{name}\n{score:.3f} at {ms:.3g} ms",
+                (ms, score),
                 textcoords="offset points",
                 xytext=(6 if left else -6, 10 if above else -10),
                 ha="right" if left else "left",
                 va="bottom" if above else "top",
             )
         axes.set_xlim(0, slowest * 1.15)
-        axes.set_ylim(max(0, min(scores) - margin), max(scores) + margin)
+        lowest = min(scores) - margin
+        axes.set_ylim(max(0, lowest) if min(scores) >= 0 else lowest, max(scores) + margin)
         axes.set_xlabel("median latency of one text, ms")
-        axes.set_ylabel("macro-F1 on held-out texts")
+        axes.set_ylabel(f"{measure} on held-out texts")
         axes.grid(True, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)

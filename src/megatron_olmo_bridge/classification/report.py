@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from megatron_olmo_bridge.training.monitor.human import short
+from megatron_olmo_bridge.training.monitor.human import heading, short, spoken
 from megatron_olmo_bridge.training.monitor.page import Tile, folded, page, picture, table, tiles
 from megatron_olmo_bridge.training.monitor.report import NAME as TRAINING_REPORT
 
 from .intervals import Interval
-from .metrics import Quality, Speed
+from .metrics import Quality, RegressionQuality, Speed
 from .pictures import confusion_sizes, confusion_svg, tradeoff_svg
+from .problems import AnyQuality, Problem
 
 RESULTS, PAGE = "results.json", "classification.html"
 _PAIRS = 15
@@ -34,8 +36,8 @@ class Misread:
     text: str
     true: str
     predicted: str
-    confidence: float
-    """Probability of the predicted class."""
+    distance: float
+    """How far off it is: the probability of what is wrong, or the absolute error."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,12 @@ class Result:
 
     name: str
     parameters: int
-    quality: Quality
+    quality: AnyQuality
     speed: Speed
-    accuracy_interval: Interval
-    macro_f1_interval: Interval
-    """95 % confidence intervals over the held-out texts."""
+    intervals: dict[str, Interval]
+    """95 % confidence intervals over the held-out texts, of some measures."""
     misread: Sequence[Misread] = ()
-    """The most confident first."""
+    """The furthest off first."""
 
 
 @dataclass(frozen=True)
@@ -58,48 +59,69 @@ class Report:
     """Classifiers on the same held-out texts, timed on the same device."""
 
     title: str
+    problem: Problem
     setting: dict[str, str]
     """What a reader must know of data and device, in the order of the page."""
     results: Sequence[Result]
     difference: Interval | None = None
-    """Of two classifiers: 95 % confidence interval of the first one's macro-F1 minus the
-    second one's, on the same texts."""
+    """Of two classifiers: 95 % confidence interval of the first one's score minus the second
+    one's, on the same texts."""
 
 
-COLUMNS = [
-    "model", "parameters", "accuracy", "95 %", "macro-F1", "95 %", "p50 ms", "p95 ms", "texts/s",
-]  # fmt: skip
+def columns(report: Report) -> list[str]:
+    """Return the head of the table; times are of one text, texts/s is in batches."""
+    first = report.results[0]
+    measures = [
+        column
+        for name in first.quality.measures
+        for column in (spoken(name), *(["95 %"] if name in first.intervals else []))
+    ]
+    return ["model", "parameters", *measures, "p50 ms", "p95 ms", "texts/s"]
 
 
-def rows(results: Sequence[Result]) -> list[list[str]]:
-    """Return rows for :data:`COLUMNS`; times are of one text, texts/s is in batches."""
+def rows(report: Report) -> list[list[str]]:
+    """Return the rows for :func:`columns`."""
     return [
         [
-            r.name, f"{r.parameters:,}",
-            f"{r.quality.accuracy:.4f}", _span(r.accuracy_interval),
-            f"{r.quality.macro_f1:.4f}", _span(r.macro_f1_interval),
+            r.name, f"{r.parameters:,}", *_measures(r),
             f"{r.speed.p50_ms:.2f}", f"{r.speed.p95_ms:.2f}", f"{r.speed.texts_per_s:.1f}",
         ]
-        for r in results
+        for r in report.results
     ]  # fmt: skip
 
 
+def _measures(result: Result) -> list[str]:
+    return [
+        cell
+        for name, value in result.quality.measures.items()
+        for cell in (
+            f"{value:.4f}",
+            *([_span(result.intervals[name])] if name in result.intervals else []),
+        )
+    ]
+
+
 def _span(interval: Interval) -> str:
-    return f"{interval.low:.3f}-{interval.high:.3f}"
+    dash = "-" if interval.low >= 0 else " to "
+    return f"{interval.low:.3f}{dash}{interval.high:.3f}"
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Write ``results.json`` and then ``classification.html`` into a folder."""
     results = {
         "setting": report.setting,
-        "macro_f1_difference": report.difference,
-        "models": [
-            {**asdict(r), "confused": [list(pair) for pair in r.quality.confused]}
-            for r in report.results
-        ],
+        "problem_type": report.problem.problem_type,
+        f"{report.problem.score}_difference": report.difference,
+        "models": [{**asdict(r), **_confused(r.quality)} for r in report.results],
     }
     _write(folder / RESULTS, json.dumps(results, indent=1).encode() + b"\n")
     _write(folder / PAGE, _page(report, (folder / TRAINING_REPORT).is_file()).encode())
+
+
+def _confused(quality: AnyQuality) -> dict[str, list[list[Any]]]:
+    if not isinstance(quality, Quality):
+        return {}
+    return {"confused": [list(pair) for pair in quality.confused]}
 
 
 def _write(file: Path, data: bytes) -> None:
@@ -110,7 +132,9 @@ def _write(file: Path, data: bytes) -> None:
 
 def _page(report: Report, trained_here: bool) -> str:
     first = report.results[0]
-    points = [(r.name, r.speed.p50_ms, r.quality.macro_f1) for r in report.results]
+    score = report.problem.score
+    points = [(r.name, r.speed.p50_ms, r.quality.measures[score]) for r in report.results]
+    head = columns(report)
     link = f'<nav><a href="{TRAINING_REPORT}">How it was trained</a></nav>' if trained_here else ""
     return page(
         report.title,
@@ -118,13 +142,13 @@ def _page(report: Report, trained_here: bool) -> str:
             f'<header><p class="eyebrow">Classification report</p><h1>{escape(report.title)}</h1>'
             f'<p class="about">{escape(_verdict(report))}</p>{link}</header>',
             tiles(_figures(first)),
-            _section("All classifiers", table(COLUMNS, rows(report.results), numbers=COLUMNS[1:])),
+            _section("All classifiers", table(head, rows(report), numbers=head[1:])),
             picture(
                 "tradeoff",
                 "Quality against latency",
-                "Macro-F1 on the held-out texts and the median time for one text. "
+                f"{heading(score)} on the held-out texts and the median time for one text. "
                 "The upper left is better.",
-                partial(tradeoff_svg, points),
+                partial(tradeoff_svg, points, spoken(score)),
             ),
             *(part for i, result in enumerate(report.results) for part in _details(i, result)),
             _section("Setting", _setting(report.setting)),
@@ -138,7 +162,8 @@ def _verdict(report: Report) -> str:
     if report.difference is None:
         return names[0]
     low, high = report.difference
-    span = f"the difference in macro-F1 is {low:+.3f} to {high:+.3f} (95 %)"
+    score = spoken(report.problem.score)
+    span = f"the difference in {score} is {low:+.3f} to {high:+.3f} (95 %)"
     if low <= 0 <= high:
         return f"{names[0]} and {names[1]} cannot be told apart on these texts: {span}."
     better, worse = names if low > 0 else reversed(names)
@@ -147,8 +172,10 @@ def _verdict(report: Report) -> str:
 
 def _figures(result: Result) -> list[Tile]:
     return [
-        ("Accuracy", f"{result.quality.accuracy:.4f}", f"95 %: {_span(result.accuracy_interval)}"),
-        ("Macro-F1", f"{result.quality.macro_f1:.4f}", f"95 %: {_span(result.macro_f1_interval)}"),
+        *(
+            (heading(name), f"{result.quality.measures[name]:.4f}", f"95 %: {_span(interval)}")
+            for name, interval in result.intervals.items()
+        ),
         ("Latency", f"{result.speed.p50_ms:.2f} ms", "median of one text"),
         ("Throughput", f"{result.speed.texts_per_s:.1f}", "texts/s in batches"),
         ("Parameters", short(result.parameters), result.name),
@@ -157,11 +184,19 @@ def _figures(result: Result) -> list[Tile]:
 
 def _details(number: int, result: Result) -> list[str]:
     found = result.quality
+    parts = [_misread_table(result)] if result.misread else []
+    if isinstance(found, Quality):
+        parts = [*_confusion(number, result.name, found), *parts]
+    parts.append(_each(result.name, found))
+    return parts
+
+
+def _confusion(number: int, name: str, found: Quality) -> list[str]:
     wide, narrow = confusion_sizes(len(found.classes))
     parts = [
         picture(
             f"confusion-{number}",
-            f"{result.name}: confusion matrix",
+            f"{name}: confusion matrix",
             "Each row shows how the texts of one class were labeled.",
             partial(confusion_svg, str(number), found),
             wide=wide,
@@ -172,26 +207,41 @@ def _details(number: int, result: Result) -> list[str]:
         pairs = [[a, b, str(n)] for a, b, n in found.confused[:_PAIRS]]
         head = ["true class", "labeled as", "times"]
         body = table(head, pairs, long=head[:2], numbers=["times"])
-        parts.append(folded(f"{result.name}: most often confused", body, len(pairs)))
-    if result.misread:
-        shown = result.misread[:_MISREAD]
-        texts = [[m.true, m.predicted, f"{m.confidence:.2f}", _shortened(m.text)] for m in shown]
-        body = table(
+        parts.append(folded(f"{name}: most often confused", body, len(pairs)))
+    return parts
+
+
+def _misread_table(result: Result) -> str:
+    shown = result.misread[:_MISREAD]
+    texts = [[m.true, m.predicted, f"{m.distance:.2f}", _shortened(m.text)] for m in shown]
+    title, head = (
+        (f"{result.name}: the largest errors", ["true", "predicted", "error", "text"])
+        if isinstance(result.quality, RegressionQuality)
+        else (
+            f"{result.name}: misread texts, the most confident first",
             ["true class", "labeled as", "confidence", "text"],
-            texts,
-            long=["true class", "labeled as", "text"],
-            numbers=["confidence"],
         )
-        title = f"{result.name}: misread texts, the most confident first"
-        parts.append(folded(title, body, len(result.misread), is_open=False))
-    ratios = [
+    )
+    body = table(head, texts, long=[*head[:2], "text"], numbers=[head[2]])
+    return folded(title, body, len(result.misread), is_open=False)
+
+
+def _each(name: str, found: AnyQuality) -> str:
+    """Return the table of each class, or of each value."""
+    if isinstance(found, RegressionQuality):
+        head = ["value", "MSE", "MAE", "R2", "Pearson"]
+        lines = [
+            [t.name, *(f"{value:.4g}" for value in (t.mse, t.mae, t.r2, t.pearson))]
+            for t in found.targets
+        ]
+        return folded(f"{name}: each value", table(head, lines, numbers=head[1:]), len(lines))
+    head = ["class", "precision", "recall", "F1", "examples"]
+    lines = [
         [c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", str(c.count)]
         for c in found.classes
     ]
-    head = ["class", "precision", "recall", "F1", "examples"]
-    each = table(head, ratios, numbers=head[1:])
-    parts.append(folded(f"{result.name}: each class", each, len(ratios), is_open=False))
-    return parts
+    body = table(head, lines, numbers=head[1:])
+    return folded(f"{name}: each class", body, len(lines), is_open=False)
 
 
 def _shortened(text: str) -> str:

@@ -10,12 +10,13 @@ class Evaluation(NamedTuple):
     """On the held-out data, after so many steps."""
 
     step: int
-    macro_f1: float
+    score: float
+    """The measure that the problem type is judged by; higher is better."""
 
 
 def best(history: Sequence[Evaluation]) -> Evaluation:
-    """The one with the highest macro-F1; of equals the first."""
-    return max(history, key=lambda e: e.macro_f1)
+    """Return the one with the highest score; of equals the first."""
+    return max(history, key=lambda e: e.score)
 
 
 def out_of_patience(history: Sequence[Evaluation], patience: int | None) -> bool:

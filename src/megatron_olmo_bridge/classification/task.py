@@ -9,28 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 
+from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.task import Score, Sums, Task
 from megatron_olmo_bridge.training.token_data import Batch
 
-from .baseline import weighted_losses
 from .data import Tokenised, samples
-from .metrics import Quality, quality_of
+from .problems import Problem, problem_of
 from .stopping import Evaluation, out_of_patience
 
 NONE = -1
-"""Label of a row that only fills up a batch."""
+"""Index of a row that only fills up a batch."""
 _MULTIPLE = 8
 """Batches are padded to one of this, as tensor cores like it."""
 
 
 @dataclass
 class Classification(Task):
-    """The class of each text.
+    """The label of each text.
 
     All held-out texts are scored in each evaluation, whatever ``evaluation.batches``.
     """
@@ -40,16 +39,21 @@ class Classification(Task):
     train: Tokenised
     held_out: Tokenised
     pad_token_id: int
-    weights: torch.Tensor
-    """[classes] of float32, of the losses."""
+    weights: torch.Tensor | None = None
+    """[classes] of float32, of single-label losses."""
     history: list[Evaluation] = field(default_factory=list)
     """Evaluations so far."""
-    on_evaluated: Callable[[Quality], None] = lambda found: None
+    on_evaluated: Callable[[], None] = lambda: None
     """Called in all processes after each evaluation, which is in the history then."""
-    loss_unit: str = "nats per text"
+    problem: Problem = field(init=False)
+    loss_unit: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.weights = self.weights.to(torch.cuda.current_device())
+        assert self.config.classification is not None
+        self.problem = problem_of(self.config.classification)
+        self.loss_unit = self.problem.loss_unit
+        if self.weights is not None:
+            self.weights = self.weights.to(torch.cuda.current_device())
 
     def train_batches(self, begin: int) -> Iterator[Batch]:
         train = self.config.train
@@ -79,40 +83,37 @@ class Classification(Task):
 
     def forward(self, chunk: Any, batch: Batch) -> tuple[torch.Tensor, Score]:
         device = torch.cuda.current_device()
-        tokens, labels = (batch[n].to(device, non_blocking=True) for n in ("tokens", "labels"))
+        tokens, labels, counted = (
+            batch[n].to(device, non_blocking=True) for n in ("tokens", "labels", "counted")
+        )
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         # No mask: padding is on the right, where causal attention doesn't look.
         output = chunk(tokens, positions, None)
 
         def score(logits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
-            counted = labels != NONE
-            losses = weighted_losses(logits, labels.clamp(min=0), self.weights) * counted
-            cells = (labels * len(self.classes) + logits.argmax(-1))[counted]
+            kind = self.problem.problem_type
+            losses = sequence_losses(logits, labels, kind, self.weights) * counted
+            predictions = self.problem.predictions(logits.detach())[counted]
             return losses.mean(), {
                 "loss": losses.detach().sum(),
                 "weight": counted.sum(),
-                "confusion": torch.bincount(cells, minlength=len(self.classes) ** 2),
+                **self.problem.counts(labels[counted], predictions, len(self.classes)),
             }
 
         return output, score
 
     def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
-        matrix = sums["confusion"].numpy().astype(np.int64)
-        found = quality_of(matrix.reshape(len(self.classes), -1), self.classes)
-        figures = {
-            "loss": float(sums["loss"] / sums["weight"]),
-            "accuracy": found.accuracy,
-            "macro_f1": found.macro_f1,
-        }
+        measures = self.problem.quality(sums, self.classes).measures
+        figures = {"loss": float(sums["loss"] / sums["weight"]), **measures}
         # A run that was resumed comes again to steps that it evaluated before it was killed.
         self.history[:] = [e for e in self.history if e.step < step]
-        self.history.append(Evaluation(step, found.macro_f1))
-        self.on_evaluated(found)
+        self.history.append(Evaluation(step, measures[self.problem.score]))
+        self.on_evaluated()
         return figures, out_of_patience(self.history, self.patience)
 
     @property
     def patience(self) -> int | None:
-        """Evaluations without a better one that it bears."""
+        """Early-stopping patience, in evaluations."""
         return self.config.classification.patience if self.config.classification else None
 
     def _shared(self, data: Tokenised, indices: list[int]) -> Iterator[Batch]:
@@ -124,8 +125,11 @@ class Classification(Task):
             rows = indices[first : first + micro]
             texts = [max(i, 0) for i in rows]
             tokens = data.padded(texts, self._length(data, texts), self.pad_token_id)
-            labels = [NONE if i == NONE else int(data.labels[i]) for i in rows]
-            yield {"tokens": torch.from_numpy(tokens), "labels": torch.tensor(labels)}
+            yield {
+                "tokens": torch.from_numpy(tokens),
+                "labels": torch.from_numpy(data.labels[texts]),
+                "counted": torch.tensor([i != NONE for i in rows]),
+            }
 
     def _length(self, data: Tokenised, indices: list[int]) -> int:
         """Tokens to pad to: the longest text's. The stages of a pipeline send each other all."""

@@ -17,19 +17,21 @@ from megatron_olmo_bridge.convert.source import Source, fetch, is_on_hub, open_s
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
+from megatron_olmo_bridge.nn.problem_types import REGRESSION
 from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups, on_first
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.facts import card_facts
 from megatron_olmo_bridge.training.loop import train_loop
+from megatron_olmo_bridge.training.monitor.human import spoken
 from megatron_olmo_bridge.training.monitor.report import write_report
 from megatron_olmo_bridge.training.run import Run, logged, stopping_on_signals
 from megatron_olmo_bridge.training.train import set_up
 
 from .baseline import class_weights
 from .compare import Job
-from .data import Examples, Tokenised, class_counts, load_examples, tokenise
+from .data import Examples, Tokenised, load_examples, tokenise
 from .hf import label_names
-from .metrics import Quality
+from .problems import Problem, problem_of
 from .stopping import best, out_of_patience
 from .task import Classification, read_history, write_history
 
@@ -49,7 +51,8 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
         say: takes what people read, line by line, in the first process.
 
     Returns:
-        Figures of the last step, and ``best_macro_f1`` with its ``best_step``.
+        Figures of the last step, and the best score with its step: ``best_macro_f1`` (``best_r2``
+        of a regression) and ``best_step``.
 
     Raises:
         TrainingStopped: before the last step; the message says why.
@@ -65,16 +68,17 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
     with stopping_on_signals(run), logged(run):
         train_loop(run)
     top = best(run.task.history)  # type: ignore[attr-defined]
-    figures = run.figures | {"best_macro_f1": top.macro_f1, "best_step": top.step}
+    score = classifier.problem.score
+    figures = run.figures | {f"best_{score}": top.score, "best_step": top.step}
     del run
     destroy_process_groups()
     gc.collect()
     torch.cuda.empty_cache()
     if first:
-        say(f">> best: macro-F1 {top.macro_f1:.4f} at step {top.step}")
+        say(f">> best: {spoken(score)} {top.score:.4f} at step {top.step}")
         folder = classifier.folder
         classifier.write_card(figures)
-        Job(classifier.config, str(folder / CLASSIFIER), str(folder), top.macro_f1).run(say)
+        Job(classifier.config, str(folder / CLASSIFIER), str(folder), top.score).run(say)
         write_report(folder)  # again, now that it can link the classifier's
     return figures
 
@@ -91,8 +95,8 @@ class Classifier:
     held_out: Examples
     tokens: tuple[Tokenised, Tokenised]
     tokenizer: Any
-    weights: torch.Tensor
-    """[classes] of float32, of the losses."""
+    weights: torch.Tensor | None
+    """[classes] of float32, of single-label losses."""
 
     @classmethod
     def open(cls, config: TrainingConfig) -> Classifier:
@@ -107,7 +111,7 @@ class Classifier:
             raise InputError("checkpoint.save is not set: name a folder for the classifier")
         train, held_out = load_examples(config.classification)
         weights = class_weights(config.classification, train)
-        source = _source(config, train.classes)
+        source = _source(config, config.classification.problem_type, train.classes)
         bridge, length = source.bridge, config.train.sequence_length
         tokenizer = _tokenizer(config, source, bridge)
         first, second = (
@@ -118,20 +122,23 @@ class Classifier:
         return cls(config, source, train, held_out, (first, second), tokenizer, weights)
 
     @property
+    def problem(self) -> Problem:
+        assert self.config.classification is not None
+        return problem_of(self.config.classification)
+
+    @property
     def folder(self) -> Path:
         """The run's."""
         return Path(self.config.checkpoint.save or ".").expanduser()
 
     def facts(self) -> list[str]:
         """The data in words."""
-        counts = class_counts(self.train)
-        rarest, commonest = (f(counts, key=lambda name: counts[name]) for f in (min, max))
         train = self.config.train
         epochs = train.steps * train.global_batch_size / len(self.train)
         return [
             f">> {len(self.train):,} texts to train on, {epochs:.1f} times; "
-            f"{len(self.held_out):,} held out; {len(counts)} classes, from {rarest!r} "
-            f"({counts[rarest]:,}) to {commonest!r} ({counts[commonest]:,})",
+            f"{len(self.held_out):,} held out; "
+            f"{self.problem.describe(self.train.labels, self.train.classes)}",
             f">> cut to {train.sequence_length} tokens: {self.tokens[0].truncated:,} of the texts "
             f"to train on, {self.tokens[1].truncated:,} of those held out",
         ]
@@ -154,23 +161,26 @@ class Classifier:
         history[:] = [e for e in history if e.step <= run.step]
         run.stopped_early = out_of_patience(history, task.patience)  # before it was started again
 
-        def evaluated(found: Quality) -> None:
+        score = spoken(self.problem.score)
+
+        def evaluated() -> None:
             better = best(history) is history[-1]
             if better:
                 with run.whole_parameters():
                     save_hf(run.chunks, run.bridge, target, beside=beside, overwrite=True)
             on_first(lambda: write_history(self.folder / HISTORY, history))
             if better and dist.get_rank() == 0:
-                say(f">> the best macro-F1 so far: kept as {target}")
+                say(f">> the best {score} so far: kept as {target}")
 
         task.on_evaluated = evaluated
 
     def write_card(self, figures: dict[str, float]) -> None:
         """The model card of ``classifier/``."""
         base = self.config.init.hf
+        score = self.problem.score
         on_hub = base is not None and is_on_hub(base)
         chosen = {
-            "macro-F1 on held-out texts": figures["best_macro_f1"],
+            f"{spoken(score)} on held-out texts": figures[f"best_{score}"],
             "chosen weights": f"those of step {figures['best_step']}",
         }
         write_model_card(
@@ -188,11 +198,11 @@ class Classifier:
         partial.rename(folder)
 
 
-def _source(config: TrainingConfig, classes: tuple[str, ...]) -> Source:
-    """The checkpoint, its config saying what the classes are.
+def _source(config: TrainingConfig, problem_type: str, classes: tuple[str, ...]) -> Source:
+    """Open the checkpoint; its config then says what the head's outputs are.
 
     Raises:
-        InputError: there is none, or it is a classifier of other classes.
+        InputError: there is none, or it is a classifier of other classes or another problem type.
     """
     init = config.init
     if bool(init.hf) == bool(init.checkpoint):
@@ -202,14 +212,7 @@ def _source(config: TrainingConfig, classes: tuple[str, ...]) -> Source:
     if source.bridge.num_labels is None:
         source = open_source(given, num_labels=len(classes))
     else:
-        names = source.hf_config.get("id2label") or {}
-        known = tuple(str(names.get(str(i))) for i in range(source.bridge.num_labels))
-        if known != classes:
-            raise InputError(
-                f"{given}: is a classifier of other classes ({len(known)}: {', '.join(known[:5])}"
-                f"...) than the data's ({len(classes)}: {', '.join(classes[:5])}...). Name the "
-                "language model that it was made from as init.hf."
-            )
+        _check_head(source, given, problem_type, classes)
     hf = source.hf_config
     pad = config.provider.get("pad_token_id", hf.get("pad_token_id"))
     if type(pad) is not int or not 0 <= pad < source.bridge.vocab_size:
@@ -218,8 +221,34 @@ def _source(config: TrainingConfig, classes: tuple[str, ...]) -> Source:
             f"(it says {pad!r}). Say which token of its tokenizer is to pad: "
             "provider.pad_token_id=ID"
         )
-    hf = hf | label_names(classes) | {"pad_token_id": pad}
+    hf = hf | label_names(classes, problem_type) | {"pad_token_id": pad}
     return replace(source, bridge=bridge_for(hf, source.config_from))
+
+
+def _check_head(source: Source, given: Path, problem_type: str, classes: tuple[str, ...]) -> None:
+    """Refuse to go on training a head whose outputs mean something else than the data's.
+
+    Raises:
+        InputError: They do.
+    """
+    count = source.bridge.num_labels
+    assert count is not None
+    own = source.hf_config.get("problem_type") or (REGRESSION if count == 1 else None)
+    if own not in (None, problem_type):
+        raise InputError(
+            f"{given}: is a classifier of problem_type {own}, classification.problem_type is "
+            f"{problem_type}: set that to {own}, or name a language model as init.hf"
+        )
+    names = source.hf_config.get("id2label") or {}
+    known = tuple(str(names.get(str(i))) for i in range(count))
+    # The values of a regression have no names of their own: their number must fit.
+    same = count == len(classes) if problem_type == REGRESSION else known == classes
+    if not same:
+        raise InputError(
+            f"{given}: is a classifier of other classes ({count}: {', '.join(known[:5])}"
+            f"...) than the data's ({len(classes)}: {', '.join(classes[:5])}...). Name the "
+            "language model that it was made from as init.hf."
+        )
 
 
 def _tokenizer(config: TrainingConfig, source: Source, bridge: ModelBridge) -> Any:

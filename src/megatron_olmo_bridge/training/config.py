@@ -204,11 +204,15 @@ class ClassificationConfig:
     text: str = "text"
     """Name of the field or column with the text."""
     label: str = "label"
-    """Name of the field or column with the label."""
+    """Name of the field or column with the label: a class, a list of classes, or a number or a list
+    of numbers, as ``problem_type`` says. Lists in a .csv file are separated by ``;``."""
+    problem_type: str = "single_label_classification"
+    """``single_label_classification``, ``multi_label_classification`` or ``regression``."""
     class_weights: str = "none"
     """``none``, or ``balanced``: inversely to how often a class occurs."""
     patience: int | None = None
-    """Stop after so many evaluations without a better macro-F1, and keep the best."""
+    """Stop after so many evaluations without a better macro-F1 (R2 of a regression), and keep the
+    best."""
     baseline: str | None = None
     """An encoder to train on the same data and to report beside: a folder or a hub id."""
     baseline_lr: float | None = None

@@ -10,10 +10,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import pipeline
 
-from megatron_olmo_bridge.classification.baseline import train_baseline, weighted_losses
+from megatron_olmo_bridge.classification.baseline import class_weights, train_baseline
 from megatron_olmo_bridge.classification.data import Examples, balanced_weights
 from megatron_olmo_bridge.classification.hf import HFClassifier
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
+from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 from megatron_olmo_bridge.training.config import (
     ClassificationConfig,
     EvaluationConfig,
@@ -52,8 +54,8 @@ def test_it_learns_and_is_served(
     assert [line.partition(":")[0] for line in lines] == [
         f">> baseline at step {step}" for step in (40, 80, 120)
     ]
-    found = HFClassifier.load(tmp_path / "a", 12).predict(held_out_examples.texts)
-    assert (torch.tensor(found) == torch.from_numpy(held_out_examples.labels)).float().mean() >= 0.9
+    found = HFClassifier.load(tmp_path / "a", 12).outputs(held_out_examples.texts).argmax(-1)
+    assert (found == torch.from_numpy(held_out_examples.labels)).float().mean() >= 0.9
     serve = pipeline("text-classification", model=str(tmp_path / "a"))
     assert serve("noise1 third noise2")[0]["label"] == "third"
 
@@ -75,11 +77,21 @@ def test_without_progress_it_stops_and_keeps_the_first_state(
 def test_losses_are_weighted_and_do_not_depend_on_how_a_batch_is_cut() -> None:
     logits, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
     weights = torch.from_numpy(balanced_weights(labels.numpy(), 3))
-    whole = weighted_losses(logits, labels, weights)
-    parts = [weighted_losses(logits[i], labels[i], weights) for i in (slice(4), slice(4, 6))]
+    whole = sequence_losses(logits, labels, SINGLE_LABEL, weights)
+    parts = [
+        sequence_losses(logits[i], labels[i], SINGLE_LABEL, weights)
+        for i in (slice(4), slice(4, 6))
+    ]
     assert torch.equal(torch.cat(parts), whole)
     # Over data that the weights were made from, this is the usual weighted mean.
     assert whole.mean() == pytest.approx(cross_entropy(logits, labels, weight=weights).item())
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_only_single_labels_can_be_balanced(problem_type: str, train_examples: Examples) -> None:
+    task = ClassificationConfig(problem_type=problem_type, class_weights="balanced")
+    with pytest.raises(InputError, match=f"problem_type is {problem_type}: set class_weights"):
+        class_weights(task, train_examples)
 
 
 def test_what_cannot_be_loaded(

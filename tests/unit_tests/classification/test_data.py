@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 from megatron_olmo_bridge.classification.data import (
     Examples,
     balanced_weights,
-    class_counts,
     load_examples,
     samples,
     tokenise,
@@ -50,7 +49,6 @@ def test_jsonl(tmp_path: Path) -> None:
     assert train_examples.classes == held_out_examples.classes == ("a", "b")
     assert train_examples.labels.tolist() == [1, 0, 1]
     assert held_out_examples.labels.tolist() == [1]
-    assert class_counts(train_examples) == {"a": 1, "b": 2}
 
 
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
@@ -133,7 +131,7 @@ def test_what_is_said_of_files_and_classes_that_cannot_be(tmp_path: Path) -> Non
         load(single)
     train = jsonl(tmp_path / "t.jsonl", *TWO)
     held_out = jsonl(tmp_path / "v.jsonl", record("a", "x"), record("b", "z"))
-    with pytest.raises(InputError, match=r"v\.jsonl:2: label 'z' never occurs in .*t\.jsonl"):
+    with pytest.raises(InputError, match=r"v\.jsonl:2: label 'z' never occurs in the texts to"):
         load(train, held_out)
 
 
