@@ -37,7 +37,7 @@ def config_of(
         return config, folder / CONFIG, folder
     run_config = dist.path / RUN_CONFIG
     if run_config.is_file():
-        section, where = _model_section(run_config), run_config
+        section, where = model_section(run_config), run_config
         if section is None:
             raise FormatError(f"{run_config}: has no model section")
         values = section
@@ -86,13 +86,13 @@ def check_agreement(
 def _records(dist: TorchDistFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
     """What the checkpoint says of its model, beside a config.json, and the file that says it."""
     run_config = dist.path / RUN_CONFIG
-    if run_config.is_file() and (section := _model_section(run_config)) is not None:
+    if run_config.is_file() and (section := model_section(run_config)) is not None:
         yield run_config, section
     if dist.args:
         yield dist.common_file, dist.args
 
 
-def _model_section(file: Path) -> dict[str, Any] | None:
+def model_section(file: Path) -> dict[str, Any] | None:
     """The ``model`` section of Megatron-Bridge's run_config.yaml, read as data only."""
 
     class Loader(yaml.SafeLoader):

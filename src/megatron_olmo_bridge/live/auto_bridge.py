@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_olmo_bridge.convert.megatron_config import RUN_CONFIG, model_section
+from megatron_olmo_bridge.convert.provenance import LIVE, read_provenance
 from megatron_olmo_bridge.convert.reporter import Reporter
 from megatron_olmo_bridge.convert.source import Source, fetch, open_source
 from megatron_olmo_bridge.convert.to_hf import MAX_SHARD_SIZE, export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError
-from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, known_architectures
+from megatron_olmo_bridge.models.megatron_bridge import (
+    BRIDGE_NAMES,
+    LOADING,
+    check_keywords,
+    missing_name,
+    taken,
+)
 from megatron_olmo_bridge.models.provider import GPTModelProvider
 
 from .export import stream_weights
 from .load import load_weights
 from .save import save_hf, save_megatron
 
+Model = torch.nn.Module | Sequence[torch.nn.Module]
+"""A live model: its chunks, or the only one."""
+
 
 class AutoBridge:
-    """One model, between the two worlds. The names are those that Megatron-Bridge uses::
+    """One model, between the two worlds. The names are those of Megatron-Bridge, whose keywords
+    are taken too or refused by a sentence (docs/megatron-bridge.md)::
 
         provider = AutoBridge.from_hf_pretrained(path).to_megatron_provider()
         provider.tensor_model_parallel_size = 2
@@ -41,10 +56,29 @@ class AutoBridge:
     def __init__(self, bridge: ModelBridge, source: Source | None = None) -> None:
         self.bridge = bridge
         self.source = source
+        self.dtype: torch.dtype | None = None
+        """Of the providers' parameters; None takes the checkpoint's."""
+
+    def __repr__(self) -> str:
+        where = self.source.folder if self.source is not None else "a config, without weights"
+        head = f", {self.bridge.num_labels} labels" if self.bridge.num_labels else ""
+        size = self.bridge.size_name() or f"{self.bridge.family}, {self.bridge.num_layers} layers"
+        return f"AutoBridge({size}{head}, from {where})"
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do instead of a name of Megatron-Bridge that is not here."""
+        raise missing_name("AutoBridge", name, BRIDGE_NAMES)
 
     @classmethod
     def from_hf_pretrained(
-        cls, path: str | Path, *, revision: str | None = None, num_labels: int | None = None
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        num_labels: int | None = None,
+        problem_type: str | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        **megatron_bridge: Any,
     ) -> AutoBridge:
         """Open a Hugging Face checkpoint; its headers are read, its weights not yet.
 
@@ -52,14 +86,27 @@ class AutoBridge:
             path: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``.
             revision: branch, tag or commit on the hub.
             num_labels: instead of a language model's head, a new one of so many classes, of zeros.
+            problem_type: of the new head: ``regression``, ``single_label_classification`` or
+                ``multi_label_classification``.
+            torch_dtype: of the providers' parameters; by default the checkpoint's.
+            megatron_bridge: further keywords of Megatron-Bridge, if they ask for nothing else.
 
         Raises:
             BridgeError: there is none, it is damaged, or of a family that is not known.
         """
+        check_keywords("from_hf_pretrained", megatron_bridge, LOADING)
         source = open_source(fetch(str(path), revision)[0], num_labels=num_labels)
         if source.kind is not Kind.HF:
             raise InputError(f"{path}: is a Megatron checkpoint; use AutoBridge.from_checkpoint()")
-        return cls(source.bridge, source)
+        if problem_type is not None:
+            if num_labels is None:
+                raise InputError("problem_type is that of a new head: pass num_labels too")
+            config = source.hf_config | {"problem_type": problem_type}
+            source = replace(source, bridge=bridge_for(config, source.config_from))
+        bridge = cls(source.bridge, source)
+        if torch_dtype not in (None, "auto"):
+            bridge.dtype = _as_dtype(torch_dtype)
+        return bridge
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> AutoBridge:
@@ -84,9 +131,21 @@ class AutoBridge:
         values = config if isinstance(config, dict) else config.to_dict()
         return cls(bridge_for(values, "the config"))
 
+    @staticmethod
+    def supports(config: Any) -> bool:
+        """Return whether a config's ``architectures`` name a model that is known.
+
+        Args:
+            config: a ``config.json`` as a dictionary, or a transformers config.
+        """
+        values = config if isinstance(config, dict) else config.to_dict()
+        return any(name in known_architectures() for name in values.get("architectures") or [])
+
     @classmethod
-    def can_handle(cls, path: str | Path, *, revision: str | None = None) -> bool:
-        """Whether :meth:`from_hf_pretrained` can open it."""
+    def can_handle(
+        cls, path: str | Path, trust_remote_code: bool = False, *, revision: str | None = None
+    ) -> bool:
+        """Return whether :meth:`from_hf_pretrained` can open it; no code of it is ever run."""
         try:
             cls.from_hf_pretrained(path, revision=revision)
         except BridgeError:
@@ -98,111 +157,222 @@ class AutoBridge:
         """The ``architectures`` of ``config.json`` that are known."""
         return [name for name in known_architectures() if name[0].isupper()]
 
+    @property
+    def transformer_config(self) -> GPTModelProvider:
+        """The model's config for megatron-core: a provider, with nothing to load."""
+        provider = self.to_megatron_provider(load_weights=False)
+        provider.finalize()
+        return provider
+
     def to_megatron_provider(
-        self, load_weights: bool = True, dtype: str | torch.dtype | None = None
+        self,
+        load_weights: bool = True,
+        hf_path: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
     ) -> GPTModelProvider:
-        """The model's config for megatron-core, which also builds it.
+        """Return the model's config for megatron-core, which also builds it.
 
         Args:
             load_weights: fill the model when ``provide_distributed_model`` builds it.
+            hf_path: another checkpoint of the same shape to load from.
             dtype: of its parameters, as torch has it or by name; by default the checkpoint's.
 
         Raises:
             InputError: there are no weights to load, or they have several dtypes.
         """
-        chosen = self._dtype() if dtype is None else getattr(torch, parse_dtype(dtype, keep=False))
+        chosen = self._dtype() if dtype is None else _as_dtype(dtype)
         provider = self.bridge.provider(params_dtype=chosen)
         if load_weights:
-            if self.source is None:
+            if self.source is None and hf_path is None:
                 raise InputError(
-                    "made from a config, there are no weights: pass load_weights=False"
+                    "made from a config, there are no weights: pass load_weights=False, or hf_path"
                 )
             # Every parameter is set from the checkpoint; random ones would be made for nothing.
             provider.initialize = False
-            provider.register_pre_wrap_hook(self.load_hf_weights)
+            provider.register_pre_wrap_hook(partial(self.load_hf_weights, hf_path=hf_path))
         return provider
 
+    def to_megatron_model(
+        self, load_weights: bool = True, hf_path: str | Path | None = None, **options: Any
+    ) -> list[MegatronModule]:
+        """Build the model with its provider; ``options`` are those of
+        ``provide_distributed_model``."""
+        return self.to_megatron_provider(load_weights, hf_path).provide_distributed_model(**options)
+
     def load_hf_weights(
-        self, model: Sequence[torch.nn.Module], *, reporter: Reporter | None = None
-    ) -> None:
+        self,
+        model: Model,
+        hf_path: str | Path | None = None,
+        *,
+        reporter: Reporter | None = None,
+        **megatron_bridge: Any,
+    ) -> list[Any]:
         """Set every parameter of a live model; each process reads its own share of the files.
+
+        Args:
+            model: the chunks, wrapped or not.
+            hf_path: another checkpoint of the same shape to load from.
+
+        Returns:
+            The chunks.
 
         Raises:
             MappingError: the model is not the checkpoint's.
             InputError: there is no checkpoint.
         """
-        if self.source is None:
+        check_keywords("load_hf_weights", megatron_bridge, LOADING)
+        source = self.source if hf_path is None else open_source(fetch(str(hf_path), None)[0])
+        if source is None:
             raise InputError("made from a config: there is no checkpoint to load from")
-        load_weights(model, self.source, reporter)
+        chunks = _chunks(model)
+        load_weights(chunks, source, reporter)
+        return chunks
 
     def export_hf_weights(
-        self, model: Sequence[torch.nn.Module], *, rank: int | None = None, cpu: bool = False
+        self, model: Model, cpu: bool = False, *, rank: int | None = None, **megatron_bridge: Any
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every Hugging Face tensor of a live model, by name, one at a time.
+        """Return every Hugging Face tensor of a live model, by name, one at a time.
 
         All processes must iterate to the end; they come in the order of the checkpoint's files.
 
         Args:
             model: the chunks, wrapped or not.
-            rank: the only process that is given the tensors; by default all are.
             cpu: give them on the CPU instead of the model's device.
+            rank: the only process that is given the tensors; by default all are.
         """
+        check_keywords("export_hf_weights", megatron_bridge, LOADING)
         names = None
         if self.source is not None and self.source.hf_folder is not None:
             names = [n for n in self.source.hf_folder.arrays if n in self.source.mapping.hf_shapes]
             names += self.source.new
-        return stream_weights(model, self.bridge, names=names, to=rank, cpu=cpu)
+        return stream_weights(_chunks(model), self.bridge, names=names, to=rank, cpu=cpu)
 
     def save_hf_pretrained(
         self,
-        model: Sequence[torch.nn.Module],
+        model: Model,
         path: str | Path,
         *,
         max_shard_size: str | int = MAX_SHARD_SIZE,
         overwrite: bool = False,
         reporter: Reporter | None = None,
+        **megatron_bridge: Any,
     ) -> None:
         """Write a live model as a Hugging Face checkpoint, config and tokenizer with it.
 
         Raises:
             OutputError: there is something at ``path``, or the disk is too small.
         """
+        check_keywords("save_hf_pretrained", megatron_bridge, LOADING)
         save_hf(
-            model, self.bridge, path, beside=self._beside(), max_shard_size=max_shard_size,
-            overwrite=overwrite, reporter=reporter,
+            _chunks(model), self.bridge, path, beside=self._beside(),
+            max_shard_size=max_shard_size, overwrite=overwrite, reporter=reporter,
         )  # fmt: skip
 
     def save_megatron_model(
-        self, model: Sequence[torch.nn.Module], path: str | Path, *, iteration: int = 0
+        self,
+        model: Model,
+        path: str | Path,
+        hf_tokenizer_path: str | Path | None = None,
+        *,
+        iteration: int = 0,
+        **megatron_bridge: Any,
     ) -> None:
         """Write a live model as a Megatron checkpoint, by stock megatron-core.
+
+        Args:
+            model: the chunks, wrapped or not.
+            path: the checkpoint root to make.
+            hf_tokenizer_path: folder or hub id of the tokenizer that goes with it; by default the
+                source's.
+            iteration: number of training steps that are in the weights.
 
         Raises:
             OutputError: there is something at ``path``.
         """
-        save_megatron(model, self.bridge, path, beside=self._beside(), iteration=iteration)
+        check_keywords("save_megatron_model", megatron_bridge, LOADING)
+        beside = (
+            self._beside() if hf_tokenizer_path is None else fetch(str(hf_tokenizer_path), None)[0]
+        )
+        save_megatron(_chunks(model), self.bridge, path, beside=beside, iteration=iteration)
 
     def load_megatron_model(
-        self, path: str | Path, *, wrap_with_ddp: bool = False, **fields: Any
+        self,
+        path: str | Path,
+        *,
+        wrap_with_ddp: bool = False,
+        mp_overrides: Mapping[str, Any] | None = None,
+        **fields: Any,
     ) -> list[MegatronModule]:
-        """A live model from a Megatron checkpoint, saved at any layout, loaded at any other.
+        """Build a live model from a Megatron checkpoint, saved at any layout, loaded at any other.
 
         Args:
             path: a checkpoint root or an iteration's folder.
             wrap_with_ddp: for training.
-            fields: of the provider, ``tensor_model_parallel_size=2`` for example.
+            mp_overrides: fields of the provider.
+            fields: the same as keywords, ``tensor_model_parallel_size=2`` for example.
+
+        Raises:
+            InputError: the provider has no such field.
         """
         provider = AutoBridge.from_checkpoint(path).to_megatron_provider()
-        for name, value in fields.items():
+        for name, value in {**(mp_overrides or {}), **fields}.items():
             setattr(provider, name, value)
         return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
 
-    import_ckpt = staticmethod(import_checkpoint)
-    """Hugging Face to Megatron without a model: ``import_checkpoint``."""
-    export_ckpt = staticmethod(export_checkpoint)
-    """Megatron to Hugging Face without a model: ``export_checkpoint``."""
+    @staticmethod
+    def import_ckpt(
+        hf_model_id: str | Path,
+        megatron_path: str | Path,
+        *,
+        torch_dtype: str | torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        """Convert Hugging Face to Megatron without a model.
+
+        Args:
+            hf_model_id: a folder or a hub id.
+            megatron_path: the checkpoint root to make.
+            torch_dtype: the same as ``dtype``.
+            options: those of ``import_checkpoint``.
+        """
+        options = taken(import_checkpoint, options, LOADING)
+        if torch_dtype not in (None, "auto"):
+            options["dtype"] = torch_dtype
+        import_checkpoint(hf_model_id, megatron_path, **options)
+
+    @staticmethod
+    def export_ckpt(megatron_path: str | Path, hf_path: str | Path, **options: Any) -> None:
+        """Convert Megatron to Hugging Face without a model.
+
+        Args:
+            megatron_path: a checkpoint root or an iteration's folder.
+            hf_path: the folder to make.
+            options: those of ``export_checkpoint``.
+        """
+        export_checkpoint(megatron_path, hf_path, **taken(export_checkpoint, options, LOADING))
+
+    @staticmethod
+    def get_hf_model_id_from_checkpoint(path: str | Path) -> str | None:
+        """Return the folder or hub id that a Megatron checkpoint was made from, if it is recorded.
+
+        Raises:
+            BridgeError: there is no checkpoint at ``path``.
+        """
+        kind, folder = detect(Path(path).expanduser())
+        if kind is not Kind.MEGATRON:
+            raise InputError(f"{path}: is not a Megatron checkpoint")
+        recorded = read_provenance(folder)
+        if recorded is not None and recorded["source"] != LIVE:
+            return str(recorded["source"])
+        run_config = folder / RUN_CONFIG
+        section = model_section(run_config) if run_config.is_file() else None
+        identifier = (section or {}).get("hf_model_id")
+        return None if identifier is None else str(identifier)
 
     def _dtype(self) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
         if self.source is not None:
             found = self.source.dtypes
             if len(found) > 1:
@@ -217,3 +387,14 @@ class AutoBridge:
 
     def _beside(self) -> Path | None:
         return self.source.side_folder if self.source is not None else None
+
+
+def _chunks(model: Model) -> list[Any]:
+    """Return the chunks of a model that may be a single one."""
+    return [model] if isinstance(model, torch.nn.Module) else list(model)
+
+
+def _as_dtype(dtype: object) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return getattr(torch, parse_dtype(dtype, keep=False))  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Self
@@ -32,8 +32,11 @@ from megatron_olmo_bridge.nn.classification import GPTModelForSequenceClassifica
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
 from megatron_olmo_bridge.runtime.process_groups import SEED, ensure_process_groups
 
-PreWrapHook = Callable[[list[MegatronModule]], None]
-"""Called with this rank's chunks when they are built and before they are wrapped."""
+from .megatron_bridge import BUILDING, PROVIDER_NAMES, check_keywords, missing_name
+
+PreWrapHook = Callable[[list[MegatronModule]], Sequence[MegatronModule] | None]
+"""Called with this rank's chunks when they are built and before they are wrapped; what it returns,
+if anything, takes their place."""
 
 _UNEVEN_STAGES = (
     "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
@@ -140,6 +143,10 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
                 raise cls._unknown(name)
         made: Self = super().__new__(cls)
         return made
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do instead of a name of Megatron-Bridge that is not here."""
+        raise missing_name(type(self).__name__, name, PROVIDER_NAMES)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field, which is then no longer derived from the others.
@@ -303,9 +310,25 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             vp_stage=vp_stage,
         )
 
-    def register_pre_wrap_hook(self, hook: PreWrapHook) -> None:
-        """Have a function called with the chunks when they are built, before they are wrapped."""
-        self.pre_wrap_hooks.append(hook)
+    def register_pre_wrap_hook(self, hook: PreWrapHook, prepend: bool = False) -> None:
+        """Have a function called with the chunks when they are built, before they are wrapped.
+
+        Args:
+            hook: may return other chunks in their place.
+            prepend: call it before the hooks that are registered already.
+        """
+        self.pre_wrap_hooks.insert(0 if prepend else len(self.pre_wrap_hooks), hook)
+
+    def initialize_model_parallel(self, seed: int = SEED) -> None:
+        """Set up process groups as the fields say, where they aren't yet.
+
+        :meth:`provide_distributed_model` does it too.
+
+        Raises:
+            InputError: The processes are too few, or not a multiple of what the layout takes.
+        """
+        self.finalize()
+        ensure_process_groups(self, seed)
 
     def provide_distributed_model(
         self,
@@ -313,6 +336,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         *,
         wrap_with_ddp: bool = True,
         seed: int = SEED,
+        **megatron_bridge: Any,
     ) -> list[MegatronModule]:
         """Build this rank's chunks of the model, on its GPU or on the CPU, and fill them.
 
@@ -323,6 +347,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             ddp_config: of the gradients' reduction; megatron-core's defaults if absent.
             wrap_with_ddp: for training; without it for inference.
             seed: of initial weights (where none are loaded) and of dropout.
+            megatron_bridge: keywords of Megatron-Bridge's provider, if they ask for nothing else.
 
         Returns:
             One chunk, or as many as ``virtual_pipeline_model_parallel_size``. A chunk is called as
@@ -333,8 +358,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         Raises:
             InputError, UnsupportedError: the layout can't be, or the processes are too few.
         """
-        self.finalize()
-        ensure_process_groups(self, seed)
+        check_keywords("provide_distributed_model", megatron_bridge, BUILDING)
+        self.initialize_model_parallel(seed)
         virtual = self.virtual_pipeline_model_parallel_size
         device = torch.cuda.current_device()
         chunks = []
@@ -345,7 +370,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
                 tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
             chunks.append(chunk)
         for hook in self.pre_wrap_hooks:
-            hook(chunks)
+            chunks = list(hook(chunks) or chunks)
         return self._wrapped(chunks, ddp_config or DistributedDataParallelConfig(), wrap_with_ddp)
 
     def _wrapped(
