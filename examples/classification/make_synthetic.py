@@ -4,8 +4,8 @@
 
 Each class has a few words of its own, which stand in its texts amid noise that all classes share;
 some texts have the words of the class beside theirs, so that no model gets them all right.
-With --problem-type multi_label_classification a text has the words of up to three classes, and a list
-of labels; with regression its label is a number, by which the class is one of a scale from 0 to 1.
+With --problem-type multi_label_classification a text has the words of up to three classes, and a
+list of labels; with regression its label is a number: the place of its class on a scale of 0 to 1.
 OUT gets train.jsonl, validation.jsonl, olmo2-tiny/ (to be fine-tuned) and modernbert-tiny/ (the
 baseline), both with random weights and a tokenizer of the texts' words. Needs no network.
 """

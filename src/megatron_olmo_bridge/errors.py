@@ -1,10 +1,10 @@
 """Everything that can go wrong, as exceptions. Each message says what, where, and what to do."""
 
-from collections.abc import Iterable
+import collections.abc
 from difflib import get_close_matches
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: collections.abc.Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for a message, or nothing where no known name is near."""
     found = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
