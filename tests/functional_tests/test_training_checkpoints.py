@@ -227,6 +227,14 @@ def test_moments_of_another_run(place: Place) -> None:
     assert abs(slower.curve[6][0] - later[1][0]) < abs(later[6][0] - later[1][0])
 
 
+def test_a_run_that_saves_nothing_says_so(place: Place) -> None:
+    """When it begins."""
+    run = place.run("nothing", "checkpoint.save=null", "train.steps=5").done()
+    lost = ">> No checkpoint, log or report will be saved, and the trained weights will be lost"
+    assert lost in run.said.partition("1/5")[0]
+    assert not run.folder.exists()
+
+
 def test_runs_are_not_mixed(place: Place, alone: Run, whole: Run) -> None:
     before = tree_hash(alone.folder)
     other = place.run("alone", "optimizer.lr=1e-3", "train.steps=20")

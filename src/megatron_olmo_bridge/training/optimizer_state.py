@@ -8,7 +8,8 @@ megatron-core's distributed optimizer has two formats (``DistributedOptimizer.sh
 - ``fully_reshardable``: the buffers are gathered and cut into parameters, which can be loaded at
   any layout. That takes the whole state of a tensor and pipeline shard in one place.
 
-An optimizer that is not distributed has parameters, and is fully reshardable as it is.
+An optimizer that is not distributed has parameters, and is fully reshardable as it is. One limit is
+left: with expert parallelism experts have an optimizer of their own, without it they have not.
 """
 
 from __future__ import annotations
@@ -72,6 +73,31 @@ def model_parallel_layout(chunks: Sequence[Any]) -> dict[str, int | None]:
     return layout
 
 
+def check_parts(folder: Path, saved: dict[Any, Any], optimizer: Any) -> None:
+    """Refuse the state of a run with expert parallelism in one without, and the other way round.
+
+    Args:
+        folder: the checkpoint's.
+        saved: ``optimizer`` of its common state; that of several optimizers is kept by number.
+        optimizer: that it is to be loaded into.
+
+    Raises:
+        InputError: the numbers of optimizers differ.
+    """
+    before = sum(isinstance(key, int) for key in saved) or 1
+    here = len(getattr(optimizer, "chained_optimizers", [optimizer]))
+    if before == here:
+        return
+    above, one = "parallel.ep above 1", "parallel.ep=1"
+    was, this = (above, one) if before > here else (one, above)
+    raise InputError(
+        f"{folder}: its optimizer state is of a run with {was}, where experts have "
+        f"{'an' if before > here else 'no'} optimizer of their own, and can't be loaded with "
+        f"{this}. Resume with {was}; or begin another run with the weights alone, by "
+        "init.checkpoint without init.optimizer."
+    )
+
+
 def check_loadable(
     folder: Path, saved_at: dict[str, int | None] | None, chunks: Sequence[Any]
 ) -> None:
@@ -102,5 +128,5 @@ def check_loadable(
             "Resume at the layout that it was saved at. To change the layout, start the command "
             "once more at the saved layout with checkpoint.fully_reshardable=all: it first saves "
             "this step again, for any layout, and can then be stopped with Ctrl-C. The last "
-            "checkpoint of a finished run is for any layout."
+            "checkpoint of a finished run is for any layout, unless it was told otherwise."
         )

@@ -21,6 +21,7 @@ from megatron_olmo_bridge.runtime.process_groups import on_first
 
 from .optimizer_state import (
     check_loadable,
+    check_parts,
     content_metadata,
     is_distributed,
     is_fully_reshardable,
@@ -78,6 +79,7 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
     for_any_layout = is_fully_reshardable(saved_content(folder))
     if not for_any_layout:
         check_loadable(folder, progress.get("model_parallel_layout"), chunks)
+    check_parts(folder, common["optimizer"], optimizer)
     with_torch = _torch_optimizers(optimizer)
     for part in with_torch:
         _allocate(part.optimizer)
