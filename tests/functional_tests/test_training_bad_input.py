@@ -47,6 +47,9 @@ class Case:
     says: tuple[str, ...]
     damage: Callable[[Path], object] = lambda here: None
     """Given HERE, before."""
+    late: bool = False
+    """Found while tokens, weights or optimizer state are read, or by writing: not in a dry run.
+    That there is no data is none of its errors either: what a run takes can be reckoned without."""
 
 
 def each(says: str, *words: str) -> list[Case]:
@@ -198,7 +201,7 @@ def cut(name: str) -> Callable[[Path], None]:
 MINE = "data.path=HERE/mine"
 UNSAVED = "checkpoint.save=null"
 DATA = [
-    Case("data.path=[]", ("no data", "data.path=PREFIX", "prepare-data")),
+    Case("data.path=[]", ("no data", "data.path=PREFIX", "prepare-data"), late=True),
     Case(MINE, ("HERE/mine.idx: no such file",)),
     Case("data.validation=HERE/mine", ("HERE/mine.idx: no such file",)),
     Case("data.path=DATA/olmo2.py", ("olmo2.py.idx: no such file",)),
@@ -216,13 +219,15 @@ DATA = [
     Case(MINE, ("HERE/mine.json", "other tokens"), recorded(tokens=399)),
     # Of other tools nobody recorded the largest token: it is found when it comes up.
     Case(f"{MINE} {UNSAVED}", ("token 1024, the model has 1024", "another tokenizer"),
-         dataset(400, 1024)),
-    Case(f"{MINE} {UNSAVED}", ("token -3, the model has 1024",), dataset(400, -3, np.int32)),
+         dataset(400, 1024), late=True),
+    Case(f"{MINE} {UNSAVED}", ("token -3, the model has 1024",), dataset(400, -3, np.int32),
+         late=True),
     Case("data.weights=[1,2]", ("data.weights has 2 values for 1 paths",)),
     *(Case(f"data.path=[DATA/train,DATA/valid] data.weights=[{weights}]",
            ("data.weights", "must be more than 0"))
       for weights in ("0,0", "1,-1", "1,0", ".nan,1", ".inf,1")),
-    Case("data.cache=DATA/olmo2.py", ("DATA/olmo2.py", "index of samples", "data.cache=DIR")),
+    Case("data.cache=DATA/olmo2.py", ("DATA/olmo2.py", "index of samples", "data.cache=DIR"),
+         late=True),
     Case("data.tokenizer=nowhere", ("nowhere: no such folder",)),
     Case("data.tokenizer=DATA/olmo2.py", ("olmo2.py: is a file", "folder")),
 ]  # fmt: skip
@@ -238,7 +243,8 @@ INIT = [
     Case("init.optimizer=true", ("init.checkpoint: name it",)),
     Case("init.optimizer=true init.checkpoint=DATA/hf", ("DATA/hf: has no optimizer's state",)),
     Case("init.optimizer=true init.checkpoint=DATA/imported",
-         ("imported/iter_0000000: has no optimizer's state", "leave out init.optimizer")),
+         ("imported/iter_0000000: has no optimizer's state", "leave out init.optimizer"),
+         late=True),
     Case("init.hf=DATA/hf model.hidden_size=64", ("model.hidden_size", "is that of init.hf")),
     Case("init.hf=DATA/classifier", ("a classifier of 5 labels", "the recipe complaints")),
     Case("init.hf=HERE/copy", ("model.safetensors: truncated",),
@@ -281,7 +287,8 @@ def without_common_state(here: Path) -> None:
 FOLDERS = [
     Case("checkpoint.save=DATA/olmo2.py", ("checkpoint.save=", "olmo2.py is a file")),
     Case("checkpoint.save=DATA/olmo2.py/x", ("checkpoint.save=", "olmo2.py is a file")),
-    Case("checkpoint.save=/proc/none", ("checkpoint.save=/proc/none: can't be written",)),
+    Case("checkpoint.save=/proc/none", ("checkpoint.save=/proc/none: can't be written",),
+         late=True),
     Case("export.hf=DATA/olmo2.py", ("export.hf=", "olmo2.py is a file")),
     Case("checkpoint.save=DATA/hf", ("is a Hugging Face checkpoint", "another folder")),
     Case("checkpoint.save=DATA/imported", ("no run of this command saved", "init.checkpoint")),
@@ -301,8 +308,9 @@ FOLDERS = [
     Case(AGAIN, (TRACKER, "'banana'", "no such checkpoint"), written(f"run/{TRACKER}", "banana")),
     Case(AGAIN, (TRACKER, "'7'", "no such checkpoint"), written(f"run/{TRACKER}", "7")),
     Case(AGAIN, (TRACKER, "''", "no such checkpoint"), written(f"run/{TRACKER}", "")),
-    Case(AGAIN, ("log.jsonl: line 1", "Delete that line"), written("run/log.jsonl", '{"x\n{}\n')),
-    *(Case(AGAIN, (LAST, what, "earlier checkpoint", TRACKER), damage)
+    Case(AGAIN, ("log.jsonl: line 1", "Delete that line"), written("run/log.jsonl", '{"x\n{}\n'),
+         late=True),
+    *(Case(AGAIN, (LAST, what, "earlier checkpoint", TRACKER), damage, late=True)
       for what, damage in (
           ("truncated", written(f"run/{LAST}/__0_0.distcp", "")),
           ("__0_0.distcp", removed(f"run/{LAST}/__0_0.distcp")),
@@ -311,8 +319,10 @@ FOLDERS = [
           ("no optimizer's state", without_common_state),
           ("can't be loaded", removed(f"run/{LAST}/metadata.json")),
       )),
-    Case(f"logging.tensorboard=true {UNSAVED}", ("logging.tensorboard", "set checkpoint.save")),
-    Case(f"logging.wandb_project=x {UNSAVED}", ("logging.wandb_project", "pip install wandb")),
+    Case(f"logging.tensorboard=true {UNSAVED}", ("logging.tensorboard", "set checkpoint.save"),
+         late=True),
+    Case(f"logging.wandb_project=x {UNSAVED}", ("logging.wandb_project", "pip install wandb"),
+         late=True),
 ]  # fmt: skip
 
 
@@ -366,6 +376,12 @@ def test_is_refused_before_anything_is_planned(case: Case, place: Place, tmp_pat
 @pytest.mark.parametrize("case", named([*RECIPES, *VALUES, *DATA, *INIT, *FOLDERS]))
 def test_is_refused(case: Case, place: Place, tmp_path: Path) -> None:
     refused(case, place, tmp_path)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("case", named([c for c in [*DATA, *INIT, *FOLDERS] if not c.late]))
+def test_a_dry_run_refuses_it_too(case: Case, place: Place, tmp_path: Path) -> None:
+    refused(case, place, tmp_path, "--dry-run")
 
 
 def refused(case: Case, place: Place, here: Path, *options: str) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_olmo_bridge.convert.execute import check_output
 from megatron_olmo_bridge.convert.plan import WORKERS, CopyPlan
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
@@ -28,7 +29,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it 
 Checksum = Annotated[
     bool, typer.Option("--checksum", help="Record a SHA-256 of each file (reads all once more).")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check all, print the plan, and write nothing.")
+]
 Heads = Annotated[
     int | None, typer.Option(min=1, help="Attention heads, if SRC is of OLM, which doesn't say.")
 ]
@@ -133,7 +136,7 @@ def import_(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of a download
     if dry_run:
         plan, _ = to_megatron.plan_import(source, **options)
-        return _show_plans([_summary(plan, destination)])
+        return _dry_run([(plan, destination)], resume, overwrite)
     begin = time.monotonic()
     with ProgressBar() as bar:
         plan = to_megatron.import_checkpoint(
@@ -217,7 +220,8 @@ def export(
     _check_push(push_to_hub, private, revision, iteration)
     if dry_run:
         exports = to_hf.plan_exports(source, destination, **options)
-        outcome = _show_plans([_summary(plan, folder) for plan, _, folder in exports.plans])
+        planned = [(plan, folder) for plan, _, folder in exports.plans]
+        outcome = _dry_run(planned, resume, overwrite)
         exports.check_all_planned("as above")
         return outcome
     begin = time.monotonic()
@@ -298,7 +302,7 @@ def average(
     }  # fmt: skip
     if dry_run:
         plan, _ = plan_average(sources, destination, **options)
-        return _show_plans([_summary(plan, destination)])
+        return _dry_run([(plan, destination)], resume, overwrite)
     begin = time.monotonic()
     with ProgressBar() as bar:
         plan = average_checkpoints(
@@ -331,16 +335,19 @@ def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
     }
 
 
-def _show_plans(plans: list[dict[str, Any]]) -> Outcome:
-    """Say what would be written: one plan, or one for each iteration."""
-    for plan in plans:
-        table(["file", "bytes"], [[n, f"{b:,}"] for n, b in plan["files"].items()])
+def _dry_run(planned: list[tuple[CopyPlan, Path]], resume: bool, overwrite: bool) -> Outcome:
+    """Say what would be written, or refuse it as the run would: one plan, or one an iteration."""
+    for plan, folder in planned:
+        check_output(plan, folder, resume=resume, overwrite=overwrite)
+    plans = [_summary(plan, folder) for plan, folder in planned]
+    for summary in plans:
+        table(["file", "bytes"], [[n, f"{b:,}"] for n, b in summary["files"].items()])
         say(
-            f"{plan['operation']} of {plan['tensors']} tensors: reads "
-            f"{human_bytes(plan['bytes_read'])}, writes {human_bytes(plan['bytes_written'])}; "
-            f"{human_bytes(plan['disk_free'])} are free. Expect about "
-            f"{plan['expected_seconds']} s at {EXPECTED_RATE / 1e6:.0f} MB/s. "
-            "Nothing was written."
+            f"{summary['operation']} of {summary['tensors']} tensors: reads "
+            f"{human_bytes(summary['bytes_read'])}, writes "
+            f"{human_bytes(summary['bytes_written'])}; {human_bytes(summary['disk_free'])} are "
+            f"free. Expect about {summary['expected_seconds']} s at "
+            f"{EXPECTED_RATE / 1e6:.0f} MB/s. Nothing was written."
         )
     return Outcome({"plans": plans})
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from .command import Outcome, register
 from .console import output, say
 
 if TYPE_CHECKING:
+    from megatron_olmo_bridge.convert.source import Source
     from megatron_olmo_bridge.training.config import TrainingConfig
 
 STOPPED = "75 stopped when asked to, and saved"
@@ -107,15 +109,38 @@ def _start(processes: int, arguments: list[str]) -> dict[str, Any] | None:
 
 def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     _no_warnings()
+    from megatron_olmo_bridge.training.checkpoint import last_step
     from megatron_olmo_bridge.training.estimate import estimate
+    from megatron_olmo_bridge.training.folder import check_folders
     from megatron_olmo_bridge.training.layout import checks, smallest
     from megatron_olmo_bridge.training.train import resolved
 
     from .dry_run import dry_run_result, print_dry_run
 
-    config, _ = resolved(config)
+    config, source = resolved(config)
     count = processes or int(os.environ.get("WORLD_SIZE", "0")) or smallest(config)
     checks(config, count)
+    check_folders(config)
+    if config.checkpoint.save:
+        last_step(Path(config.checkpoint.save).expanduser())
+    _check_data(config, source)
     found = estimate(config, count)
     print_dry_run(config, found)
     return dry_run_result(config, found)
+
+
+def _check_data(config: TrainingConfig, source: Source | None) -> None:
+    """Refuse data that the run would refuse. Without data, the rest can be reckoned still."""
+    from megatron_olmo_bridge.classification.data import load_examples
+    from megatron_olmo_bridge.training.layout import model_of
+    from megatron_olmo_bridge.training.token_data import check_data
+    from megatron_olmo_bridge.training.train import tokenizer_folder
+
+    if config.classification is not None:
+        if config.classification.train:
+            load_examples(config.classification)
+    elif config.data.path:
+        vocab_size, length = model_of(config).vocab_size, config.train.sequence_length
+        tokenizer_folder(config, source, check_data(config.data, vocab_size, length))
+    else:
+        say("No data is named yet: the run itself needs data.path=PREFIX.\n")

@@ -79,6 +79,15 @@ def execute(
     processes.wait_for_each_other()
 
 
+def check_output(plan: CopyPlan, destination: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse what :func:`execute` would refuse before it writes; arguments as there.
+
+    Raises:
+        OutputError: the output exists, overlaps the source, can't be written or the disk is full.
+    """
+    Stage(destination.expanduser(), plan, resume=resume, overwrite=overwrite)
+
+
 def finish(
     stage: Stage,
     plan: CopyPlan,

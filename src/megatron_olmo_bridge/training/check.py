@@ -68,6 +68,8 @@ def check_values(config: TrainingConfig) -> None:
     init = config.init
     if init.hf and init.checkpoint:
         raise InputError("give either init.hf or init.checkpoint")
+    if init.optimizer and not init.checkpoint:
+        raise InputError("init.optimizer=true takes the optimizer from init.checkpoint: name it")
     if init.revision and not init.hf:
         raise InputError(f"init.revision={init.revision} is one of a hub id: name it as init.hf")
 

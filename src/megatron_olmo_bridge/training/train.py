@@ -13,7 +13,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
 from megatron_olmo_bridge.convert.source import Source, fetch, open_source
-from megatron_olmo_bridge.data.info import read_info
+from megatron_olmo_bridge.data.info import DataInfo, read_info
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.live.auto_bridge import AutoBridge
@@ -91,7 +91,7 @@ class LanguageModel:
         bridge, layout = model_of(self.config), Layout.of(self.config, dist.get_world_size())
         data = TokenData.open(self.config, bridge.vocab_size)
         task = LanguageModelling(self.config, data, bridge.vocab_size, layout.micro_batches)
-        return task, tokenizer_folder(self.config, self.source, data)
+        return task, tokenizer_folder(self.config, self.source, data.info)
 
 
 def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
@@ -101,8 +101,6 @@ def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
         BridgeError: as :func:`train`.
     """
     config, source = subject.config, subject.source
-    if config.init.optimizer and not config.init.checkpoint:
-        raise InputError("init.optimizer=true takes the optimizer from init.checkpoint: name it")
     checks(config, started_together())
     watch = Watch(config.stability)
     bridge = model_of(config)
@@ -233,7 +231,9 @@ def _model_and_optimizer(
     return chunks, optimizer
 
 
-def tokenizer_folder(config: TrainingConfig, source: Source | None, data: TokenData) -> Path | None:
+def tokenizer_folder(
+    config: TrainingConfig, source: Source | None, prepared: list[DataInfo]
+) -> Path | None:
     """Folder with the tokenizer's files, which go with every checkpoint and export.
 
     Raises:
@@ -241,7 +241,7 @@ def tokenizer_folder(config: TrainingConfig, source: Source | None, data: TokenD
     """
     if config.data.tokenizer is None and source is not None and source.side_folder is not None:
         return source.side_folder
-    named = config.data.tokenizer or data.info[0].tokenizer
+    named = config.data.tokenizer or prepared[0].tokenizer
     if named is None or Path(named).is_dir():
         return Path(named) if named else None
     if Path(named).is_file():

@@ -150,6 +150,39 @@ def test_the_dry_runs_plan_is_the_one_carried_out(tiny_hf: Path, tmp_path: Path)
     assert said["bytes_written"] == planned["bytes_written"]
 
 
+def test_a_dry_run_refuses_what_the_run_would(
+    tiny_hf: Path, tiny_megatron: Path, tmp_path: Path
+) -> None:
+    """With the same message and exit code, and without touching anything."""
+    existing, file = tmp_path / "existing", tmp_path / "file"
+    existing.mkdir()
+    (existing / "mine").write_text("precious")
+    file.write_text("precious")
+    before = tree(tmp_path)
+    for command, *sources in (
+        ("import", tiny_hf), ("export", tiny_megatron), ("average", tiny_hf, tiny_hf),
+    ):  # fmt: skip
+        for destination, says in ((existing, "exists already"), (file, "is a file")):
+            planned = run(command, *sources, destination, "--dry-run")
+            real = run(command, *sources, destination)
+            assert says in real.stderr
+            assert planned.exit_code == real.exit_code == 2
+            assert planned.stderr == real.stderr
+        assert run(command, *sources, existing, "--dry-run", "--overwrite").exit_code == 0
+    assert tree(tmp_path) == before
+
+
+def test_a_dry_run_looks_at_the_disk(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    planned = run("import", tiny_hf, tmp_path / "m", "--dry-run")
+    assert planned.exit_code == 2
+    assert planned.stderr == run("import", tiny_hf, tmp_path / "m").stderr
+    assert "the disk is too small: 2,200,527 bytes needed, 1,000 free" in planned.stderr
+
+
 def test_a_dry_run_has_a_plan_for_each_iteration(tiny_megatron: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_megatron, tmp_path / "m")
     shutil.copytree(tmp_path / "m/iter_0000000", tmp_path / "m/iter_0000004")
