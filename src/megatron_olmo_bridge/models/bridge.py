@@ -152,7 +152,8 @@ class ModelBridge(ABC):
             names = {n: f"{prefix}.{n}" for n in stored if n not in heads and
                      not n.startswith(f"{prefix}.")}  # fmt: skip
         known = {names.get(name, name) for name in stored}
-        if self.is_tied and HF_HEAD in known and self.hf_embedding not in known:
+        has_layers = any(name.startswith(self.hf_layers) for name in known)
+        if self.is_tied and has_layers and HF_HEAD in known and self.hf_embedding not in known:
             names[HF_HEAD] = self.hf_embedding
         return names
 

@@ -47,6 +47,8 @@ def test_the_first_checkpoints_have_no_prefix() -> None:
         "wte.weight": "transformer.wte.weight"
     }
     assert bridge.hf_names(["transformer.wte.weight"]) == {}
+    # Another model's head is not taken for the embedding.
+    assert bridge.hf_names(["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]) == {}
     reason = bridge.mapping_registry().resolve().reason_to_ignore
     assert reason("transformer.h.3.attn.bias") == "the causal mask, not a weight"
     assert reason("transformer.h.3.attn.c_attn.bias") is None
