@@ -1,0 +1,67 @@
+"""Every command with a wrong input: one message on one screen, no traceback, nothing left behind.
+
+The test goes through the commands that there are: a new one without a row here fails.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_olmo_bridge.cli.app import app
+
+SCREEN = 24
+WIDTH = 80
+WRONG: dict[str, list[tuple[str, str]]] = {
+    "synth": [("olmo2-2b OUT", "'olmo2-2b' is not known"), ("olmo2-tiny OUT --dtype int4", "int4")],
+    "import": [("EMPTY OUT", "EMPTY"), ("FILE OUT", "FILE"), ("EMPTY OUT --heads many", "--heads")],
+    "export": [("EMPTY OUT", "EMPTY"), ("FILE OUT", "FILE")],
+    "average": [("EMPTY EMPTY OUT", "EMPTY"), ("EMPTY EMPTY OUT --weights heavy", "heavy")],
+    "verify": [("EMPTY", "EMPTY"), ("EMPTY FILE", "EMPTY"), ("absent", "absent")],
+    "inspect": [("EMPTY", "EMPTY"), ("FILE", "FILE"), ("absent", "absent")],
+    "models": [("olmo2", "unexpected extra argument")],
+    "doctor": [("--fix", "No such option")],
+    "compare": [("EMPTY EMPTY", "EMPTY"), ("EMPTY EMPTY --tp 0", "--tp")],
+    "roundtrip": [("EMPTY", "EMPTY"), ("EMPTY --tokens 1", "--tokens")],
+    "generate": [("EMPTY", "--prompt"), ("EMPTY --tokens a,b", "a,b"),
+                 ("EMPTY --tokens 1", "EMPTY")],
+    "prepare-data": [("absent.txt OUT --tokenizer EMPTY", "absent.txt"),
+                     ("FILE OUT --tokenizer EMPTY", "FILE"), ("FILE OUT", "--tokenizer")],
+    "recipes": [("--nothing", "No such option")],
+    "train": [("absent.py", "absent.py"), ("FILE", "FILE"), ("FILE train.steps", "FILE")],
+    "report": [("EMPTY", "EMPTY"), ("FILE", "FILE"), ("absent", "absent")],
+}  # fmt: skip
+"""For each command: arguments, and what the message must name."""
+CASES = [(command, *case) for command, cases in WRONG.items() for case in cases]
+
+
+def test_every_command_has_a_row() -> None:
+    assert WRONG.keys() == {command.name for command in app.registered_commands}
+
+
+@pytest.mark.parametrize(("command", "arguments", "names"), CASES)
+def test_it_is_refused_on_one_screen(
+    command: str, arguments: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As people see it, and as a script reads it."""
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("not what you think")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    words = [command, *arguments.split()]
+
+    shown = CliRunner().invoke(app, words)
+    scripted = CliRunner().invoke(app, [*words, "--json"])
+
+    assert shown.exit_code == scripted.exit_code == 2
+    assert shown.stdout == ""
+    assert names in shown.stderr
+    assert "Traceback" not in shown.stderr
+    lines = shown.stderr.splitlines()
+    assert sum(1 + (len(line) - 1) // WIDTH for line in lines) <= SCREEN
+    envelope = json.loads(scripted.stdout)
+    assert (envelope["command"], envelope["ok"], envelope["result"]) == (command, False, None)
+    assert names in envelope["error"]["message"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "FILE"]
+    assert list((tmp_path / "EMPTY").iterdir()) == []
