@@ -31,6 +31,13 @@ def sizes(incomplete: str) -> list[str]:
     return [name for name in published_sizes() if name.startswith(incomplete)]
 
 
+def recipe_names(incomplete: str) -> list[str]:
+    """Complete the name of a recipe."""
+    from megatron_olmo_bridge.training.named_recipes import named_recipes
+
+    return [recipe.name for recipe in named_recipes() if recipe.name.startswith(incomplete)]
+
+
 def iterations(context: typer.Context, incomplete: str) -> list[str]:
     """Complete an iteration of the checkpoint root that the command line names already."""
     if not context.args:  # an option without its value ends the parsing before any argument's

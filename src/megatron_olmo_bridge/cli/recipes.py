@@ -12,6 +12,7 @@ import typer
 from megatron_olmo_bridge.errors import InputError, nearest
 
 from .command import Outcome, register
+from .completion import recipe_names
 from .console import say, table
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def add_to(app: typer.Typer) -> None:
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this recipe or script.")
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Print this recipe or script.", autocompletion=recipe_names
+        ),
     ] = None,
     path: Annotated[bool, typer.Option("--path", help="Print where NAME is instead.")] = False,
 ) -> Outcome:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .command import Outcome, register
+from .completion import recipe_names
 from .console import output, say
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def train(
         typer.Argument(
             metavar="RECIPE",
             help="A name that `olmo-bridge recipes` lists, or FILE.py, or FILE.py:FUNCTION.",
+            autocompletion=recipe_names,
         ),
     ],
     overrides: Annotated[

@@ -39,6 +39,11 @@ def test_names_of_models() -> None:
     assert completed("synth", "olmo2-") == [n for n in published_sizes() if n.startswith("olmo2-")]
 
 
+@pytest.mark.parametrize("command", ["train", "recipes"])
+def test_names_of_recipes(command: str) -> None:
+    assert completed(command, "olmo3_") == ["olmo3_7b", "olmo3_7b:stage2"]
+
+
 @pytest.mark.parametrize(
     ("words", "values"),
     [
