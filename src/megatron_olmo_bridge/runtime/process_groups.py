@@ -36,6 +36,8 @@ _FIRST_PORT, _PORTS = 15000, 15000
 
 _waiting: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 """The default group, and the group on gloo that waits in its place."""
+_timeout = timedelta(minutes=TIMEOUT_MINUTES)
+"""Of the groups that are made here."""
 
 
 def ensure_process_groups(
@@ -55,12 +57,14 @@ def ensure_process_groups(
             of them on this machine than GPUs, or the groups exist already for another layout. The
             message has the command to use.
     """
+    global _timeout
+    _timeout = timedelta(minutes=timeout_minutes)
     begun = dist.is_initialized()
     if not begun and "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         add_slurm(os.environ)
     ensure_cpu_runtime()
     if not begun:
-        _init_distributed(timedelta(minutes=timeout_minutes))
+        _init_distributed(_timeout)
     tensor = layout.tensor_model_parallel_size
     pipeline = layout.pipeline_model_parallel_size
     virtual = layout.virtual_pipeline_model_parallel_size
@@ -134,8 +138,7 @@ def _waiting_group() -> dist.ProcessGroup:
     if dist.get_backend() == "gloo":
         return world
     if _waiting is None or _waiting[0] is not world:
-        timeout = timedelta(minutes=TIMEOUT_MINUTES)
-        _waiting = world, dist.new_group(backend="gloo", timeout=timeout)
+        _waiting = world, dist.new_group(backend="gloo", timeout=_timeout)
     return _waiting[1]
 
 

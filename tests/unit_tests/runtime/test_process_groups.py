@@ -194,7 +194,7 @@ def test_all_groups_wait_as_long_as_they_are_told(minutes: int) -> None:
 @pytest.mark.usefixtures("by_itself")
 def test_under_nccl_the_others_wait_on_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one group, made once; and anew after the groups are destroyed."""
-    ensure_process_groups(layout())
+    ensure_process_groups(layout(), timeout_minutes=7)
     original, waited = dist.broadcast_object_list, []
     monkeypatch.setattr(dist, "get_backend", lambda *_: "nccl")
     monkeypatch.setattr(
@@ -204,7 +204,8 @@ def test_under_nccl_the_others_wait_on_gloo(monkeypatch: pytest.MonkeyPatch) -> 
     assert on_first(lambda: 1) == on_first(lambda: 1)
     wait_for_all()
     assert waited[0] is waited[1] is not dist.group.WORLD
-    assert waited[0]._get_backend(torch.device("cpu")).name() == "gloo"
+    backend = waited[0]._get_backend(torch.device("cpu"))
+    assert (backend.name(), backend.options._timeout) == ("gloo", timedelta(minutes=7))
 
     destroy_process_groups()
     ensure_process_groups(layout())
