@@ -92,6 +92,7 @@ def _fused_attn(folder: Path) -> str:
 
 
 def _called_by_transformer_engine() -> bool:
+    """Of the function that calls this: whether its own caller is Transformer Engine's code."""
     return str(sys._getframe(2).f_globals.get("__name__")).startswith("transformer_engine")
 
 
@@ -100,13 +101,14 @@ def gpu_for_transformer_engine() -> Any:
     """Transformer Engine's code, and no other, finds an H100; its tensors are on the CPU."""
     h100 = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132)
     replaced = {
-        (torch.cuda, "is_available"): _called_by_transformer_engine,
-        (torch.cuda, "device_count"): lambda: 1,
+        (torch.cuda, "is_available"): lambda: _called_by_transformer_engine(),
+        (torch.cuda, "device_count"): lambda: int(_called_by_transformer_engine()),
         (torch.cuda, "get_device_properties"): lambda device=None: h100,
         (torch.cuda, "get_device_capability"): lambda device=None: (h100.major, h100.minor),
         (torch.cuda, "is_current_stream_capturing"): lambda: False,
         (torch.cuda, "device"): lambda device: contextlib.nullcontext(),
         (torch.cuda, "Stream"): MagicMock,
+        (torch.cuda, "stream"): lambda stream: contextlib.nullcontext(),
         (torch.cuda, "Event"): MagicMock,
         (torch.cuda.nvtx, "range_push"): lambda message: None,
         (torch.cuda.nvtx, "range_pop"): lambda: None,

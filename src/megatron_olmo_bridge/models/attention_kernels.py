@@ -27,7 +27,7 @@ class AttentionKernel:
 
 
 def attention_kernels() -> list[AttentionKernel]:
-    """What the largest published size of each family would take on this machine's GPU.
+    """What each family's largest size, its last one, would take on this machine's GPU.
 
     Empty where Transformer Engine can't be used: attention is then torch's
     ``scaled_dot_product_attention``.

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError, nearest
+from megatron_olmo_bridge.models import fusions as fused
 from megatron_olmo_bridge.nn.backends import (
     AUTO,
     TRANSFORMER_ENGINE,
@@ -78,6 +79,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     backend: str = AUTO
     """Modules of the layers: ``transformer_engine``, ``local``, or ``auto`` for the best that runs
     here."""
+    fusions: bool = True
+    """Whether what can be fused beside Transformer Engine is fused: ``models/fusions.py``."""
     init_truncation: float | None = None
     """Initial weights are normal with ``init_method_std``, all of them alike, cut off at so many
     standard deviations: OLMo's are at 3. None leaves them to megatron-core, whose last layers of
@@ -115,8 +118,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
                 partial(_truncated_normal, std=self.init_method_std, at=self.init_truncation)
             )
         if resolved_name(self.backend) == TRANSFORMER_ENGINE:
-            # Its fused kernel takes sines and cosines in float32; the unfused one rounds them.
-            self.apply_rope_fusion = True
+            fused.set_fused_fields(self)
         try:
             super().__post_init__()
         except (AssertionError, ValueError) as error:
@@ -217,6 +219,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             InputError: a combination that can't be.
             UnsupportedError: one that could be, but isn't supported.
         """
+        fused.refuse_unsupported(self)
         self._check_layout()
         check_problem_type(self.problem_type, self.num_labels)
         self.__post_init__()
@@ -360,6 +363,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         """
         check_keywords("provide_distributed_model", megatron_bridge, BUILDING)
         self.initialize_model_parallel(seed)
+        if self.fusions and self.modules.transformer_engine:
+            self.gradient_accumulation_fusion = wrap_with_ddp and fused.can_fuse_gradients()
         virtual = self.virtual_pipeline_model_parallel_size
         device = torch.cuda.current_device()
         chunks = []

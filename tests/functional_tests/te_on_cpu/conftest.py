@@ -30,10 +30,16 @@ Build = Callable[..., Chunks]
 @pytest.fixture(scope="session", autouse=True)
 def runtime() -> Iterator[None]:
     """megatron-core on the CPU, and an H100 that Transformer Engine alone sees."""
+    from megatron.core.transformer.moe import moe_utils
+
     from megatron_olmo_bridge.nn import backends
     from megatron_olmo_bridge.runtime.cpu import cpu_runtime
 
     with pytest.MonkeyPatch.context() as patch, cpu_runtime():
+        # What torch would compile runs as it is written; sorting and routing are kernels alone.
+        patch.setattr(torch._dynamo.config, "disable", True)
+        for name in ("fused_permute", "fused_topk_with_score_function"):
+            patch.setattr(moe_utils, name, None)
         for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
             patch.delenv(name, raising=False)
         patch.setattr(backends, "why_no_transformer_engine", lambda: None)
@@ -44,10 +50,14 @@ def runtime() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def process_groups() -> Iterator[None]:
     """Those of a single process, which the first model sets up."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 
     yield
     destroy_process_groups()
+    # megatron-core's global: a scalar after a bare backward pass, of shape [1] in training.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.fixture(scope="session")

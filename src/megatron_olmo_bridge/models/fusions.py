@@ -1,0 +1,62 @@
+"""megatron-core's fused kernels: which of them run here; and what is refused beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
+
+from megatron_olmo_bridge.errors import UnsupportedError
+
+_CUDA_GRAPHS = (
+    "enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl", "cuda_graph_scope",
+    "cuda_graph_modules", "inference_cuda_graph_scope",
+)  # fmt: skip
+"""Fields of megatron-core 0.16.1 and 0.19.2 that turn CUDA graphs on."""
+_OFF: tuple[Any, ...] = (None, False, "none", "full", [])
+"""What they are set to where they turn nothing on; scopes are "full", and then [], by default."""
+
+
+def set_fused_fields(config: Any) -> None:
+    """Turn on in a provider what can be fused beside Transformer Engine, on a GPU.
+
+    Bias and dropout, and SwiGLU, are compiled by torch, for which a CPU would need a C++ compiler.
+    megatron-core's fused GeLU is the tanh approximation whatever the model's is: it stays off. The
+    tokens of experts are sent by all-to-all, and sorted and routed by Transformer Engine's kernels
+    where its version has them. With ``fusions=False`` rope alone is fused.
+    """
+    # Its kernel takes sines and cosines in float32; the unfused rope rounds them.
+    config.apply_rope_fusion = True
+    if not config.fusions:
+        return
+    swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+    config.bias_dropout_fusion, config.bias_activation_fusion = True, swiglu
+    if config.num_moe_experts is not None:
+        config.moe_token_dispatcher_type = "alltoall"
+        config.moe_permute_fusion = moe_utils.fused_permute is not None
+        config.moe_router_fusion = moe_utils.fused_topk_with_score_function is not None
+
+
+def can_fuse_gradients() -> bool:
+    """Whether gradients can be added to float32 buffers by the kernel that computes them.
+
+    Transformer Engine's linears can do so; megatron-core's output layer only with APEX's extension.
+    """
+    return bool(layers._grad_accum_fusion_available)
+
+
+def refuse_unsupported(config: TransformerConfig) -> None:
+    """Refuse what was never run with these models, and would fail far from its cause.
+
+    Raises:
+        UnsupportedError: CUDA graphs, or communication that overlaps with tensor parallelism.
+    """
+    if config.tp_comm_overlap:
+        raise UnsupportedError("tp_comm_overlap is not supported: set it to False")
+    for name in _CUDA_GRAPHS:
+        value = getattr(config, name, None)
+        if getattr(value, "name", value) not in _OFF:  # some are an Enum's members
+            raise UnsupportedError(f"{name}={value!r}: CUDA graphs are not supported; leave it out")
