@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from megatron_olmo_bridge.data.progress import WORKERS, PrepareReporter
 from .command import Outcome, register
 from .completion import one_of
 from .console import ProgressBar, human_bytes, say, table
+
+if TYPE_CHECKING:
+    from megatron_olmo_bridge.data.prepare import DataPlan
 
 KIND = "Megatron indexed dataset"
 
@@ -60,6 +63,9 @@ def prepare_data(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, and write nothing.")
+    ] = False,
 ) -> Outcome:
     """Tokenize text for training, into Megatron's indexed format.
 
@@ -74,15 +80,19 @@ def prepare_data(
         olmo-bridge prepare-data part-*.json.gz train --tokenizer allenai/OLMo-2-0425-1B -j 16
         olmo-bridge prepare-data tokens.npy train --tokenizer ./olmo2-1b --token-dtype uint32
     """
+    from megatron_olmo_bridge.data.prepare import plan_data
     from megatron_olmo_bridge.data.prepare import prepare_data as run
 
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer, "text_field": text_field, "txt_documents": txt_documents,
+        "token_dtype": token_dtype, "skip_bad_lines": skip_bad_lines, "resume": resume,
+        "overwrite": overwrite,
+    }  # fmt: skip
+    if dry_run:
+        return _show_plan(plan_data(inputs, out, **options))
     begin = time.monotonic()
     with _TokenBar() as bar:
-        info = run(
-            inputs, out, tokenizer=tokenizer, workers=workers, text_field=text_field,
-            txt_documents=txt_documents, token_dtype=token_dtype, skip_bad_lines=skip_bad_lines,
-            resume=resume, overwrite=overwrite, reporter=bar,
-        )  # fmt: skip
+        info = run(inputs, out, **options, workers=workers, reporter=bar)
     seconds = time.monotonic() - begin
     say(
         f"{info.prefix}: {info.documents:,} documents, {info.tokens:,} tokens ({info.dtype}) in "
@@ -97,6 +107,20 @@ def prepare_data(
     say(f"Look at it:  olmo-bridge inspect {info.prefix}")
     say(f"Train on it: data.path={info.prefix}")
     return Outcome(asdict(info) | {"seconds": seconds})
+
+
+def _show_plan(plan: DataPlan) -> Outcome:
+    size = sum(Path(file).stat().st_size for file in plan.files)
+    say(
+        f"{plan.partial.prefix}: {human_bytes(size)} in {len(plan.files)} file(s), as "
+        f"{plan.writer.dtype} by {plan.tokenizer.name} (vocabulary of "
+        f"{plan.tokenizer.vocab_size:,}). Nothing was written."
+    )
+    return Outcome({
+        "prefix": plan.partial.prefix, "inputs": plan.files, "bytes_read": size,
+        "dtype": plan.writer.dtype, "tokenizer": plan.tokenizer.name,
+        "vocab_size": plan.tokenizer.vocab_size,
+    })  # fmt: skip
 
 
 class _TokenBar(ProgressBar, PrepareReporter):

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,46 @@ def prepare_data(
         ProcessError: a process died.
     """
     reporter = reporter or PrepareReporter()
+    plan = plan_data(
+        inputs, out, tokenizer=tokenizer, text_field=text_field, txt_documents=txt_documents,
+        token_dtype=token_dtype, skip_bad_lines=skip_bad_lines, resume=resume, overwrite=overwrite,
+    )  # fmt: skip
+    writer, partial = plan.writer, plan.partial
+    with partial.opened():
+        if not partial.finished:
+            (writer.folder / TOKENIZER).write_text(plan.tokenizer.serialized)
+            _write_parts(plan.parts, writer, workers, reporter)
+            counts = _join(plan.parts, writer, reporter)
+            write_json(writer.folder / f"{JOINED}.json", plan.record | asdict(counts))
+            partial.commit()
+    return read_info(partial.prefix)
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What will be tokenized, and how. Nothing is written yet."""
+
+    files: list[str]
+    tokenizer: TextTokenizer
+    writer: PartWriter
+    record: dict[str, Any]
+    parts: list[Part]
+    partial: Partial
+
+
+def plan_data(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path,
+    text_field: str = "text",
+    txt_documents: str = "line",
+    token_dtype: str | None = None,
+    skip_bad_lines: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> DataPlan:
+    """Check all that can be before a document is read; arguments as :func:`prepare_data`."""
     prefix = prefix_of(out)
     files = [str(path) for path in inputs]
     _check_option("txt_documents", txt_documents, ("line", "file"))
@@ -114,14 +154,7 @@ def prepare_data(
     record, plan = _record(files, writer, loaded)
     parts = _parts(files, writer)
     partial = Partial(prefix, plan, record["plan"], resume=resume, overwrite=overwrite)
-    with partial.opened():
-        if not partial.finished:
-            (writer.folder / TOKENIZER).write_text(loaded.serialized)
-            _write_parts(parts, writer, workers, reporter)
-            counts = _join(parts, writer, reporter)
-            write_json(writer.folder / f"{JOINED}.json", record | asdict(counts))
-            partial.commit()
-    return read_info(prefix)
+    return DataPlan(files, loaded, writer, record, parts, partial)
 
 
 def _check_option(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

@@ -99,3 +99,17 @@ def test_inspect_of_what_is_damaged(folder: Path, tmp_path: Path) -> None:
     assert "cut.bin: cut short: 10 bytes" in done.stderr
     done = run("inspect", tmp_path / "none.idx")
     assert (done.exit_code, "none.idx: no such file" in done.stderr) == (2, True)
+
+
+def test_a_dry_run_checks_and_writes_nothing(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    planned = json.loads(prepare(folder, "planned", "--dry-run", "--json").stdout)["result"]
+    assert (planned["prefix"], planned["vocab_size"]) == (str(folder / "planned"), 400)
+    assert planned["bytes_read"] == (folder / "corpus.jsonl").stat().st_size
+    refused, real = prepare(folder, "train", "--dry-run"), prepare(folder, "train")
+    assert "exists already. Pass --overwrite" in refused.stderr
+    assert (refused.exit_code, refused.stderr) == (real.exit_code, real.stderr)
+    absent = run("prepare-data", folder / "absent.txt", folder / "x", "--tokenizer",
+                 folder / "tokenizer", "--dry-run")  # fmt: skip
+    assert (absent.exit_code, "absent.txt: no such file" in absent.stderr) == (2, True)
+    assert sorted(folder.rglob("*")) == before
