@@ -94,9 +94,11 @@ class Inert:
         vars(self).setdefault("items", {})[key] = value
 
     def append(self, member: Any) -> None:
+        """Remember a member, as a list would."""
         vars(self).setdefault("members", []).append(member)
 
     def extend(self, members: Iterable[Any]) -> None:
+        """Remember several members."""
         vars(self).setdefault("members", []).extend(members)
 
     add, update = append, extend
