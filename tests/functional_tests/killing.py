@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_olmo_bridge import export_checkpoint, inspect, verify
@@ -36,6 +36,14 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Its exit code and everything it printed."""
     out, err = process.communicate(timeout=900)
     return process.returncode, out + err
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for something that must come, however busy the machine is; an hour means never."""
+    end = time.monotonic() + 3600
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def kill_after(process: subprocess.Popen[str], seconds: float) -> bool:

@@ -11,9 +11,14 @@ from launching import olmo_bridge
 from safetensors.torch import load_file, save_file
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from megatron_olmo_bridge import import_checkpoint, verify
-from megatron_olmo_bridge.inference.compare import compare
+from megatron_olmo_bridge import import_checkpoint, synth, verify
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.inference.compare import compare, run_transformers
 
+pytest_plugins = ["warm_jobs"]
+DTYPES = ("float32", "bfloat16")
+"""A mistake must be far enough beyond rounding to be found in 16 bits too. In bfloat16 the errors
+of the logits were measured at 2.1 (q_norm and k_norm) to 32 (theta) times transformers' own."""
 LAYER = 2
 """The layer that mistakes in weights are planted in."""
 Tensors = dict[str, torch.Tensor]
@@ -79,23 +84,30 @@ def test_no_mistake(hf: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("warm_jobs")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mistake", WEIGHTS)
-def test_a_mistake_in_the_weights_of_a_layer(hf: Path, tmp_path: Path, mistake: str) -> None:
-    found = compare(hf, planted(hf, tmp_path / "planted", WEIGHTS[mistake]), tokens=64)
+def test_a_mistake_in_the_weights_of_a_layer(
+    hf: Path, tmp_path: Path, mistake: str, dtype: str
+) -> None:
+    other = planted(hf, tmp_path / "planted", WEIGHTS[mistake])
+    found = compare(hf, other, tokens=64, dtype=dtype)
 
     assert not found.equal
     assert found.parts_at == f"layer {LAYER}"
     assert found.config_differences == []
 
 
+@pytest.mark.usefixtures("warm_jobs")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mistake", CONFIG)
-def test_a_mistake_in_the_config(hf: Path, tmp_path: Path, mistake: str) -> None:
+def test_a_mistake_in_the_config(hf: Path, tmp_path: Path, mistake: str, dtype: str) -> None:
     """It is in every layer, and so starts in the first."""
     shutil.copytree(hf, tmp_path / "planted")
     config = json.loads((hf / "config.json").read_text())
     (tmp_path / "planted/config.json").write_text(json.dumps(config | CONFIG[mistake]))
     # Enough tokens that late positions turn far, where another theta shows.
-    found = compare(hf, tmp_path / "planted", tokens=64)
+    found = compare(hf, tmp_path / "planted", tokens=64, dtype=dtype)
 
     assert not found.equal
     assert found.parts_at == "layer 0"
@@ -104,6 +116,26 @@ def test_a_mistake_in_the_config(hf: Path, tmp_path: Path, mistake: str) -> None
                             "theta": "rotary_base: 500000.0 and 10000.0"}[mistake])  # fmt: skip
 
 
+@pytest.mark.usefixtures("warm_jobs")
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}], ids=["tp1", "ep2"])
+def test_a_mistake_in_a_mixture_of_experts(tmp_path: Path, layout: dict[str, int]) -> None:
+    """In bfloat16, where the middle token is what counts: gate and up of all experts, swapped."""
+    hf = synth("olmoe-tiny", tmp_path / "hf")
+
+    def swap_gate_and_up(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "gate_proj" in name]:
+            other = name.replace("gate_proj", "up_proj")
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+
+    other = planted(hf, tmp_path / "planted", swap_gate_and_up)
+
+    assert compare(hf, hf, dtype="bfloat16", **layout).parts_at is None
+    found = compare(hf, other, dtype="bfloat16", **layout)
+    assert not found.equal
+    assert found.parts_at == "layer 0"
+
+
+@pytest.mark.usefixtures("warm_jobs")
 def test_one_ulp_is_for_verify(hf: Path, tmp_path: Path) -> None:
     def to_bfloat16(tensors: Tensors) -> None:
         tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items()}
@@ -124,10 +156,51 @@ def test_one_ulp_is_for_verify(hf: Path, tmp_path: Path) -> None:
 
 def test_the_command_line(hf: Path, tmp_path: Path) -> None:
     other = planted(hf, tmp_path / "planted", swap("mlp.gate_proj", "mlp.up_proj"))
-    done = olmo_bridge("compare", hf, other, "--dtype", "bfloat16")
+    done = olmo_bridge("compare", hf, other, "--dtype", "bfloat16", "--tokens", 50)
 
     assert done.exit_code == 1
+    assert "50 tokens in bfloat16" in done.stdout
+    assert "(1.5 x transformers' own in bfloat16)" in done.stdout
     assert f"NOT the same. The hidden states part at: layer {LAYER}." in done.stdout
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert sum(line.endswith("differs") for line in lines) >= 2
+
+
+def test_json_says_on_how_many_tokens_and_what_was_allowed(hf: Path) -> None:
+    done = olmo_bridge("compare", hf, hf, "--tokens", 5, "--dtype", "bfloat16", "--json")
+
+    found = json.loads(done.stdout)["result"]
+    assert (found["equal"], found["tokens"], found["dtype"]) == (True, 5, "bfloat16")
+    assert found["measure"] == "mean error"
+    assert found["bound"] == "1.5 x transformers' own in bfloat16"
+    embedding, logits = found["layers"][0], found["layers"][-1]
+    assert logits["error"] <= logits["allowed"]
+    assert embedding["allowed"] > 0  # the weights are in float32, and are rounded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", 2049], "2049 tokens are more than the model's 2048 positions"),
+        (["--dtype", "keep"], "keep"),
+        (["--prompt", "text"], "has no tokenizer"),
+    ],
+)
+def test_bad_input(hf: Path, arguments: list[object], message: str) -> None:
+    done = olmo_bridge("compare", hf, hf, *arguments)
+
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_overflows(hf: Path, tmp_path: Path) -> None:
+    """transformers itself can't run it in float16: nothing is compared with nan."""
+
+    def enlarge(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] *= 60000 / tensors["lm_head.weight"].abs().max()
+
+    large = planted(hf, tmp_path / "large", enlarge)
+    with pytest.raises(InputError, match="transformers' own logits in float16 are not finite"):
+        run_transformers(large, torch.arange(8)[None], "float16")

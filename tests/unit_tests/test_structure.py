@@ -87,7 +87,7 @@ BELOW = {
     "recipes": {"models", "training"},
     "convert": {"mapping", "formats", "models"},
     "live": {"mapping", "formats", "models", "runtime", "convert"},
-    "inference": {"mapping", "formats", "models", "runtime", "convert", "live"},
+    "inference": {"mapping", "formats", "models", "runtime", "convert", "live", "data"},
     "cli": {
         "mapping",
         "formats",

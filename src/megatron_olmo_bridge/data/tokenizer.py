@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_olmo_bridge.convert.source import is_on_hub
 from megatron_olmo_bridge.errors import InputError
@@ -37,19 +38,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
     Raises:
         InputError: there is none, it has no eos, or is of the slow kind.
     """
-    from transformers import AutoTokenizer
-
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and not is_on_hub(name):  # a name that can't be is not asked for there
-        raise InputError(
-            f"{name}: no such folder. --tokenizer takes a folder or a hub id (owner/name)."
-        )
-    local = folder.resolve() if folder.is_dir() else None
-    try:
-        loaded = AutoTokenizer.from_pretrained(local or name)
-    except Exception as error:  # many kinds, of transformers, tokenizers and the hub
-        why = str(error).strip().partition("\n")[0]
-        raise InputError(f"{name}: no tokenizer could be loaded: {why}") from error
+    loaded, local = load_pretrained(name)
     if not getattr(loaded, "is_fast", False):
         raise InputError(f"{name}: not a fast tokenizer (one with a {_FILE})")
     if loaded.eos_token_id is None:
@@ -67,6 +56,30 @@ def load_tokenizer(name: str) -> TextTokenizer:
         eos_id=loaded.eos_token_id,
         serialized=backend.to_str(),
     )
+
+
+def load_pretrained(name: str) -> tuple[Any, Path | None]:
+    """Load a tokenizer of transformers; also its folder, None of a hub's.
+
+    Args:
+        name: a folder, or a hub id.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and not is_on_hub(name):  # a name that can't be is not asked for there
+        raise InputError(
+            f"{name}: no such folder. --tokenizer takes a folder or a hub id (owner/name)."
+        )
+    local = folder.resolve() if folder.is_dir() else None
+    try:
+        return AutoTokenizer.from_pretrained(local or name), local
+    except Exception as error:  # many kinds, of transformers, tokenizers and the hub
+        why = str(error).strip().partition("\n")[0]
+        raise InputError(f"{name}: no tokenizer could be loaded: {why}") from error
 
 
 def _sha256(name: str) -> str | None:

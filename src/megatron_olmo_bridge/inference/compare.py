@@ -6,79 +6,21 @@ import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
 from megatron_olmo_bridge.models.bridge import bridge_for
 
-from .jobs import LOGITS, Job, read_states
-
-States = dict[str, torch.Tensor]
-THRESHOLD = 1e-4
-"""Largest error in float32, as a share of the largest magnitude (of logits, of hidden states)."""
-NOISE = 1.2
-"""In a dtype of 16 bits: mean error of the logits, in units of transformers' own in that dtype."""
-LAYER_NOISE = 2.0
-"""The same for the hidden states of one layer, which are fewer and scatter more."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """How far two models' hidden states are apart."""
-
-    name: str
-    max_error: float
-    magnitude: float
-    """Largest absolute value in the reference."""
-    allowed: float
-    """What ``error`` may be."""
-    error: float
-    """Largest error over magnitude in float32, mean error in 16 bits."""
-
-    @property
-    def parts(self) -> bool:
-        """Whether they differ here by more than rounding."""
-        return not self.error <= self.allowed
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What :func:`compare` found."""
-
-    tokens: int
-    dtype: str
-    max_error: float
-    mean_error: float
-    magnitude: float
-    """Largest absolute logit of the reference."""
-    top1_agreement: float
-    """Share of positions at which both find the same token likeliest."""
-    kl_divergence: float
-    """Of the model from the reference, mean over positions, in nats."""
-    loss: tuple[float, float] | None
-    """Mean cross-entropy of the next token: of the reference, of the model. None of a classifier.
-    """
-    layers: list[Layer]
-    """Embedding, layers, final norm, logits."""
-    config_differences: list[str]
-
-    @property
-    def equal(self) -> bool:
-        """Whether the logits differ by no more than rounding."""
-        return not self.layers[-1].parts
-
-    @property
-    def parts_at(self) -> str | None:
-        """The first place at which they differ by more than rounding."""
-        return next((layer.name for layer in self.layers if layer.parts), None)
+from .difference import Comparison, States, difference
+from .jobs import EMBEDDING, FINAL_NORM, LOGITS, Job, Tell, read_states
 
 
 def compare(
@@ -93,6 +35,7 @@ def compare(
     prompt: str | None = None,
     tokens: int = 128,
     threshold: float | None = None,
+    tell: Tell = lambda _: None,
 ) -> Comparison:
     """Run transformers and a live Megatron model on the same tokens.
 
@@ -105,7 +48,9 @@ def compare(
             dtype.
         prompt: text to run on; it is read by the tokenizer of ``hf``.
         tokens: without a prompt, how many random ones.
-        threshold: instead of :data:`THRESHOLD` in float32, of :data:`NOISE` in 16 bits.
+        threshold: in float32 the error that is allowed, in 16 bits how many times transformers'
+            own; instead of what :mod:`inference.difference` measured.
+        tell: called with each step as it begins.
 
     Raises:
         BridgeError: a checkpoint is not sound, the models have different shapes, or the layout
@@ -117,55 +62,33 @@ def compare(
     if reference.kind is not Kind.HF:
         raise InputError(f"{hf}: the reference must be a Hugging Face checkpoint")
     differences = _config_differences(reference, model)
-    batch = [
-        tokenize(reference, prompt) if prompt is not None else random_tokens(reference, tokens)
-    ]
-    if len(batch[0]) < 2:
-        raise InputError("two tokens at least are needed: the loss is of the next token")
+    batch = [random_tokens(reference, tokens) if prompt is None else tokenize(reference, prompt)]
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as work:
-        Job(str(model.folder), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=work).run()
-        found = read_states(Path(work))
-    return comparison(reference, found, batch, dtype, threshold, differences)
+        Job(str(model.folder), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=work).run(tell)
+        states = read_states(Path(work))
+    return comparison(reference, states, batch, dtype, threshold, differences, tell)
 
 
 def comparison(
     reference: Source,
-    found: States,
+    states: States,
     batch: list[list[int]],
     dtype: str,
     threshold: float | None = None,
     config_differences: list[str] | None = None,
+    tell: Tell = lambda _: None,
 ) -> Comparison:
-    """What a job's states are against those of transformers, which runs here."""
+    """Compare the states that a job wrote with those of transformers, which runs here."""
     ids = torch.tensor(batch)
-    wanted = run_transformers(reference.folder, ids, "float32")
-    layers = []
-    if dtype == "float32":
-        for name, states in wanted.items():
-            worst, magnitude = _max_error(found[name], states), float(states.abs().max())
-            layers.append(
-                Layer(name, worst, magnitude, threshold or THRESHOLD, worst / (magnitude or 1.0))
-            )
-    else:
+    tell("run transformers in float32")
+    expected, own = run_transformers(reference.folder, ids, "float32"), None
+    if dtype != "float32":
+        tell(f"run transformers in {dtype}, to measure what rounding does")
         own = run_transformers(reference.folder, ids, dtype)
-        for name, states in wanted.items():
-            worst, magnitude = _max_error(found[name], states), float(states.abs().max())
-            noise = (threshold or NOISE) if name == LOGITS else LAYER_NOISE
-            allowed = noise * _mean_error(own[name], states)
-            layers.append(Layer(name, worst, magnitude, allowed, _mean_error(found[name], states)))
-    a, b = wanted[LOGITS].double(), found[LOGITS].double()
-    return Comparison(
-        tokens=ids.numel(),
-        dtype=dtype,
-        max_error=_max_error(b, a),
-        mean_error=_mean_error(b, a),
-        magnitude=float(a.abs().max()),
-        top1_agreement=float((a.argmax(-1) == b.argmax(-1)).double().mean()),
-        kl_divergence=_kl(a, b),
-        loss=(_loss(a, ids), _loss(b, ids)) if a.dim() == 3 else None,
-        layers=layers,
-        config_differences=config_differences or [],
-    )
+    return difference(
+        expected, states, own, ids, dtype, mixture="num_moe_experts" in reference.bridge.numbers,
+        threshold=threshold, config_differences=config_differences,
+    )  # fmt: skip
 
 
 def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
@@ -187,6 +110,11 @@ def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
     with torch.no_grad(), _collecting(model.base_model, found):
         logits = model(ids.to(device), use_cache=False).logits
     found[LOGITS] = logits.float().cpu()
+    if not found[LOGITS].isfinite().all():
+        raise InputError(
+            f"{folder}: transformers' own logits in {dtype} are not finite: a weight is, or the "
+            "dtype's range is too small for this model. Compare in float32 or bfloat16."
+        )
     del model
     gc.collect()
     return found
@@ -199,9 +127,9 @@ def _collecting(model: Any, found: States) -> Iterator[None]:
         embedding, layers, norm = model.drop, model.h, model.ln_f
     else:
         embedding, layers, norm = model.embed_tokens, model.layers, model.norm
-    modules = {"embedding": embedding}
+    modules = {EMBEDDING: embedding}
     modules |= {f"layer {i}": layer for i, layer in enumerate(layers)}
-    modules["final norm"] = norm
+    modules[FINAL_NORM] = norm
 
     def keep(name: str, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -215,30 +143,46 @@ def _collecting(model: Any, found: States) -> Iterator[None]:
 
 
 def tokenize(source: Source, prompt: str) -> list[int]:
-    """Token ids of a text, by the tokenizer beside a checkpoint.
+    """Return token ids of a text, by the tokenizer stored with a checkpoint.
 
     Raises:
-        InputError: there is no tokenizer.
+        InputError: there is no tokenizer, or the model takes no sequence of that length.
     """
-    return [int(token) for token in tokenizer_of(source)(prompt)["input_ids"]]
+    ids = [int(token) for token in tokenizer_of(source)(prompt)["input_ids"]]
+    _check_length(source, len(ids))
+    return ids
 
 
 def tokenizer_of(source: Source) -> Any:
-    """The tokenizer beside a checkpoint.
+    """Load the tokenizer stored with a checkpoint.
 
     Raises:
         InputError: there is none.
     """
     folder = source.side_folder
     if folder is None or not any(folder.glob("tokenizer*")):
-        raise InputError(f"{source.folder}: has no tokenizer; give token ids instead of text")
-    from transformers import AutoTokenizer
+        raise InputError(
+            f"{source.folder}: has no tokenizer. Give token ids instead of text; generate also "
+            "takes --tokenizer, a folder or a hub id."
+        )
+    return load_pretrained(str(folder))[0]
 
-    return AutoTokenizer.from_pretrained(folder)
+
+def _check_length(source: Source, count: int) -> None:
+    if count < 2:
+        raise InputError("two tokens at least are needed: the loss is of the next token")
+    positions = source.bridge.numbers.get("max_position_embeddings")
+    if positions is not None and count > positions:
+        raise InputError(f"{count} tokens are more than the model's {positions} positions")
 
 
 def random_tokens(source: Source, count: int) -> list[int]:
-    """So many token ids of the model's vocabulary, the same each time."""
+    """Return ``count`` token ids of the model's vocabulary, the same each time.
+
+    Raises:
+        InputError: the model takes no sequence of that length.
+    """
+    _check_length(source, count)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(source.bridge.vocab_size, (count,), generator=generator).tolist()
 
@@ -251,22 +195,3 @@ def _config_differences(a: Source, b: Source) -> list[str]:
         )
     mine, theirs = a.bridge.numbers, b.bridge.numbers
     return [f"{k}: {v} and {theirs[k]}" for k, v in mine.items() if v != theirs[k]]
-
-
-def _max_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
-
-
-def _mean_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().double().mean())
-
-
-def _kl(reference: torch.Tensor, model: torch.Tensor) -> float:
-    p, q = reference.log_softmax(-1), model.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    return float(
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    )

@@ -11,6 +11,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config, unwrap_model
 
+from .jobs import EMBEDDING, FINAL_NORM
+
 
 def forward(
     chunks: Sequence[torch.nn.Module],
@@ -95,11 +97,11 @@ def hidden_states(chunks: Sequence[torch.nn.Module]) -> Iterator[dict[str, torch
     for chunk in unwrap_model(list(chunks)):
         split = get_model_config(chunk).sequence_parallel
         if chunk.pre_process:
-            keep("embedding", chunk.embedding, split)
+            keep(EMBEDDING, chunk.embedding, split)
         for layer in chunk.decoder.layers:
             keep(f"layer {layer.layer_number - 1}", layer, split)
         if chunk.post_process:
-            keep("final norm", chunk.decoder.final_layernorm, split)
+            keep(FINAL_NORM, chunk.decoder.final_layernorm, split)
     try:
         yield found
     finally:

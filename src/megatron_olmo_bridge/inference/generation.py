@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 
-from .compare import tokenize, tokenizer_of
-from .jobs import TOKEN, Job
+from .compare import tokenizer_of
+from .jobs import STEP, TOKEN, Job, Tell
 from .sampling import check_request
 
 if TYPE_CHECKING:
@@ -27,15 +28,17 @@ class Generation:
 
     Args:
         checkpoint: of either kind, or a hub id.
-        prompt: text, read by the tokenizer beside the checkpoint; or else
+        prompt: text; or else
         tokens: token ids.
+        tokenizer: folder or hub id of the tokenizer of the text, if the checkpoint has none or
+            another one is wanted. With ``tokens`` it gives the text of what is generated.
         dtype: of the model; ``keep`` takes the checkpoint's.
         tp, pp: tensor and pipeline parallel size.
 
     Attributes:
         prompt: token ids of the prompt.
         tokens: those generated so far.
-        text: what they say; None without a text prompt.
+        text: what they say; None without a tokenizer.
 
     Raises:
         BridgeError: the checkpoint is not sound, or has no tokenizer.
@@ -47,6 +50,7 @@ class Generation:
         *,
         prompt: str | None,
         tokens: list[int] | None,
+        tokenizer: str | None = None,
         dtype: str | torch.dtype = "keep",
         tp: int = 1,
         pp: int = 1,
@@ -55,8 +59,14 @@ class Generation:
         source = open_source(fetch(checkpoint, None)[0])
         if source.bridge.num_labels is not None:
             raise InputError(f"{checkpoint}: has a classification head, and generates nothing")
-        self._tokenizer = None if prompt is None else tokenizer_of(source)
-        self.prompt = tokens or [] if prompt is None else tokenize(source, prompt)
+        self._tokenizer: Any = None
+        if tokenizer is not None:
+            self._tokenizer, _ = load_pretrained(tokenizer)
+        elif prompt is not None:
+            self._tokenizer = tokenizer_of(source)
+        self.prompt = tokens or []
+        if prompt is not None:
+            self.prompt = [int(token) for token in self._tokenizer(prompt)["input_ids"]]
         self.tokens: list[int] = []
         self._stop_at = _end_tokens(source)
         positions = source.bridge.numbers.get("max_position_embeddings")
@@ -77,10 +87,12 @@ class Generation:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        tell: Tell = lambda _: None,
     ) -> Iterator[str]:
-        """Generate; yields text as it comes, or the token ids where the prompt was token ids.
+        """Generate; yields text as it comes, or token ids where there is no tokenizer.
 
-        Arguments are those of :func:`inference.generate.generate`.
+        Arguments are those of :func:`inference.generate.generate`, and ``tell``, which is called
+        with each step as it begins.
 
         Raises:
             BridgeError: an option is out of its range, or what went wrong in one of the processes.
@@ -90,9 +102,12 @@ class Generation:
         }  # fmt: skip
         check_request(self.prompt, **self._limits, **options)
         options |= {"seed": seed, "stop_at": self._stop_at}
-        said = 0
+        printed = 0
+        tell(self._job.starting)
         with replace(self._job, generate=options).started() as output:
             for line in output:
+                if line.startswith(STEP):
+                    tell(line.removeprefix(STEP).rstrip())
                 if not line.startswith(TOKEN):
                     continue
                 self.tokens.append(int(line.removeprefix(TOKEN)))
@@ -100,10 +115,10 @@ class Generation:
                 if text is None:
                     yield f"{self.tokens[-1]} "
                 elif not text.endswith(_UNFINISHED):
-                    yield text[said:]
-                    said = len(text)
+                    yield text[printed:]
+                    printed = len(text)
         if self.text is not None:
-            yield self.text[said:]
+            yield self.text[printed:]
 
 
 def _end_tokens(source: Source) -> list[int]:

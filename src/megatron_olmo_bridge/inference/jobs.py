@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from safetensors.torch import load_file
 from megatron_olmo_bridge.runtime.devices import NO_TF32
 from megatron_olmo_bridge.runtime.launch import processes
 
-LOGITS = "logits"
+EMBEDDING, FINAL_NORM, LOGITS = "embedding", "final norm", "logits"
+"""Names of states beside ``layer 0`` and so on."""
 TOKEN = "token "
 """Begins a line of standard output that holds a generated token."""
-
+STEP = "step "
+"""Begins a line that says what the processes do next."""
+Tell = Callable[[str], None]
+"""Called with each step as it begins."""
 
 _WORKER = "megatron_olmo_bridge.inference"
 
@@ -47,15 +52,23 @@ class Job:
         count = self.tp * self.pp * self.ep
         return processes(_WORKER, [json.dumps(asdict(self))], count, environment=NO_TF32)
 
-    def run(self) -> None:
+    def run(self, tell: Tell = lambda _: None) -> None:
         """Start the processes and wait for them.
 
         Raises:
             BridgeError: what went wrong in one of them.
         """
+        tell(self.starting)
         with self.started() as output:
-            for _ in output:
-                pass
+            for line in output:
+                if line.startswith(STEP):
+                    tell(line.removeprefix(STEP).rstrip())
+
+    @property
+    def starting(self) -> str:
+        """The first step, in words."""
+        count = self.tp * self.pp * self.ep
+        return f"start {count} process{'es' * (count > 1)} of megatron-core"
 
 
 def read_states(folder: Path) -> dict[str, torch.Tensor]:

@@ -16,8 +16,9 @@ from megatron_olmo_bridge.convert.verify import Verification, verify
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.formats.detect import Kind
 
-from .compare import Comparison, comparison, random_tokens
-from .jobs import Job, read_states
+from .compare import comparison, random_tokens
+from .difference import Comparison
+from .jobs import Job, Tell, read_states
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,18 @@ def roundtrip(
     tp: int = 1,
     pp: int = 1,
     sp: bool = False,
+    ep: int = 1,
     tokens: int = 64,
     work: str | Path | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    tell: Tell = lambda _: None,
 ) -> Roundtrip:
     """Load a Hugging Face checkpoint live, save it with stock megatron-core, export that, and
     compare: weights bit for bit, logits with those of transformers.
 
     Args:
         hf: a folder or hub id.
-        tp, pp, sp: tensor and pipeline parallel size, sequence parallelism.
+        tp, pp, sp, ep: tensor and pipeline parallel size, sequence parallelism, expert parallel
+            size.
         tokens: how many to compare logits on.
         work: folder for two copies of the model, removed afterwards; a temporary one if absent.
         tell: called with each step's name as it begins.
@@ -70,6 +73,7 @@ def roundtrip(
         raise InputError(f"{hf}: the roundtrip begins with a Hugging Face checkpoint")
     found, batch = Roundtrip(), [random_tokens(source, tokens)]
     dtype = source.dtypes[0]
+    layout = f"TP {tp}{', SP' * sp}, PP {pp}" + (f", EP {ep}" if ep > 1 else "")
 
     @contextmanager
     def step(name: str) -> Iterator[Callable[[bool, str], None]]:
@@ -84,11 +88,11 @@ def roundtrip(
         _check_room(folder, 2 * sum(view.nbytes for view in source.tensors.values()))
         saved, back, states = folder / "megatron", folder / "hf", folder / "states"
         states.mkdir()
-        with step(f"load at TP {tp}, PP {pp}, run, save with stock megatron-core") as done:
+        with step(f"load at {layout}, run, save with stock megatron-core") as done:
             Job(
-                str(source.folder), tp, pp, sp, dtype=dtype, tokens=batch, states=str(states),
+                str(source.folder), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=str(states),
                 save=str(saved),
-            ).run()  # fmt: skip
+            ).run(tell)  # fmt: skip
             done(True, f"{source.parameters:,} parameters in {dtype}")
         with step("verify the save against the source") as done:
             done(*_verdict(verify(source.folder, saved)))
@@ -98,7 +102,8 @@ def roundtrip(
         with step("verify the export against the source") as done:
             done(*_verdict(verify(source.folder, back)))
         with step("compare logits with transformers") as done:
-            done(*_logits(comparison(source, read_states(states), batch, dtype)))
+            found_states = read_states(states)
+            done(*_logits(comparison(source, found_states, batch, dtype, tell=tell)))
     return found
 
 
@@ -120,4 +125,4 @@ def _verdict(result: Verification) -> tuple[bool, str]:
 
 def _logits(result: Comparison) -> tuple[bool, str]:
     apart = "" if result.equal else f"; the hidden states part at {result.parts_at}"
-    return result.equal, f"largest error {result.max_error:.2g} of {result.magnitude:.3g}{apart}"
+    return result.equal, result.verdict + apart

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 
 from .forward import forward, hidden_states
 from .generate import generate
-from .jobs import LOGITS, TOKEN, Job
+from .jobs import LOGITS, STEP, TOKEN, Job
 
 
 def main() -> None:
@@ -36,17 +37,26 @@ def main() -> None:
         provider.sequence_parallel = job.sp
         provider.expert_model_parallel_size = job.ep
         provider.make_vocab_size_divisible_by = job.tp
+        _tell(f"load {job.checkpoint}")
         model = provider.provide_distributed_model(wrap_with_ddp=False)
         if job.states:
+            _tell("run megatron-core")
             _run(model, job, bridge.bridge.vocab_size)
         if job.save:
+            _tell("save with stock megatron-core")
             bridge.save_megatron_model(model, job.save)
         if job.generate is not None:
+            _tell("generate")
             options = job.generate | {"vocab_size": bridge.bridge.vocab_size}
             for token in generate(model, job.tokens[0], **options):
                 if dist.get_rank() == 0:
                     print(f"{TOKEN}{token}", flush=True)
     destroy_process_groups()
+
+
+def _tell(step: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{STEP}{step}", flush=True)
 
 
 def _run(model: list[Any], job: Job, vocab_size: int) -> None:

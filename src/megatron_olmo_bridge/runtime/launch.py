@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -12,15 +13,17 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from megatron_olmo_bridge import errors
 from megatron_olmo_bridge.errors import BridgeError, ProcessError
 
 _ERROR_FILE = "OLMO_BRIDGE_ERROR_FILE"
-_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAST_LINES = 15
+_GRACE = 30.0
+"""Seconds that processes which know what to do on SIGTERM have for it, after one has failed."""
 _NO_MORE = "\0\n"
-"""Ends what a process prints."""
+"""Ends what the processes print."""
 
 
 @contextlib.contextmanager
@@ -32,9 +35,10 @@ def processes(
     stoppable: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Iterator[str]]:
-    """Run ``python -m module`` in so many processes, by torchrun if more than one.
+    """Run ``python -m module`` in ``count`` processes, which find each other as under torchrun.
 
-    They share the cores that torch may use.
+    They share the cores that torch may use. Neither they nor helpers that they start outlive this
+    context, or this process.
 
     Args:
         stoppable: they know what to do on SIGTERM. Then SIGTERM, Ctrl-C and the end of the terminal
@@ -42,52 +46,147 @@ def processes(
         environment: variables for them, in place of those of this process.
 
     Yields:
-        What they print, line by line. On leaving, they are waited for.
+        What they print, line by line. On leaving, they are waited for; if the caller's code raises,
+        they are ended.
 
     Raises:
         BridgeError: the one that a process ended with (see :func:`reporting_errors`).
-        ProcessError: a process died otherwise; has the last lines that it said.
+        ProcessError: a process died otherwise; has the last lines that it wrote.
     """
-    command = [sys.executable]
-    if count > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command += ["-m", module, *arguments]
-    with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as folder:
+    command = [sys.executable, "-m", module, *arguments]
+    with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as folder, _Store(count) as store:
         error_file = Path(folder) / "error"
-        env = {k: v for k, v in os.environ.items() if k not in _OF_TORCHRUN}
-        env |= environment or {}
-        env[_ERROR_FILE] = str(error_file)
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        common = {**_inherited(count), **(environment or {}), _ERROR_FILE: str(error_file)}
+        environments = [common | store.environment(rank) for rank in range(count)]
         with (Path(folder) / "stderr").open("w+") as stderr:
-            end, pipe = os.pipe()
-            process = subprocess.Popen(
-                command, stdout=pipe, stderr=stderr, text=True, env=env,
-                start_new_session=stoppable,  # else Ctrl-C would reach torchrun too
-            )  # fmt: skip
-            watch = threading.Thread(target=_end_the_lines, args=(process, pipe), daemon=True)
-            watch.start()
-            lines = _lines(end)
+            group = _Group(command, environments, stderr, stoppable)
             try:
-                with _handing_on(process) if stoppable else contextlib.nullcontext():
-                    yield lines
+                with _handing_on(group) if stoppable else contextlib.nullcontext():
+                    yield group.lines
             except BaseException:
-                process.terminate()
+                group.stop()
                 raise
             finally:
-                for _ in lines:  # a full pipe would hold it up
-                    pass
-                process.wait()
-            if process.returncode:
+                group.close()
+            if group.failure:
                 stderr.seek(0)
-                raise _error(error_file, stderr.read(), process.returncode)
+                raise _error(error_file, stderr.read(), group.failure)
 
 
-def _end_the_lines(process: subprocess.Popen[str], pipe: int) -> None:
-    """Say that no more comes when a process has ended, for its pipe may stay open: a helper of
-    megatron-core's outlives a worker that is killed."""
-    process.wait()
-    os.write(pipe, _NO_MORE.encode())
-    os.close(pipe)
+def _inherited(count: int) -> dict[str, str]:
+    """This process's environment, without what torchrun said to it."""
+    of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {k: v for k, v in os.environ.items() if k not in of_torchrun}
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    return env
+
+
+class _Store:
+    """Where several processes meet, as torchrun's agent has it: in the process that starts them.
+
+    Its port is chosen by the system and in use at once, so that no other program can take it.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __enter__(self) -> _Store:
+        if self._count > 1:
+            import torch.distributed as dist
+
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                "127.0.0.1", 0, is_master=True, wait_for_workers=False
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._count > 1:
+            del self._store
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """Variables that lead a process there."""
+        if self._count == 1:
+            return {}
+        return {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self._count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        }  # fmt: skip
+
+
+class _Group:
+    """Processes that run the same command, in a process group of their own.
+
+    Ctrl-C in a terminal does not reach them, and a signal to the group reaches their helpers too:
+    one of megatron-core's outlives the process that started it.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        environments: Sequence[Mapping[str, str]],
+        stderr: IO[str],
+        stoppable: bool,
+    ) -> None:
+        self.failure = 0
+        """Exit code of the first process that failed."""
+        self._stoppable = stoppable
+        output, self._pipe = os.pipe()
+        self.lines = _lines(output)
+        """What they print."""
+        theirs, self._lifeline = os.pipe()  # see _end_with_parent
+        self._running: list[subprocess.Popen[str]] = []
+        for env in environments:
+            self._running.append(
+                subprocess.Popen(
+                    command, stdin=theirs, stdout=self._pipe, stderr=stderr, text=True, env=env,
+                    process_group=self._running[0].pid if self._running else 0,
+                )
+            )  # fmt: skip
+        os.close(theirs)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Wait for all; if one fails, end the others: they may be waiting for it."""
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for process in self._running:
+            wait = lambda process=process: ended.put(process.wait())  # noqa: E731
+            threading.Thread(target=wait, daemon=True).start()
+        overdue = threading.Timer(_GRACE, self._kill)
+        overdue.daemon = True
+        for _ in self._running:
+            code = ended.get()
+            if code and not self.failure:
+                self.failure = code
+                self.stop()
+                overdue.start()
+        overdue.cancel()
+        self._kill()  # helpers that are left
+        # The pipe itself may stay open: a helper had it too.
+        os.write(self._pipe, _NO_MORE.encode())
+        os.close(self._pipe)
+
+    def terminate(self) -> None:
+        """Ask them to stop."""
+        for process in self._running:
+            process.terminate()
+
+    def stop(self) -> None:
+        """Ask them to stop if they know how to, otherwise kill them."""
+        if self._stoppable:
+            self.terminate()
+        else:
+            self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: of zombies only
+            os.killpg(self._running[0].pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Wait until all have ended."""
+        for _ in self.lines:  # a full pipe would hold them up
+            pass
+        os.close(self._lifeline)
 
 
 def _lines(pipe: int) -> Iterator[str]:
@@ -101,9 +200,9 @@ def _lines(pipe: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _handing_on(process: subprocess.Popen[str]) -> Iterator[None]:
+def _handing_on(group: _Group) -> Iterator[None]:
     def hand_on(number: int, frame: FrameType | None) -> None:
-        process.terminate()
+        group.terminate()
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, hand_on) for number in signals}
@@ -114,25 +213,42 @@ def _handing_on(process: subprocess.Popen[str]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _error(error_file: Path, said: str, code: int) -> BridgeError:
+def _error(error_file: Path, written: str, code: int) -> BridgeError:
     if error_file.exists():
         kind, _, message = error_file.read_text().partition(":")
         return getattr(errors, kind, BridgeError)(message)
-    last = "\n".join(said.strip().splitlines()[-_LAST_LINES:])
-    return ProcessError(f"a process ended with exit code {code}; its last lines:\n{last}")
+    how = f"ended with exit code {code}"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += ", as the system does when memory runs out"
+    last = "\n".join(written.strip().splitlines()[-_LAST_LINES:])
+    return ProcessError(f"a process {how}" + (f"; its last lines:\n{last}" if last else ""))
 
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """In a started process: hand an error of this package over to the one that started it.
+    """In a started process: hand an error of this package over to the one that started it, and end
+    with that process.
 
-    In any other process it is raised.
+    In any other process the error is raised.
     """
+    path = os.environ.pop(_ERROR_FILE, None)  # not for processes that this one starts
+    if path is not None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         yield
     except BridgeError as error:
-        path = os.environ.get(_ERROR_FILE)
         if path is None:
             raise
-        Path(path).write_text(f"{type(error).__name__}:{error}")
+        whole = Path(f"{path}.{os.getpid()}")  # another process may write its own right now
+        whole.write_text(f"{type(error).__name__}:{error}")
+        whole.replace(path)
         sys.exit(error.exit_code)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input, which is a pipe from the process that started this one:
+    it closes when that process is gone, however it ended."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)

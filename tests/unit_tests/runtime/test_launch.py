@@ -1,6 +1,10 @@
 """Processes that are started: what they print comes back, and so does what went wrong."""
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,12 @@ with reporting_errors():
         raise MappingError(f"two lines:\\nsaid {world} times")
     if sys.argv[1] == "crash":
         raise ZeroDivisionError("of its own")
+    if sys.argv[1] == "stay":
+        import signal, subprocess
+        stay = "import signal; signal.pause()"
+        helper = subprocess.Popen([sys.executable, "-c", stay], stdin=subprocess.DEVNULL)
+        print("pids", os.getpid(), helper.pid, flush=True)
+        signal.pause()
 """
 
 
@@ -70,9 +80,62 @@ def test_another_error_comes_back_with_its_last_lines() -> None:
         start("crash", 1)
 
 
-def test_an_error_of_the_caller_ends_the_process() -> None:
-    with pytest.raises(KeyboardInterrupt), processes("started_module", ["work"], 1):
-        raise KeyboardInterrupt
+def pids(line: str) -> list[int]:
+    return [int(pid) for pid in line.split()[1:]] if line.startswith("pids") else []
+
+
+def wait_until_gone(pid: int) -> None:
+    """Nobody may be there to collect a helper's exit code: then it stays as a zombie."""
+    with contextlib.suppress(FileNotFoundError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            os.sched_yield()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_of_the_caller_ends_the_processes_and_their_helpers(count: int) -> None:
+    started: list[int] = []
+    with pytest.raises(KeyboardInterrupt), processes("started_module", ["stay"], count) as output:
+        for line in output:
+            started += pids(line)
+            if len(started) == 2 * count:
+                raise KeyboardInterrupt
+    for pid in started:
+        wait_until_gone(pid)
+
+
+def test_when_one_is_killed_the_others_and_all_helpers_end() -> None:
+    started: list[int] = []
+    with (
+        pytest.raises(ProcessError, match="a process was killed by SIGKILL, as the system does"),
+        processes("started_module", ["stay"], 2) as output,
+    ):
+        for line in output:
+            started += pids(line)
+            if len(started) == 4:
+                os.kill(started[0], signal.SIGKILL)
+    assert len(started) == 4
+    for pid in started:
+        wait_until_gone(pid)
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    """However that ends: SIGKILL leaves it no time to end them."""
+    code = """
+from megatron_olmo_bridge.runtime.launch import processes
+with processes("started_module", ["stay"], 2) as output:
+    for line in output:
+        print(line, end="", flush=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        started: list[int] = []
+        while len(started) < 4:
+            started += pids(parent.stdout.readline())
+        parent.kill()
+    for pid in started:
+        wait_until_gone(pid)
 
 
 def test_without_somebody_who_started_it_an_error_is_raised(

@@ -1,0 +1,197 @@
+"""How far two models' states are apart, and how far rounding alone can take them.
+
+In float32 the largest error of a state may be a fixed share (:data:`THRESHOLD`) of its largest
+value. In 16 bits rounding is orders of magnitude larger and depends on the model, so it is
+measured: transformers runs twice, in float32 as the reference and in the 16-bit dtype. The model's
+error from the reference may be a multiple (:data:`NOISE`) of transformers' own. An error is the
+mean over the elements of each token, then over tokens.
+
+A mixture of experts takes the median over tokens instead, and :data:`MIXTURE_NOISE`. Where two
+experts are almost equally likely, rounding decides to which of them a token goes, and two 16-bit
+runs decide differently: single tokens are then off by many times the rounding, and a mean would
+take that for a fault. What is wrong for fewer than half of the tokens of a mixture (one expert of
+many) is found in float32, and by ``verify``.
+
+The constants were measured on all tiny models, each of three seeds, stored in float32 and bfloat16,
+run in bfloat16 and float16 at TP 1, 2 and 4, SP, PP 2 and EP 2, on 2 to 128 tokens; the figures are
+in docs/verification.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .jobs import EMBEDDING, FINAL_NORM, LOGITS
+
+States = dict[str, torch.Tensor]
+"""Float32 states by name: hidden states [b, s, hidden], logits [b, s, vocab] or [b, classes]."""
+THRESHOLD = 1e-4
+"""Largest error in float32, over the largest value. Measured: at most 1.6e-6."""
+NOISE = 1.5
+"""Error of the logits in 16 bits, in units of transformers' own. Measured: at most 1.37."""
+MIXTURE_NOISE = 2.0
+"""The same for a mixture of experts. Measured: at most 1.53."""
+LAYER_NOISE = 2.0
+"""The same for hidden states, of any model. Measured: at most 1.41, of a mixture 1.60."""
+CLASSIFIER_NOISE = 4.0
+"""For a classifier's logits, in units of their expected rounding, see :func:`_head_noise`."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How far two models' states after one module are apart."""
+
+    name: str
+    max_error: float
+    magnitude: float
+    """Largest absolute value in the reference."""
+    allowed: float
+    """Largest ``error`` that rounding explains; 0 where transformers itself rounds nothing."""
+    error: float
+    """Largest error over magnitude in float32; in 16 bits as the module's docstring says."""
+
+    @property
+    def parts(self) -> bool:
+        """Whether they differ here by more than rounding."""
+        return not self.error <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """Error over allowed error: above 1 is more than rounding."""
+        if self.allowed:
+            return self.error / self.allowed
+        return float("inf") if self.error else 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result of comparing a model with the reference."""
+
+    tokens: int
+    dtype: str
+    max_error: float
+    mean_error: float
+    magnitude: float
+    """Largest absolute logit of the reference."""
+    top1_agreement: float
+    """Share of positions at which both find the same token likeliest."""
+    kl_divergence: float
+    """Of the model from the reference, mean over positions, in nats."""
+    loss: tuple[float, float] | None
+    """Mean cross-entropy of the next token: of the reference, of the model. None of a classifier.
+    """
+    layers: list[Layer]
+    """Embedding, layers, final norm, logits."""
+    measure: str
+    """What the ``error`` of a layer is, in words."""
+    bound: str
+    """Where the logits' ``allowed`` comes from, in words."""
+    config_differences: list[str]
+
+    @property
+    def equal(self) -> bool:
+        """Whether the logits differ by no more than rounding."""
+        return not self.layers[-1].parts
+
+    @property
+    def parts_at(self) -> str | None:
+        """The first place at which they differ by more than rounding."""
+        return next((layer.name for layer in self.layers if layer.parts), None)
+
+    @property
+    def verdict(self) -> str:
+        """Error of the logits, allowed error, and where that comes from, in one line."""
+        logits = self.layers[-1]
+        return (
+            f"{self.measure} {logits.error:.2g}, allowed {logits.allowed:.2g} ({self.bound}), "
+            f"on {self.tokens} tokens"
+        )
+
+
+def difference(
+    reference: States,
+    model: States,
+    own: States | None,
+    ids: torch.Tensor,
+    dtype: str,
+    *,
+    mixture: bool = False,
+    threshold: float | None = None,
+    config_differences: list[str] | None = None,
+) -> Comparison:
+    """Compare states of a model with those of a reference.
+
+    Args:
+        reference: of transformers in float32.
+        model: of the model in ``dtype``, by the same names.
+        own: of transformers in ``dtype``; None in float32.
+        ids: the tokens that both ran on, [b, s].
+        mixture: whether tokens are routed to experts.
+        threshold: instead of :data:`THRESHOLD`, or of the factor of the logits in 16 bits.
+    """
+    a, b = reference[LOGITS].double(), model[LOGITS].double()
+    classifier = a.dim() == 2
+    noise = MIXTURE_NOISE if mixture else CLASSIFIER_NOISE if classifier else NOISE
+    factor = threshold if threshold is not None else THRESHOLD if own is None else noise
+    layers = []
+    for name, states in reference.items():
+        magnitude, largest = float(states.abs().max()), _max_error(model[name], states)
+        if own is None:
+            allowed, error = factor, largest / (magnitude or 1.0)
+        else:
+            median = mixture and name != EMBEDDING  # no token is routed before the first layer
+            error = _typical_error(model[name], states, median)
+            allowed = _typical_error(own[name], states, median)
+            if name == LOGITS and classifier:
+                allowed = max(allowed, _head_noise(own, reference))
+            allowed *= factor if name == LOGITS else LAYER_NOISE
+        layers.append(Layer(name, largest, magnitude, allowed, error))
+    return Comparison(
+        tokens=ids.numel(),
+        dtype=dtype,
+        max_error=_max_error(b, a),
+        mean_error=_typical_error(b, a),
+        magnitude=float(a.abs().max()),
+        top1_agreement=float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+        kl_divergence=_kl(a, b),
+        loss=None if classifier else (_loss(a, ids), _loss(b, ids)),
+        layers=layers,
+        measure="largest error / largest value" if own is None
+        else "median token's mean error" if mixture else "mean error",
+        bound="fixed" if own is None else f"{factor:g} x transformers' own in {dtype}",
+        config_differences=config_differences or [],
+    )  # fmt: skip
+
+
+def _max_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _typical_error(a: torch.Tensor, b: torch.Tensor, median: bool = False) -> float:
+    """Mean error, or the median over tokens of each token's mean error."""
+    of_each_token = (a - b).abs().double().mean(-1)
+    return float(of_each_token.median() if median else of_each_token.mean())
+
+
+def _head_noise(own: States, reference: States) -> float:
+    """Expected rounding of a classifier's logits.
+
+    They are too few to measure it on. A linear head passes the relative error of its input on, on
+    average over heads, so it is that of the final norm's output, times the largest logit.
+    """
+    norm = reference[FINAL_NORM].abs().double().mean()
+    relative = _typical_error(own[FINAL_NORM], reference[FINAL_NORM]) / float(norm)
+    return relative * float(reference[LOGITS].abs().max())
+
+
+def _kl(reference: torch.Tensor, model: torch.Tensor) -> float:
+    p, q = reference.log_softmax(-1), model.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    return float(
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    )

@@ -1,0 +1,150 @@
+"""compare, roundtrip and generate that are interrupted: one sentence, and no process left.
+
+The processes that they start stand still when it comes (SIGSTOP), so that it comes in time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from killing import wait_until
+
+from megatron_olmo_bridge import synth
+
+INTERRUPTED = "olmo-bridge: interrupted.\n"
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synth("olmo2-tiny", tmp_path_factory.mktemp("hf") / "tiny")
+
+
+class Running:
+    """A command in a session of its own, whose standard error is a terminal: it shows its steps."""
+
+    def __init__(self, temporary: Path, *arguments: object) -> None:
+        ours, theirs = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_olmo_bridge", *map(str, arguments)],
+            stdout=subprocess.DEVNULL, stderr=theirs, start_new_session=True,
+            env=os.environ | {"TMPDIR": str(temporary)},
+        )  # fmt: skip
+        os.close(theirs)
+        self._terminal = os.fdopen(ours, newline="\n")
+        self.shown: list[str] = []
+
+    def lines(self) -> Iterator[str]:
+        """What it shows."""
+        try:
+            for line in self._terminal:
+                self.shown.append(line.replace("\r\n", "\n"))
+                yield self.shown[-1]
+        except OSError:  # Linux's word for the end of a terminal
+            return
+
+    def wait_for(self, step: str) -> list[int]:
+        """Wait until it does this, and stop the processes that it started; returns their ids."""
+        assert any(line.startswith(f"... {step}") for line in self.lines()), self.shown
+        command = self.process.pid
+        workers = [pid for pid in in_session(command) if stat_of(pid).parent == command]
+        os.killpg(workers[0], signal.SIGSTOP)
+        return workers
+
+    def ended(self) -> int:
+        """Its exit code, when it and all that it started are gone."""
+        for _ in self.lines():
+            pass
+        code = self.process.wait()
+        wait_until(lambda: not in_session(self.process.pid))
+        return code
+
+
+class Stat(NamedTuple):
+    """What Linux says of a process."""
+
+    state: str
+    parent: int
+    session: int
+
+
+def stat_of(pid: int) -> Stat:
+    state, parent, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    return Stat(state, int(parent), int(session))
+
+
+def in_session(session: int) -> list[int]:
+    """Living processes of a session, which their children belong to."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            stat = stat_of(int(folder.name))
+            if stat.session == session and stat.state != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # see test_kill_and_resume.py
+    yield lambda *arguments: Running(tmp_path, *arguments)
+    signal.signal(signal.SIGINT, before)
+    assert list(tmp_path.glob("olmo-bridge-*")) == [], "temporary files are left"
+
+
+def test_ctrl_c_in_compare(start: Start, hf: Path) -> None:
+    run = start("compare", hf, hf, "--tp", 2)
+    assert len(run.wait_for("load")) == 2
+
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does it
+
+    assert run.ended() == 130
+    assert run.shown[-1] == INTERRUPTED
+    assert "Traceback" not in "".join(run.shown)
+
+
+def test_ctrl_c_in_generate(start: Start, hf: Path) -> None:
+    run = start("generate", hf, "--tokens", "1,2,3", "--max-new-tokens", 4000)
+    assert len(run.wait_for("generate")) == 1
+
+    os.killpg(run.process.pid, signal.SIGINT)
+
+    assert run.ended() == 130
+    assert run.shown[-1] == INTERRUPTED
+    assert "Traceback" not in "".join(run.shown)
+
+
+def test_sigterm_in_roundtrip(start: Start, hf: Path) -> None:
+    """Two copies of the model are removed with it."""
+    run = start("roundtrip", hf, "--tp", 2)
+    run.wait_for("save with stock megatron-core")
+
+    run.process.terminate()
+
+    assert run.ended() == 128 + signal.SIGTERM
+    assert [line for line in run.shown if not line.startswith("... ")] == []
+
+
+def test_a_process_of_roundtrip_that_dies(start: Start, hf: Path) -> None:
+    run = start("roundtrip", hf, "--tp", 2)
+    workers = run.wait_for("save with stock megatron-core")
+
+    os.kill(workers[1], signal.SIGKILL)
+
+    assert run.ended() == 2
+    message = next(line for line in run.shown if not line.startswith("... "))
+    assert message.startswith("olmo-bridge: a process was killed by SIGKILL, as the system does ")
+    assert "Traceback" not in "".join(run.shown)
