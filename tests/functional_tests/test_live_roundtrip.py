@@ -14,7 +14,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
 
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)["result"]
-    assert found["ok"]
+    assert found["equal"]
     assert len(found["steps"]) == 5
     assert found["steps"][1]["result"] == "47 tensors equal, bit for bit"
     assert found["steps"][3]["result"] == "47 tensors equal, bit for bit"

@@ -18,10 +18,12 @@ import os, sys
 from megatron_olmo_bridge.errors import MappingError
 from megatron_olmo_bridge.runtime.launch import reporting_errors
 rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+def say(line):  # in one piece: the others print too, and print() may write the end by itself
+    os.write(1, (line + "\\n").encode())
 if sys.argv[1] == "tf32":
-    print(f"NVIDIA_TF32_OVERRIDE={os.environ['NVIDIA_TF32_OVERRIDE']}", flush=True)
+    say(f"NVIDIA_TF32_OVERRIDE={os.environ['NVIDIA_TF32_OVERRIDE']}")
     sys.exit()
-print(f"{sys.argv[1]} {rank} of {world}, {os.environ['OMP_NUM_THREADS']} threads", flush=True)
+say(f"{sys.argv[1]} {rank} of {world}, {os.environ['OMP_NUM_THREADS']} threads")
 with reporting_errors():
     if sys.argv[1] == "refuse":
         raise MappingError(f"two lines:\\nsaid {world} times")
@@ -31,7 +33,7 @@ with reporting_errors():
         import signal, subprocess
         stay = "import signal; signal.pause()"
         helper = subprocess.Popen([sys.executable, "-c", stay], stdin=subprocess.DEVNULL)
-        print("pids", os.getpid(), helper.pid, flush=True)
+        say(f"pids {os.getpid()} {helper.pid}")
         signal.pause()
 """
 
