@@ -67,6 +67,22 @@ def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
     assert found["tokens"] != expected[:12]
 
 
+def test_another_tokenizer(model: tuple[Path, list[int]], tmp_path: Path) -> None:
+    """Of a checkpoint that has none: text in, text out."""
+    checkpoint, expected = model
+    bare = synth("olmo2-tiny", tmp_path / "bare", dtype="float32")
+    prompt = ("--prompt", " ".join(f"w{token}" for token in PROMPT))
+    refused = olmo_bridge("generate", bare, *prompt)
+    assert refused.exit_code == 2
+    assert "has no tokenizer" in refused.stderr
+    assert "--tokenizer" in refused.stderr
+
+    done = olmo_bridge("generate", bare, *prompt, "--tokenizer", checkpoint / "iter_0000000/hf",
+                       "--max-new-tokens", 8)  # fmt: skip
+
+    assert done.stdout.split() == [f"w{token}" for token in expected[:8]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,6 +90,7 @@ def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
         (["--tokens", "1024"], "token 1024 is not in the model's vocabulary of 1024"),
         ([], "give either --prompt TEXT or --tokens 1,2,3"),
         (["--tokens", "1", "--max-new-tokens", "5000"], "more than the model's 4096 positions"),
+        (["--tokens", "1", "--tokenizer", "nowhere"], "nowhere: no such folder"),
         (["--tokens", "1", "--top-p", "1.5"], "top-p above 0 and at most 1"),
     ],
 )
