@@ -1,7 +1,6 @@
 """``olmo-bridge``, made to be killed: ``killable.py POINT FILE_BYTES import SRC DST ...``
 
 POINT is where the process kills itself: one of POINTS below, some with a count after a colon.
-``slow`` doesn't: it says "ready" and then takes its time, so that somebody else can kill it.
 ``stopped`` stops itself (SIGSTOP) after the first file is journaled, until SIGCONT.
 ``none`` does nothing of its own.
 FILE_BYTES is the most bytes of a .distcp file, so that a small model takes several; 0 leaves it.
@@ -12,23 +11,20 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.cli.app import app
-from megatron_olmo_bridge.convert import to_hf, to_megatron
+from megatron_olmo_bridge.convert import to_megatron
 from megatron_olmo_bridge.convert.stage import Stage
 from megatron_olmo_bridge.convert.transfer import Transfer
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 
-PAUSE = 0.004
-"""Seconds before each tensor of a slow run."""
-
 POINTS = {
     "allocated": "after all files were allocated, before the first tensor",
     "data": "in the middle of the data: before the n-th tensor",
+    "record": "before the n-th file, which is complete and synced, is noted in the journal",
     "text": "among the small files that come after the weights: before the n-th",
     "rename": "before a folder takes another one's name: before the n-th rename",
     "tracker": "after the rename, before the tracker is written",
@@ -63,6 +59,8 @@ def prepare(point: str) -> None:
             before(Transfer, "write", die)
         case "data":
             before(Transfer, "write", die, nth)
+        case "record":
+            before(Stage, "record", die, nth)
         case "text":
             before(Stage, "write_text", die, nth)
         case "rename":
@@ -75,15 +73,6 @@ def prepare(point: str) -> None:
             before(shutil, "rmtree", die, only=lambda p: (Path(p) / PARTIAL_MARKER).exists())
         case "cleared":
             before(os, "truncate", die)
-        case "slow":
-            write = Transfer.write
-
-            def slow(*args: Any) -> None:
-                time.sleep(PAUSE)
-                write(*args)
-
-            Transfer.write = slow
-            print("ready", flush=True)
         case "stopped":
             record, count = Stage.record, itertools.count(1)
 
@@ -96,12 +85,11 @@ def prepare(point: str) -> None:
         case "none":
             pass
         case _:
-            raise SystemExit(f"{point!r} is none of {', '.join(POINTS)}, slow, stopped, none")
+            raise SystemExit(f"{point!r} is none of {', '.join(POINTS)}, stopped, none")
 
 
 def main(point: str, file_bytes: str, *command: str) -> None:
     to_megatron.FILE_BYTES = int(file_bytes) or to_megatron.FILE_BYTES
-    assert to_hf  # loaded already: a slow run is slow at its work, not at its imports
     prepare(point)
     app(list(command))
 

@@ -6,18 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import KILLABLE, KILLED, MARKER, accepted, finish, finished, kill_after, start
+from killing import KILLABLE, KILLED, MARKER, accepted, finish, start
 from trees import tree_hash
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect, synth, verify
 from megatron_olmo_bridge.convert import to_megatron
+from megatron_olmo_bridge.convert.transfer import Transfer
 from megatron_olmo_bridge.errors import InputError, OutputError
 
 KILLS = int(os.environ.get("OLMO_BRIDGE_KILLS", "6"))
@@ -38,6 +38,8 @@ class Conversion:
     """The same for the command line."""
     uninterrupted: dict[str, str]
     """What the tree looks like when nothing was interrupted."""
+    writes: int
+    """How many parts of tensors it writes."""
 
     def start(self, dst: Path, point: str, *flags: str) -> "subprocess.Popen[str]":
         command = [self.operation, self.source, dst, *self.arguments, *flags]
@@ -71,13 +73,28 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversio
          ("--make-vocab-size-divisible-by", "1280")),
         ("export", root / "import", {"max_shard_size": "1MB"}, ("--max-shard-size", "1MB")),
     ):  # fmt: skip
-        conversion = Conversion(operation, source, options, arguments, {})
-        conversion.run(root / operation)
-        conversion.uninterrupted.update(tree_hash(root / operation))
+        conversion = Conversion(operation, source, options, arguments, {}, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            writes = counted(patch, Transfer, "write")
+            conversion.run(root / operation)
+        uninterrupted = tree_hash(root / operation)
+        conversion = replace(conversion, uninterrupted=uninterrupted, writes=len(writes))
         weights = [n for n in conversion.uninterrupted if n.endswith((".distcp", ".safetensors"))]
         assert len(weights) > 3
         found[operation] = conversion
     return found
+
+
+def counted(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]:
+    """Have calls of a function counted: the list has an element for each."""
+    original, calls = getattr(owner, name), []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+    return calls
 
 
 @pytest.fixture(params=["import", "export"])
@@ -88,85 +105,36 @@ def conversion(request: pytest.FixtureRequest, conversions: dict[str, Conversion
 # ------------------------------------------------------------------------------- killed anywhere
 
 
-def slow_seconds(conversion: Conversion, dst: Path) -> float:
-    """How long a slow run works, from when it is ready."""
-    process = conversion.start(dst, "slow")
-    begin = ready(process)
-    assert finish(process)[0] == 0
-    return time.monotonic() - begin
-
-
-def ready(process: "subprocess.Popen[str]") -> float:
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return time.monotonic()
-
-
 def test_killed_at_any_moment(conversion: Conversion, tmp_path: Path) -> None:
-    duration = slow_seconds(conversion, tmp_path / "slow")
-    conversion.check(tmp_path / "slow")
-    interrupted = 0
+    """Before tensors all over the run, while its other threads are wherever they are."""
     for i in range(KILLS):
         dst = tmp_path / f"{i}"
-        process = conversion.start(dst, "slow")
-        ready(process)
-        killed = kill_after(process, duration * (i + 0.5) / KILLS)
-        if not finished(dst):
-            assert killed
-            interrupted += 1
-            assert accepted(dst, conversion.source) == []
-            conversion.run(dst, resume=True)
-        else:  # the measured run was slower than this one: a busy machine
-            duration /= 2
+        nth = 1 + conversion.writes * (2 * i + 1) // (2 * KILLS)
+
+        code, said = finish(conversion.start(dst, f"data:{nth}"))
+
+        assert code == KILLED, said
+        assert accepted(dst, conversion.source) == []
+        conversion.run(dst, resume=True)
         conversion.check(dst)
-    assert interrupted
 
 
 def test_killed_again_and_again(conversion: Conversion, tmp_path: Path) -> None:
     """Each run keeps what the ones before it completed, so they come to an end all the same."""
     dst = tmp_path / "dst"
     complete, kills = 0, 0
-    while kills < 50:
-        code, said = finish(conversion.start(dst, "data:60", "--resume"))
+    while True:
+        # Before it notes its third file; those that are left are fewer at last.
+        code, said = finish(conversion.start(dst, "record:3", "--resume"))
         if code == 0:
             break
         kills += 1
         assert code == KILLED, said
         assert accepted(dst, conversion.source) == []
         journal = (tmp_path / "dst.partial" / MARKER).read_text().splitlines()
-        assert len(journal) >= complete
+        assert len(journal) >= complete + 2
         complete = len(journal)
     assert kills > 1
-    conversion.check(dst)
-
-
-def test_resumed_where_an_empty_folder_was_made_meanwhile(
-    conversion: Conversion, tmp_path: Path
-) -> None:
-    """What DST.partial has complete is kept."""
-    dst = tmp_path / "dst"
-    assert finish(conversion.start(dst, "rename"))[0] == KILLED
-    complete = (tmp_path / "dst.partial" / MARKER).read_text().splitlines()[1:]
-    inodes = {name: (tmp_path / "dst.partial" / name).stat().st_ino for name in complete}
-    dst.mkdir()
-
-    conversion.run(dst, resume=True)
-
-    conversion.check(dst)
-    assert {name: (dst / name).stat().st_ino for name in complete} == inodes != {}
-
-
-def test_overwritten_where_an_empty_folder_was_made_meanwhile(
-    conversion: Conversion, tmp_path: Path
-) -> None:
-    dst = tmp_path / "dst"
-    interrupted(conversion, dst)
-    dst.mkdir()
-
-    with pytest.raises(OutputError, match=r"dst.partial: left by an interrupted"):
-        conversion.run(dst)
-    conversion.run(dst, overwrite=True)
-
     conversion.check(dst)
 
 

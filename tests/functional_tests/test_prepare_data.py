@@ -8,11 +8,11 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from killing import wait_until
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from small_tokenizer import make_tokenizer, texts
 from transformers import AutoTokenizer
@@ -46,22 +46,22 @@ def same(folder: Path, out: Path) -> bool:
 
 
 def start(
-    folder: Path, out: Path, *options: str, before: Callable[[], None] | None = None
+    folder: Path,
+    out: Path,
+    *options: str,
+    before: Callable[[], None] | None = None,
+    stopped: bool = False,
 ) -> subprocess.Popen[str]:
-    """The command with two workers, in a session of its own."""
+    """The command with two workers, in a session of its own; as ``prepare_stopped.py`` runs it."""
+    command = ["-m", "megatron_olmo_bridge", "prepare-data"]
+    if stopped:
+        command = [str(Path(__file__).with_name("prepare_stopped.py")), str(out)]
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_olmo_bridge", "prepare-data", folder / "corpus.jsonl", out,
+        [sys.executable, *command, folder / "corpus.jsonl", out,
          "--tokenizer", folder / "tokenizer", "--workers", "2", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=before,
     )  # fmt: skip
-
-
-def wait_for(met: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def nobody_left(session: int) -> bool:
@@ -108,12 +108,14 @@ def test_any_number_of_workers_makes_the_same_bytes(
 )
 def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) -> None:
     out = tmp_path / "out"
-    process = start(folder, out)
-    wait_for(lambda: [*tmp_path.glob("out.partial/part-*.json"), process.poll()][0])
+    process = start(folder, out, stopped=True)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    assert children(process.pid)
     os.kill(process.pid, by)
-    _, said = process.communicate(timeout=60)
+    os.kill(process.pid, signal.SIGCONT)
+    _, said = process.communicate()
     assert process.returncode == (130 if by is signal.SIGINT else -by), said
-    wait_for(lambda: nobody_left(process.pid))  # no worker goes on by itself
+    wait_until(lambda: nobody_left(process.pid))  # no worker goes on by itself
     if by is signal.SIGINT:
         assert said.endswith(
             "olmo-bridge: interrupted. A conversion can be continued with --resume.\n"
@@ -123,7 +125,7 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) ->
     finished = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out.partial/part-*.json")}
     assert finished
     process = start(folder, out, "--resume")
-    said = "".join(process.communicate(timeout=120))
+    said = "".join(process.communicate())
     assert process.returncode == 0, said
     assert same(folder, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
@@ -131,13 +133,13 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) ->
 
 def test_a_worker_that_dies_is_told_of(folder: Path, tmp_path: Path) -> None:
     process = start(folder, tmp_path / "out")
-    wait_for(lambda: children(process.pid))
+    wait_until(lambda: children(process.pid))
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode == 2
     assert "a process that tokenizes died" in said
     assert "Traceback" not in said
-    wait_for(lambda: nobody_left(process.pid))
+    wait_until(lambda: nobody_left(process.pid))
 
 
 def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
         folder, tmp_path / "out",
         before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate()
     assert process.returncode == 2
     assert said.endswith(
         f"olmo-bridge: {tmp_path / 'out'}.partial: can't write more: File too large. Make room and "
@@ -154,5 +156,5 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     )
     assert "Traceback" not in said
     process = start(folder, tmp_path / "out", "--resume")
-    assert process.wait(timeout=120) == 0
+    assert process.wait() == 0
     assert same(folder, tmp_path / "out")

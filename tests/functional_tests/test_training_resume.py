@@ -7,13 +7,13 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
 
 pytest.importorskip("megatron.core")
 
+from killing import wait_until
 from training_runs import Place, Run, apart
 from trees import tree_hash
 
@@ -122,12 +122,9 @@ def test_ctrl_c_stops_all_processes_of_the_command(
         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     run = Run(folder, [], "")
-    until = time.monotonic() + 120
-    while not ((folder / "log.jsonl").exists() and len(run.log) > 3):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: ((folder / "log.jsonl").exists() and len(run.log) > 3) or process.poll())
     os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate()
 
     assert process.returncode == 75, errors
     assert errors.count("asked to stop") == 1

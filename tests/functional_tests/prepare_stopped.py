@@ -1,0 +1,29 @@
+"""``olmo-bridge prepare-data OUT ...`` that stands still (SIGSTOP) when the first part is finished
+and its workers are alive, until SIGCONT: ``prepare_stopped.py OUT SOURCE ...``."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def main(out: str, *arguments: str) -> None:
+    # Not at the top: the workers, which it starts anew, import this file too.
+    from megatron_olmo_bridge.cli.app import app
+    from megatron_olmo_bridge.data import prepare
+
+    add, stopped = prepare._Shown.add, False
+
+    def stop(*args: int) -> None:
+        nonlocal stopped
+        add(*args)
+        if not stopped and any(Path(f"{out}.partial").glob("part-*.json")):
+            stopped = True
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    prepare._Shown.add = stop
+    app(["prepare-data", *arguments])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
