@@ -118,7 +118,7 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) ->
     wait_until(lambda: nobody_left(process.pid))  # no worker goes on by itself
     if by is signal.SIGINT:
         assert said.endswith(
-            "olmo-bridge: interrupted. A conversion can be continued with --resume.\n"
+            "olmo-bridge: interrupted. Run the same with --resume to continue.\n"
         )
     with pytest.raises(InputError, match="an interrupted prepare-data"):
         read_info(out)
