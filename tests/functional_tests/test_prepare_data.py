@@ -117,9 +117,7 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) ->
     assert process.returncode == (130 if by is signal.SIGINT else -by), said
     wait_until(lambda: nobody_left(process.pid))  # no worker goes on by itself
     if by is signal.SIGINT:
-        assert said.endswith(
-            "olmo-bridge: interrupted. Run the same with --resume to continue.\n"
-        )
+        assert said.endswith("olmo-bridge: interrupted. Run the same with --resume to continue.\n")
     with pytest.raises(InputError, match="an interrupted prepare-data"):
         read_info(out)
     finished = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out.partial/part-*.json")}
