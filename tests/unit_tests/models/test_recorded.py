@@ -126,7 +126,7 @@ def stock_args(**changes: Any) -> dict[str, Any]:
         {"vocab_size": 1152, "should_pad_vocab": False},  # padded before
         {"kv_channels": None, "ffn_hidden_size": None},
         {"window_size": (-1, -1)},
-        {"num_layers": object()},  # a placeholder of what a pickle names
+        {"num_layers": Ellipsis},  # stands for a placeholder of what a pickle names
     ],
     ids=str,
 )
