@@ -101,7 +101,7 @@ def import_(
     ] = False,
     num_labels: Annotated[
         int | None,
-        typer.Option(min=1, help="A new classification head of zeros, for so many classes."),
+        typer.Option(min=1, help="A new classification head of zeros, for N classes."),
     ] = None,
     heads: Heads = None,
     hf_config: Annotated[
@@ -316,7 +316,7 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--weights {text} is no list of numbers such as 0.5,0.25,0.25") from None
+        raise InputError(f"--weights {text}: not a list of numbers such as 0.5,0.25,0.25") from None
 
 
 def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:

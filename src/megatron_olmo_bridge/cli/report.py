@@ -21,7 +21,7 @@ def report(
 ) -> Outcome:
     """Write RUN/report.html again, from RUN/log.jsonl: curves, key figures, config.
 
-    Also while the run goes on, or after it was killed.
+    Also while the run is in progress, or after it was killed.
 
     Examples:
         olmo-bridge report ./run

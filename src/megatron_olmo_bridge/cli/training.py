@@ -47,7 +47,7 @@ def train(
         typer.Option(
             "--processes",
             min=1,
-            help="Start so many here, as torchrun would; with --dry-run, reckon with so many.",
+            help="Start N processes here, as torchrun would; with --dry-run, estimate for N.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -55,7 +55,7 @@ def train(
         typer.Option("--dry-run", help="Print config, memory, tokens and FLOPs; train nothing."),
     ] = False,
 ) -> Outcome:
-    """Train a model as a recipe says. Start it again, and it goes on where it was.
+    """Train a model as a recipe says. Start it again, and it resumes.
 
     Asked to stop (SIGTERM, Ctrl-C), it saves its last step first.
 
