@@ -92,15 +92,21 @@ class CopyPlan:
 
     @cached_property
     def source_files(self) -> list[Path]:
-        return sorted(
-            {
+        """The files to read, in the order of their first use."""
+        return list(
+            dict.fromkeys(
                 x.array.file
                 for p in self.payloads
                 for view in p.view.stored
                 for x in view.pieces
                 if x.array is not None
-            }
+            )
         )
+
+    @cached_property
+    def source_fingerprint(self) -> str:
+        """See :func:`fingerprint`. The order tells which source of an average has which weight."""
+        return fingerprint(self.source_files)
 
     @cached_property
     def digest(self) -> str:
@@ -126,8 +132,8 @@ class CopyPlan:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Tells whether source files were touched between a run and its resumption."""
-    stats = [(f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    """Tells whether source files are others, or were touched, since an earlier run."""
+    stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 

@@ -40,6 +40,7 @@ class Provenance:
             "revision": self.revision,
             "options": self.options,
             "plan_sha256": plan.digest,
+            "source_fingerprint": plan.source_fingerprint,
             "versions": versions(),
             "files": files,
         }

@@ -22,7 +22,7 @@ from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.mapping.registry import bulleted
 
-from .plan import CopyPlan, fingerprint
+from .plan import CopyPlan
 from .provenance import read_provenance
 
 
@@ -39,7 +39,7 @@ class Stage:
         self._partial = destination.parent / f"{destination.name}.partial"
         self._replaced = destination.parent / f"{destination.name}.replaced"
         self._plan, self._resume, self._overwrite = plan, resume and not overwrite, overwrite
-        self._header = {"plan": plan.digest, "source": fingerprint(plan.source_files)}
+        self._header = {"plan": plan.digest, "source": plan.source_fingerprint}
         self._lock = threading.Lock()
         self._marker: int | None = None
         self.folder = self._where_to_write()
@@ -87,7 +87,10 @@ class Stage:
             raise OutputError(f"{folder}: is in the way, and no conversion's. Move it away.")
         elif not self._overwrite:
             if not (self._resume and self._made_by_this_plan()):
-                raise OutputError(f"{folder}: exists already. Pass --overwrite to replace it.")
+                differs = " It isn't what --resume would complete." if self._resume else ""
+                raise OutputError(
+                    f"{folder}: exists already. Pass --overwrite to replace it.{differs}"
+                )
             self.finished = not _started(self._partial)
 
     def _check_disk(self) -> None:
@@ -106,9 +109,9 @@ class Stage:
     def _made_by_this_plan(self) -> bool:
         """Whether the destination is what this run would write: then there is nothing to do."""
         recorded = read_provenance(self.destination / self._plan.weights_folder) or {}
-        return recorded.get("plan_sha256") == self._plan.digest and not self._lacking(
-            self.destination
-        )
+        made_of = (recorded.get("plan_sha256"), recorded.get("source_fingerprint"))
+        same = made_of == (self._plan.digest, self._plan.source_fingerprint)
+        return same and not self._lacking(self.destination)
 
     def _lacking(self, folder: Path) -> list[str]:
         """What is absent, or of another size than planned."""

@@ -11,6 +11,7 @@ import pytest
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
 from megatron_olmo_bridge.convert.average import average_checkpoints
 from megatron_olmo_bridge.convert.reporter import Reporter
+from megatron_olmo_bridge.convert.synth import synth
 from megatron_olmo_bridge.errors import FormatError, OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 
@@ -168,6 +169,37 @@ def test_a_finished_output_that_lost_a_file_is_not_finished(
 
     with pytest.raises(OutputError, match="exists already"):
         export_checkpoint(tiny_megatron, tmp_path / "dst", resume=True)
+
+
+def test_the_finished_output_of_another_source_is_not_taken_for_this_one(
+    tiny_hf: Path, tiny_megatron: Path, tmp_path: Path
+) -> None:
+    """The headers are the same: only paths and times tell the sources apart."""
+    other_hf = synth("olmo2-tiny", tmp_path / "hf", seed=1, max_shard_size="500KB")
+    other_megatron = tmp_path / "megatron"
+    import_checkpoint(other_hf, other_megatron)
+    export_checkpoint(tiny_megatron, tmp_path / "exported")
+    average_checkpoints([tiny_hf, other_hf], tmp_path / "mean", weights=[1, 2])
+    refused = r"exists already. Pass --overwrite .* It isn't what --resume would complete"
+
+    with pytest.raises(OutputError, match=refused):
+        import_checkpoint(tiny_hf, other_megatron, resume=True)
+    with pytest.raises(OutputError, match=refused):
+        export_checkpoint(other_megatron, tmp_path / "exported", resume=True)
+    with pytest.raises(OutputError, match=refused):
+        average_checkpoints([other_hf, tiny_hf], tmp_path / "mean", weights=[1, 2], resume=True)
+
+
+def test_a_finished_output_is_not_taken_for_that_of_a_source_written_anew(tmp_path: Path) -> None:
+    source = synth("olmo2-tiny", tmp_path / "hf")
+    import_checkpoint(source, tmp_path / "dst")
+    import_checkpoint(source, tmp_path / "dst", resume=True)  # nothing to do
+
+    shutil.rmtree(source)
+    synth("olmo2-tiny", source, seed=1)
+
+    with pytest.raises(OutputError, match="exists already"):
+        import_checkpoint(source, tmp_path / "dst", resume=True)
 
 
 def test_what_another_program_left_half_written_is_not_resumed(
