@@ -96,7 +96,9 @@ class Stage:
     def _check_disk(self) -> None:
         parents = () if self.folder == self.destination else self.destination.parents
         existing = next(p for p in (*parents, self.destination) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        if not existing.is_dir():
+            raise OutputError(f"{self.destination}: {existing} is a file; name another folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
             raise OutputError(f"{existing}: no permission to write here")
         done = sum(f.size for f in self._plan.files if f.name in self.complete)
         need = self._plan.output_bytes - done

@@ -93,6 +93,16 @@ def test_a_folder_with_anything_in_it_is_not_empty(
     assert [p.name for p in empty.iterdir()] == [name.rstrip("/")]
 
 
+def test_an_output_below_a_file_names_the_file(convert: Convert, tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_text("not a folder")
+
+    with pytest.raises(OutputError, match=f"{file} is a file; name another folder"):
+        convert(file / "runs" / "out")
+
+    assert file.read_text() == "not a folder"
+
+
 def test_an_error_leaves_an_empty_folder_as_it_was(tiny_hf: Path, empty: Path) -> None:
     source = Path(shutil.copytree(tiny_hf, empty.parent / "source"))
 
