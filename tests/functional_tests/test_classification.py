@@ -177,7 +177,9 @@ def test_it_stops_early_and_remembers(data: Path, tmp_path: Path) -> None:
 SCORES = {"multi_label_classification": "macro_f1", "regression": "r2"}
 
 
-@pytest.fixture(scope="module", params=SCORES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=pytest.mark.slow) for kind in SCORES]
+)
 def other_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of another problem type; its data stand beside it."""
     folder = tmp_path_factory.mktemp(request.param)

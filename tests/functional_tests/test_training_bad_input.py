@@ -297,7 +297,7 @@ FOLDERS = [
     Case(f"export.hf=HERE/run init.checkpoint=HERE/run/{LAST}", ("would mix", "export.hf")),
     Case(f"{AGAIN} optimizer.lr=1e-4",
          ("folder of another run", "optimizer.lr: was 0.00", "is 0.0001", "init.checkpoint=HERE")),
-    Case(f"{AGAIN} train.steps=8", ("folder of another run", "train.steps: was 4, is 8")),
+    Case(f"{AGAIN} train.steps=8", ("extends a run of 4 steps", "schedule.end_step=8")),
     Case(f"DATA/gpt2.py {AGAIN}",
          ("another run", "['Olmo2ForCausalLM'], is ['GPT2LMHeadModel']", "more")),
     Case(f"{AGAIN} init.hf=DATA/hf", ("another run", "init.hf: was None")),

@@ -170,7 +170,8 @@ def test_a_recipe_survives_the_command_line(recipe: str) -> None:
 def test_a_recipe_can_be_run(recipe: str) -> None:
     config = load_recipe(recipe)
     processes = {"olmo2-tiny": 1, "gpt2-124m": 8}.get(config.name, 16)
-    checks(config, processes)
+    stage_1 = ["init.checkpoint=stage-1"] if config.init.optimizer else []
+    checks(apply_overrides(config, stage_1), processes)
     assert load_recipe(recipe) == config, "a recipe's function makes a new config each time"
     if config.name != "olmo2-tiny":
         assert estimate(config, processes).worst.total < 75e9, "fits GPUs of 80 GB"

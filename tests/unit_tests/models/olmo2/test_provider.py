@@ -72,7 +72,7 @@ def test_a_sized_provider_takes_every_field() -> None:
     assert (provider.num_layers, provider.hidden_size) == (2, 4096)
     assert provider.tensor_model_parallel_size == 2
     assert provider.bf16
-    with pytest.raises(TypeError, match="num_layer"):
+    with pytest.raises(InputError, match="no field 'num_layer'; did you mean 'num_layers'"):
         megatron_olmo_bridge.Olmo2ModelProvider7B(num_layer=2)
 
 
