@@ -102,7 +102,7 @@ def model_section(file: Path) -> dict[str, Any] | None:
     Loader.add_multi_constructor("", lambda loader, suffix, node: f"<{suffix}>")
     try:
         value = yaml.load(file.read_text(), Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except Exception as error:  # values that don't fit their tags raise nearly anything
         raise FormatError(f"{file}: not sound YAML: {error}") from error
     model = value.get("model") if isinstance(value, dict) else None
     return model if isinstance(model, dict) else None

@@ -136,7 +136,7 @@ def side_files(path: Path) -> dict[str, Path]:
     Python files are among them where a config or tokenizer names them in its ``auto_map``.
 
     Raises:
-        FormatError: one of them is a Git LFS pointer.
+        FormatError: one of them is a Git LFS pointer, or its name is not UTF-8.
     """
     names = [entry.name for entry in path.iterdir()]
     if (path / CHAT_TEMPLATES).is_dir():
@@ -146,8 +146,16 @@ def side_files(path: Path) -> dict[str, Path]:
     if any(b'"auto_map"' in f.read_bytes() for name, f in own.items() if name.endswith(_SETTINGS)):
         own |= {name: file for name, file in files.items() if _matches(name, (CODE,))}
     for file in own.values():
+        _refuse_name(file)
         refuse_pointer(file)
     return own
+
+
+def _refuse_name(file: Path) -> None:
+    try:
+        file.name.encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{file}: the file's name is not UTF-8. Rename it.") from error
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -190,6 +198,7 @@ def _read_arrays(
             raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
     arrays: dict[str, StoredArray] = {}
     for file in (file for file in files if file.is_file()):
+        _refuse_name(file)
         for name, array in read_header(file, is_buffer).items():
             if name in arrays:
                 raise FormatError(

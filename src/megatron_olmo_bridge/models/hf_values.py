@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -114,7 +114,9 @@ def shown(value: object) -> str:
 
 
 def _is_number(value: object, least: float | None) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if not abs(value) <= sys.float_info.max:  # NaN, infinite, or a whole number beyond a float
         return False
     return value > 0 if least is None else value >= least
 

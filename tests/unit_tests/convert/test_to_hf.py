@@ -232,6 +232,10 @@ def test_the_vocabulary_of_a_config_can_be_overruled(
     [
         ("model: [", r"run_config\.yaml: not sound YAML"),
         ("a: \0", r"run_config\.yaml: not sound YAML"),
+        ("model: !!timestamp x", r"run_config\.yaml: not sound YAML"),
+        ("model: !!bool x", r"run_config\.yaml: not sound YAML"),
+        ("model: !!int ''", r"run_config\.yaml: not sound YAML"),
+        pytest.param("[" * 3000, r"run_config\.yaml: not sound YAML", id="deep"),
         ("train: {}", r"run_config\.yaml: has no model section"),
         ("- 1", r"run_config\.yaml: has no model section"),
         ("model: 3", r"run_config\.yaml: has no model section"),

@@ -1,6 +1,7 @@
 """Hugging Face folders: config, shards and their index."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,20 @@ def test_side_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     (tmp_path / "tokenizer").mkdir()
     assert list(side_files(tmp_path)) == ours
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [(HFFolder.read, b"w\xff.safetensors"), (side_files, b"tokenizer\xff.json")],
+)
+def test_file_names_that_are_not_utf8_are_refused(
+    tmp_path: Path, read: Callable[[Path], object], name: bytes
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.st")
+    (tmp_path / "model.st").rename(tmp_path / os.fsdecode(name))
+    with pytest.raises(FormatError, match="the file's name is not UTF-8"):
+        read(tmp_path)
 
 
 def test_code_is_a_models_own_where_a_config_names_it(tmp_path: Path) -> None:

@@ -159,6 +159,11 @@ def test_yarn_too(key: str, value: Any) -> None:
         read(config | {"rope_scaling": config["rope_scaling"] | {key: value}})
 
 
+def test_a_whole_number_beyond_floats_is_refused() -> None:
+    with pytest.raises(InputError, match="rms_norm_eps must be a number of at least 0, not 1000"):
+        read(tiny("olmo2") | {"rms_norm_eps": 10**400})
+
+
 def test_numbers_may_be_zero_where_zero_means_something() -> None:
     found = read(tiny("olmoe") | {"rms_norm_eps": 0, "router_aux_loss_coef": 0.0}).numbers
     assert (found["layernorm_epsilon"], found["moe_aux_loss_coeff"]) == (0.0, 0.0)
