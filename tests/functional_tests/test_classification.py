@@ -99,6 +99,12 @@ def test_both_models_learn_and_stand_in_one_table(run: tuple[Path, str, int]) ->
     assert "texts to train on, 1.6 times; 500 held out; 10 classes" in said
 
 
+def test_a_dry_run_takes_the_folder_of_its_own_run(run: tuple[Path, str, int], data: Path) -> None:
+    folder, _, tp = run
+    more = (f"parallel.tp={tp}", "checkpoint.keep_last=null", "--dry-run")
+    assert "parameters" in train(*overrides(data, folder, *more))
+
+
 def test_transformers_reports_what_megatron_had_in_training(run: tuple[Path, str, int]) -> None:
     folder, _, _ = run
     assert results(folder)[0]["quality"]["macro_f1"] == pytest.approx(best(folder)["score"])

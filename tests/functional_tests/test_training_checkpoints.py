@@ -22,7 +22,7 @@ from trees import tree_hash
 
 CONSTANT = ("schedule.decay=constant", "schedule.warmup_steps=0")
 SPIKY = ("stability.window=4", "stability.sigma=0.2")
-"""Nearly every loss above the mean counts as a leap."""
+"""Nearly every loss above the mean counts as a spike."""
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_a_loss_that_is_no_number_stops_the_run(place: Place, overrides: tuple[s
 def test_a_spike_is_skipped_or_stops_the_run(place: Place) -> None:
     """Skipped, also after a restart: what the watch remembers is saved."""
     stopped = place.run("spike", *SPIKY)
-    assert "the loss leapt to" in refused(stopped)
+    assert "the loss spiked to" in refused(stopped)
 
     whole = place.run("skips", *SPIKY, "stability.on_spike=skip").done()
     skipped = [line["step"] for line in whole.events("skipped")]

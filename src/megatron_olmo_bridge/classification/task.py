@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.task import Score, Sums, Task
@@ -149,7 +150,17 @@ def write_history(file: Path, history: list[Evaluation]) -> None:
 
 
 def read_history(file: Path) -> list[Evaluation]:
-    """The evaluations of the run so far, if there are any."""
+    """Return the evaluations of the run so far, if there are any.
+
+    Raises:
+        FormatError: The file is damaged, or of an older version.
+    """
     if not file.is_file():
         return []
-    return [Evaluation(**values) for values in json.loads(file.read_text())]
+    try:
+        return [Evaluation(**values) for values in json.loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise FormatError(
+            f"{file}: is damaged, or was written by an older version, so that the best step of the "
+            "run is not known. Name another folder as checkpoint.save."
+        ) from error

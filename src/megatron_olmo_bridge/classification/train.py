@@ -111,14 +111,13 @@ class Classifier:
             raise InputError("checkpoint.save is not set: name a folder for the classifier")
         train, held_out = load_examples(config.classification)
         weights = class_weights(config.classification, train)
-        source = _source(config, config.classification.problem_type, train.classes)
+        config, source = resolved(config, train.classes)
         bridge, length = source.bridge, config.train.sequence_length
         tokenizer = _tokenizer(config, source, bridge)
         first, second = (
             tokenise(examples, tokenizer, length, bridge.vocab_size)
             for examples in (train, held_out)
         )
-        config = replace(config, model=bridge.hf_config)
         return cls(config, source, train, held_out, (first, second), tokenizer, weights)
 
     @property
@@ -198,13 +197,19 @@ class Classifier:
         partial.rename(folder)
 
 
-def _source(config: TrainingConfig, problem_type: str, classes: tuple[str, ...]) -> Source:
-    """Open the checkpoint; its config then says what the head's outputs are.
+def resolved(config: TrainingConfig, classes: tuple[str, ...]) -> tuple[TrainingConfig, Source]:
+    """Return the config with its model filled in, and the checkpoint that the weights come from.
+
+    Args:
+        config: of a classifier.
+        classes: names of the head's outputs.
 
     Raises:
-        InputError: there is none, or it is a classifier of other classes or another problem type.
+        BridgeError: there is no checkpoint, it is not sound, or it is a classifier of other classes
+            or another problem type.
     """
-    init = config.init
+    assert config.classification is not None
+    init, problem_type = config.init, config.classification.problem_type
     if bool(init.hf) == bool(init.checkpoint):
         raise InputError("init.hf is not set: name the OLMo checkpoint to be fine-tuned")
     given = fetch(init.hf, init.revision)[0] if init.hf else Path(init.checkpoint or "")
@@ -222,7 +227,8 @@ def _source(config: TrainingConfig, problem_type: str, classes: tuple[str, ...])
             "provider.pad_token_id=ID"
         )
     hf = hf | label_names(classes, problem_type) | {"pad_token_id": pad}
-    return replace(source, bridge=bridge_for(hf, source.config_from))
+    bridge = bridge_for(hf, source.config_from)
+    return replace(config, model=bridge.hf_config), replace(source, bridge=bridge)
 
 
 def _check_head(source: Source, given: Path, problem_type: str, classes: tuple[str, ...]) -> None:

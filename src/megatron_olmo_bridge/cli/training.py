@@ -115,11 +115,10 @@ def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     from megatron_olmo_bridge.training.estimate import estimate
     from megatron_olmo_bridge.training.folder import check_folders
     from megatron_olmo_bridge.training.layout import checks, smallest
-    from megatron_olmo_bridge.training.train import resolved
 
     from .dry_run import dry_run_result, print_dry_run
 
-    config, source = resolved(config)
+    config, source = _resolved(config)
     count = processes or int(os.environ.get("WORLD_SIZE", "0")) or smallest(config)
     checks(config, count)
     check_folders(config)
@@ -131,17 +130,27 @@ def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     return dry_run_result(config, found)
 
 
+def _resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
+    """The config as the run fills it in, and the checkpoint that the weights come from, if any."""
+    from megatron_olmo_bridge.classification.data import load_examples
+    from megatron_olmo_bridge.classification.train import resolved as resolved_classifier
+    from megatron_olmo_bridge.training.train import resolved
+
+    if config.classification is None or not config.classification.train:
+        return resolved(config)
+    train, _ = load_examples(config.classification)
+    return resolved_classifier(config, train.classes)
+
+
 def _check_data(config: TrainingConfig, source: Source | None) -> None:
     """Refuse data that the run would refuse. Without data, the rest can be reckoned still."""
-    from megatron_olmo_bridge.classification.data import load_examples
     from megatron_olmo_bridge.training.layout import model_of
     from megatron_olmo_bridge.training.token_data import check_data
     from megatron_olmo_bridge.training.train import tokenizer_folder
 
     if config.classification is not None:
-        if config.classification.train:
-            load_examples(config.classification)
-    elif config.data.path:
+        return
+    if config.data.path:
         vocab_size, length = model_of(config).vocab_size, config.train.sequence_length
         tokenizer_folder(config, source, check_data(config.data, vocab_size, length))
     else:

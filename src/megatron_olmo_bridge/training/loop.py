@@ -1,4 +1,4 @@
-"""The loop: guess, score, nudge, repeat."""
+"""The training loop: forward-backward, optimizer step, repeat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def train_loop(run: Run) -> None:
     """Train from the step that the run is at to its last.
 
     Raises:
-        TrainingStopped: the loss is not a number, or leapt; or the run was asked to stop.
+        TrainingStopped: the loss is not a number, or spiked; or the run was asked to stop.
     """
     batches = run.task.train_batches(begin=run.step + 1)
     if run.step == 0:
@@ -42,16 +42,16 @@ def one_step(run: Run, batches: Iterator[Batch]) -> tuple[StepRecord, bool]:
         What there is to say of the step, and whether any process was asked to stop.
 
     Raises:
-        TrainingStopped: the loss is not a number, or leapt.
+        TrainingStopped: the loss is not a number, or spiked.
     """
     began = time.perf_counter()
     run.clear_gradients()
-    sums = guess_and_score(run, batches, run.micro_batches)
+    sums = forward_backward(run, batches, run.micro_batches)
     loss, z_loss, asked_to_stop = shared_means(sums, run.asked_to_stop)
     run.step += 1
     run.watch.check(run.step, loss)
     run.scheduler.step(1)
-    grad_norm, skipped = nudge(run, loss)
+    grad_norm, skipped = optimizer_step(run, loss)
     run.watch.remember(run.step, loss, grad_norm, skipped)
     record = StepRecord(
         step=run.step,
@@ -66,10 +66,10 @@ def one_step(run: Run, batches: Iterator[Batch]) -> tuple[StepRecord, bool]:
     return record, asked_to_stop
 
 
-def guess_and_score(
+def forward_backward(
     run: Run, batches: Iterator[Batch], count: int, *, learn: bool = True
 ) -> list[Sums]:
-    """Run so many micro-batches forward, and to learn also backward, on megatron-core's schedule.
+    """Run ``count`` micro-batches forward, and to learn also backward, on megatron-core's schedule.
 
     Returns:
         What each micro-batch's score gave; on the last pipeline stage, elsewhere nothing.
@@ -89,8 +89,8 @@ def guess_and_score(
     )
 
 
-def nudge(run: Run, loss: float) -> tuple[float, bool]:
-    """Let the optimizer take its step, unless this one is to be skipped.
+def optimizer_step(run: Run, loss: float) -> tuple[float, bool]:
+    """Take an optimizer step, unless this one is to be skipped.
 
     Returns:
         The gradient's norm before clipping, and whether the step was skipped.
@@ -98,7 +98,7 @@ def nudge(run: Run, loss: float) -> tuple[float, bool]:
     if run.watch.may_skip:
         run.optimizer.prepare_grads()
         norm = float(run.optimizer.get_grad_norm())
-        if run.watch.leaps(loss, norm):
+        if run.watch.is_spike(loss, norm):
             return norm, True
     _, norm, _ = run.optimizer.step()
     return float(norm or 0.0), False

@@ -23,7 +23,7 @@ from megatron_olmo_bridge.runtime.process_groups import on_first
 from .checkpoint import Checkpointer
 from .config import TrainingConfig
 from .facts import card_facts
-from .loop import guess_and_score, total
+from .loop import forward_backward, total
 from .monitor.run_log import RunLog, StepRecord
 from .stability import Watch
 from .task import Task
@@ -131,7 +131,7 @@ class Run:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad(), self.whole_parameters():
-            sums = guess_and_score(self, batches, self.task.validation_micro_batches, learn=False)
+            sums = forward_backward(self, batches, self.task.validation_micro_batches, learn=False)
         for chunk in self.chunks:
             chunk.train()
         figures, self.stopped_early = self.task.evaluated(self.step, total(sums))

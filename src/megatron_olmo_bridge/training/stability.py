@@ -1,4 +1,4 @@
-"""Watches over the loss: what is not a number, and what leaps."""
+"""Watch the loss for spikes and for values that are not numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Watch:
         """Look at a step's loss before the weights are changed by it.
 
         Raises:
-            TrainingStopped: it is not a number, or leapt and ``on_spike`` is ``stop``.
+            TrainingStopped: it is not a number, or spiked and ``on_spike`` is ``stop``.
         """
         if not math.isfinite(loss):
             raise TrainingStopped(
@@ -49,15 +49,15 @@ class Watch:
             )
         if self.settings.on_spike == "stop" and self._above(self.losses, loss):
             raise TrainingStopped(
-                f"the loss leapt to {loss:.3f} at step {step}: more than {self.settings.sigma:g} "
+                f"the loss spiked to {loss:.3f} at step {step}: more than {self.settings.sigma:g} "
                 f"standard deviations above {fmean(self.losses):.3f}, the mean of the last "
                 f"{len(self.losses)} steps. The weights were not changed by it. Start again from "
                 "the last checkpoint with stability.on_spike=skip or =ignore, or with a smaller "
                 "optimizer.lr."
             )
 
-    def leaps(self, loss: float, norm: float) -> bool:
-        """Whether a step is to be skipped."""
+    def is_spike(self, loss: float, norm: float) -> bool:
+        """Return whether a step is to be skipped."""
         return not math.isfinite(norm) or (
             self._above(self.losses, loss) or self._above(self.norms, norm)
         )

@@ -57,7 +57,7 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
         BridgeError: the config can't be, or something that it names is not there or not sound.
     """
     config, source = resolved(config)
-    run = set_up(LanguageModel(_ending_as_its_data(config), source), say)
+    run = set_up(LanguageModel(config, source), say)
     with stopping_on_signals(run), logged(run):
         train_loop(run)
     return run.figures
@@ -166,11 +166,11 @@ def resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
     """The config with its model filled in, and the checkpoint that the weights come from, if any.
 
     Raises:
-        BridgeError: there is no such checkpoint, or it is not sound.
+        BridgeError: there is no such checkpoint, it is not sound, or the data is another model's.
     """
     init = config.init
     if not (init.hf or init.checkpoint):
-        return config, None
+        return _ending_as_its_data(config), None
     for key, said in config.sources.items():
         if key.startswith("model.") and said == OVERRIDDEN:
             raise InputError(
@@ -187,13 +187,13 @@ def resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
 
 
 def _ending_as_its_data(config: TrainingConfig) -> TrainingConfig:
-    """The config of a model that ends a text as the data's documents end: else nobody who generates
-    with it would know where to stop.
+    """The config of a new model that ends a text as the data's documents end: else nobody who
+    generates with it would know where to stop.
 
     Raises:
         InputError: the model ends it otherwise.
     """
-    if config.init.hf or config.init.checkpoint or not config.data.path:
+    if not config.data.path:
         return config
     name, theirs = "eos_token_id", read_info(Path(config.data.path[0])).eos_id
     mine = config.model.get(name)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
+from small_tokenizer import make_tokenizer
+from typer.testing import CliRunner
+
+from megatron_olmo_bridge.cli.app import app
 from megatron_olmo_bridge.cli.dry_run import dry_run_result, print_dry_run, shown_settings
+from megatron_olmo_bridge.data.prepare import prepare_data
 from megatron_olmo_bridge.models.bridge import published_sizes
 from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
@@ -13,6 +21,8 @@ from megatron_olmo_bridge.training.config import (
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.estimate import estimate
+from megatron_olmo_bridge.training.folder import claim
+from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
 
 
 @pytest.fixture
@@ -99,3 +109,24 @@ def test_what_scripts_read(config: TrainingConfig) -> None:
     assert result["estimate"]["parameters"] == 7_298_617_344
     assert [s["total"] for s in result["estimate"]["stages"]] == [s.total for s in found.stages]
     assert result["estimate"]["worst"] == found.worst.stage == 0
+
+
+def test_the_folder_of_a_run_with_the_end_token_of_its_data(tmp_path: Path) -> None:
+    """The run itself goes on there; and more steps are refused as the run refuses them."""
+    pytest.importorskip("megatron.core")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "a river and a bridge " * 200}) + "\n")
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    data = prepare_data([texts], tmp_path / "data", tokenizer=tokenizer, workers=1)
+    words = [f"data.path={data.prefix}", f"checkpoint.save={tmp_path / 'run'}",
+             "train.sequence_length=32"]  # fmt: skip
+    config = apply_overrides(load_recipe("olmo2_tiny"), words)
+    claim(replace(config, model=config.model | {"eos_token_id": data.eos_id}))
+
+    command = ["train", "olmo2_tiny", *words, "--dry-run"]
+    same = CliRunner().invoke(app, command)
+    more = CliRunner().invoke(app, [*command, f"train.steps={config.train.steps + 1}"])
+
+    assert same.exit_code == 0, same.output
+    assert more.exit_code == 2
+    assert f"extends a run of {config.train.steps} steps" in more.output

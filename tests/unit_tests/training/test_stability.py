@@ -34,7 +34,7 @@ def test_a_loss_that_is_no_number_always_stops(on_spike: str, loss: float) -> No
 
 def test_a_spike_is_so_many_deviations_above_the_mean() -> None:
     watch().check(5, 2.40)  # 4.9 standard deviations
-    with pytest.raises(TrainingStopped, match=r"leapt to 2\.420 at step 5.*5 standard.*last 4"):
+    with pytest.raises(TrainingStopped, match=r"spiked to 2\.420 at step 5.*5 standard.*last 4"):
         watch().check(5, 2.42)
     watch().check(5, 0.1)  # falling is welcome
 
@@ -48,9 +48,9 @@ def test_the_first_spike_can_be_the_step_in_the_middle_of_the_window(
     """As in OLMo-core, which counts the current step in; but of one step there is no deviation."""
     usual = (USUAL * 32)[: first - 1]
     careful = watch("skip", usual[:-1], window)
-    assert not careful.leaps(99.0, 20.0)
+    assert not careful.is_spike(99.0, 20.0)
     careful.remember(first - 1, usual[-1], 10 * usual[-1], skipped=False)
-    assert careful.leaps(99.0, 20.0)
+    assert careful.is_spike(99.0, 20.0)
 
 
 def test_only_the_window_counts() -> None:
@@ -66,10 +66,10 @@ def test_the_others_go_on_after_a_spike(on_spike: str) -> None:
 def test_skipping_looks_at_the_loss_and_at_the_gradient() -> None:
     careful = watch("skip")
     assert careful.may_skip and not watch("stop").may_skip
-    assert not careful.leaps(2.4, 24.0)
-    assert careful.leaps(2.5, 20.0)
-    assert careful.leaps(2.0, 25.0)
-    assert careful.leaps(2.0, math.nan)
+    assert not careful.is_spike(2.4, 24.0)
+    assert careful.is_spike(2.5, 20.0)
+    assert careful.is_spike(2.0, 25.0)
+    assert careful.is_spike(2.0, math.nan)
 
 
 def test_a_skipped_step_is_remembered_as_olmo_core_does() -> None:

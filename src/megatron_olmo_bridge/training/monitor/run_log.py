@@ -13,7 +13,7 @@ from megatron_olmo_bridge.errors import BridgeError
 
 from ..config import LoggingConfig
 from .gpu_peaks import peak_flops
-from .human import SI, compact, duration, perplexity, short
+from .human import SI, compact, duration, perplexity, short, spoken
 from .log_file import LogFile
 from .trackers import trackers
 
@@ -153,7 +153,7 @@ class RunLog:
         parts = [f"loss {loss:.4f}"]
         if self._facts.has_perplexity:
             parts.append(f"perplexity {compact(perplexity(loss), 2)}")
-        parts += [f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items()]
+        parts += [f"{spoken(name)} {value:.4f}" for name, value in figures.items()]
         self._announce("evaluation", step, message=", ".join(parts))
         self._track(step, "evaluation", {"loss": loss, **figures})
 
