@@ -2,6 +2,67 @@
 
 import collections.abc
 from difflib import get_close_matches
+from itertools import islice
+
+MOST_LINES, MOST_CHARACTERS = 60, 5000
+"""Of a message: about a screen."""
+
+
+def quote(value: object, most: int = 80, depth: int = 2) -> str:
+    """Return a stranger's value as a message shows it: on one line, escaped and cut short.
+
+    Unlike ``repr``, this ends soon whatever the value is.
+
+    Args:
+        most: characters of a text.
+        depth: of lists in lists that are shown.
+    """
+    match value:
+        case None | bool() | float():
+            return repr(value)
+        case str() | bytes():
+            return repr(value[:most]) + "..." * (len(value) > most)
+        case int():
+            bits = value.bit_length()
+            return str(value) if bits <= 128 else f"an integer of {bits} bits"
+        case list() | tuple() if depth:
+            shown = [quote(item, most, depth - 1) for item in value[:8]]
+            text = ", ".join(shown + ["..."] * (len(value) > 8))
+            comma = "," * (len(value) == 1)
+            return f"[{text}]" if isinstance(value, list) else f"({text}{comma})"
+        case dict() if depth:
+            items = islice(value.items(), 8)
+            shown = [f"{quote(k, most, 0)}: {quote(v, most, depth - 1)}" for k, v in items]
+            return f"{{{', '.join(shown + ['...'] * (len(value) > 8))}}}"
+        case type():
+            return f"<{value.__name__}>"
+        case _:
+            return f"<{type(value).__name__}>"
+
+
+def escape(text: str, keep: str = "") -> str:
+    r"""Return a text with escapes such as ``\x1b`` for characters that can't be printed.
+
+    Args:
+        keep: control characters that stay, ``"\n"`` for example.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def fit_screen(text: str) -> str:
+    """Return a message, which may hold words of a file, as it may be shown on a terminal.
+
+    Lines stay lines, other control characters are escaped, and what is longer than ``MOST_LINES``
+    or ``MOST_CHARACTERS`` is cut off.
+    """
+    lines = text[:MOST_CHARACTERS].split("\n", MOST_LINES)
+    shown = escape("\n".join(lines[:MOST_LINES]), keep="\n")
+    cut = len(text) > MOST_CHARACTERS or len(lines) > MOST_LINES
+    return f"{shown}\n(the rest of this message is left out)" if cut else shown
 
 
 def nearest(name: str, known: collections.abc.Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from megatron_olmo_bridge.errors import BridgeError, missing_package
+from megatron_olmo_bridge.errors import BridgeError, fit_screen, missing_package
 
 from . import INTERRUPTED
 from .console import first_process, output
@@ -192,6 +192,7 @@ def _run(name: str, work: Callable[[], Outcome], resumable: bool) -> int:
         raise
     except (Exception, KeyboardInterrupt) as error:
         failure = _explain(error, resumable)
+        failure = replace(failure, message=fit_screen(failure.message))
         if output.json and first_process():
             _print_envelope(stdout, name, failure)
         else:

@@ -12,6 +12,7 @@ import typer
 
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.convert.reporter import Reporter
+from megatron_olmo_bridge.errors import escape
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -53,9 +54,9 @@ def show_version(wanted: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line for people."""
+    """Print a line, or several, for people. Control characters are escaped."""
     if not output.silent:
-        typer.echo(text)
+        typer.echo(escape(text, keep="\n\t"))
 
 
 def table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
@@ -72,7 +73,7 @@ def table(columns: list[str], rows: list[list[str]], title: str | None = None) -
     for column in out.columns:
         column.overflow = "fold"
     for row in rows:
-        out.add_row(*row)
+        out.add_row(*(escape(cell, keep="\n") for cell in row))
     # Printed by echo: rich ends a broken pipe with exit code 1, "a difference was found".
     with console.capture() as rendered:
         console.print(out)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_olmo_bridge._version import __version__
+from megatron_olmo_bridge.errors import escape
 
 PACKAGES = (
     "torch",
@@ -26,6 +27,13 @@ PACKAGES = (
 _LOG = logging.getLogger("megatron_olmo_bridge")
 
 
+class _Formatter(logging.Formatter):
+    """Escapes control characters, which names in a checkpoint may have."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape(super().format(record), keep="\n\t")
+
+
 @contextlib.contextmanager
 def logging_to(verbose: bool, file: Path | None) -> Iterator[None]:
     """Log a command: with ``verbose`` to standard error, and to a file with every detail.
@@ -36,12 +44,12 @@ def logging_to(verbose: bool, file: Path | None) -> Iterator[None]:
     if verbose:
         handlers.append(logging.StreamHandler(sys.stderr))
         handlers[0].setLevel(logging.INFO)
-        handlers[0].setFormatter(logging.Formatter("%(message)s"))
+        handlers[0].setFormatter(_Formatter("%(message)s"))
     if file is not None:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
         handlers[-1].setFormatter(
-            logging.Formatter(f"%(asctime)s{rank} %(levelname)s %(name)s: %(message)s")
+            _Formatter(f"%(asctime)s{rank} %(levelname)s %(name)s: %(message)s")
         )
     before = _LOG.level
     if handlers:

@@ -113,6 +113,18 @@ def test_only_the_first_process_of_torchrun_prints(monkeypatch: pytest.MonkeyPat
 
 # ----------------------------------------------------------------------------------------- errors
 
+
+@pytest.mark.parametrize("error", [FormatError, OSError, RuntimeError])
+def test_words_of_a_file_neither_control_the_terminal_nor_fill_it(error: type[Exception]) -> None:
+    said = run_command(failing(error(f"a\x1b[2J\nb{'c' * 10_000}"))).stderr.splitlines()[-3:]
+    assert said[0].endswith(r"a\x1b[2J")
+    assert said[1].startswith("bccc")
+    assert len(said[1]) < 5000
+    assert said[2] == "(the rest of this message is left out)"
+    printed = run_command(failing(error("a\x1b[2J")), "--json").stdout
+    assert json.loads(printed)["error"]["message"].endswith(r"a\x1b[2J")
+
+
 ERRORS = [
     (FormatError("file x is damaged"), 2, "FormatError", "file x is damaged"),
     (AskedToStop("stopped after step 3"), 75, "AskedToStop", "stopped after step 3"),

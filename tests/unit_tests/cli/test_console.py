@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_olmo_bridge.cli.console import ProgressBar, human_bytes, output, table
+from megatron_olmo_bridge.cli.console import ProgressBar, human_bytes, output, say, table
 from megatron_olmo_bridge.errors import FormatError
 
 
@@ -29,6 +29,12 @@ def test_a_table_shows_brackets_and_long_names_whole(capsys: pytest.CaptureFixtu
     assert name in out
     for text in ("a title", "name", "block", "[0:5, 1:2]", "[bold]b", "[/]"):
         assert text in out
+
+
+def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    say("Note: a\x1b[2J\n\tb")
+    table(["name"], [["w\x1b]0;x\x07"]])
+    assert capsys.readouterr().out.split() == ["Note:", r"a\x1b[2J", "b", "name", r"w\x1b]0;x\x07"]
 
 
 @contextlib.contextmanager
