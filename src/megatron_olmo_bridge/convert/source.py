@@ -197,7 +197,9 @@ def open_source(
 
 def _open_hf(folder: Path, strict: bool, num_labels: int | None) -> Source:
     hf = read_hf_model(folder, num_labels)
-    mapping = hf.bridge.mapping_registry().resolve()
+    registry = hf.bridge.mapping_registry()
+    registry.check_size(len(hf.folder.arrays), folder)
+    mapping = registry.resolve()
     if strict:
         held = {name: a.shape for name, a in hf.folder.arrays.items()}
         with _explaining_names(held, hf.bridge):
@@ -220,7 +222,9 @@ def _open_megatron(folder: Path, hf_config: str | Path | None, vocab_size: int |
             f"{folder}: the embedding has {rows} rows, fewer than the vocabulary of "
             f"{bridge.vocab_size} that {config_from} names"
         )
-    mapping = bridge.mapping_registry(rows).resolve()
+    registry = bridge.mapping_registry(rows)
+    registry.check_size(sum(len(tensor.chunks) for tensor in dist.weights.values()), folder)
+    mapping = registry.resolve()
     with _explaining_names(dist.weights, bridge):
         views = dist.views(mapping)
     return Source(Kind.MEGATRON, folder, bridge, mapping, views, config_from, side_folder)

@@ -14,6 +14,7 @@ from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
 from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.hf_values import MAX_LAYERS, is_count
 
 from .plan import Literal, OutputFile
 from .reporter import Reporter
@@ -58,8 +59,8 @@ def synth(
     if name not in sizes:
         raise InputError(f"{name!r} is not known. Known are: {', '.join(sizes)}")
     dtype = parse_dtype(dtype, keep=False)
-    if layers is not None and layers < 1:
-        raise InputError("--layers must be at least 1")
+    if layers is not None and not is_count(layers, MAX_LAYERS):
+        raise InputError(f"--layers must be a number from 1 to {MAX_LAYERS:,}")
     config = dict(sizes[name].sizes[name])
     if layers is not None:
         config = sizes[name].with_layers(config, layers)

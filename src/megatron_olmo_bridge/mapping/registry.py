@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Mapping as MappingABC
@@ -18,6 +19,8 @@ SHOWN_NAMES = 8
 """Names that an error lists before it only counts the rest: one screen."""
 SHOWN_OF_EACH_KIND = 5
 """The same where up to three lists share the screen."""
+_MANY = 5000
+"""Parameters that are quickly written out, to say by name which of them are missing."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,25 @@ class MegatronMappingRegistry:
         self.mappings = mappings
         self.counts = (num_layers,) if num_experts is None else (num_layers, num_experts)
         self.ignored = ignored or {}
+
+    def check_size(self, stored: int, where: object) -> None:
+        """Raise MappingError if the model has far more parameters than a checkpoint has tensors.
+
+        To be called before :meth:`resolve`, which takes time and memory for each layer and expert.
+
+        Args:
+            stored: tensors in the checkpoint, or chunks of them.
+            where: what a message names.
+        """
+        patterns = (mapping.megatron_param for mapping in self.mappings)
+        asked = sum(math.prod(self.counts[: name.count(WILDCARD)]) for name in patterns)
+        if asked > stored + _MANY:
+            numbers = zip(("layers", "experts"), self.counts, strict=False)
+            raise MappingError(
+                f"{where}: has {stored:,} tensors, too few for a model of "
+                f"{' and '.join(f'{count:,} {name}' for name, count in numbers)}: is it another "
+                "model's config?"
+            )
 
     def resolve(self) -> ResolvedMapping:
         """Write out every layer, and check that both sides are covered exactly once.

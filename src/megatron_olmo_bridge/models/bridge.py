@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from collections.abc import Mapping as MappingABC
 from dataclasses import asdict
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from importlib import import_module
 from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -237,6 +238,8 @@ def register_bridge(*architectures: str) -> Any:
 
     def register(bridge: type[ModelBridge]) -> type[ModelBridge]:
         _BRIDGES.update(dict.fromkeys(architectures, bridge))
+        _buffers.cache_clear()
+        _tied.cache_clear()
         return bridge
 
     return register
@@ -270,7 +273,7 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
         return bridge(hf_config)
     except BridgeError as error:
         raise type(error)(f"{where}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise FormatError(f"{where}: a value is not of its kind: {error}") from error
 
 
@@ -303,14 +306,24 @@ def _is_variant(name: str, bridge: type[ModelBridge]) -> bool:
 
 def is_buffer(hf_name: str) -> bool:
     """Return whether a tensor of this name is computed, not a weight, in some family."""
-    patterns = {pattern for bridge in _families().values() for pattern in bridge.ignored}
-    return any(fnmatchcase(hf_name, pattern) for pattern in patterns)
+    return _buffers().fullmatch(hf_name) is not None
 
 
 def may_be_tied(hf_name: str) -> bool:
     """Return whether a tensor of this name is one of two that are tied in some model."""
-    embeddings = {bridge.hf_embedding for bridge in _families().values()}
-    return hf_name == HF_HEAD or hf_name in embeddings
+    return hf_name in _tied()
+
+
+# Both are asked of every tensor of a file.
+@cache
+def _buffers() -> re.Pattern[str]:
+    patterns = {pattern for bridge in _families().values() for pattern in bridge.ignored}
+    return re.compile("|".join(map(translate, sorted(patterns))))
+
+
+@cache
+def _tied() -> frozenset[str]:
+    return frozenset({HF_HEAD, *(bridge.hf_embedding for bridge in _families().values())})
 
 
 def _families() -> dict[str, type[ModelBridge]]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 
-from .hf_values import HFValues, check_count
+from .hf_values import MAX_HEADS, MAX_LAYERS, HFValues, check_count
 
 Rope = dict[str, Any]
 """``rope_theta``, ``rope_type`` and what belongs to the type, as transformers 5 spells it."""
@@ -80,12 +80,12 @@ class DecoderConfig:
             raise UnsupportedError(
                 f"the config sets hidden_act={activation!r}; {cls.label} uses silu"
             )
-        hidden, heads = hf.count("hidden_size"), hf.count("num_attention_heads")
+        hidden, heads = hf.count("hidden_size"), hf.count("num_attention_heads", MAX_HEADS)
         head_dim = hf.optional_count("head_dim")
         if head_dim is None and hidden % heads:
             raise InputError(f"hidden_size {hidden} cannot be divided by {heads} attention heads")
         return {
-            "num_layers": hf.count("num_hidden_layers"),
+            "num_layers": hf.count("num_hidden_layers", MAX_LAYERS),
             "hidden_size": hidden,
             "ffn_hidden_size": hf.count("intermediate_size"),
             "num_attention_heads": heads,
@@ -93,7 +93,7 @@ class DecoderConfig:
             "kv_channels": head_dim or hidden // heads,
             "vocab_size": hf.count("vocab_size"),
             "max_position_embeddings": hf.count("max_position_embeddings"),
-            "layernorm_epsilon": hf.number("rms_norm_eps", least=0.0),
+            "layernorm_epsilon": hf.number("rms_norm_eps"),
             "rotary_base": cls.read_theta(hf),
             "share_embeddings_and_output_weights": hf.flag("tie_word_embeddings"),
         }
@@ -168,6 +168,11 @@ def ropes(hf: HFValues) -> dict[str, Rope]:
     if parameters and all(isinstance(value, dict) for value in parameters.values()):
         return {kind: _rope(value, hf, f" in rope_parameters.{kind}") for kind, value in
                 parameters.items()}  # fmt: skip
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise InputError(
+            "rope_parameters must be an object for each layer type, or the values of one rope; it "
+            "has some of both"
+        )
     where = " in rope_parameters" if parameters else " in rope_scaling" if scaling else ""
     return {"": _rope(parameters or scaling, hf, where)}
 

@@ -10,6 +10,13 @@ from typing import Any
 from megatron_olmo_bridge.errors import InputError
 
 COUNT = "a positive whole number"
+# The largest numbers that are read: far above those of real models. What is made for each layer,
+# head or expert takes time and memory before any tensor is looked at.
+MAX_COUNT = 2**31 - 1
+MAX_LAYERS = 100_000
+MAX_HEADS = MAX_EXPERTS = 4096
+_SHOWN = 200
+"""Characters of a value in a message."""
 
 
 class HFValues:
@@ -52,9 +59,11 @@ class HFValues:
         """Return a value unchecked."""
         return self._values.get(key, default)
 
-    def count(self, key: str) -> int:
-        """Return a positive whole number."""
-        return int(self._checked(key, is_count, COUNT))
+    def count(self, key: str, most: int = MAX_COUNT) -> int:
+        """Return a positive whole number of at most ``most``."""
+        value = self.get(key)
+        kind = f"{COUNT} of at most {most:,}" if type(value) is int and value > most else COUNT
+        return int(self._checked(key, lambda value: is_count(value, most), kind))
 
     def optional_count(self, key: str) -> int | None:
         """Return a positive whole number, or None for null."""
@@ -64,7 +73,7 @@ class HFValues:
         """Return a whole number of any sign, or None for null."""
         if self.get(key) is None:
             return None
-        return int(self._checked(key, lambda value: type(value) is int, "a whole number or null"))
+        return int(self._checked(key, _is_whole, "a whole number or null"))
 
     def number(self, key: str, *, least: float | None = None) -> float:
         """Return a finite number, above 0 or, if ``least`` is given, at least that."""
@@ -103,14 +112,19 @@ def check_count(name: str, value: object) -> None:
         raise InputError(f"the model's {name} must be {COUNT}, not {shown(value)}")
 
 
-def is_count(value: object) -> bool:
-    """Return whether it is a positive whole number; true and 8.0 are not."""
-    return type(value) is int and value >= 1
+def is_count(value: object, most: int = MAX_COUNT) -> bool:
+    """Return whether it is a positive whole number of at most ``most``; true and 8.0 are not."""
+    return type(value) is int and 1 <= value <= most
 
 
 def shown(value: object) -> str:
-    """Return a value as JSON has it."""
-    return json.dumps(value, default=repr)
+    """Return a value as JSON has it, cut short."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} [...]"
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and abs(value) <= MAX_COUNT
 
 
 def _is_number(value: object, least: float | None) -> bool:

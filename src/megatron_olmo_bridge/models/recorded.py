@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from megatron_olmo_bridge.errors import quote
+
 if TYPE_CHECKING:
     from .bridge import ModelBridge
 
@@ -91,11 +93,11 @@ def contradictions(
     if all(record.get(name) is None for name in _SPELLINGS["num_moe_experts"]):
         expected = {n: v for n, v in expected.items() if not n.startswith("moe_")}
     lines = [
-        f"{name} is {value!r} in the checkpoint, {_said(expected, name)} in the config"
+        f"{name} is {quote(value)} in the checkpoint, {_said(expected, name)} in the config"
         for name, value in differing(record, expected).items()
     ]
     lines += [
-        f"{name} is null in the checkpoint, {value!r} in the config"
+        f"{name} is null in the checkpoint, {quote(value)} in the config"
         for name, value in expected.items()
         if name in _null_means_none(record) and value is not None and record[name] is None
     ]
@@ -137,7 +139,7 @@ def _null_means_none(record: Mapping[str, Any]) -> frozenset[str]:
 
 def _said(expected: Mapping[str, Any], name: str) -> str:
     setting = next((s for s, names in _SPELLINGS.items() if name in names), name)
-    return "not set" if expected[setting] is None else repr(expected[setting])
+    return "not set" if expected[setting] is None else quote(expected[setting])
 
 
 def _families(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterator[str]:

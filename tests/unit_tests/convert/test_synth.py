@@ -102,7 +102,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         synth("olmo2-2b", tmp_path / "t")
     with pytest.raises(InputError, match="dtype 'int8' is not one of float32"):
         synth("olmo2-tiny", tmp_path / "t", dtype="int8")
-    with pytest.raises(InputError, match="--layers must be at least 1"):
+    with pytest.raises(InputError, match="--layers must be a number from 1 to 100,000"):
         synth("olmo2-tiny", tmp_path / "t", layers=0)
     with pytest.raises(InputError, match="is no size"):
         synth("olmo2-tiny", tmp_path / "t", max_shard_size="big")

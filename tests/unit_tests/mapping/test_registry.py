@@ -162,6 +162,23 @@ def test_check_megatron_asks_for_padded_rows() -> None:
         mapping.check_megatron(shapes, "folder")
 
 
+def test_a_model_far_larger_than_its_checkpoint_is_refused_before_it_is_written_out() -> None:
+    rows = [
+        DirectMapping("decoder.layers.*.a", "layers.*.a", (2,)),
+        DirectMapping("decoder.layers.*.experts.*.b", "layers.*.experts.*.b", (2,)),
+    ]
+    registry = MegatronMappingRegistry(*rows, num_layers=10**8, num_experts=10**9)
+    with pytest.raises(
+        MappingError,
+        match="folder: has 47 tensors, too few for a model of 100,000,000 layers and 1,000,000,000 "
+        "experts",
+    ):
+        registry.check_size(47, "folder")
+    MegatronMappingRegistry(*rows, num_layers=100, num_experts=50).check_size(100, "folder")
+    with pytest.raises(MappingError, match="of 100 layers and 51 experts"):
+        MegatronMappingRegistry(*rows, num_layers=100, num_experts=51).check_size(100, "folder")
+
+
 def test_a_long_list_is_counted_after_so_many() -> None:
     assert bulleted(["a", "b"], 2) == "  - a\n  - b"
     assert bulleted(list("abcde"), 3).splitlines() == ["  - a", "  - b", "  - c", "  - and 2 more"]

@@ -160,10 +160,60 @@ def test_yarn_too(key: str, value: Any) -> None:
 
 
 def test_a_whole_number_beyond_floats_is_refused() -> None:
-    with pytest.raises(InputError, match="rms_norm_eps must be a number of at least 0, not 1000"):
+    with pytest.raises(InputError, match="must be a number above 0, not 1000") as caught:
         read(tiny("olmo2") | {"rms_norm_eps": 10**400})
+    assert len(str(caught.value)) < 400
 
 
-def test_numbers_may_be_zero_where_zero_means_something() -> None:
-    found = read(tiny("olmoe") | {"rms_norm_eps": 0, "router_aux_loss_coef": 0.0}).numbers
-    assert (found["layernorm_epsilon"], found["moe_aux_loss_coeff"]) == (0.0, 0.0)
+def positive_numbers() -> list[tuple[str, str]]:
+    return [
+        (family, key)
+        for family, bridge in BRIDGES.items()
+        for key, default in bridge.config_class.hf_defaults.items()
+        if isinstance(default, float) and key != "router_aux_loss_coef"
+    ]
+
+
+@pytest.mark.parametrize(("family", "key"), positive_numbers())
+def test_theta_and_eps_are_above_zero(family: str, key: str) -> None:
+    for zero in (0, 0.0, -0.0):
+        with pytest.raises(InputError, match=f"{key} must be a number above 0, not"):
+            read(tiny(family) | {key: zero})
+
+
+def test_a_number_may_be_zero_where_zero_means_something() -> None:
+    numbers = read(tiny("olmoe") | {"router_aux_loss_coef": 0.0}).numbers
+    assert numbers["moe_aux_loss_coeff"] == 0.0
+
+
+MOST = {
+    "num_hidden_layers": 100_000, "n_layer": 100_000, "num_experts": 4096,
+    "num_attention_heads": 4096, "n_head": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_count_is_refused_before_anything_is_made_for_each(family: str) -> None:
+    defaults = BRIDGES[family].config_class.hf_defaults
+    for key in (key for key, default in defaults.items() if type(default) is int):
+        most = MOST.get(key, 2**31 - 1)
+        for count in (most + 1, 10**15, 10**900):
+            with pytest.raises(InputError) as caught:
+                read({"model_type": family, key: count})
+            said = f"{key} must be a positive whole number of at most {most:,}, not {count}"
+            assert str(caught.value)[len("folder/config.json: ") :][:200] == said[:200]
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({"full_attention": {"rope_theta": 1e4}}, "rope_parameters lacks sliding_attention"),
+        ({"sliding_attention": {"rope_theta": 1e4}}, "rope_parameters lacks full_attention"),
+        ({"full_attention": {"rope_theta": 1e4}, "sliding_attention": None}, "some of both"),
+        ({"full_attention": {"rope_theta": 1e4}, "rope_theta": 1e4}, "some of both"),
+    ],
+)
+def test_a_rope_that_is_missing_is_not_made_up(rope: dict[str, Any], says: str) -> None:
+    config = tiny("olmo3") | {"rope_scaling": None, "rope_parameters": rope}
+    with pytest.raises(InputError, match=says):
+        read(config)

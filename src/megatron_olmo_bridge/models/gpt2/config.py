@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
-from megatron_olmo_bridge.models.hf_values import HFValues
+from megatron_olmo_bridge.models.hf_values import MAX_HEADS, MAX_LAYERS, HFValues
 
 ACTIVATIONS = ("gelu_new", "gelu")
 _ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -64,18 +64,18 @@ class GPT2Config:
                 f"the config sets activation_function={activation!r}; GPT-2 has one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        hidden, heads = values.count("n_embd"), values.count("n_head")
+        hidden, heads = values.count("n_embd"), values.count("n_head", MAX_HEADS)
         if hidden % heads:
             raise InputError(f"n_embd {hidden} cannot be divided by {heads} attention heads")
         return cls(
-            num_layers=values.count("n_layer"),
+            num_layers=values.count("n_layer", MAX_LAYERS),
             hidden_size=hidden,
             ffn_hidden_size=values.optional_count("n_inner") or 4 * hidden,
             num_attention_heads=heads,
             kv_channels=hidden // heads,
             vocab_size=values.count("vocab_size"),
             max_position_embeddings=values.count("n_positions"),
-            layernorm_epsilon=values.number("layer_norm_epsilon", least=0.0),
+            layernorm_epsilon=values.number("layer_norm_epsilon"),
             activation=activation,
             share_embeddings_and_output_weights=values.flag("tie_word_embeddings"),
         )

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from math import gcd
 from typing import Any
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
+from megatron_olmo_bridge.models.hf_values import MAX_HEADS, MAX_LAYERS, HFValues
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
 from megatron_olmo_bridge.models.recorded import DECODER_SETTINGS, differing
 
@@ -140,10 +141,14 @@ def config_from_args(args: Mapping[str, Any], *, vocab_size: int | None) -> dict
         UnsupportedError: ``args`` are of a model that isn't OLMo-2.
     """
     _refuse_other_models(args)
-    hidden, heads = _need(args, "hidden_size"), _need(args, "num_attention_heads")
-    head_dim = args.get("kv_channels")
-    untied = args.get("untie_embeddings_and_output_weights")
-    tied = _need(args, "share_embeddings_and_output_weights") if untied is None else not untied
+    values = HFValues(args, {})
+    hidden = values.count(_name(args, "hidden_size"))
+    heads = values.count(_name(args, "num_attention_heads"), MAX_HEADS)
+    head_dim = values.optional_count("kv_channels")
+    tying = _name(
+        args, "untie_embeddings_and_output_weights", "share_embeddings_and_output_weights"
+    )
+    tied = values.flag(tying) != tying.startswith("untie")
     config = {
         "architectures": ["Olmo2ForCausalLM"],
         "attention_bias": False,
@@ -153,18 +158,20 @@ def config_from_args(args: Mapping[str, Any], *, vocab_size: int | None) -> dict
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
-        "intermediate_size": _need(args, "ffn_hidden_size"),
-        "max_position_embeddings": _need(args, "max_position_embeddings", "seq_length"),
+        "intermediate_size": values.count(_name(args, "ffn_hidden_size")),
+        "max_position_embeddings": values.count(
+            _name(args, "max_position_embeddings", "seq_length")
+        ),
         "model_type": "olmo2",
         "num_attention_heads": heads,
-        "num_hidden_layers": _need(args, "num_layers"),
+        "num_hidden_layers": values.count(_name(args, "num_layers"), MAX_LAYERS),
         "num_key_value_heads": _query_groups(args) or heads,
         "pad_token_id": None,
-        "rms_norm_eps": float(_need(args, "layernorm_epsilon", "norm_epsilon")),
+        "rms_norm_eps": values.number(_name(args, "layernorm_epsilon", "norm_epsilon")),
         "rope_scaling": None,
         # This spelling is read by transformers 4 and 5; rope_parameters by 5 alone.
-        "rope_theta": float(_need(args, "rotary_base")),
-        "tie_word_embeddings": bool(tied),
+        "rope_theta": values.number(_name(args, "rotary_base")),
+        "tie_word_embeddings": tied,
         "use_cache": True,
         "vocab_size": _vocab_size(args, vocab_size),
     }
@@ -182,11 +189,11 @@ def _dtype_flags(dtype: str) -> list[str]:
     return _DTYPE_FLAGS[dtype]
 
 
-def _need(args: Mapping[str, Any], *names: str) -> Any:
-    """The value of the first of these names that is set."""
+def _name(args: Mapping[str, Any], *names: str) -> str:
+    """Return the first of these names that is set."""
     for name in names:
         if args.get(name) is not None:
-            return args[name]
+            return name
     raise InputError(f"the checkpoint's model settings lack {' or '.join(names)}")
 
 
@@ -196,13 +203,14 @@ def _query_groups(args: Mapping[str, Any]) -> int | None:
     if args.get("group_query_attention") is False:
         return None
     if args.get("group_query_attention"):
-        _need(args, "num_query_groups")
-    return args.get("num_query_groups")
+        _name(args, "num_query_groups")
+    return HFValues(args, {}).optional_count("num_query_groups")
 
 
 def _vocab_size(args: Mapping[str, Any], given: int | None) -> int:
-    size = given if given is not None else args.get("vocab_size")
-    padded = args.get("padded_vocab_size")
+    values = HFValues(args, {})
+    size = given if given is not None else values.optional_count("vocab_size")
+    padded = values.optional_count("padded_vocab_size")
     if size is None:
         rows = f" of {padded} rows" if padded else ""
         raise InputError(
@@ -211,7 +219,7 @@ def _vocab_size(args: Mapping[str, Any], given: int | None) -> int:
         )
     if padded and size > padded:
         raise InputError(f"a vocabulary of {size} is larger than the checkpoint's {padded} rows")
-    return int(size)
+    return size
 
 
 def _dtype(args: Mapping[str, Any]) -> str | None:
@@ -236,5 +244,5 @@ def _refuse_other_models(args: Mapping[str, Any]) -> None:
     if args.get("activation_func") is not None and "silu" not in str(args["activation_func"]):
         wrong["activation_func"] = args["activation_func"]
     if wrong:
-        said = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        said = ", ".join(f"{name}={quote(value)}" for name, value in wrong.items())
         raise UnsupportedError(f"the checkpoint's model settings are not OLMo-2's: {said}")

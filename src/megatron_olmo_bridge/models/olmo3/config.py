@@ -38,6 +38,7 @@ class Olmo3Config(DecoderConfig):
         found = super().read(hf)
         layers = found["num_layers"]
         windowed = _windowed(hf, layers)
+        _check_ropes(hf, windowed)
         usual = windowed == [kind == SLIDING for kind in layer_types(layers)]
         window = hf.count("sliding_window") if any(windowed) else None
         return found | {
@@ -95,6 +96,14 @@ def _windowed(hf: HFValues, layers: int) -> list[bool]:
             f"layers, not {shown(kinds)}"
         )
     return [kind == SLIDING for kind in kinds]
+
+
+def _check_ropes(hf: HFValues, windowed: list[bool]) -> None:
+    """Raise InputError if ropes are given by layer type, and that of some layers is not."""
+    found = ropes(hf)
+    for kind in dict.fromkeys(SLIDING if window else FULL for window in windowed):
+        if kind not in found and "" not in found:
+            raise InputError(f"rope_parameters lacks {kind}, which some of the layers are")
 
 
 def _rope_of(hf: HFValues, kind: str) -> Rope:

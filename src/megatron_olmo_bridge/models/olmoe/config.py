@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.models.config import DecoderConfig
-from megatron_olmo_bridge.models.hf_values import HFValues, check_count
+from megatron_olmo_bridge.models.hf_values import MAX_EXPERTS, HFValues, check_count
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MoEConfig(DecoderConfig):
     @classmethod
     def read(cls, hf: HFValues) -> dict[str, Any]:
         return super().read(hf) | {
-            "num_moe_experts": hf.count("num_experts"),
+            "num_moe_experts": hf.count("num_experts", MAX_EXPERTS),
             "moe_router_topk": hf.count("num_experts_per_tok"),
             "moe_router_pre_softmax": not hf.flag("norm_topk_prob"),
             "moe_aux_loss_coeff": hf.number("router_aux_loss_coef", least=0.0),

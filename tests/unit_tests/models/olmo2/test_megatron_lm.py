@@ -248,13 +248,53 @@ def test_the_given_vocab_size_overrules() -> None:
         (["max_position_embeddings", "seq_length"], "max_position_embeddings or seq_length"),
         (["norm_epsilon", "layernorm_epsilon"], "layernorm_epsilon or norm_epsilon"),
         (["rotary_base"], "rotary_base"),
-        (["untie_embeddings_and_output_weights"], "share_embeddings_and_output_weights"),
+        (["untie_embeddings_and_output_weights"],
+         "untie_embeddings_and_output_weights or share_embeddings_and_output_weights"),
     ],
-)
+)  # fmt: skip
 def test_names_what_is_missing(absent: list[str], words: str) -> None:
     args = {name: value for name, value in args_of().items() if name not in absent}
     with pytest.raises(InputError, match=f"lack {words}$"):
         config_from_args(args, vocab_size=None)
+
+
+COUNTS = [0, -1, True, 8.0, "8", 10**15, float("nan"), [8]]
+NUMBERS = [0, 0.0, -1e-6, True, "1e-6", float("nan"), float("inf"), 10**400, [1]]
+
+
+@pytest.mark.parametrize("source", [PROVIDER, None], ids=["run_config", "args"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("num_layers", [*COUNTS, 100_001]),
+        ("hidden_size", COUNTS),
+        ("ffn_hidden_size", COUNTS),
+        ("num_attention_heads", [*COUNTS, 4097]),
+        ("num_query_groups", COUNTS),
+        ("kv_channels", COUNTS),
+        ("vocab_size", COUNTS),
+        ("max_position_embeddings", COUNTS),
+        ("layernorm_epsilon", NUMBERS),
+        ("rotary_base", NUMBERS),
+    ],
+)
+def test_a_number_of_another_type_or_range_is_never_replaced(
+    source: dict[str, Any] | None, name: str, values: list[Any]
+) -> None:
+    args = args_of() | {"group_query_attention": True} if source is None else source
+    for value in values:
+        with pytest.raises(InputError, match=f"{name} must be "):
+            config_from_args(args | {name: value}, vocab_size=None)
+
+
+@pytest.mark.parametrize(
+    "name", ["untie_embeddings_and_output_weights", "share_embeddings_and_output_weights"]
+)
+@pytest.mark.parametrize("value", ["false", 0, 1.0])
+def test_a_flag_of_another_type_is_refused(name: str, value: Any) -> None:
+    args = {n: v for n, v in args_of().items() if not n.endswith("embeddings_and_output_weights")}
+    with pytest.raises(InputError, match=f"{name} must be true or false"):
+        config_from_args(args | {name: value}, vocab_size=None)
 
 
 def test_refuses_numbers_that_do_not_fit_together() -> None:
