@@ -81,7 +81,7 @@ BELOW = {
     "models": {"mapping", "formats", "nn", "runtime"},
     "nn": {"runtime"},
     "runtime": set(),
-    "data": {"convert"},
+    "data": {"convert", "formats"},
     "training": {"data", "formats", "models", "nn", "runtime", "convert", "live"},
     "classification": {"data", "formats", "models", "nn", "runtime", "convert", "live", "training"},
     "recipes": {"models", "training"},

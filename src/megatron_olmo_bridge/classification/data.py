@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.files import open_regular, parse_json
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
 from .problems import Problem, SingleLabel, problem_of, some
 
 KINDS = (".jsonl", ".csv")
 _TOKENISED_AT_ONCE = 1000
+_LONGEST_LINE = 64 << 20
+"""Bytes."""
 
 Integers = npt.NDArray[np.int64]
 Labels = npt.NDArray[Any]
@@ -101,8 +104,10 @@ def read_records(path: str | Path, text: str, label: str, problem: Problem) -> I
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+            if len(line) > _LONGEST_LINE:
+                raise InputError(f"{path}:{number}: a line of more than {_LONGEST_LINE:,} bytes")
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -114,10 +119,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", error)
-            raise InputError(f"{path}:{number}: not sound JSON: {why}") from error
+            fields = parse_json(line.encode(), f"{path}:{number}")
+        except FormatError as error:
+            raise InputError(str(error)) from error
         if not isinstance(fields, dict):
             raise InputError(f"{path}:{number}: not a JSON object")
         yield number, fields

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.formats.hf_folder import refuse_outside
 
 from .provenance import PROVENANCE
 from .source import HUB_ID
@@ -28,7 +29,8 @@ def push_to_hub(
 ) -> str:
     """Upload a Hugging Face folder; the repository, and the branch, are made if there are none.
 
-    All but the record of the conversion, which names local paths, goes up. What is on the hub
+    All but the record of the conversion, which names local paths, goes up; a link to a file outside
+    of the folder is refused. What is on the hub
     already is not sent again, so that a push that was cut off is simply repeated.
 
     Args:
@@ -42,10 +44,13 @@ def push_to_hub(
 
     Raises:
         InputError: there is no token, or ``repo`` is no hub id.
+        FormatError: a link in the folder leads out of it.
         OutputError: the hub refuses, or can't be reached. What it has then is no checkpoint, or the
             one before.
     """
     check_can_push(repo)
+    for file in folder.rglob("*"):
+        refuse_outside(file, folder)
     from huggingface_hub import HfApi
 
     api = HfApi()

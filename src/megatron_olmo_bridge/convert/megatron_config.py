@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsupportedError
-from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config, refuse_outside
+from megatron_olmo_bridge.formats.plain_yaml import read_yaml
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.mapping.registry import bulleted
 from megatron_olmo_bridge.models.bridge import ModelBridge, published_sizes
@@ -31,6 +30,8 @@ def config_of(
     beside = dist.path / HF_SUBFOLDER
     if given or (beside / CONFIG).is_file():
         folder = Path(given) if given else beside
+        if not given:
+            refuse_outside(beside, dist.path)
         config = read_config(folder)
         if vocab_size is not None:
             config["vocab_size"] = vocab_size
@@ -93,16 +94,11 @@ def _records(dist: TorchDistFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def model_section(file: Path) -> dict[str, Any] | None:
-    """The ``model`` section of Megatron-Bridge's run_config.yaml, read as data only."""
+    """Return the ``model`` section of Megatron-Bridge's run_config.yaml; None if it has none.
 
-    class Loader(yaml.SafeLoader):
-        pass
-
-    # It may tag Python objects; what they would build is of no interest here.
-    Loader.add_multi_constructor("", lambda loader, suffix, node: f"<{suffix}>")
-    try:
-        value = yaml.load(file.read_text(), Loader)
-    except Exception as error:  # values that don't fit their tags raise nearly anything
-        raise FormatError(f"{file}: not sound YAML: {error}") from error
+    Raises:
+        FormatError: not sound YAML.
+    """
+    value = read_yaml(file)
     model = value.get("model") if isinstance(value, dict) else None
     return model if isinstance(model, dict) else None

@@ -17,6 +17,8 @@ MODEL_CARD = "README.md"
 PACKAGE = "megatron-olmo-bridge"
 _MADE_BY = {"export": "Converted", "average": "Averaged"}
 _SHOWN_LABELS = 20
+_MOST_ORIGINS = 8
+"""Records that are followed, each naming what it was made from: they may name each other."""
 
 
 def model_card(
@@ -173,7 +175,9 @@ def _origin(folder: Path) -> tuple[str | None, str | None]:
         return None, f"{how} by {PACKAGE} {version} out of a running model."
     names = ", ".join(f"`{_without_path(name)}`" for name in source.split(", "))
     text = f"{how} by {PACKAGE} {version} from {names}"
-    while Path(source).is_absolute():
+    for _ in range(_MOST_ORIGINS):
+        if not Path(source).is_absolute():
+            break
         before = read_provenance(Path(source))
         if before is None:
             return None, f"{text}."

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.errors import FormatError
-from megatron_olmo_bridge.formats.hf_folder import read_json
+from megatron_olmo_bridge.formats.files import read_json
 
 from .plan import CopyPlan
 

@@ -174,11 +174,7 @@ def side_texts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[
 
     The folder's config.json is taken byte for byte if it says the same.
     """
-    texts = (
-        {}
-        if folder is None
-        else {name: file.read_bytes() for name, file in side_files(folder).items()}
-    )
+    texts = {} if folder is None else side_files(folder)
     recorded = recorded_dtypes(config)
     right = recorded and all(value == dtype for value in recorded.values())
     if CONFIG not in texts or not right or json.loads(texts[CONFIG]) != config:

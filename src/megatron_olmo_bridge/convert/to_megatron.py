@@ -154,7 +154,7 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
         RUN_CONFIG: yaml.safe_dump(run_config, sort_keys=False).encode(),
     }
     side = side_files(source.side_folder) if source.side_folder else {}
-    texts |= {f"{HF_SUBFOLDER}/{name}": file.read_bytes() for name, file in side.items()}
+    texts |= {f"{HF_SUBFOLDER}/{name}": data for name, data in side.items()}
     config = f"{HF_SUBFOLDER}/{CONFIG}"
     of_olm = source.kind is Kind.OLM
     if dtype != "keep" or of_olm or json.loads(texts[config]) != source.hf_config:

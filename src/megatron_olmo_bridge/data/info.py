@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.files import RECORD_LIMIT, read_json
 
 from .indexed import Indexed, read_indexed
 from .prefix import prefix_of
@@ -113,11 +113,10 @@ def _info(data: Indexed) -> DataInfo:
     found = {"documents": data.documents, "tokens": data.tokens, "dtype": data.dtype.name}
     path = Path(f"{data.prefix}.json")
     try:
-        record = json.loads(path.read_text())
-        info = DataInfo(prefix=data.prefix, **record)
+        info = DataInfo(prefix=data.prefix, **read_json(path, RECORD_LIMIT))
     except FileNotFoundError:
         return DataInfo(prefix=data.prefix, **found)  # type: ignore[arg-type]
-    except (ValueError, TypeError) as error:
+    except (FormatError, TypeError) as error:
         raise FormatError(
             f"{path}: not the record of prepare-data ({error}). Move it away to use the dataset "
             "without one."

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.convert.stage import sync
-from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
+from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
+from megatron_olmo_bridge.formats.files import RECORD_LIMIT, read_json
 
 from .info import read_info
 from .parts import write_json
@@ -72,21 +72,24 @@ class Partial:
 
     def _look_at_interrupted(self, resume: bool) -> None:
         try:
-            begun = json.loads(self._marker.read_text())
+            begun = read_json(self._marker, RECORD_LIMIT)
         except FileNotFoundError:
             return
+        plan, replaces = begun.get("plan"), begun.get("replace")
+        if not isinstance(plan, dict) or not isinstance(replaces, bool):
+            raise FormatError(f"{self._marker}: is damaged. Pass --overwrite to start afresh.")
         if not resume:
             raise OutputError(
                 f"{self.folder}: left by an interrupted prepare-data. Pass --resume to continue "
                 "it, or --overwrite to discard it."
             )
         for what, value in self._plan.items():
-            if begun["plan"].get(what) != value:
+            if plan.get(what) != value:
                 raise OutputError(
                     f"{self.folder}: was begun with another {what.replace('_', ' ')}, so it can't "
                     "be resumed. Pass --overwrite to discard it and start afresh."
                 )
-        self._replace, self._continue = begun["replace"], True
+        self._replace, self._continue = replaces, True
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:

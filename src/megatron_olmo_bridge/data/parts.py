@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.files import read_json
 
 from .documents import Batch, Kind, Span, TextOptions, read_texts, split_name
 from .indexed import write_index
@@ -97,10 +98,13 @@ class PartWriter:
 
     def finished(self, part: Part) -> Counts | None:
         """What a part that is written held; None if it is not."""
+        file = Path(f"{self.prefix(part)}.json")
         try:
-            return Counts(**json.loads(Path(f"{self.prefix(part)}.json").read_text()))
+            return Counts(**read_json(file))
         except FileNotFoundError:
             return None
+        except TypeError as error:
+            raise FormatError(f"{file}: is damaged. Pass --overwrite to start afresh.") from error
 
     def write(self, part: Part, progress: Progress) -> None:
         """Write a part: .bin and .idx, and last a .json that makes it finished."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 
+from .files import refuse_pointer
 from .hf_folder import hint_at_folders_inside, is_hf_folder, refuse_other_weights
 from .iterations import TRACKER, iteration_folder, iteration_folders
-from .lfs import refuse_pointer
 from .torch_dist import (
     FORMAT_FILE,
     METADATA,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError
+from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError, quote
 
-from .lfs import refuse_pointer
+from .files import SIDE_FILES_LIMIT, read_json, read_small
 from .safetensors import read_header
 from .tensors import StoredArray
 
@@ -112,50 +112,71 @@ def hint_at_folders_inside(path: Path) -> str | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The folder's config.json."""
-    if not (path / CONFIG).is_file():
+    """Return the folder's config.json.
+
+    Raises:
+        InputError: there is none.
+        FormatError: not sound JSON, or a link that leads out of the folder.
+    """
+    if not (path / CONFIG).exists():
         raise InputError(f"{path}: no {CONFIG}: it says what model the weights are")
+    refuse_outside(path / CONFIG, path)
     return read_json(path / CONFIG)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A file that holds a JSON object."""
-    refuse_pointer(file)
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not sound JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{file}: holds no JSON object")
-    return value
-
-
-def side_files(path: Path) -> dict[str, Path]:
+def side_files(path: Path) -> dict[str, bytes]:
     """Return the folder's files beside the weights that belong to its model, by name in it.
 
     Python files are among them where a config or tokenizer names them in its ``auto_map``.
+    Whoever made the folder could have linked a file that is none of theirs to read, so that it
+    would be converted, and uploaded, with the model: only what is in the folder is taken. A hard
+    link can't be told from a file.
 
     Raises:
-        FormatError: one of them is a Git LFS pointer, or its name is not UTF-8.
+        FormatError: one of them is a link that leads out of the folder, no regular file or a Git
+            LFS pointer, or its name is not UTF-8; or they are too large together.
     """
     names = [entry.name for entry in path.iterdir()]
     if (path / CHAT_TEMPLATES).is_dir():
         names += [f"{CHAT_TEMPLATES}/{entry.name}" for entry in (path / CHAT_TEMPLATES).iterdir()]
-    files = {name: path / name for name in sorted(names) if (path / name).is_file()}
-    own = {name: file for name, file in files.items() if _matches(name, SIDE_FILES)}
-    if any(b'"auto_map"' in f.read_bytes() for name, f in own.items() if name.endswith(_SETTINGS)):
-        own |= {name: file for name, file in files.items() if _matches(name, (CODE,))}
-    for file in own.values():
-        _refuse_name(file)
-        refuse_pointer(file)
+    names = sorted(name for name in names if not (path / name).is_dir())
+    own = _read_all(path, [name for name in names if _matches(name, SIDE_FILES)])
+    if any(b'"auto_map"' in data for name, data in own.items() if name.endswith(_SETTINGS)):
+        own |= _read_all(path, [name for name in names if _matches(name, (CODE,))])
     return own
 
 
-def _refuse_name(file: Path) -> None:
-    try:
-        file.name.encode()
-    except UnicodeEncodeError as error:
-        raise FormatError(f"{file}: the file's name is not UTF-8. Rename it.") from error
+def _read_all(path: Path, names: list[str]) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    total = 0
+    for name in names:
+        refuse_outside(path / name, path)
+        files[name] = read_small(path / name, SIDE_FILES_LIMIT)
+        total += len(files[name])
+        if total > SIDE_FILES_LIMIT:
+            raise FormatError(
+                f"{path}: its config and tokenizer files have more than {SIDE_FILES_LIMIT:,} bytes "
+                "together"
+            )
+    return files
+
+
+def refuse_outside(file: Path, folder: Path) -> None:
+    """Raise FormatError if the file is a link to another place than its folder.
+
+    The hub's cache is one place: ``models--owner--name/snapshots/COMMIT`` has links into the
+    ``blobs`` beside it.
+    """
+    inside = Path(os.path.realpath(folder))
+    places = [inside]
+    if inside.parent.name == "snapshots" and inside.parent.parent.name.startswith("models--"):
+        places.append(inside.parent.parent / "blobs")
+    end = Path(os.path.realpath(file))  # Path.resolve() raises RuntimeError at a loop of links
+    if not any(end.is_relative_to(place) for place in places):
+        raise FormatError(
+            f"{file}: is a link to {end}, outside of its folder. If that file belongs to the "
+            "model, copy it here."
+        )
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -198,7 +219,6 @@ def _read_arrays(
             raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
     arrays: dict[str, StoredArray] = {}
     for file in (file for file in files if file.is_file()):
-        _refuse_name(file)
         for name, array in read_header(file, is_buffer).items():
             if name in arrays:
                 raise FormatError(
@@ -252,6 +272,6 @@ def _read_index(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise FormatError(
-                f"{index}: tensor {name} would be in {file!r}, which is no file of this folder"
+                f"{index}: tensor {name} would be in {quote(file)}, which is no file of this folder"
             )
     return weight_map

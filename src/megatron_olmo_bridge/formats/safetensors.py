@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.errors import FormatError, UnsupportedError
+from megatron_olmo_bridge.errors import FormatError, UnsupportedError, quote
 from megatron_olmo_bridge.mapping.placement import Shape
 
-from .lfs import refuse_pointer
+from .files import HEADER_LIMIT, open_regular, parse_json
 from .tensors import ITEM_SIZE, StoredArray
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -24,8 +25,11 @@ _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
 }  # fmt: skip
 """Bits an element, of every dtype of the format."""
-MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
+MAX_DIMENSIONS = 8
+MAX_NAME = 500
+"""Characters."""
+_LARGEST = 2**63 - 1
+"""Of a dimension and an offset."""
 
 
 def read_header(
@@ -42,26 +46,28 @@ def read_header(
         FormatError: truncated, or the header is not sound; names the file and the tensor.
         UnsupportedError: a tensor has a dtype that weights are not converted in.
     """
-    refuse_pointer(file)
-    size = file.stat().st_size
-    with file.open("rb") as handle:
+    with open_regular(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
         head = handle.read(8)
         if len(head) < 8:
             raise FormatError(f"{file}: truncated: {size} bytes are too few for a safetensors file")
         (length,) = struct.unpack("<Q", head)
-        if length > MAX_HEADER or length > size - 8:
+        if length > size - 8:
             raise FormatError(
                 f"{file}: truncated or not a safetensors file: its header would be {length} bytes "
                 f"long, the file has {size}"
             )
+        if length > HEADER_LIMIT:
+            raise FormatError(
+                f"{file}: its header has {length:,} bytes; headers are read up to {HEADER_LIMIT:,}"
+            )
         text = handle.read(length)
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: the header is not sound JSON: {error}") from error
-    header.pop("__metadata__", None)
+    header = parse_json(text, f"{file}: header")
+    if not isinstance(header, dict):
+        raise FormatError(f"{file}: header: not sound JSON: it is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{file}: header: __metadata__ is not an object of strings")
     room = size - 8 - length
     spans = {
         name: _span(file, name, entry, room, is_buffer(name)) for name, entry in header.items()
@@ -87,15 +93,26 @@ def _span(
     file: Path, name: str, entry: Any, room: int, any_dtype: bool
 ) -> tuple[str, Shape, int, int]:
     """dtype, shape, first and last byte of a header's entry."""
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise FormatError(
+            f"{file}: {quote(name)} is not the name of a tensor: 1 to {MAX_NAME} printable "
+            "characters"
+        )
     try:
-        code, shape, (begin, end) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        numbers = [*shape, begin, end]
-    except (TypeError, KeyError, ValueError) as error:
-        raise FormatError(f"{file}: tensor {name}: the header's entry is not sound") from error
-    if any(type(n) is not int or n < 0 for n in numbers):
-        raise FormatError(f"{file}: tensor {name}: shape {shape} or offsets are no whole numbers")
-    if code not in _BITS:
-        raise FormatError(f"{file}: tensor {name} has the unknown dtype {code!r}")
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        sound = isinstance(shape, list)
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise FormatError(f"{file}: tensor {name}: the header's entry is not sound")
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{file}: tensor {name} has {len(shape):,} dimensions")
+    if any(type(n) is not int or not 0 <= n <= _LARGEST for n in (*shape, begin, end)):
+        raise FormatError(
+            f"{file}: tensor {name}: its shape or offsets are not whole numbers of 0 to {_LARGEST}"
+        )
+    if not isinstance(code, str) or code not in _BITS:
+        raise FormatError(f"{file}: tensor {name} has the unknown dtype {quote(code)}")
     if code in _QUANTISED and not any_dtype:
         raise UnsupportedError(
             f"{file}: tensor {name} is {code}: quantised weights can't be converted. "
@@ -114,14 +131,6 @@ def _span(
             f"{file}: truncated: tensor {name} ends at byte {end} of its tensors, it has {room}"
         )
     return dtype, tuple(shape), begin, end
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
-    return out
 
 
 def write_header(tensors: Mapping[str, tuple[str, Shape]]) -> bytes:

@@ -9,7 +9,6 @@ or carries its layer's number.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,7 @@ from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping, check_tensors
 
+from .files import read_json
 from .pickles import Inert, built, dumps, inert, loads
 from .tensors import Piece, StoredArray, TensorView
 from .torch_archive import read_archive, read_tensor
@@ -318,10 +318,10 @@ def encode_metadata(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, S
 
 def read_format(path: Path) -> str:
     """The backend that ``metadata.json`` names, ``torch_dist`` or another."""
-    try:
-        return str(json.loads((path / FORMAT_FILE).read_text())["sharded_backend"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path / FORMAT_FILE}: does not name a format ({error})") from error
+    name = read_json(path / FORMAT_FILE).get("sharded_backend")
+    if not isinstance(name, str):
+        raise FormatError(f"{path / FORMAT_FILE}: does not name a format (sharded_backend)")
+    return name
 
 
 def _attributes(value: Any, file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from megatron_olmo_bridge.convert.source import Source, fetch, open_source
 from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
+from megatron_olmo_bridge.formats.files import read_json
 
 from .compare import tokenizer_of
 from .jobs import STEP, TOKEN, Job, Tell
@@ -126,6 +126,6 @@ def _end_tokens(source: Source) -> list[int]:
     config = dict(source.hf_config)
     folder = source.side_folder
     if folder is not None and (file := folder / "generation_config.json").is_file():
-        config |= json.loads(file.read_text())
+        config |= read_json(file)
     found = config.get("eos_token_id")
     return [] if found is None else found if isinstance(found, list) else [found]

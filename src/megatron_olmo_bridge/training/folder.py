@@ -11,6 +11,7 @@ import yaml
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
+from megatron_olmo_bridge.formats.plain_yaml import read_yaml
 
 from .config import TrainingConfig
 from .extension import Extension
@@ -142,8 +143,8 @@ def _writable(field: str, folder: Path) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        found = read_yaml(file)
+    except FormatError:
         found = None
     if not isinstance(found, dict):
         raise FormatError(

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megatron_olmo_bridge.errors import BridgeError, InputError, nearest
+from megatron_olmo_bridge.formats.files import RECIPE_LIMIT, read_small
 
 from .config import ClassificationConfig, TrainingConfig
 from .named_recipes import recipe_files
@@ -66,6 +67,7 @@ def _file(name: str) -> Path:
             f"{name}: no such recipe{nearest(path.stem, files) or '.'} `olmo-bridge recipes` lists "
             "those that have a name; your own is named by its file, FILE.py"
         )
+    read_small(path, RECIPE_LIMIT)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError
-from megatron_olmo_bridge.formats.hf_folder import HFFolder, is_hf_folder, read_json, side_files
+from megatron_olmo_bridge.formats.files import SIDE_FILES_LIMIT
+from megatron_olmo_bridge.formats.hf_folder import (
+    HFFolder,
+    is_hf_folder,
+    read_config,
+    side_files,
+)
 
 
 @pytest.fixture
@@ -166,7 +173,7 @@ def test_side_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
     for name in [*ours, "README.md", "model.safetensors", "training_args.bin", "notes.txt"]:
         (tmp_path / name).write_text("x")
     (tmp_path / "tokenizer").mkdir()
-    assert list(side_files(tmp_path)) == ours
+    assert side_files(tmp_path) == dict.fromkeys(ours, b"x")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +208,110 @@ def test_is_hf_folder(tmp_path: Path, name: str, expected: bool) -> None:
     assert is_hf_folder(tmp_path) is expected
 
 
-def test_json_that_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FormatError, match=r"x\.json: not sound JSON"):
-        read_json(tmp_path / "x.json")
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a config, and beside it a file that is not the folder's."""
+    (tmp_path / "secret").write_text('{"password": 1}')
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "config.json", "additional_chat_templates/a.jinja"]
+)
+@pytest.mark.parametrize("target", ["absolute", "relative", "by way of another link"])
+def test_a_link_that_leads_out_of_the_folder_is_refused(
+    folder: Path, name: str, target: str
+) -> None:
+    secret, file = folder.parent / "secret", folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    if target == "absolute":
+        file.symlink_to(secret)
+    elif target == "relative":
+        file.symlink_to(os.path.relpath(secret, file.parent))
+    else:
+        (folder / "between").symlink_to(secret)
+        file.symlink_to(folder / "between")
+    with pytest.raises(FormatError, match=f"{name}: is a link to {secret}, outside of its folder"):
+        side_files(folder)
+    if name == "config.json":
+        with pytest.raises(FormatError, match="outside of its folder"):
+            read_config(folder)
+
+
+def test_a_folder_of_templates_that_is_a_link_out_of_the_folder_is_refused(folder: Path) -> None:
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other/a.jinja").touch()
+    (folder / "additional_chat_templates").symlink_to(folder.parent / "other")
+    with pytest.raises(FormatError, match=r"a\.jinja: is a link to .*other/a\.jinja"):
+        side_files(folder)
+
+
+def test_links_inside_the_folder_and_to_the_folder_are_followed(folder: Path) -> None:
+    (folder / "tokenizer.json").symlink_to("config.json")
+    (folder.parent / "link").symlink_to(folder)
+    assert side_files(folder.parent / "link") == {"config.json": b"{}", "tokenizer.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("blob", "says"),
+    [("models--a--b/blobs/1", None), ("models--a--c/blobs/1", "outside of its folder"),
+     ("blobs/1", "outside of its folder")],
+)  # fmt: skip
+def test_links_into_the_blobs_of_the_same_model_in_the_hubs_cache_are_followed(
+    tmp_path: Path, blob: str, says: str | None
+) -> None:
+    snapshot = tmp_path / "models--a--b/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / blob).parent.mkdir(parents=True)
+    (tmp_path / blob).write_text("{}")
+    (snapshot / "config.json").symlink_to(os.path.relpath(tmp_path / blob, snapshot))
+    if says is None:
+        assert side_files(snapshot) == {"config.json": b"{}"}
+        assert read_config(snapshot) == {}
+        return
+    with pytest.raises(FormatError, match=says):
+        side_files(snapshot)
+
+
+def test_shards_may_be_links_to_anywhere(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (sharded / "two.safetensors").rename(tmp_path / "elsewhere/two.safetensors")
+    (sharded / "two.safetensors").symlink_to(tmp_path / "elsewhere/two.safetensors")
+    assert HFFolder.read(sharded).arrays.keys() == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_pipe_is_refused_and_nobody_waits_for_its_writer(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(FormatError, match=f"{name}"):
+        side_files(folder) and HFFolder.read(folder)
+
+
+def test_side_files_that_are_too_large_together(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        with (folder / name).open("wb") as file:
+            file.truncate(SIDE_FILES_LIMIT // 2 + 1)
+    with pytest.raises(FormatError, match="hf: its config and tokenizer files have more than"):
+        side_files(folder)
+
+
+def test_thousands_of_shards_use_one_descriptor_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"t": torch.zeros(1)}, tmp_path / "first")
+    data = (tmp_path / "first").read_bytes()
+    for i in range(300):
+        shard = data.replace(b'"t"', b'"%d"' % i)
+        length = len(shard) - 12
+        (tmp_path / f"{i}.safetensors").write_bytes(length.to_bytes(8, "little") + shard[8:])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard)
+    )
+    try:
+        assert len(HFFolder.read(tmp_path).arrays) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect
 from megatron_olmo_bridge.errors import FormatError
-from megatron_olmo_bridge.formats.lfs import refuse_pointer
+from megatron_olmo_bridge.formats.files import refuse_pointer
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_olmo_bridge.errors import FormatError, UnsupportedError
-from megatron_olmo_bridge.formats.safetensors import MAX_HEADER, read_header, write_header
+from megatron_olmo_bridge.formats.files import HEADER_LIMIT
+from megatron_olmo_bridge.formats.safetensors import read_header, write_header
 from megatron_olmo_bridge.formats.tensors import StoredArray
 
 TENSORS = {
@@ -97,12 +98,28 @@ def test_names_with_any_characters(tmp_path: Path) -> None:
         ({"t": entry(0, 8, [3])}, 8, "tensor t: 8 bytes .* can't hold shape \\[3\\] of float32"),
         ({"t": entry(0, 8, dtype="F33")}, 8, "tensor t has the unknown dtype 'F33'"),
         ({"t": entry(0, 8, dtype=["F32"])}, 8, "tensor t has the unknown dtype"),
-        ({"t": entry(0, 8, ["2"])}, 8, "tensor t: shape .* no whole numbers"),
-        ({"t": entry(0, 8, [-2])}, 8, "tensor t: shape .* no whole numbers"),
-        ({"t": entry(0, 4, [True])}, 4, "tensor t: shape .* no whole numbers"),
+        ({"t": entry(0, 8, {"2": 2})}, 8, "tensor t: the header's entry is not sound"),
+        ({"t": entry(0, 8, "2")}, 8, "tensor t: the header's entry is not sound"),
+        ({"t": entry(0, 8, ["2"])}, 8, "tensor t: its shape or offsets are not whole numbers"),
+        ({"t": entry(0, 8, [2.0])}, 8, "tensor t: its shape or offsets are not whole numbers"),
+        ({"t": entry(0, 8, [-2])}, 8, "tensor t: its shape or offsets are not whole numbers"),
+        ({"t": entry(0, 4, [True])}, 4, "tensor t: its shape or offsets are not whole numbers"),
+        ({"t": entry(0, 8, [2**63, 0])}, 8, "tensor t: its shape or offsets are not whole"),
+        ({"t": entry(0, 2**64)}, 8, "tensor t: its shape or offsets are not whole"),
+        ({"t": entry(0, 8, [2**63 - 1] * 8)}, 8, "tensor t: 8 bytes .* can't hold shape"),
+        ({"t": entry(0, 8, [1] * 9)}, 8, "tensor t has 9 dimensions"),
+        ({"t": entry(0, 8, [9 ** 900] * 3000)}, 8, "tensor t has 3,000 dimensions"),
+        (b'{"t":{"dtype":"F32","shape":[' + b"9" * 4000 + b'],"data_offsets":[0,0]}}', 0,
+         "a number of 4,000 digits"),
+        ({"": entry(0, 8)}, 8, "'' is not the name of a tensor"),
+        ({"a\x1b[2J": entry(0, 8)}, 8, r"'a\\x1b\[2J' is not the name of a tensor"),
+        ({"t" * 501: entry(0, 8)}, 8, "'t+'\\.\\.\\. is not the name of a tensor"),
+        ({"\ud800": entry(0, 8)}, 8, "half a surrogate pair"),
         ({"t": {"dtype": "F32", "shape": [2]}}, 8, "tensor t: the header's entry is not sound"),
         ({"t": 3}, 8, "tensor t: the header's entry is not sound"),
         ({"t": entry(0, 8) | {"data_offsets": [0]}}, 8, "tensor t: the header's entry"),
+        ({"__metadata__": {"format": 1}}, 0, "__metadata__ is not an object of strings"),
+        ({"__metadata__": []}, 0, "__metadata__ is not an object of strings"),
         ([1], 0, "not sound JSON: it is not an object"),
         (b"{", 0, "not sound JSON"),
         (b"\xff\xfe", 0, "not sound JSON"),
@@ -146,7 +163,7 @@ def test_what_is_no_weight_may_have_any_dtype(tmp_path: Path, dtype: str, shape:
     "write",
     [
         lambda tmp: raw(tmp, b"{}", length=3),
-        lambda tmp: raw(tmp, b"{}", length=MAX_HEADER + 1),
+        lambda tmp: raw(tmp, b"{}", length=HEADER_LIMIT + 1),
         lambda tmp: raw(tmp, b"{}", length=2**64 - 1),
     ],
 )
@@ -155,6 +172,24 @@ def test_a_header_longer_than_the_file_is_refused(
 ) -> None:
     with pytest.raises(FormatError, match="truncated or not a safetensors file"):
         read_header(write(tmp_path))
+
+
+def test_a_header_above_the_limit_is_refused_by_its_length(tmp_path: Path) -> None:
+    file = raw(tmp_path, b"{}", length=HEADER_LIMIT + 1)
+    with file.open("r+b") as handle:
+        handle.truncate(HEADER_LIMIT + 9)  # sparse
+    with pytest.raises(FormatError, match="its header has 25,165,825 bytes; headers are read up"):
+        read_header(file)
+
+
+def test_a_header_of_many_tensors(tmp_path: Path) -> None:
+    header = {f"model.layers.{i}.weight": entry(4 * i, 4 * i + 4) for i in range(150_000)}
+    file = raw(tmp_path, header)
+    with file.open("r+b") as handle:
+        handle.truncate(file.stat().st_size + 4 * 150_000)
+    arrays = read_header(file)
+    assert list(arrays) == list(header)
+    assert arrays["model.layers.149999.weight"].offset == file.stat().st_size - 4
 
 
 def test_a_file_too_short_for_a_length(tmp_path: Path) -> None:

@@ -267,10 +267,14 @@ def test_a_chunk_or_object_without_a_place_is_refused(tmp_path: Path) -> None:
             TorchDistFolder.read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', "3"])
-def test_a_format_file_that_names_no_format(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{", "not sound JSON"), ("[]", "holds no JSON object"), ("3", "holds no JSON object"),
+     ('{"a": 1}', "does not name a format"), ('{"sharded_backend": 1}', "does not name a format")],
+)  # fmt: skip
+def test_a_format_file_that_names_no_format(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "metadata.json").write_text(text)
-    with pytest.raises(FormatError, match=r"metadata\.json: does not name a format"):
+    with pytest.raises(FormatError, match=rf"metadata\.json: {says}"):
         read_format(tmp_path)
 
 

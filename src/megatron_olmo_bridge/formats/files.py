@@ -1,0 +1,203 @@
+"""Small files: read whole, up to a limit, and only if they are regular files.
+
+What is read here may be a stranger's. So nothing waits at a pipe or a device, nothing larger than
+its limit is read, and JSON and YAML give plain values of bounded depth and number.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_olmo_bridge.errors import FormatError, InputError, quote
+
+# Most bytes of each kind of file that is read whole. Real ones are far smaller.
+TRACKER_LIMIT = 1 << 10
+YAML_LIMIT = 1 << 20
+"""run_config.yaml and run.yaml."""
+RECIPE_LIMIT = 1 << 20
+JSON_LIMIT = 16 << 20
+"""config.json, the index of shards and the like, and the records that this package writes."""
+RECORD_LIMIT = 128 << 20
+"""What prepare-data records, with each of its inputs."""
+HEADER_LIMIT = 24 << 20
+"""Header of a safetensors file: 200,000 tensors."""
+SIDE_FILES_LIMIT = 64 << 20
+"""Config and tokenizer files of a folder, together."""
+PICKLE_LIMIT = 256 << 20
+""".metadata and common.pt."""
+
+MAX_DEPTH = 64
+"""Lists and maps inside each other, in JSON and YAML."""
+MAX_VALUES = 2_000_000
+"""Values in a JSON file; one takes up to 100 bytes of memory, however short it is."""
+MAX_DIGITS = 1000
+"""Digits of a number."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md: the first key of a Git LFS pointer,
+which a clone has in the place of a large file that was not downloaded."""
+_LARGEST_POINTER = 1 << 10
+"""Bytes, by the same specification."""
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Open a regular file for reading; the caller closes it.
+
+    Raises:
+        FormatError: it is something else (a folder, pipe, socket or device), a Git LFS pointer, or
+            its path is not UTF-8.
+        InputError: it can't be opened.
+        FileNotFoundError, PermissionError: as :func:`open`.
+    """
+    try:
+        os.fspath(file).encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{file}: the file's name is not UTF-8. Rename it.") from error
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for who writes into it.
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise FormatError(f"{file}: is a socket, not a regular file") from error
+        raise InputError(f"{file}: can't be opened: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            raise FormatError(f"{file}: is {kind}, not a regular file")
+        if status.st_size <= _LARGEST_POINTER and os.pread(fd, len(_POINTER), 0) == _POINTER:
+            raise FormatError(
+                f"{file}: a Git LFS pointer, not the file itself, which was not downloaded. Run "
+                "`git lfs pull` in the clone, or download the model with `hf download`."
+            )
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise FormatError if the file is a Git LFS pointer."""
+    if file.stat().st_size <= _LARGEST_POINTER:
+        open_regular(file).close()
+
+
+def read_small(file: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        FormatError: it is larger, or see :func:`open_regular`. Nothing of it was read then.
+        InputError, FileNotFoundError, PermissionError: see :func:`open_regular`.
+    """
+    with open_regular(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > limit:
+            raise FormatError(
+                f"{file}: has {size:,} bytes; a file of this kind is read up to {limit:,}"
+            )
+        data = handle.read(size + 1)
+    if len(data) != size:
+        raise FormatError(f"{file}: changed while it was read")
+    return data
+
+
+def read_json(file: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Return the JSON object in a file of at most ``limit`` bytes.
+
+    Raises:
+        FormatError: it is not sound JSON, or another value; or see :func:`read_small`.
+        InputError, FileNotFoundError, PermissionError: see :func:`open_regular`.
+    """
+    value = parse_json(read_small(file, limit), file)
+    if not isinstance(value, dict):
+        raise FormatError(f"{file}: holds no JSON object")
+    return value
+
+
+def parse_json(data: bytes, where: object) -> Any:
+    """Return the value of a JSON text in UTF-8. NaN and infinity are read, as Python writes them.
+
+    Args:
+        data: the text.
+        where: what a message names.
+
+    Raises:
+        FormatError: not sound; deeper, longer or with longer numbers than the limits above; an
+            object has a key twice; or a string has half a surrogate pair, which no file can hold.
+    """
+    try:
+        if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES:,} values")
+        text = data.decode()
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+        check_plain(value, text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not sound JSON: {error}") from error
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError(f"{quote(repeated(name for name, _ in pairs))} stands in it twice")
+    return out
+
+
+def repeated(names: Iterable[str]) -> str:
+    """Return the first of the names that stands among them before; there must be one."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    raise AssertionError("no name is repeated")
+
+
+def _whole(digits: str) -> int:
+    check_digits(digits)
+    return int(digits)
+
+
+def check_digits(number: str) -> None:
+    """Raise ValueError for a number that is longer than any that means something."""
+    if len(number) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(number):,} digits")
+
+
+def check_plain(value: Any, text: str) -> None:
+    """Raise ValueError for lists and maps nested too deep, or strings that no file can hold.
+
+    Args:
+        value: as it was read.
+        text: what it was read from.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            break
+    else:
+        raise ValueError(f"lists and objects are more than {MAX_DEPTH} deep")
+    if "\\" in text:  # half a pair can only be written as an escape
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(r"a string has half a surrogate pair (\ud800, for example)") from error
