@@ -11,7 +11,7 @@ from typing import Any
 from megatron_olmo_bridge.errors import FormatError, InputError
 
 from .human import perplexity, when
-from .log_file import NAME, Line, read_lines
+from .log_file import NAME, Line, lines_in_words, read_lines
 from .run_log import RunFacts
 
 MEASURED = {"step", "evaluation"}
@@ -31,6 +31,8 @@ class RunHistory:
     """All others."""
     last_time: float
     """Of the last line, in seconds since 1970."""
+    damaged: list[int]
+    """Numbers of the lines of the log that could not be read, and are left out."""
 
     @classmethod
     def read(cls, folder: Path) -> RunHistory:
@@ -41,12 +43,12 @@ class RunHistory:
 
         Raises:
             InputError: There is no log in it.
-            FormatError: A line is damaged, or the first is not what a run begins with.
+            FormatError: No line can be read, or none says how the run began.
         """
         path = folder / NAME
         if not path.is_file():
             raise InputError(f"{folder}: no {NAME} in it, which training writes. Is it a run?")
-        lines = read_lines(path)
+        lines, damaged = read_lines(path)
         begun = [line for line in lines if line["event"] in ("begin", "resumed")]
         if not begun:
             raise FormatError(f"{path}: it doesn't say how the run began; its first line is gone")
@@ -67,6 +69,7 @@ class RunHistory:
             list({e["step"]: _numbers(e) for e in lines if e["event"] == "evaluation"}.values()),
             [line for line in lines if line["event"] not in MEASURED],
             lines[-1]["time"],
+            damaged,
         )
 
     @property
@@ -88,6 +91,11 @@ class RunHistory:
     @property
     def sentence(self) -> str:
         """How things stand, for people."""
+        left_out = f" Damaged in {NAME}, and left out: {lines_in_words(self.damaged)}."
+        return self._progress + (left_out if self.damaged else "")
+
+    @property
+    def _progress(self) -> str:
         steps, end = self.facts.steps, self.end
         if self.state == "done":
             return f"All {steps:,} steps are done."

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.errors import FormatError, OutputError
 
 NAME = "log.jsonl"
 HISTORY = {"begin", "resumed", "stopped"}
@@ -19,65 +20,121 @@ HISTORY = {"begin", "resumed", "stopped"}
 Line = dict[str, Any]
 
 
+_SHOWN = 8
+"""Numbers of lines that a message has."""
+_NUMBERS = {
+    "step": (
+        "tokens", "loss", "z_loss", "lr", "grad_norm", "seconds", "tokens_per_second",
+        "flops_per_second", "utilisation",
+    ),
+    "evaluation": ("loss",),
+}  # fmt: skip
+"""What a line of measured values has, each a number or null."""
+
+
 class LogFile:
     """A log that is written to. Each line is flushed, so a killed run loses at most a part of one.
 
+    A log that is there already is continued: whatever happened stays in it, so that it has each
+    step once.
+
     Args:
         folder: Where ``log.jsonl`` is; made if it isn't there.
-        resumed_at: The step that the run goes on from: lines of later steps are dropped. None
-            begins a new log.
+        resumed_at: The step that the run goes on from: lines of later steps are dropped, as these
+            steps are taken again. None: from the beginning, so lines of all steps are dropped.
 
     Raises:
-        FormatError: A line of the log to continue is not JSON.
+        FormatError: The log to continue has no line that can be read.
+        OutputError: It can't be written.
     """
 
     def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / NAME
-        kept = [] if resumed_at is None else _until(resumed_at, path)
-        temporary = path.with_name(f".{NAME}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(map(_dumps, kept))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self.path = folder / NAME
+        self.damaged: list[int] = []
+        """Numbers of the lines that were damaged, and are left out from now on."""
+        kept: list[Line] = []
+        if self.path.exists():
+            lines, self.damaged = read_lines(self.path)
+            until = -1 if resumed_at is None else resumed_at
+            kept = [line for line in lines if line["event"] in HISTORY or line["step"] <= until]
+        temporary = folder / f".{NAME}.tmp"
+        with _translate_errors(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(map(_dumps, kept))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, event: str, **facts: Any) -> None:
-        """Append a line. Numbers that are not finite become null: JSON has none."""
-        self._file.write(_dumps({"event": event, "time": round(time.time(), 3)} | facts))
-        self._file.flush()
+        """Append a line. Numbers that are not finite become null: JSON has none.
+
+        Raises:
+            OutputError: The disk is full, for example.
+        """
+        with _translate_errors(self.path):
+            self._file.write(_dumps({"event": event, "time": round(time.time(), 3)} | facts))
+            self._file.flush()
 
     def close(self) -> None:
         """End writing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what could not be written before
+            self._file.close()
 
 
-def read_lines(path: Path) -> list[Line]:
-    """All lines of a log. A last line that a killed run left half written is left out.
+@contextlib.contextmanager
+def _translate_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def read_lines(path: Path) -> tuple[list[Line], list[int]]:
+    """All events of a log, and the numbers of the lines that are damaged.
+
+    A kill leaves the last line half written, a power cut any line.
 
     Raises:
-        FormatError: Another line is not a JSON object with an event.
+        FormatError: No line is an event.
     """
+    lines: list[Line] = []
+    damaged = []
     text = path.read_text(encoding="utf-8", errors="replace")
-    complete, _, _ = text.rpartition("\n")
-    lines = []
-    for number, line in enumerate(complete.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         try:
             value = json.loads(line)
-            value["event"]
-        except (ValueError, TypeError, KeyError):
-            raise FormatError(
-                f"{path}: line {number} is not an event in JSON: {line[:60]!r}. "
-                "Delete that line, or move the log away to begin another."
-            ) from None
-        lines.append(value)
-    return lines
+        except (ValueError, RecursionError):
+            value = None
+        if _is_event(value):
+            lines.append(value)
+        else:
+            damaged.append(number)
+    if damaged and not lines and text:
+        raise FormatError(
+            f"{path}: no line of it is an event in JSON. Move it away, to begin another log."
+        )
+    return lines, damaged if text else []
 
 
-def _until(step: int, path: Path) -> Iterable[Line]:
-    lines = read_lines(path) if path.exists() else []
-    return [e for e in lines if e["event"] in HISTORY or e.get("step", 0) <= step]
+def lines_in_words(numbers: list[int]) -> str:
+    """``lines 3, 7, 8 and 12 more``"""
+    shown, more = ", ".join(map(str, numbers[:_SHOWN])), len(numbers) - _SHOWN
+    return f"line{'s' * (len(numbers) > 1)} {shown}" + (f" and {more} more" if more > 0 else "")
+
+
+def _is_event(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("event"), str)
+        and isinstance(value.get("time"), int | float)
+        and isinstance(value.get("step"), int)
+        and all(
+            isinstance(value.get(name, ""), int | float | None)
+            for name in _NUMBERS.get(value["event"], ())
+        )
+    )
 
 
 def _dumps(line: Line) -> str:

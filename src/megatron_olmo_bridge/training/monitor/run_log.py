@@ -14,7 +14,7 @@ from megatron_olmo_bridge.errors import BridgeError
 from ..config import LoggingConfig
 from .gpu_peaks import peak_flops
 from .human import SI, compact, duration, perplexity, short, spoken
-from .log_file import LogFile
+from .log_file import LogFile, lines_in_words
 from .trackers import trackers
 
 HEADER_EVERY = 20
@@ -96,12 +96,13 @@ class RunLog:
         folder: The run's folder; without one, nothing is written.
         resumed_at: The step of the checkpoint that the run goes on from. What was logged of later
             steps is dropped, so that the log has each step once, and a "resumed" line is added.
-            None begins a new log.
+            None: from the beginning.
         say: Takes each line for people.
 
     Raises:
         InputError: A tracker is asked for whose package is missing, or that lacks a folder.
-        FormatError: The log to go on with is damaged.
+        FormatError: The log to go on with has no line that can be read.
+        OutputError: The log can't be written.
     """
 
     def __init__(
@@ -111,6 +112,9 @@ class RunLog:
         self._facts, self._interval, self._folder, self._say = facts, settings.interval, folder, say
         self._trackers = list(trackers(settings, facts.name, facts.config, folder, resumed_at))
         self._file = LogFile(folder, resumed_at) if folder is not None else None
+        if self._file is not None and self._file.damaged:
+            damaged = lines_in_words(self._file.damaged)
+            say(f">> {self._file.path}: left out what is damaged, {damaged}")
         self._table = _Table(facts)
         self._waiting: list[StepRecord] = []
         self._recent: deque[float] = deque(maxlen=RECENT)

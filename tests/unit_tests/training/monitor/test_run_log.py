@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.training.config import LoggingConfig
+from megatron_olmo_bridge.training.monitor.history import RunHistory
 from megatron_olmo_bridge.training.monitor.run_log import RunFacts, RunLog, StepRecord
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -251,19 +252,76 @@ def test_why_it_stopped_stays_in_the_log(start: Start, tmp_path: Path) -> None:
     assert [line["event"] for line in lines(tmp_path)] == ["begin", "stopped", "resumed"]
 
 
-def test_a_new_run_begins_a_new_log(start: Start, tmp_path: Path) -> None:
-    killed_at_35(start, tmp_path)
-    start(tmp_path)
-    assert [line["event"] for line in lines(tmp_path)] == ["begin"]
+def test_a_run_that_begins_again_keeps_what_happened(start: Start, tmp_path: Path) -> None:
+    """Killed before its first checkpoint, for example. It takes all its steps again."""
+    log = start(tmp_path)
+    log.evaluation(0, 9.0)
+    log.step(record(1))
+    log.event("stopped", 1, message="a spike")
+    start(tmp_path).evaluation(0, 9.0)
+    assert [line["event"] for line in lines(tmp_path)] == [
+        "begin", "stopped", "begin", "evaluation",
+    ]  # fmt: skip
 
 
-def test_a_damaged_log_is_left_as_it_is(start: Start, tmp_path: Path) -> None:
+TORN = {
+    "cut short": lambda line: line[:-20],
+    "without its end, and the next one after it": lambda line: line[:30] + line,
+    "zeros": lambda line: "\0" * len(line),
+    "not UTF-8": lambda line: "\udcff" + line,
+    "empty": lambda line: "",
+    "no object": lambda line: f"[{line}]",
+    "no event": lambda line: line.replace('"event"', '"evert"'),
+    "no step": lambda line: line.replace('"step":', '"stop":'),
+    "no numbers": lambda line: line.replace('"lr": 0.0003', '"lr": "0.0003"'),
+    "deep": lambda line: "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", TORN.values(), ids=list(TORN))
+def test_damaged_lines_are_told_of_and_left_out(
+    start: Start, tmp_path: Path, said: list[str], damage: Callable[[str], str]
+) -> None:
+    """By the run that goes on, which writes the others anew, and by the report."""
     killed_at_35(start, tmp_path)
     path = tmp_path / "log.jsonl"
-    path.write_text(damaged := path.read_text().replace('{"event": "step"', "\x00\x00", 1))
-    with pytest.raises(FormatError, match=r"log.jsonl: line 3 is not an event in JSON"):
+    every = path.read_text().splitlines()
+    third, last = every[2], len(every)
+    assert '"step": 1,' in third
+    every[2] = damage(third)
+    path.write_bytes("\n".join(every).encode(errors="surrogateescape"))
+
+    history = RunHistory.read(tmp_path)
+    assert history.sentence.endswith(f" Damaged in log.jsonl, and left out: lines 3, {last}.")
+    assert [line["step"] for line in history.steps] == [10, 20, 30]
+    start(tmp_path, resumed_at=20)
+    assert said[-2] == f">> {path}: left out what is damaged, lines 3, {last}"
+    assert [line["step"] for line in lines(tmp_path, "step")] == [10, 20]
+
+
+def test_of_many_damaged_lines_the_first_are_named(start: Start, tmp_path: Path) -> None:
+    start(tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write("torn\n" * 20)
+    assert "lines 2, 3, 4, 5, 6, 7, 8, 9 and 12 more." in RunHistory.read(tmp_path).sentence
+
+
+def test_a_log_that_is_none_is_left_as_it_is(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("step loss\n1 10.2\n")
+    with pytest.raises(FormatError, match=r"log.jsonl: no line of it is an event in JSON. Move it"):
         start(tmp_path, resumed_at=20)
-    assert path.read_text() == damaged
+    assert path.read_text() == "step loss\n1 10.2\n"
+
+
+def test_a_log_on_a_full_disk(start: Start, tmp_path: Path) -> None:
+    """Where the disk fills up while the run goes on: a sentence that names the file."""
+    log = start(tmp_path)
+    assert log._file is not None
+    log._file._file = Path("/dev/full").open("a")  # noqa: SIM115
+    with pytest.raises(OutputError, match=r"log.jsonl: can't be written: No space left on device"):
+        log.step(record(1))
+    log._file.close()
 
 
 # ----------------------------------------------------------------------------------------- trackers
