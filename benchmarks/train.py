@@ -163,7 +163,7 @@ def megatron_side(connection: Connection, size: str, folder: Path, steps: int) -
 
     from megatron_olmo_bridge.training import config as c
     from megatron_olmo_bridge.training.loop import one_step
-    from megatron_olmo_bridge.training.train import LanguageModel, resolved, set_up
+    from megatron_olmo_bridge.training.train import LanguageModel, resolved, started
 
     sequences, micro, length = SIZES[size][1]
     prefix = folder / f"{size}-data"
@@ -180,19 +180,19 @@ def megatron_side(connection: Connection, size: str, folder: Path, steps: int) -
         logging=c.LoggingConfig(interval=steps + 1),
         parallel=c.ParallelConfig(distributed_optimizer=False),
     )
-    run = set_up(LanguageModel(*resolved(config)), say=lambda line: None)
-    positions = torch.arange(length).expand(micro, -1)
-    tokens = iter(
-        {"tokens": part[:, :-1], "labels": part[:, 1:], "position_ids": positions}
-        for batch in batches(size, steps)
-        for part in batch.split(micro)
-    )
+    with started(LanguageModel(*resolved(config)), say=lambda line: None) as run:
+        positions = torch.arange(length).expand(micro, -1)
+        tokens = iter(
+            {"tokens": part[:, :-1], "labels": part[:, 1:], "position_ids": positions}
+            for batch in batches(size, steps)
+            for part in batch.split(micro)
+        )
 
-    def step() -> float:
-        record, _ = one_step(run, tokens)
-        return record.loss
+        def step() -> float:
+            record, _ = one_step(run, tokens)
+            return record.loss
 
-    serve(connection, step)
+        serve(connection, step)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_olmo_bridge.convert.model_card import write_model_card
-from megatron_olmo_bridge.convert.source import Source, fetch, is_on_hub, open_source
+from megatron_olmo_bridge.convert.source import Source, fetch, hub_repository, open_source
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
@@ -25,7 +25,7 @@ from megatron_olmo_bridge.training.loop import train_loop
 from megatron_olmo_bridge.training.monitor.human import spoken
 from megatron_olmo_bridge.training.monitor.report import write_report
 from megatron_olmo_bridge.training.run import Run, logged, stopping_on_signals
-from megatron_olmo_bridge.training.train import set_up
+from megatron_olmo_bridge.training.train import started
 
 from .baseline import class_weights
 from .compare import Job
@@ -59,28 +59,28 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
         BridgeError: the config can't be, or something that it names is not there or not sound.
     """
     classifier = Classifier.open(config)
-    run = set_up(classifier, say)
-    first = dist.get_rank() == 0
-    if first:
-        for line in classifier.facts():
-            say(line)
-    classifier.keep_the_best_of(run, say)
-    with stopping_on_signals(run), logged(run):
-        train_loop(run)
-    top = best(run.task.history)  # type: ignore[attr-defined]
-    score = classifier.problem.score
-    figures = run.figures | {f"best_{score}": top.score, "best_step": top.step}
-    del run
-    destroy_process_groups()
-    gc.collect()
-    torch.cuda.empty_cache()
-    if first:
-        say(f">> best: {spoken(score)} {top.score:.4f} at step {top.step}")
-        folder = classifier.folder
-        classifier.write_card(figures)
-        Job(classifier.config, str(folder / CLASSIFIER), str(folder), top.score).run(say)
-        write_report(folder)  # again, now that it can link the classifier's
-    return figures
+    with started(classifier, say) as run:
+        first = dist.get_rank() == 0
+        if first:
+            for line in classifier.facts():
+                say(line)
+        classifier.keep_the_best_of(run, say)
+        with stopping_on_signals(run), logged(run):
+            train_loop(run)
+        top = best(run.task.history)  # type: ignore[attr-defined]
+        score = classifier.problem.score
+        figures = run.figures | {f"best_{score}": top.score, "best_step": top.step}
+        del run
+        destroy_process_groups()
+        gc.collect()
+        torch.cuda.empty_cache()
+        if first:
+            say(f">> best: {spoken(score)} {top.score:.4f} at step {top.step}")
+            folder = classifier.folder
+            classifier.write_card(figures)
+            Job(classifier.config, str(folder / CLASSIFIER), str(folder), top.score).run(say)
+            write_report(folder)  # again, now that it can link the classifier's
+        return figures
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,6 @@ class Classifier:
         """The model card of ``classifier/``."""
         base = self.config.init.hf
         score = self.problem.score
-        on_hub = base is not None and is_on_hub(base)
         chosen = {
             f"{spoken(score)} on held-out texts": figures[f"best_{score}"],
             "chosen weights": f"those of step {figures['best_step']}",
@@ -185,7 +184,7 @@ class Classifier:
         write_model_card(
             self.folder / CLASSIFIER,
             name=self.config.name,
-            base=base if on_hub else None,
+            base=hub_repository(base) if base else None,
             training=card_facts(self.config, figures) | chosen,
         )
 

@@ -303,6 +303,12 @@ def is_on_hub(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
 
 
+def hub_repository(source: str) -> str | None:
+    """``owner/name`` of a hub id, which may name a revision; None of a path."""
+    on_hub = None if Path(source).expanduser().exists() else _HUB_ID_AT.fullmatch(source)
+    return None if on_hub is None else on_hub["repo"]
+
+
 def recorded_dtypes(config: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the weights' dtype, by the keys of transformers 5 and of 4."""
     return {key: config[key] for key in ("dtype", "torch_dtype") if key in config}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_olmo_bridge.convert.model_card import write_model_card
-from megatron_olmo_bridge.convert.source import is_on_hub
+from megatron_olmo_bridge.convert.source import hub_repository
 from megatron_olmo_bridge.errors import AskedToStop, BridgeError, TrainingStopped
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.bridge import ModelBridge
@@ -149,7 +149,7 @@ class Run:
             lambda: write_model_card(
                 folder,
                 name=self.config.name,
-                base=base if base and is_on_hub(base) else None,
+                base=hub_repository(base) if base else None,
                 training=card_facts(self.config, self.figures),
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from .optimizer import ddp_config, make_optimizer, make_scheduler
 from .recipes import OVERRIDDEN
 from .restore import load
 from .run import Run, logged, stopping_on_signals
+from .run_lock import exclusive
 from .stability import Watch
 from .task import LanguageModelling, Task
 from .token_data import TokenData
@@ -57,10 +59,10 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
         BridgeError: the config can't be, or something that it names is not there or not sound.
     """
     config, source = resolved(config)
-    run = set_up(LanguageModel(config, source), say)
-    with stopping_on_signals(run), logged(run):
-        train_loop(run)
-    return run.figures
+    with started(LanguageModel(config, source), say) as run:
+        with stopping_on_signals(run), logged(run):
+            train_loop(run)
+        return run.figures
 
 
 class Subject(Protocol):
@@ -94,20 +96,34 @@ class LanguageModel:
         return task, tokenizer_folder(self.config, self.source, data.info)
 
 
-def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
+@contextlib.contextmanager
+def started(subject: Subject, say: Callable[[str], None] = print) -> Iterator[Run]:
+    """Set a run up, and keep other runs out of its folders until the context ends.
+
+    Raises:
+        OutputError: another run is at work in one of its folders.
+        BridgeError: as :func:`train`.
+    """
+    config = subject.config
+    checks(config, started_together())
+    provider = model_of(config).provider(**provider_fields(config))
+    ensure_process_groups(
+        provider, config.train.seed, timeout_minutes=config.parallel.timeout_minutes
+    )
+    on_first(lambda: check_folders(config))  # before anything is written, a lock too
+    with exclusive(config, say):
+        yield set_up(subject, provider, say)
+
+
+def set_up(subject: Subject, provider: GPTModelProvider, say: Callable[[str], None]) -> Run:
     """Build everything that a run needs, and restore it if it was begun before.
 
     Raises:
         BridgeError: as :func:`train`.
     """
     config, source = subject.config, subject.source
-    checks(config, started_together())
     watch = Watch(config.stability)
     bridge = model_of(config)
-    provider = bridge.provider(**provider_fields(config))
-    ensure_process_groups(
-        provider, config.train.seed, timeout_minutes=config.parallel.timeout_minutes
-    )
     extension = on_first(lambda: check_folders(config))
     folder = Path(config.checkpoint.save).expanduser() if config.checkpoint.save else None
     step = _last_step(folder)
@@ -144,8 +160,8 @@ def set_up(subject: Subject, say: Callable[[str], None] = print) -> Run:
     )  # fmt: skip
 
 
-def _notices(config: TrainingConfig, provider: GPTModelProvider) -> Iterator[str]:
-    """What one should know when a run begins, and might not expect."""
+def _notices(config: TrainingConfig, provider: GPTModelProvider, step: int | None) -> Iterator[str]:
+    """What one should know when a run begins, or goes on from a step, and might not expect."""
     if lost := what_is_lost(config):
         yield lost
     with_te = resolved_name(provider.backend) == TRANSFORMER_ENGINE

@@ -1,0 +1,95 @@
+"""Two runs in one folder: one runs on as if it were alone, the other says why it doesn't."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from launching import olmo_bridge, run_script
+from training_runs import Place, Run
+from trees import tree_hash
+
+from megatron_olmo_bridge.training import run_lock
+
+SCREEN = 24
+"""Lines that a message may have."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place.made(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def alone(place: Place) -> Run:
+    return place.run("alone", f"export.hf={place.folder}/alone-exports").done()
+
+
+def both(place: Place, logs: Path, *overrides: str) -> dict[int, tuple[int, str]]:
+    """Exit codes of two runs that were started at once, and what they said."""
+    logs.mkdir()
+    out = run_script("two_runs", logs, "lives", place.folder / "olmo2.py", *overrides)
+    codes: list[tuple[int, int]] = json.loads(out.splitlines()[-1])
+    return {run: (code, (logs / str(n)).read_text()) for n, (run, code) in enumerate(codes)}
+
+
+def refusal(ended: dict[int, tuple[int, str]]) -> str:
+    """What the one said that was refused by the other, which came to its end."""
+    (winner, _), (_, (_, said)) = sorted(ended.items(), key=lambda run: run[1][0])
+    assert [code for code, _ in sorted(ended.values())] == [0, 2], ended
+    assert "Traceback" not in said
+    message = said[said.index("olmo-bridge: ") :]
+    assert len(message.splitlines()) <= SCREEN
+    assert f"process {winner}," in message
+    return message
+
+
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in range(2, 20)]
+
+
+@pytest.mark.parametrize("attempt", [0, 1, *SLOW])
+def test_two_starts_at_once(place: Place, alone: Run, tmp_path: Path, attempt: int) -> None:
+    """In a folder that is new; then, each second time, in that of a run that has begun."""
+    name, more = f"both-{attempt}", (f"export.hf={tmp_path}/exports",)
+    if attempt % 2:
+        place.run(name, *more, fate="TERM:6")
+    save = f"checkpoint.save={place.folder / name}"
+
+    message = refusal(both(place, tmp_path / "logs", save, *more))
+
+    assert "export.hf=" in message or "checkpoint.save=" in message
+    run = Run(place.folder / name, [], "")
+    assert run.curve == alone.curve
+    assert run.evaluations == alone.evaluations
+    assert not (run.folder / run_lock.LOCK).exists()
+
+
+def test_two_runs_that_export_into_one_folder(place: Place, tmp_path: Path) -> None:
+    """Their checkpoints would not mix, but their exports have the same names."""
+    exports = f"export.hf={tmp_path}/exports"
+    message = refusal(both(place, tmp_path / "logs", "checkpoint.save=null", exports))
+    assert message.startswith(f"olmo-bridge: {exports}: another run is at work there (host ")
+    assert (tmp_path / "exports" / "step_14" / "config.json").exists()
+
+
+def test_what_only_looks_needs_no_lock(
+    place: Place, alone: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run, an export and a report of a run that is at work, which they leave as it is."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a lock was asked for")
+
+    monkeypatch.setattr(run_lock, "_open_locked", refuse)
+    before = tree_hash(alone.folder)
+    save = f"checkpoint.save={alone.folder}"
+    exports = f"export.hf={place.folder}/alone-exports"
+    looked = olmo_bridge("train", place.folder / "olmo2.py", save, exports, "--dry-run")
+    assert looked.exit_code == 0, looked.output
+    assert olmo_bridge("export", alone.folder, tmp_path / "hf").exit_code == 0
+    assert tree_hash(alone.folder) == before
