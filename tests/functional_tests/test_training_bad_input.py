@@ -284,6 +284,16 @@ def without_common_state(here: Path) -> None:
     file.unlink()
 
 
+def unrecorded(damage: Callable[[Path], object]) -> Callable[[Path], object]:
+    """The same damage to a checkpoint without checksums."""
+
+    def both(here: Path) -> None:
+        damage(here)
+        (here / "run" / LAST / "olmo_bridge.json").unlink()
+
+    return both
+
+
 FOLDERS = [
     Case("checkpoint.save=DATA/olmo2.py", ("checkpoint.save=", "olmo2.py is a file")),
     Case("checkpoint.save=DATA/olmo2.py/x", ("checkpoint.save=", "olmo2.py is a file")),
@@ -308,16 +318,23 @@ FOLDERS = [
     Case(AGAIN, (TRACKER, "'banana'", "no such checkpoint"), written(f"run/{TRACKER}", "banana")),
     Case(AGAIN, (TRACKER, "'7'", "no such checkpoint"), written(f"run/{TRACKER}", "7")),
     Case(AGAIN, (TRACKER, "''", "no such checkpoint"), written(f"run/{TRACKER}", "")),
-    Case(AGAIN, ("log.jsonl: line 1", "Delete that line"), written("run/log.jsonl", '{"x\n{}\n'),
+    Case(AGAIN, ("log.jsonl: no line", "Move it away"), written("run/log.jsonl", '{"x\n{}\n'),
          late=True),
-    *(Case(AGAIN, (LAST, what, "earlier checkpoint", TRACKER), damage, late=True)
+    *(Case(AGAIN, (LAST, what, "the checkpoint before it", "echo 2 >", TRACKER), damage, late=True)
       for what, damage in (
-          ("truncated", written(f"run/{LAST}/__0_0.distcp", "")),
-          ("__0_0.distcp", removed(f"run/{LAST}/__0_0.distcp")),
-          ("not a readable pickle", written(f"run/{LAST}/.metadata", "hello")),
-          (".metadata", removed(f"run/{LAST}/.metadata")),
-          ("no optimizer's state", without_common_state),
-          ("can't be loaded", removed(f"run/{LAST}/metadata.json")),
+          ("__0_0.distcp has 0 bytes", written(f"run/{LAST}/__0_0.distcp", "")),
+          ("__0_0.distcp is not there", removed(f"run/{LAST}/__0_0.distcp")),
+          (".metadata has 5 bytes", written(f"run/{LAST}/.metadata", "hello")),
+          (".metadata is not there", removed(f"run/{LAST}/.metadata")),
+          ("common.pt is not there", without_common_state),
+          ("metadata.json is not there", removed(f"run/{LAST}/metadata.json")),
+          ("olmo_bridge.json", written(f"run/{LAST}/olmo_bridge.json", "{}")),
+          ("truncated", unrecorded(written(f"run/{LAST}/__0_0.distcp", ""))),
+          ("__0_0.distcp", unrecorded(removed(f"run/{LAST}/__0_0.distcp"))),
+          ("not a readable pickle", unrecorded(written(f"run/{LAST}/.metadata", "hello"))),
+          (".metadata", unrecorded(removed(f"run/{LAST}/.metadata"))),
+          ("no optimizer's state", unrecorded(without_common_state)),
+          ("can't be loaded", unrecorded(removed(f"run/{LAST}/metadata.json"))),
       )),
     Case(f"logging.tensorboard=true {UNSAVED}", ("logging.tensorboard", "set checkpoint.save"),
          late=True),

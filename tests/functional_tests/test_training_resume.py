@@ -86,6 +86,28 @@ def test_killed_at_random_moments_and_while_saving(
     assert len(run.events("resumed")) >= 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", range(10))
+def test_killed_ten_times(place: Place, uninterrupted: Uninterrupted, chain: int) -> None:
+    """In a save, at a step, or at a change of the run's folder, as it falls. A run that comes to
+    its end meanwhile is compared too, and another one begun."""
+    fates = random.Random(f"chain {chain}")
+    runs, kills = [f"chain-{chain}"], 0
+    while kills < 10:
+        fate = "saving:1" if kills == 4 else fates.choice(
+            [f"event:{fates.randint(1, 60)}", f"killed:{fates.randint(1, 13)}:0"]
+        )  # fmt: skip
+        run = train(place, runs[-1], "one", fate=fate)
+        if run.codes == [0]:
+            runs.append(f"chain-{chain}-{len(runs)}")
+        else:
+            assert run.codes == [-signal.SIGKILL], run.said[-3000:]
+            kills += 1
+
+    for name in runs:
+        assert_same(train(place, name, "one").done(), uninterrupted("one"))
+
+
 # ------------------------------------------------------------------------------------ stop it
 
 
@@ -238,17 +260,24 @@ def test_saved_again_for_any_layout(
     assert apart(run.curve, uninterrupted("tp").curve)[0] < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("fate", "saved"),
+    [
+        ("replaced:1", ["iter_0000005", "iter_0000005.partial"]),
+        ("replacing:1", ["iter_0000005.partial", "iter_0000005.replaced.partial"]),
+    ],
+)
 def test_killed_while_a_checkpoint_takes_the_place_of_another(
-    place: Place, uninterrupted: Uninterrupted, stopped: Run
+    place: Place, uninterrupted: Uninterrupted, stopped: Run, fate: str, saved: list[str]
 ) -> None:
-    """Between the two renames: the old one gets its name back."""
-    name = copied(place, stopped, "between")
-    killed = train(place, name, "tp", FOR_ANY_LAYOUT, fate="replacing:1")
-    assert killed.saved[1:] == ["iter_0000005.partial", "iter_0000005.replaced.partial"]
+    """The name is never without one, where two can be exchanged; else the older gets it back."""
+    name = copied(place, stopped, fate)
+    killed = train(place, name, "tp", FOR_ANY_LAYOUT, fate=fate)
+    assert killed.saved[1:] == saved
 
     run = train(place, name, "tp").done()
 
-    assert "iter_0000005" in run.saved
+    assert run.saved == [f"iter_{step:07d}" for step in (4, 5, 8, 12, 14)]
     assert_same(run, uninterrupted("tp"))
 
 

@@ -8,14 +8,19 @@ the first:
     killed:STEP:SECONDS    SIGKILL so long after a step began
     saving:N               SIGKILL when the n-th checkpoint is written, and has no name yet
     tracking:N             SIGKILL when it has, and the tracker is not written yet
-    replacing:N            SIGKILL before the n-th rename of a checkpoint to its name
+    event:N                SIGKILL before the n-th time that the run's folder is changed
+    replaced:N             SIGKILL when the n-th checkpoint has taken the name of an older one
+    replacing:N            SIGKILL before the n-th rename of a checkpoint to its name, where the two
+                           names can't be exchanged
     deleting:N             SIGKILL when the n-th checkpoint that is too old is being deleted
     TERM:STEP, INT:STEP    that signal during a step
+    vanished:N             the folder of the n-th checkpoint is deleted before anything is written
     cheated                the disk seems to have room, and has none; in all processes
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -98,6 +103,7 @@ class Place:
         copy = shutil.copytree(run.folder, self.folder / name)
         config = (run.folder / "run.yaml").read_text()
         (copy / "run.yaml").write_text(config.replace(str(run.folder), str(copy)))
+        (copy / "run.lock").unlink(missing_ok=True)  # of a process that was killed
         for folder in copy.glob("iter_*"):
             if int(folder.name.removeprefix("iter_")) > step:
                 shutil.rmtree(folder)
@@ -192,10 +198,18 @@ def _end_with_parent() -> None:
 
 def prepare(kind: str, *when: str) -> None:
     """Arrange for a fate."""
-    from megatron_olmo_bridge.training import checkpoint
+    from megatron_olmo_bridge.training import checkpoint, naming
 
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    of_a_file = kind in ("saving", "tracking", "replacing", "deleting")
+    of_a_file = kind in (
+        "event",
+        "vanished",
+        "saving",
+        "tracking",
+        "replaced",
+        "replacing",
+        "deleting",
+    )
     if kind == "cheated":
         checkpoint._bytes = lambda state: 0
         return
@@ -210,7 +224,15 @@ def prepare(kind: str, *when: str) -> None:
             before(checkpoint, "write_texts", die, int(when[0]))
         case "tracking":
             before(Path, "replace", die, int(when[0]), lambda path, _: "latest" in path.name)
+        case "vanished":
+            in_save(int(when[0]), shutil.rmtree)
+        case "event":
+            at_change(int(when[0]), die)
+        case "replaced":
+            exchange = naming.exchange
+            naming.exchange = lambda *paths: exchange(*paths) and die()
         case "replacing":
+            naming.exchange = lambda *_: False
             named = lambda path, to: ".replaced." not in to.name and to.name.startswith("iter_")  # noqa: E731
             before(Path, "rename", die, int(when[0]), named)
         case "deleting":
@@ -220,6 +242,37 @@ def prepare(kind: str, *when: str) -> None:
             in_step(int(when[0]), lambda: os.kill(os.getpid(), number))
         case _:
             raise SystemExit(f"no such fate: {kind!r}")
+
+
+def at_change(nth: int, then: Callable[[], None]) -> None:
+    """Do something before the n-th time that this process changes a file under the run's folder."""
+    (folder,) = (a.partition("=")[2] for a in sys.argv if a.startswith("checkpoint.save="))
+    changes = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+    process, count = os.getpid(), itertools.count(1)
+
+    def changed(event: str, arguments: tuple[Any, ...]) -> bool:
+        writes = event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        return (event in changes or writes) and folder in str(arguments[0])
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if changed(event, arguments) and os.getpid() == process and next(count) == nth:
+            then()
+
+    sys.addaudithook(hook)
+
+
+def in_save(nth: int, then: Callable[[Path], None]) -> None:
+    """Do something to the n-th checkpoint's folder before its files are written."""
+    from megatron_olmo_bridge.training import checkpoint
+
+    recording, count = checkpoint.recording, itertools.count(1)
+
+    def replacement(request: Any, folder: Path) -> Any:
+        if next(count) == nth:
+            then(folder)
+        return recording(request, folder)
+
+    checkpoint.recording = replacement
 
 
 def in_step(step: int, then: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -123,6 +123,13 @@ def on_first(action: Callable[[], T]) -> T | None:
     if errors[0] is not None:
         raise errors[0]
     return result
+
+
+def gather(value: T) -> list[T]:
+    """Return what each process passes, by rank, in all of them; they wait on the CPU."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, _waiting_group())
+    return values
 
 
 def wait_for_all() -> None:

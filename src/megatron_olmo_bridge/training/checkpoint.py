@@ -7,8 +7,11 @@ export`` reads them, and so does Megatron-LM.
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import logging
+import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.utils import nested_values
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -33,9 +36,11 @@ from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 from megatron_olmo_bridge.live.save import megatron_state, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
-from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
+from megatron_olmo_bridge.runtime.process_groups import gather, on_first
 from megatron_olmo_bridge.runtime.signals import sheltered
 
+from .checksums import recording, write_record
+from .naming import SUFFIX, clean, delete, take_name
 from .optimizer_state import (
     content_metadata,
     is_distributed,
@@ -45,9 +50,8 @@ from .optimizer_state import (
 )
 from .restore import PROGRESS, layout, load, rng_state, saved_content
 
-_SUFFIX = ".partial"
-_REPLACED = f".replaced{_SUFFIX}"
-"""Ends the name of a complete checkpoint while another one of the same step takes its place."""
+_FULL = 2**20
+"""Bytes: with fewer a disk is full."""
 _STRATEGY = {"async_strategy": "mcore"}
 """0.19 would use NVIDIA's resiliency extension, another package, unless told otherwise."""
 if "async_strategy" not in inspect.signature(dist_checkpointing.save).parameters:
@@ -96,6 +100,8 @@ class Checkpointer:
     on_saved: Callable[[int, Path], None] = lambda step, folder: None
     """Called in the first process when a checkpoint is complete."""
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
+    _needed: int = 0
+    """Bytes of a checkpoint."""
 
     def save(self, step: int, progress: dict[str, Any], *, fully_reshardable: bool) -> None:
         """Write a checkpoint, or begin to.
@@ -111,7 +117,7 @@ class Checkpointer:
         """
         self.finish()
         folder = iteration_folder(self.root, step)
-        partial = folder.with_name(folder.name + _SUFFIX)
+        partial = folder.with_name(folder.name + SUFFIX)
         state, texts = megatron_state(self.chunks, self.bridge, beside=self.beside, iteration=step)
         metadata = content_metadata(self.optimizer, fully_reshardable=fully_reshardable)
         state["optimizer"] = optimizer_state(
@@ -123,33 +129,27 @@ class Checkpointer:
             "distributed_optimizer": is_distributed(self.optimizer),
             "model_parallel_layout": model_parallel_layout(self.chunks),
         }
-        needed = _bytes(state)
-        with _saying_what_fails(self.root), sheltered():
-            on_first(lambda: _begin(partial, needed))
+        self._needed = _bytes(state)
+        on_first(lambda: self._begin(partial))
+        with self._translate_errors(), sheltered():
             request = dist_checkpointing.save(
-                state, str(partial), content_metadata=metadata,
-                async_sharded_save=self.asynchronous, **_STRATEGY,
-            )  # fmt: skip
-
-        def commit() -> None:
-            on_first(lambda: self._commit(partial, folder, texts, step))
-
-        if isinstance(request, AsyncRequest):
-            request.add_finalize_fn(commit)
-            self._queue.schedule_async_request(request)
-        else:
-            wait_for_all()
-            with _saying_what_fails(self.root):
-                commit()
+                state, str(partial), content_metadata=metadata, async_sharded_save=True, **_STRATEGY
+            )
+            request = recording(request, partial)
+            request.add_finalize_fn(lambda: on_first(lambda: self._commit(partial, texts, step)))
+            if self.asynchronous:
+                self._queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
 
     def poll(self) -> None:
         """Complete a checkpoint that was written meanwhile, if it is ready in every process."""
-        with _saying_what_fails(self.root):
+        with self._translate_errors():
             self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written."""
-        with _saying_what_fails(self.root):
+        with self._translate_errors():
             self._queue.maybe_finalize_async_calls(blocking=True)
 
     def restore(self, step: int) -> dict[str, Any]:
@@ -159,112 +159,113 @@ class Checkpointer:
 
         Raises:
             InputError: the checkpoint's optimizer state can't be loaded at this layout.
-        FormatError: it is damaged, or of another model.
+            FormatError: it is damaged, or of another model; the message says how to go on from the
+                one before.
         """
         try:
             return load(iteration_folder(self.root, step), self.chunks, self.optimizer)
         except FormatError as error:
-            raise FormatError(
-                f"{error}\nTo go on from an earlier checkpoint, write its number into "
-                f"{self.root / TRACKER}."
-            ) from error
+            raise FormatError(f"{error}\n{_earlier(self.root, step)}") from error
 
     def is_fully_reshardable(self, step: int) -> bool:
         """Whether a step's checkpoint can be resumed at any layout."""
         return is_fully_reshardable(saved_content(iteration_folder(self.root, step)))
 
-    def _commit(self, partial: Path, folder: Path, texts: dict[str, bytes], step: int) -> None:
-        write_texts(partial, texts)
-        (partial / PARTIAL_MARKER).unlink()
-        for path in (partial, *partial.rglob("*")):
-            sync(path)
-        replaced = folder.with_name(folder.name + _REPLACED)
-        if folder.exists():  # of a run that went on from an earlier step, or saved again
-            folder.rename(replaced)
-        partial.rename(folder)
-        tracker = self.root / (TRACKER + _SUFFIX)
-        tracker.write_text(str(step))
-        sync(tracker)
-        tracker.replace(self.root / TRACKER)
-        sync(self.root)
-        if replaced.exists():
-            _delete(replaced)
-        if self.keep_last:
-            complete = [p for p in iteration_folders(self.root) if p <= folder]
-            for old in complete[: -self.keep_last]:
-                _delete(old)
+    def _begin(self, partial: Path) -> None:
+        with self._translate_errors():
+            self.root.mkdir(parents=True, exist_ok=True)
+            clean(self.root)
+            if shutil.disk_usage(self.root).free < self._needed:
+                raise OutputError(f"{self.root}: {self._no_room()}")
+            partial.mkdir()
+            (partial / PARTIAL_MARKER).touch()
+
+    def _commit(self, partial: Path, texts: dict[str, bytes], step: int) -> None:
+        with self._translate_errors():
+            folder = iteration_folder(self.root, step)
+            write_texts(partial, texts)
+            write_record(partial)
+            (partial / PARTIAL_MARKER).unlink()
+            for path in (partial, *partial.rglob("*")):
+                sync(path)
+            take_name(partial, folder)
+            sync(self.root)
+            tracker = self.root / (TRACKER + SUFFIX)
+            tracker.write_text(str(step))
+            sync(tracker)
+            tracker.replace(self.root / TRACKER)
+            sync(self.root)
+            clean(self.root)  # of the one that had the name before
+            if self.keep_last:
+                # Later ones are of a run that went back to an earlier step.
+                for old in [n for n in _saved_steps(self.root) if n <= step][: -self.keep_last]:
+                    delete(iteration_folder(self.root, old))
         self.on_saved(step, folder)
 
+    @contextlib.contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        """Turn what a save raises into one sentence, and leave nothing of it behind.
 
-def _begin(partial: Path, needed: int) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    _clean(partial.parent)
-    free = shutil.disk_usage(partial.parent).free
-    if free < needed:
-        raise OutputError(
-            f"{partial.parent}: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB "
-            "are free. The checkpoints before it are complete: free some space, or set "
-            "checkpoint.keep_last, and start the same command again."
+        Also keeps back megatron-core's warnings: of an "incomplete / corrupted checkpoint", as our
+        marker is there, and of the asynchronous writer, the only one without a further package.
+        """
+        logger = logging.getLogger(dist_checkpointing.__name__)
+        before = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except CheckpointException as error:  # all processes fail, and the first is told why
+            why = next((str(e) for e, _ in error.failures.values()), "")
+            raise gather(self._failure(why))[0] from error
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            raise self._failure(f"{error.strerror or error}{where}") from error
+        except RuntimeError as error:  # of torch.save
+            raise self._failure(str(error)) from error
+        finally:
+            logger.setLevel(before)
+
+    def _failure(self, why: str) -> OutputError:
+        with contextlib.suppress(OSError):
+            # torch.save doesn't say that the disk is full, but then it is, before it is cleaned.
+            full = shutil.disk_usage(self.root).free < _FULL
+            full |= any(os.strerror(number) in why for number in (errno.ENOSPC, errno.EDQUOT))
+            if dist.get_rank() == 0:
+                clean(self.root)
+            if full or shutil.disk_usage(self.root).free < self._needed:
+                why = f"{why}; {self._no_room()}"
+                return OutputError(f"{self.root}: can't save a checkpoint: {why}")
+        return OutputError(
+            f"{self.root}: can't save a checkpoint: {why}. Those that were saved before are "
+            "complete, and the same command goes on from the last of them."
         )
-    partial.mkdir()
-    (partial / PARTIAL_MARKER).touch()
 
-
-@contextlib.contextmanager
-def _saying_what_fails(root: Path) -> Iterator[None]:
-    """Turn what megatron-core raises of a full disk into one sentence, and leave nothing behind.
-
-    Also keeps back its warnings: of an "incomplete / corrupted checkpoint", as our marker is
-    there, and of the asynchronous writer, which is the only one without a further package.
-    """
-    logger = logging.getLogger(dist_checkpointing.__name__)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        why = _failure(error)
-        free = shutil.disk_usage(root).free
-        if dist.get_rank() == 0:
-            _clean(root)
-        raise OutputError(
-            f"{root}: can't save a checkpoint: {why}; {free / 1e9:.2f} GB are free. Those that "
-            "were saved before are complete: free some space, or set checkpoint.keep_last, and "
+    def _no_room(self) -> str:
+        free = shutil.disk_usage(self.root).free
+        return (
+            f"a checkpoint takes {self._needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. The "
+            "checkpoints before it are complete: free some space, or set checkpoint.keep_last, and "
             "start the same command again."
-        ) from error
-    finally:
-        logger.setLevel(before)
+        )
 
 
-def _failure(error: OSError | CheckpointException) -> str:
-    """Why a save failed. Then all processes fail, but only the first one is told why."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    told = [next((str(e) for e, _ in error.failures.values()), "")]
-    dist.broadcast_object_list(told, 0)
-    return told[0]
+def _saved_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints that are there, in order."""
+    names = [path.name for path in iteration_folders(root)]
+    return sorted(int(n.removeprefix("iter_")) for n in names if n.startswith("iter_"))
 
 
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint, of which a kill leaves nothing that looks like one."""
-    doomed = folder.with_name(f"{folder.name}.old{_SUFFIX}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def put_back(root: Path) -> None:
-    """Give its name back to a checkpoint whose replacement was interrupted between two renames."""
-    for replaced in root.glob(f"iter_*{_REPLACED}"):
-        folder = replaced.with_name(replaced.name.removesuffix(_REPLACED))
-        if not folder.exists():
-            replaced.rename(folder)
-
-
-def _clean(root: Path) -> None:
-    """Delete what saves and deletions that were interrupted left behind."""
-    put_back(root)
-    for path in root.glob(f"iter_*{_SUFFIX}"):
-        shutil.rmtree(path)
+def _earlier(root: Path, step: int) -> str:
+    """How to go on from the checkpoint before one that is damaged."""
+    earlier = [n for n in _saved_steps(root) if n < step]
+    if not earlier:
+        return "There is no checkpoint before it: to begin anew, name another checkpoint.save."
+    return (
+        f"To go on from the checkpoint before it, that of step {earlier[-1]}, start the same "
+        f"command again after\n  echo {earlier[-1]} > {shlex.quote(str(root / TRACKER))}"
+    )
 
 
 def _bytes(state: dict[str, Any]) -> int:

@@ -19,6 +19,7 @@ from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.live.save import model_states
 from megatron_olmo_bridge.runtime.process_groups import on_first
 
+from .checksums import check
 from .optimizer_state import (
     check_loadable,
     check_parts,
@@ -54,6 +55,7 @@ def load(
         FormatError: it is damaged, or of another model.
     """
     with _saying_what_is_damaged(folder):
+        check(folder)
         on_first(lambda: _check(folder))
         return _loaded(folder, chunks, optimizer, fresh_rng)
 

@@ -27,13 +27,15 @@ from megatron_olmo_bridge.runtime.process_groups import (
     started_together,
 )
 
-from .checkpoint import Checkpointer, last_step, put_back
+from .checkpoint import Checkpointer, iteration_folder, last_step
+from .checksums import check, recorded
 from .config import TrainingConfig
 from .facts import run_facts
 from .folder import check_folders, claim, what_is_lost
 from .layout import Layout, checks, model_of, provider_fields
 from .loop import train_loop
 from .monitor.run_log import RunLog
+from .naming import put_back
 from .optimizer import ddp_config, make_optimizer, make_scheduler
 from .recipes import OVERRIDDEN
 from .restore import load
@@ -128,6 +130,8 @@ def set_up(subject: Subject, provider: GPTModelProvider, say: Callable[[str], No
     folder = Path(config.checkpoint.save).expanduser() if config.checkpoint.save else None
     step = _last_step(folder)
     task, beside = subject.task()
+    if source is not None and step is None and not config.init.optimizer:  # load() checks it too
+        check(source.folder)
     chunks, optimizer = _model_and_optimizer(config, provider, source, fill=step is None)
     checkpointer = None
     if folder is not None:
@@ -147,7 +151,7 @@ def set_up(subject: Subject, provider: GPTModelProvider, say: Callable[[str], No
     if dist.get_rank() == 0:
         log = RunLog(run_facts(config, bridge, task.loss_unit), config.logging, folder,
                      resumed_at=step, say=say)  # fmt: skip
-        for notice in _notices(config, provider):
+        for notice in _notices(config, provider, step):
             say(f">> {notice}")
         if checkpointer is not None:
             checkpointer.on_saved = lambda at, path: log.event("checkpoint", at, path=str(path))
@@ -168,6 +172,10 @@ def _notices(config: TrainingConfig, provider: GPTModelProvider, step: int | Non
     precision = config.train.precision
     if notice := tf32_notice(precision, transformer_engine=with_te, env=os.environ):
         yield notice
+    if step is not None and config.checkpoint.save is not None:
+        folder = iteration_folder(Path(config.checkpoint.save).expanduser(), step)
+        if recorded(folder) is None:
+            yield f"{folder}: has no checksums, so damaged bytes in it would not be noticed"
 
 
 def _last_step(folder: Path | None) -> int | None:

@@ -1,0 +1,66 @@
+"""How a run's checkpoint takes its name: at every moment the older or the newer one has it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+SUFFIX = ".partial"
+"""Ends the name of a checkpoint that is being written, or is about to be deleted."""
+_REPLACED = f".replaced{SUFFIX}"
+"""Ends the name of a complete checkpoint while another one of the same step takes its place, where
+the file system can't exchange the two."""
+_OLD = f".old{SUFFIX}"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Of Linux's <fcntl.h> and <linux/fs.h>."""
+
+
+def take_name(partial: Path, folder: Path) -> None:
+    """Rename a complete checkpoint to ``folder``.
+
+    One that has the name already is kept under another, which :func:`clean` deletes.
+    """
+    if not folder.exists():
+        partial.rename(folder)
+    elif not exchange(partial, folder):
+        folder.rename(folder.with_name(folder.name + _REPLACED))
+        partial.rename(folder)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system can't."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = os.fsencode(first), os.fsencode(second)
+    if renameat2 is None:
+        return False
+    done: int = renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    return done == 0
+
+
+def put_back(root: Path) -> None:
+    """Give its name back to a checkpoint whose replacement was interrupted between two renames."""
+    for replaced in root.glob(f"iter_*{_REPLACED}"):
+        folder = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if not folder.exists():
+            replaced.rename(folder)
+
+
+def clean(root: Path) -> None:
+    """Delete what saves and deletions left behind, those that were interrupted too."""
+    put_back(root)
+    for old in root.glob(f"iter_*{_OLD}"):
+        shutil.rmtree(old)
+    for path in root.glob(f"iter_*{SUFFIX}"):
+        delete(path)
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint, of which a kill leaves nothing that looks like one.
+
+    A helper that outlives a killed run, and still writes there, finds no folder of the old name.
+    """
+    old = folder.with_name(folder.name + _OLD)
+    folder.rename(old)
+    shutil.rmtree(old)
