@@ -80,22 +80,24 @@ def save(
     from megatron_olmo_bridge.training import checkpoint
     from megatron_olmo_bridge.training.estimate import parameter_count
     from megatron_olmo_bridge.training.loop import one_step
+    from megatron_olmo_bridge.training.train import LanguageModel, started
 
     fully, memory_efficient = FORMATS[name]
     original = checkpoint.content_metadata
     checkpoint.content_metadata = lambda *a, **k: (
         original(*a, **k) | {"distrib_optim_fully_reshardable_mem_efficient": memory_efficient}
     )
-    run = set_up(Path(folder), processes)
-    one_step(run, run.task.train_batches(begin=1))
-    gc.collect()
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    run.checkpointer.save(1, {}, fully_reshardable=fully)
-    answer.send((parameter_count(run.bridge), memory("VmHWM") - before))
+    model = LanguageModel(config_of(Path(folder), processes), None)
+    with started(model, say=lambda line: None) as run:
+        one_step(run, run.task.train_batches(begin=1))
+        gc.collect()
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        run.checkpointer.save(1, {}, fully_reshardable=fully)
+        answer.send((parameter_count(run.bridge), memory("VmHWM") - before))
 
 
-def set_up(folder: Path, processes: int) -> Any:
+def config_of(folder: Path, processes: int) -> Any:
     """The run of a small model on made-up tokens, in bfloat16."""
     import numpy as np
     import torch
@@ -103,8 +105,6 @@ def set_up(folder: Path, processes: int) -> Any:
 
     from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
     from megatron_olmo_bridge.training import config as c
-    from megatron_olmo_bridge.training.train import LanguageModel
-    from megatron_olmo_bridge.training.train import set_up as set_up_run
 
     length = 32
     prefix = folder / f"data-{os.environ['RANK']}"
@@ -112,14 +112,13 @@ def set_up(folder: Path, processes: int) -> Any:
     builder.add_item(torch.zeros(64 * length, dtype=torch.long))
     builder.end_document()
     builder.finalize(f"{prefix}.idx")
-    config = c.TrainingConfig(
+    return c.TrainingConfig(
         model=Olmo2Bridge.sizes["olmo2-tiny"] | MODEL,
         train=c.TrainConfig(2, processes, 1, length, "bfloat16"),
         data=c.DataConfig([str(folder / "data-0")], cache=str(folder / "cache")),
         schedule=c.ScheduleConfig(decay="constant"),
         checkpoint=c.CheckpointConfig(save=str(folder / "run")),
     )
-    return set_up_run(LanguageModel(config, None), say=lambda line: None)
 
 
 def memory(field: str) -> int:

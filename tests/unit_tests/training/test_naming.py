@@ -73,3 +73,12 @@ def test_where_two_names_cannot_be_exchanged(
     put_back(tmp_path)
     clean(tmp_path)
     assert found(tmp_path) == {NAME: "newer"}
+
+
+def test_a_checkpoint_that_was_being_replaced_gets_its_name_back(tmp_path: Path) -> None:
+    """Unless the one that replaces it is there."""
+    for name in ("iter_0000004.replaced.partial", "iter_0000008.replaced.partial", "iter_0000008"):
+        (tmp_path / name).mkdir()
+    put_back(tmp_path)
+    left = ["iter_0000004", "iter_0000008", "iter_0000008.replaced.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left

@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.training.checkpoint import put_back
 from megatron_olmo_bridge.training.optimizer_state import check_loadable, check_parts
 
 ONE: dict[Any, Any] = {"optimizer": {"param_groups": []}, "param_state_sharding_type": "any"}
@@ -50,12 +49,3 @@ def test_a_layout_that_is_not_recorded_is_refused() -> None:
     """As in a checkpoint that Megatron-LM saved."""
     with pytest.raises(InputError, match=r"iter_0000004 does not record\. .*init\.optimizer"):
         check_loadable(Path("run/iter_0000004"), None, [])
-
-
-def test_a_checkpoint_that_was_being_replaced_gets_its_name_back(tmp_path: Path) -> None:
-    """Unless the one that replaces it is there."""
-    for name in ("iter_0000004.replaced.partial", "iter_0000008.replaced.partial", "iter_0000008"):
-        (tmp_path / name).mkdir()
-    put_back(tmp_path)
-    left = ["iter_0000004", "iter_0000008", "iter_0000008.replaced.partial"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == left
