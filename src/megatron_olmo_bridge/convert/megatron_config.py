@@ -37,7 +37,7 @@ def config_of(
             config["vocab_size"] = vocab_size
         return config, folder / CONFIG, folder
     run_config = dist.path / RUN_CONFIG
-    if run_config.is_file():
+    if run_config.exists():
         section, where = model_section(run_config), run_config
         if section is None:
             raise FormatError(f"{run_config}: has no model section")
@@ -87,7 +87,7 @@ def check_agreement(
 def _records(dist: TorchDistFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
     """What the checkpoint says of its model, beside a config.json, and the file that says it."""
     run_config = dist.path / RUN_CONFIG
-    if run_config.is_file() and (section := model_section(run_config)) is not None:
+    if run_config.exists() and (section := model_section(run_config)) is not None:
         yield run_config, section
     if dist.args:
         yield dist.common_file, dist.args

@@ -56,14 +56,34 @@ def versions() -> dict[str, str]:
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """What is recorded beside the weights, if this package wrote them."""
+    """Return what is recorded beside the weights; None if this package did not write them.
+
+    Raises:
+        FormatError: not sound, or it names a file outside of the folder.
+    """
     file = folder / PROVENANCE
-    if not file.is_file():
+    if not file.exists():
         return None
     value = read_json(file)
     files = value.get("files")
-    if "source" not in value or not isinstance(files, dict) or any(
-        not isinstance(entry, dict) or "bytes" not in entry for entry in files.values()
-    ):  # fmt: skip
+    if not (
+        isinstance(value.get("source"), str)
+        and isinstance(value.get("revision"), str | None)
+        and isinstance(value.get("versions", {}), dict)
+        and isinstance(files, dict)
+        and all(_is_described(name, entry) for name, entry in files.items())
+    ):
         raise FormatError(f"{file}: is no record of a conversion")
     return value
+
+
+def _is_described(name: str, entry: Any) -> bool:
+    """Return whether an entry is of a file in its folder: a stranger may have written it."""
+    path = Path(name)
+    return (
+        not path.is_absolute()
+        and ".." not in path.parts
+        and isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256", ""), str)
+    )

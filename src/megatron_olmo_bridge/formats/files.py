@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +39,8 @@ MAX_VALUES = 2_000_000
 """Values in a JSON file; one takes up to 100 bytes of memory, however short it is."""
 MAX_DIGITS = 1000
 """Digits of a number."""
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
+_CONTAINERS = (dict, list)
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 """https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md: the first key of a Git LFS pointer,
@@ -140,8 +143,10 @@ def parse_json(data: bytes, where: object) -> Any:
     try:
         if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES:,} values")
+        if _LONG_NUMBER.search(data):
+            raise ValueError(f"a number of more than {MAX_DIGITS:,} digits")
         text = data.decode()
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+        value = json.loads(text, object_pairs_hook=_object)
         check_plain(value, text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not sound JSON: {error}") from error
@@ -165,17 +170,6 @@ def repeated(names: Iterable[str]) -> str:
     raise AssertionError("no name is repeated")
 
 
-def _whole(digits: str) -> int:
-    check_digits(digits)
-    return int(digits)
-
-
-def check_digits(number: str) -> None:
-    """Raise ValueError for a number that is longer than any that means something."""
-    if len(number) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(number):,} digits")
-
-
 def check_plain(value: Any, text: str) -> None:
     """Raise ValueError for lists and maps nested too deep, or strings that no file can hold.
 
@@ -183,19 +177,18 @@ def check_plain(value: Any, text: str) -> None:
         value: as it was read.
         text: what it was read from.
     """
-    level = [value]
-    for _ in range(MAX_DEPTH):
+    level = [value] if type(value) in _CONTAINERS else []
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"lists and objects are more than {MAX_DEPTH} deep")
         level = [
             inner
             for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in _CONTAINERS
         ]
-        if not level:
-            break
-    else:
-        raise ValueError(f"lists and objects are more than {MAX_DEPTH} deep")
     if "\\" in text:  # half a pair can only be written as an escape
         try:
             json.dumps(value, ensure_ascii=False).encode()

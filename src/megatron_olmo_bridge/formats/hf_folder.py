@@ -40,6 +40,8 @@ HUB_PATTERNS = (*SIDE_FILES, CODE, "*.safetensors", INDEX)
 """What is fetched from the hub."""
 
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on Linux's file systems."""
 SHOWN = 4
 """Folders that an error lists."""
 
@@ -265,12 +267,23 @@ def _weight_map(path: Path) -> dict[str, str] | None:
     return None
 
 
+def _is_file_name(name: object) -> bool:
+    """Return whether a folder can have a file of this name in it."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and "/" not in name
+        and name.isprintable()
+        and len(name.encode()) <= _LONGEST_NAME
+    )
+
+
 def _read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        if not _is_file_name(file):
             raise FormatError(
                 f"{index}: tensor {name} would be in {quote(file)}, which is no file of this folder"
             )

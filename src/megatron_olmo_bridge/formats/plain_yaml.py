@@ -10,7 +10,7 @@ import yaml
 
 from megatron_olmo_bridge.errors import FormatError, quote
 
-from .files import MAX_DEPTH, YAML_LIMIT, check_digits, check_plain, read_small
+from .files import MAX_DEPTH, MAX_DIGITS, YAML_LIMIT, check_plain, read_small
 
 MAX_VALUES = 100_000
 """Values in a file, each counted wherever an alias repeats it."""
@@ -131,5 +131,6 @@ def _scalar(loader: Any, event: Any) -> Any:
     kind = tag.removeprefix(_STANDARD)
     if kind not in ("null", "bool", "int", "float"):
         return event.value
-    check_digits(event.value)
+    if len(event.value) > MAX_DIGITS:
+        raise ValueError(f"a number of more than {MAX_DIGITS:,} digits")
     return getattr(loader, f"construct_yaml_{kind}")(yaml.ScalarNode(tag, event.value))

@@ -107,7 +107,8 @@ def _span(
         raise FormatError(f"{file}: tensor {name}: the header's entry is not sound")
     if len(shape) > MAX_DIMENSIONS:
         raise FormatError(f"{file}: tensor {name} has {len(shape):,} dimensions")
-    if any(type(n) is not int or not 0 <= n <= _LARGEST for n in (*shape, begin, end)):
+    numbers = (*shape, begin, end)
+    if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) > _LARGEST:
         raise FormatError(
             f"{file}: tensor {name}: its shape or offsets are not whole numbers of 0 to {_LARGEST}"
         )

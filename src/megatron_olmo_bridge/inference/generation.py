@@ -125,7 +125,7 @@ def _end_tokens(source: Source) -> list[int]:
     """Tokens after which transformers stops too."""
     config = dict(source.hf_config)
     folder = source.side_folder
-    if folder is not None and (file := folder / "generation_config.json").is_file():
+    if folder is not None and (file := folder / "generation_config.json").exists():
         config |= read_json(file)
     found = config.get("eos_token_id")
     return [] if found is None else found if isinstance(found, list) else [found]

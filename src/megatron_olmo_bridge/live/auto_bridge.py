@@ -366,7 +366,7 @@ class AutoBridge:
         if recorded is not None and recorded["source"] != LIVE:
             return str(recorded["source"])
         run_config = folder / RUN_CONFIG
-        section = model_section(run_config) if run_config.is_file() else None
+        section = model_section(run_config) if run_config.exists() else None
         identifier = (section or {}).get("hf_model_id")
         return None if identifier is None else str(identifier)
 

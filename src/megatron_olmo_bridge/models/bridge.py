@@ -14,7 +14,13 @@ from importlib import import_module
 from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsupportedError
+from megatron_olmo_bridge.errors import (
+    BridgeError,
+    FormatError,
+    InputError,
+    UnsupportedError,
+    quote,
+)
 from megatron_olmo_bridge.mapping.mappings import DirectMapping, Mapping
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
@@ -30,6 +36,7 @@ FAMILIES = ("olmo2", "olmo3", "olmo", "olmoe", "flex_olmo", "gpt2")
 """Folders beside this file; each has a ``bridge.py``, which registers itself."""
 _BRIDGES: dict[str, type[ModelBridge]] = {}
 _CLASSIFIER = "ForSequenceClassification"
+_CONFIG = "config.json"
 
 
 class ModelBridge(ABC):
@@ -278,8 +285,7 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
 
 
 def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
-    names = hf_config.get("architectures") or []
-    names = [str(name) for name in (names if isinstance(names, list) else [names])]
+    names = _architectures(hf_config, where)
     model_type = str(hf_config.get("model_type"))
     by_type = _families().get(model_type)
     by_name = next((_families()[name] for name in names if name in _families()), None)
@@ -292,11 +298,19 @@ def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
         return by_name
     if by_type and (not names or any(_is_variant(name, by_type) for name in names)):
         return by_type
-    asked = ", ".join(names) or f"model_type {hf_config.get('model_type')!r}"
+    asked = ", ".join(names) or f"model_type {quote(hf_config.get('model_type'))}"
     raise UnsupportedError(
         f"{where}: architecture {asked} is not known here. "
         f"Known are: {', '.join(known_architectures())}."
     )
+
+
+def _architectures(hf_config: dict[str, Any], where: object = _CONFIG) -> list[str]:
+    names = hf_config.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: architectures must be a list of names, not {quote(names)}")
+    return names
 
 
 def _is_variant(name: str, bridge: type[ModelBridge]) -> bool:
@@ -358,8 +372,8 @@ def _num_labels(hf_config: dict[str, Any]) -> int | None:
     Raises:
         InputError: ``num_labels``, ``id2label`` and ``problem_type`` contradict each other.
     """
-    names = hf_config.get("architectures") or [""]
-    if not str(names[0]).endswith(_CLASSIFIER):
+    names = _architectures(hf_config)
+    if not names or not names[0].endswith(_CLASSIFIER):
         return None
     values = HFValues(hf_config, {"num_labels": 2})
     labels, stated = len(values.table("id2label")), values.count("num_labels")
@@ -377,10 +391,10 @@ def as_classifier(hf_config: dict[str, Any], num_labels: int) -> dict[str, Any]:
     Raises:
         UnsupportedError: transformers has no such head for the family.
     """
-    bridge = _family_of(hf_config, "config.json")
+    bridge = _family_of(hf_config, _CONFIG)
     name = next((n for n in architectures_of(bridge) if n.endswith(_CLASSIFIER)), None)
     if name is None:
-        names = hf_config.get("architectures") or [bridge.family]
+        names = _architectures(hf_config) or [bridge.family]
         raise UnsupportedError(f"{names[0]} has no classification head here")
     labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     return {

@@ -5,11 +5,15 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from megatron_olmo_bridge import __version__
 from megatron_olmo_bridge.convert.provenance import read_provenance
 from megatron_olmo_bridge.convert.to_hf import export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
+from megatron_olmo_bridge.errors import FormatError
 
 HF = Callable[..., Path]
 
@@ -70,3 +74,35 @@ def test_no_time_stamp_and_nothing_random(make_hf: HF, tmp_path: Path) -> None:
 
 def test_nothing_recorded(tmp_path: Path) -> None:
     assert read_provenance(tmp_path) is None
+
+
+FILES = {"model.safetensors": {"bytes": 3}}
+
+
+def test_a_record_of_a_later_version_may_say_more(tmp_path: Path) -> None:
+    record = {"source": "a/b", "files": FILES, "more": 1}
+    (tmp_path / "olmo_bridge.json").write_text(json.dumps(record))
+    assert read_provenance(tmp_path) == record
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": None},
+        {"source": ["a"]},
+        {"revision": 3},
+        {"versions": []},
+        {"files": []},
+        {"files": {"a": 3}},
+        {"files": {"a": {}}},
+        {"files": {"a": {"bytes": "3"}}},
+        {"files": {"a": {"bytes": 3, "sha256": 3}}},
+        {"files": {"../secret": {"bytes": 3}}},
+        {"files": {"/etc/passwd": {"bytes": 3}}},
+    ],
+)
+def test_a_record_that_is_not_sound(tmp_path: Path, change: dict[str, Any]) -> None:
+    record = {"source": "a/b", "files": FILES} | change
+    (tmp_path / "olmo_bridge.json").write_text(json.dumps(record))
+    with pytest.raises(FormatError, match=r"olmo_bridge\.json: is no record of a conversion"):
+        read_provenance(tmp_path)

@@ -76,6 +76,8 @@ def test_a_file_that_the_index_does_not_name_is_not_read(sharded: Path) -> None:
         ({"a": "/etc/one.safetensors"}, "tensor a would be in '/etc/one.safetensors'"),
         ({"a": ".."}, "tensor a would be in"),
         ({"a": 3}, "tensor a would be in 3"),
+        ({"a": "a\x00"}, r"tensor a would be in 'a\x00'"),
+        ({"a": "a" * 256}, "tensor a would be in 'aaa"),
         ({}, "has no weight_map"),
     ],
 )  # fmt: skip

@@ -65,6 +65,17 @@ def test_a_prefix_does_not_hide_a_classifier() -> None:
     assert bridge_for(NUMBERS | says, "config.json").num_labels == 2
 
 
+def test_an_architecture_that_is_not_in_a_list() -> None:
+    config = NUMBERS | {"architectures": "Olmo2ForSequenceClassification"}
+    assert bridge_for(config, "x").num_labels == 2
+
+
+@pytest.mark.parametrize("names", [{"Olmo2ForCausalLM": 1}, [["Olmo2ForCausalLM"]], [1], 3])
+def test_architectures_that_are_no_names(names: object) -> None:
+    with pytest.raises(InputError, match=r"x: architectures must be a list of names, not"):
+        bridge_for(NUMBERS | {"architectures": names, "model_type": "olmo2"}, "x")
+
+
 def test_known_architectures_and_published_sizes() -> None:
     assert "Olmo2ForCausalLM" in known_architectures()
     assert [name for name, bridge in published_sizes().items() if bridge is Olmo2Bridge] == [
