@@ -6,6 +6,7 @@ torch's own reading of ``.metadata`` and by the zip records of its archives.
 
 import io
 import json
+import os
 import pickle
 import random
 import re
@@ -17,10 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+from trees import contents
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
+from megatron_olmo_bridge.convert.stage import Stage
+from megatron_olmo_bridge.errors import BridgeError
 
 FLIPS = 50
 ITEM = 2
@@ -206,3 +211,66 @@ def test_files_lost_and_added_are_on_record_without_checksums(
         ("file", "common.pt"), ("missing", "hf/generation_config.json"),
         ("unexpected", "__0_9.distcp"),
     ]  # fmt: skip
+
+
+# ----------------------------------------------------------------- of what an interrupted run left
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("operation", ["import", "export"])
+def test_a_damaged_file_of_an_interrupted_run_is_written_again(
+    operation: str, count: int, sharded: Path, megatron: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also where the file's times are set back. Its journal has what the kernel alone sets."""
+    monkeypatch.setattr("megatron_olmo_bridge.convert.to_megatron.FILE_BYTES", 1 << 20)
+    dst, partial = tmp_path / "dst", tmp_path / "dst.partial"
+
+    def convert(**options: Any) -> None:
+        if operation == "import":
+            import_checkpoint(sharded, dst, **options)
+        else:
+            export_checkpoint(megatron, dst, max_shard_size="1MB", **options)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    convert()
+    whole = contents(dst)
+    shutil.rmtree(dst)
+    rng = random.Random(count)
+    for turn in range(count):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Stage, "write_text", interrupt)  # all weights are journaled then
+            convert()
+        files = sorted(f for f in partial.rglob("*") if f.suffix in (".safetensors", ".distcp"))
+        file = rng.choice(files)
+        status = file.stat()
+        kept = {f.relative_to(partial): f.stat().st_mtime_ns for f in files if f != file}
+        flip(file, rng.randrange(status.st_size), rng.randrange(8))
+        if turn % 2:
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        convert(resume=True)
+
+        assert contents(dst) == whole, (turn, file)
+        assert {name: (dst / name).stat().st_mtime_ns for name in kept} == kept
+        shutil.rmtree(dst)
+
+
+@pytest.mark.slow
+def test_a_thousand_flips_of_a_finished_output(sharded: Path, tmp_path: Path) -> None:
+    """Any byte of any file, found by the recorded checksums alone."""
+    import_checkpoint(sharded, tmp_path / "megatron", checksum=True)
+    folder, rng = tmp_path / "megatron" / "iter_0000000", random.Random(0)
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "olmo_bridge.json")
+    for _ in range(1000):
+        file = rng.choice(files)
+        at, bit = rng.randrange(file.stat().st_size), rng.randrange(8)
+        flip(file, at, bit)
+        try:
+            found = [(d.kind, d.name) for d in verify(folder).differences]
+        except BridgeError as error:  # what tells where the weights are is no longer sound
+            found = [("checksum", file.name if file.name in str(error) else str(error))]
+        flip(file, at, bit)
+        assert found == [("checksum", file.relative_to(folder).as_posix())]

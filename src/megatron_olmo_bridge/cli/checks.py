@@ -18,8 +18,8 @@ from .console import ProgressBar, Workers, human_bytes, say, table
 from .data import inspect_dataset
 
 if TYPE_CHECKING:
+    from megatron_olmo_bridge.convert.config_differences import Difference
     from megatron_olmo_bridge.convert.inspect import Inspection
-    from megatron_olmo_bridge.convert.verify import Difference
 
 Heads = Annotated[
     int | None, typer.Option(min=1, help="Attention heads of OLM's step_N.pt, which doesn't say.")

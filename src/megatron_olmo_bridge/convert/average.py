@@ -12,6 +12,7 @@ from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.tensors import MeanView, TensorView
 from megatron_olmo_bridge.mapping.registry import bulleted
 
+from .config_differences import config_differences
 from .execute import execute
 from .plan import WORKERS, CopyPlan
 from .provenance import Provenance
@@ -19,7 +20,7 @@ from .reporter import Reporter
 from .source import Source, fetch, open_source
 from .stage import refuse_overlap
 from .to_hf import MAX_SHARD_SIZE, index_of, parse_size, shards, side_texts
-from .verify import config_differences, name_differences
+from .verify import name_differences
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +101,8 @@ def plan_average(
     files = shards(tensors, "keep", limit)
     stored = next(iter(tensors.values())).dtype
     texts = index_of(files) | side_texts(first.hf_config, stored, first.side_folder)
-    plan = CopyPlan("average", first.folder, files, texts, ".")
+    snapshots = tuple(source.snapshot for source in opened)
+    plan = CopyPlan("average", first.folder, files, texts, ".", snapshots=snapshots)
     names = [f"{name} at {commit}" if commit else name for _, name, commit in fetched]
     options = {"dtype": dtype, "max_shard_bytes": limit, "weights": shares}
     return plan, Provenance(", ".join(names), None, options)

@@ -14,14 +14,14 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_olmo_bridge.errors import BridgeError, OutputError
+from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .processes import Processes
 from .provenance import PROVENANCE, Provenance
 from .reporter import Reporter
 from .stage import Stage
-from .transfer import Interrupted, Transfer, write_all
+from .transfer import Interrupted, Transfer, naming, write_all
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,11 +45,18 @@ def execute(
         OutputError: the output exists, overlaps the source, the disk is full, or something else
             changed what was written.
         FormatError: a source file ends too soon.
+        InputError: a source changed while it was read.
     """
     reporter = reporter or Reporter()
     processes = Processes()
     stage = Stage(destination, plan, resume=resume, overwrite=overwrite)
-    processes.wait_for_each_other()  # all have looked before the first one writes
+    # All have looked before the first one writes. Inodes may differ from machine to machine.
+    seen = [(i.size, i.mtime_ns) for i in plan.source_identities.values()]
+    if not processes.agree(f"{plan.digest} {seen}"):
+        raise InputError(
+            f"{plan.source}: the processes read different headers or files. Did it change "
+            "meanwhile? Run it again when nothing writes there."
+        )
     if processes.first:
         with cleaning_up(stage):
             stage.open()
@@ -69,6 +76,7 @@ def execute(
         )  # fmt: skip
         with cleaning_up(stage):
             _write_files(mine, stage, workers, reporter, record=processes.first)
+            plan.check_sources_unchanged()
             processes.wait_for_each_other()
             if processes.first:
                 finish(stage, plan, provenance, checksum, workers)
@@ -106,8 +114,11 @@ def finish(
 def share(files: Iterable[OutputFile], count: int) -> list[list[OutputFile]]:
     """Share files out by bytes: each to whoever has least so far, the largest first."""
     shares: list[list[OutputFile]] = [[] for _ in range(count)]
+    filled = [0] * count
     for file in sorted(files, key=lambda f: (-f.size, f.name)):
-        min(shares, key=lambda s: sum(f.size for f in s)).append(file)
+        least = filled.index(min(filled))
+        shares[least].append(file)
+        filled[least] += file.size
     return [sorted(s, key=lambda f: f.name) for s in shares]
 
 
@@ -159,7 +170,7 @@ def _write_files(
     work = _Work(files)
 
     def sync(name: str) -> None:
-        with (stage.folder / name).open("rb+") as handle:
+        with (stage.folder / name).open("rb+") as handle, naming(stage.folder / name):
             os.fsync(handle.fileno())
         _LOG.debug("%s: written and synced", name)
         if record:
@@ -176,10 +187,11 @@ def _write_files(
                     fd = os.open(stage.folder / name, os.O_RDWR)
                     open_files.callback(os.close, fd)
                 part = taken[1]
-                if isinstance(part, Literal):
-                    write_all(fd, part.data, part.offset)
-                else:
-                    transfer.write(part.view, part.dtype, fd, part.offset)
+                with naming(stage.folder / name):
+                    if isinstance(part, Literal):
+                        write_all(fd, part.data, part.offset)
+                    else:
+                        transfer.write(part.view, part.dtype, fd, part.offset)
                 if work.written(name):
                     syncs.append(syncer.submit(sync, name))
         return syncs
@@ -226,21 +238,28 @@ def sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def cleaning_up(stage: Stage) -> Iterator[None]:
-    """After an error that would come again: nothing is left. After a full disk: what is complete,
-    and an error that says so. After an interruption: all, to be resumed."""
+    """After an error that would come again: nothing is left. After a full disk, or another error of
+    the system: what is complete, and an error that says so. After an interruption: all, to be
+    resumed."""
     try:
         yield
     except BridgeError:
         stage.discard()
         raise
-    except BaseException as error:
-        if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
-            stage.close()
-            raise
+    except OSError as error:
+        folder = stage.folder if stage.folder.exists() else stage.destination
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = folder if full else error.filename or folder
+        what = "the disk is full" if full else error.strerror or str(error)
+        kept = "Nothing was kept."
         if stage.complete:
             stage.close()
-            kept = f"What is complete is kept in {stage.folder}: make room and pass --resume."
+            advice = "make room and pass --resume" if full else "pass --resume to continue"
+            kept = f"What is complete is kept in {folder}: {advice}."
         else:
-            stage.discard()
-            kept = "Nothing was kept."
-        raise OutputError(f"{stage.folder}: the disk is full. {kept}") from error
+            with contextlib.suppress(OSError):  # its marker goes last
+                stage.discard()
+        raise OutputError(f"{where}: {what}. {kept}") from error
+    except BaseException:
+        stage.close()
+        raise

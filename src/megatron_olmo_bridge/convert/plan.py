@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, TensorView
+
+from .identity import Identity, Snapshot, fingerprint
 
 WORKERS = 2
 """Threads where none are asked for: one copies while the other waits for the disk."""
@@ -76,6 +77,8 @@ class CopyPlan:
     """The file that makes the output a checkpoint, written last of all."""
     notes: tuple[str, ...] = ()
     """What the user should be told of the source."""
+    snapshots: tuple[Snapshot, ...] = ()
+    """The sources' files, as they were before the headers were read."""
 
     @property
     def payloads(self) -> Iterable[Payload]:
@@ -104,9 +107,20 @@ class CopyPlan:
         )
 
     @cached_property
+    def source_identities(self) -> dict[Path, Identity]:
+        """Each of the files to read, as it was before the headers were read."""
+        known = {f: identity for s in self.snapshots for f, identity in s.files.items()}
+        return {file: known.get(file) or Identity.of(file) for file in self.source_files}
+
+    @cached_property
     def source_fingerprint(self) -> str:
         """See :func:`fingerprint`. The order tells which source of an average has which weight."""
-        return fingerprint(self.source_files)
+        return fingerprint(self.source_identities)
+
+    def check_sources_unchanged(self) -> None:
+        """Raise InputError if a file of a source is not what it was before the plan was made."""
+        for snapshot in self.snapshots:
+            snapshot.check_unchanged(set(self.source_files))
 
     @cached_property
     def digest(self) -> str:
@@ -129,12 +143,6 @@ class CopyPlan:
         for name, data in self.texts.items():
             sha.update(f"{name} ".encode() + hashlib.sha256(data).digest())
         return sha.hexdigest()
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """Tells whether source files are others, or were touched, since an earlier run."""
-    stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 class Packer:

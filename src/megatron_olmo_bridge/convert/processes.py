@@ -36,6 +36,17 @@ class Processes:
             # The store may live in the first process: it must be the last to go.
             self._arrive(f"{number}/left", wait=self.first)
 
+    def agree(self, value: str) -> bool:
+        """Return whether every process came here with the same value; waits for all."""
+        if self.count == 1:
+            return True
+        place = f"olmo-bridge/{next(_BARRIERS)}/value"
+        _store().set(f"{place}/{self.index}", value)
+        self.wait_for_each_other()
+        said = {_store().get(f"{place}/{index}") for index in range(self.count)}
+        self.wait_for_each_other()  # each has asked, before the store may go
+        return len(said) == 1
+
     def _arrive(self, place: str, wait: bool) -> None:
         store = _store()
         if store.add(f"olmo-bridge/{place}", 1) == self.count:

@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_olmo_bridge.errors import (
 )
 from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.hf_folder import (
+    CHAT_TEMPLATES,
     CONFIG,
     HUB_PATTERNS,
     HFFolder,
@@ -35,7 +37,8 @@ from megatron_olmo_bridge.models.bridge import (
 from megatron_olmo_bridge.models.gpt2 import olm
 
 from .hf_source import read_hf_model
-from .megatron_config import check_agreement, config_of
+from .identity import Snapshot
+from .megatron_config import HF_SUBFOLDER, check_agreement, config_of
 from .name_hints import name_hint
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -65,6 +68,8 @@ class Source:
     """Of OLM: the Hugging Face tensors, each put together from the file's."""
     read_as: tuple[str, ...] = ()
     """What was read otherwise than the config says."""
+    snapshot: Snapshot = field(default_factory=lambda: Snapshot({}, {}))
+    """The checkpoint's files before they were read."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorView]:
@@ -180,19 +185,39 @@ def open_source(
     path = Path(path).expanduser()
     try:
         kind, folder = detect(path, iteration)
+        snapshot = _snapshot(kind, folder, hf_config)
         if heads is not None and kind is not Kind.OLM:
             raise InputError(f"{path}: --heads is for a checkpoint of OLM; this one says it itself")
         if kind is Kind.HF:
-            return _open_hf(folder, strict, num_labels)
+            return replace(_open_hf(folder, strict, num_labels), snapshot=snapshot)
         if num_labels is not None:
             raise InputError(f"{path}: only a Hugging Face checkpoint can be given a new head")
         if kind is Kind.OLM:
             if iteration is not None or vocab_size is not None:
                 raise InputError(f"{path}: --iteration and --vocab-size are not for one of OLM")
-            return _open_olm(folder, hf_config, heads)
-        return _open_megatron(folder, hf_config, vocab_size)
+            return replace(_open_olm(folder, hf_config, heads), snapshot=snapshot)
+        return replace(_open_megatron(folder, hf_config, vocab_size), snapshot=snapshot)
     except PermissionError as error:
         raise InputError(f"{error.filename}: no permission to read it") from error
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
+def _snapshot(kind: Kind, folder: Path, hf_config: str | Path | None) -> Snapshot:
+    """Look at the files of a checkpoint, and of the folder that its config is taken from."""
+    config_folders = [Path(hf_config)] if hf_config else []
+    folders: dict[Path, tuple[str, ...]] = {}
+    if kind is Kind.OLM:
+        folders[folder.parent] = (escape(folder.name),)
+    elif kind is Kind.MEGATRON:
+        folders[folder] = ("*",)
+        config_folders.append(folder / HF_SUBFOLDER)
+    else:
+        config_folders.append(folder)
+    for config_folder in config_folders:
+        folders[config_folder] = HUB_PATTERNS
+        folders[config_folder / CHAT_TEMPLATES] = ("*",)
+    return Snapshot.of(folders)
 
 
 def _open_hf(folder: Path, strict: bool, num_labels: int | None) -> Source:

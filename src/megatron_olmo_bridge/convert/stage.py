@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.mapping.registry import bulleted
 
+from .identity import Identity
 from .plan import CopyPlan
 from .provenance import read_provenance
+from .transfer import naming
 
 
 class Stage:
@@ -72,7 +75,19 @@ class Stage:
             )
         if self.folder != self.destination and self.destination.is_mount():
             raise OutputError(f"{self.destination}: is a mount point; name a folder in it")
-        self._check_disk()
+        if not self.finished:
+            self._check_disk()
+            self._check_size_limit()
+
+    def _check_size_limit(self) -> None:
+        sizes = self._sizes()
+        largest = max(sizes, key=sizes.__getitem__)
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY and sizes[largest] > limit:
+            raise OutputError(
+                f"{self.destination}: {largest} will have {sizes[largest]:,} bytes, but this "
+                f"process may write files of {limit:,} at most. Raise the limit (ulimit -f)."
+            )
 
     def _check_occupied(self, folder: Path) -> None:
         if _started(folder):
@@ -103,7 +118,7 @@ class Stage:
         done = sum(f.size for f in self._plan.files if f.name in self.complete)
         need = self._plan.output_bytes - done
         free = shutil.disk_usage(existing).free + self._reclaimed()
-        if need > free and not self.finished:
+        if need > free:
             raise OutputError(
                 f"{existing}: the disk is too small: {need:,} bytes needed, {free:,} free"
             )
@@ -117,16 +132,19 @@ class Stage:
 
     def _lacking(self, folder: Path) -> list[str]:
         """What is absent, or of another size than planned."""
-        sizes = {f.name: f.size for f in self._plan.files}
-        sizes |= {name: len(data) for name, data in self._plan.texts.items()}
         lacking = []
-        for name, size in sizes.items():
+        for name, size in self._sizes().items():
             file = folder / name
             if not file.is_file():
                 lacking.append(f"{name} is absent")
             elif (found := file.stat().st_size) != size:
                 lacking.append(f"{name} has {found} bytes, not {size}")
         return lacking
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of every planned file."""
+        texts = {name: len(data) for name, data in self._plan.texts.items()}
+        return {f.name: f.size for f in self._plan.files} | texts
 
     def check_output(self, folder: Path | None = None) -> None:
         """Raise OutputError unless every planned file is at the destination, or in ``folder``."""
@@ -153,15 +171,20 @@ class Stage:
                 return  # killed before the plan was on disk: nothing to continue from
             header, lines = {}, []
         if header != self._header:
-            what = "plan" if header.get("plan") != self._header["plan"] else "source files"
+            plan = header.get("plan") == self._header["plan"]
+            what = "other source files, or they changed" if plan else "another plan"
             raise OutputError(
-                f"{self.folder}: was begun with another {what}, so it can't be resumed. Pass "
+                f"{self.folder}: was begun with {what}, so it can't be resumed. Pass "
                 "--overwrite to discard it and start afresh."
             )
         sizes = {f.name: f.size for f in self._plan.files}
-        for name in lines[1:]:
-            file = self.folder / name
-            if name in sizes and file.is_file() and file.stat().st_size == sizes[name]:
+        for line in lines[1:]:
+            try:
+                name, *then = json.loads(line)
+                now = Identity.of(self.folder / name)
+            except (ValueError, TypeError, OSError):  # a torn line, or its file is gone
+                continue
+            if now == Identity(*then) and now.size == sizes.get(name):
                 self.complete.add(name)
 
     def open(self) -> None:
@@ -176,7 +199,8 @@ class Stage:
             self._take()
             for file in self._plan.files:
                 if file.name not in self.complete:
-                    self._allocate(self.folder / file.name, file.size)
+                    with naming(self.folder / file.name):
+                        self._allocate(self.folder / file.name, file.size)
         except PermissionError as error:
             raise OutputError(f"{error.filename}: no permission to write here") from error
 
@@ -212,11 +236,12 @@ class Stage:
             os.close(fd)
 
     def record(self, name: str) -> None:
-        """Journal a file that is written and synced."""
+        """Journal a file that is written and synced, so that --resume knows it if it is changed."""
         assert self._marker is not None
+        line = json.dumps([name, *Identity.of(self.folder / name)]).encode() + b"\n"
         with self._lock:
             self.complete.add(name)
-            os.write(self._marker, name.encode() + b"\n")
+            os.write(self._marker, line)
 
     def write_text(self, name: str, data: bytes) -> None:
         """Write a small file, synced."""
@@ -329,7 +354,7 @@ def clear(folder: Path) -> None:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as handle:
+    with naming(path), path.open("wb") as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
@@ -339,6 +364,7 @@ def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)

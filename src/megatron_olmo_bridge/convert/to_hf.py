@@ -166,7 +166,7 @@ def _plan(source: Source, dtype: str, limit: int) -> CopyPlan:
     files = shards(source.tensors, dtype, limit)
     stored = dtype if dtype != "keep" else source.tensors[next(iter(source.tensors))].dtype
     texts = index_of(files) | side_texts(source.hf_config, stored, source.side_folder)
-    return CopyPlan("export", source.folder, files, texts, ".")
+    return CopyPlan("export", source.folder, files, texts, ".", snapshots=(source.snapshot,))
 
 
 def side_texts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[str, bytes]:

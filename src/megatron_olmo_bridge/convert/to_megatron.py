@@ -167,6 +167,7 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
         inside,
         (TRACKER, b"release" if release else b"0"),
         notes=tuple(source.notes),
+        snapshots=(source.snapshot,),
     )
 
 

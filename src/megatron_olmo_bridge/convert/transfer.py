@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ BLOCK = 4 << 20
 """Bytes of a tensor that pass through memory at a time."""
 STEP = 64 << 20
 """Most bytes asked of the kernel at once, so that progress shows and Ctrl-C is heard."""
+OPEN_FILES = 16
+"""Source files that a thread keeps open; it opens others anew when it comes back to them."""
 SHORT_RUN = 64 << 10
 """Runs shorter than this are cheaper through memory than as a kernel call each."""
 FALL_BACK = {
@@ -81,6 +83,16 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> int
     return done
 
 
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name the file in errors of calls on its descriptor, which don't."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+
+
 class Transfer:
     """Copies and reads pieces of tensors. One for each thread: it keeps files open."""
 
@@ -93,9 +105,9 @@ class Transfer:
         self._advance = advance
         self._stop = stop or threading.Event()
         self._methods = list(methods or copy_methods())
-        self._chosen: dict[tuple[int, int], int] = {}
+        self._chosen: dict[tuple[Path, int], int] = {}
         self._sources: dict[Path, int] = {}
-        self._open = ExitStack()
+        """Descriptors, that of the file used last at the end."""
         self._spare = bytearray(BLOCK)
         self._matrices: dict[StoredArray, torch.Tensor] = {}
 
@@ -103,7 +115,8 @@ class Transfer:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._open.close()
+        while self._sources:
+            os.close(self._sources.popitem()[1])
 
     def write(self, view: TensorView, dtype: str, target: int, offset: int) -> None:
         """Write a tensor's elements, row-major, as ``dtype`` at an offset of an open file.
@@ -193,20 +206,23 @@ class Transfer:
         if piece.array is None:  # the target file is new: its bytes are zero
             self._advance(count)
             return
-        source = self._fd(piece.array.file)
+        file = piece.array.file
+        source = self._fd(file)
         while count:
             self._check_stop()
-            chosen = self._chosen.get((source, target), 0)
+            chosen = self._chosen.get((file, target), 0)
+            method = self._methods[chosen]
             try:
-                done = self._methods[chosen](source, source_at, target, target_at, min(count, STEP))
+                done = method(source, source_at, target, target_at, min(count, STEP))
             except OSError as error:
                 if error.errno not in FALL_BACK or chosen + 1 == len(self._methods):
+                    error.filename = f"{file}, or what is copied from it"
                     raise
-                self._chosen[source, target] = chosen + 1
-                _LOG.debug("%s for %s: %s", self._methods[chosen].__name__, piece.array.file, error)
+                self._chosen[file, target] = chosen + 1
+                _LOG.debug("%s for %s: %s", method.__name__, file, error)
                 continue
             if done == 0:
-                raise FormatError(f"{piece.array.file}: truncated at byte {source_at}")
+                raise FormatError(f"{file}: truncated at byte {source_at}")
             source_at, target_at, count = source_at + done, target_at + done, count - done
             self._advance(done)
 
@@ -230,15 +246,11 @@ class Transfer:
             return
         stride = _columns(piece.array.shape) * item
         source_row = piece.source.top + first - piece.target.top
-        at = piece.array.offset + source_row * stride
-        fd = self._fd(piece.array.file)
         if width == stride == view.row_bytes:
-            self._read(piece, fd, at, out[(first - top) * width : (last - top) * width])
+            at = piece.array.offset + source_row * stride
+            self._read(piece.array.file, at, out[(first - top) * width : (last - top) * width])
             return
-        if len(self._spare) < (last - first) * stride:
-            self._spare = bytearray((last - first) * stride)
-        rows = memoryview(self._spare)[: (last - first) * stride]
-        self._read(piece, fd, at, rows)
+        rows = self.rows(piece.array, source_row, source_row + last - first)
         begin, source_left = (first - top) * view.row_bytes + left, piece.source.left * item
         for row in range(last - first):
             at_row = row * stride + source_left
@@ -259,7 +271,7 @@ class Transfer:
         assert array is not None
         if array not in self._matrices:
             data = bytearray(array.nbytes)
-            self._read(piece, self._fd(array.file), array.offset, memoryview(data))
+            self._read(array.file, array.offset, memoryview(data))
             self._matrices[array] = torch.frombuffer(data, dtype=dtype).view(array.shape)
         left = piece.source.left + first - piece.target.top
         block = self._matrices[array][
@@ -268,21 +280,36 @@ class Transfer:
         rows = torch.frombuffer(out, dtype=dtype, count=(last - first) * _columns(view.shape))
         rows.view(last - first, -1)[:, piece.target.left : piece.target.right] = block.T
 
-    def _read(self, piece: Piece, fd: int, offset: int, out: memoryview) -> None:
-        done = 0
+    def rows(self, array: StoredArray, top: int, bottom: int) -> memoryview:
+        """Bytes of some rows of an array. They are overwritten by the next call.
+
+        Raises:
+            FormatError: the file ends too soon.
+        """
+        stride = _columns(array.shape) * ITEM_SIZE[array.dtype]
+        if len(self._spare) < (bottom - top) * stride:
+            self._spare = bytearray((bottom - top) * stride)
+        rows = memoryview(self._spare)[: (bottom - top) * stride]
+        self._read(array.file, array.offset + top * stride, rows)
+        return rows
+
+    def _read(self, file: Path, offset: int, out: memoryview) -> None:
+        fd, done = self._fd(file), 0
         while done < len(out):
-            count = _read_into(fd, out[done:], offset + done)
+            with naming(file):
+                count = _read_into(fd, out[done:], offset + done)
             if count == 0:
-                where = piece.array.file if piece.array else ""
-                raise FormatError(f"{where}: truncated at byte {offset + done}")
+                raise FormatError(f"{file}: truncated at byte {os.fstat(fd).st_size}")
             done += count
 
     def _fd(self, file: Path) -> int:
-        if file not in self._sources:
+        fd = self._sources.pop(file, None)
+        if fd is None:
+            if len(self._sources) >= OPEN_FILES:
+                os.close(self._sources.pop(next(iter(self._sources))))
             fd = os.open(file, os.O_RDONLY)
-            self._open.callback(os.close, fd)
-            self._sources[file] = fd
-        return self._sources[file]
+        self._sources[file] = fd
+        return fd
 
     def _check_stop(self) -> None:
         if self._stop.is_set():

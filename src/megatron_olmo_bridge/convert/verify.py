@@ -11,10 +11,10 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import InputError, MappingError
 from megatron_olmo_bridge.formats.detect import Kind, detect
-from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 
+from .config_differences import Difference, config_differences, side_differences
 from .execute import sha256
 from .model_card import MODEL_CARD
 from .plan import WORKERS
@@ -22,20 +22,6 @@ from .provenance import PROVENANCE, read_provenance
 from .reporter import Reporter
 from .source import Source, local_path, open_source
 from .transfer import Transfer
-
-# Config keys that say nothing of the model, or whose meaning is compared as a number of the model.
-_NO_MEANING = {"transformers_version", "_name_or_path", "architectures", "model_type"}
-_SPELLINGS = {"rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype"}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One thing that is not the same."""
-
-    kind: str
-    """missing, unexpected, shape, dtype, values, config, mapping, file or checksum."""
-    name: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +79,9 @@ def verify(
         for name in a.mapping.hf_shapes
         if name not in a.tensors and name not in b.tensors
     ]
-    pairs, notes = _pairs(a, b)
+    found, notes = side_differences(a, b)
+    differences += found
+    pairs, untold = _pairs(a, b)
     total = sum(view.nbytes for view, _ in pairs)
     reporter.begin("verifying", total)
 
@@ -104,7 +92,9 @@ def verify(
     with ThreadPoolExecutor(workers) as pool:
         differences += [d for d in pool.map(compare, pairs) if d]
     reporter.end()
-    return Verification(differences, len(pairs), total, notes)
+    for source in opened:
+        source.snapshot.check_unchanged()
+    return Verification(differences, len(pairs), total, notes + untold)
 
 
 def name_differences(a: dict[str, TensorView], b: dict[str, TensorView]) -> Iterator[Difference]:
@@ -164,27 +154,6 @@ def _compare(
         return None
     size = Region.whole(a.shape).size
     return Difference("values", a.name, f"{wrong} of {size} differ; {example}")
-
-
-def config_differences(a: Source, b: Source) -> Iterator[Difference]:
-    """What the models' numbers, and their config.json where both have one, say differently."""
-    mine, theirs = a.bridge.numbers, b.bridge.numbers
-    if a.bridge.family != b.bridge.family:
-        yield Difference("config", "family", f"{a.bridge.family} and {b.bridge.family}")
-        return
-    for key, value in mine.items():
-        if value != theirs[key]:
-            yield Difference("config", key, f"{value} and {theirs[key]}")
-    if a.config_from.name == b.config_from.name == CONFIG:
-        skipped = _NO_MEANING | _SPELLINGS
-        for key in sorted((a.hf_config.keys() | b.hf_config.keys()) - skipped):
-            values = [_said(s.hf_config, key) for s in (a, b)]
-            if values[0] != values[1] and key not in a.bridge.hf_keys:
-                yield Difference("config", key, f"{values[0]} and {values[1]}")
-
-
-def _said(config: dict[str, Any], key: str) -> str:
-    return repr(config[key]) if key in config else "absent"
 
 
 def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verification:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from megatron_olmo_bridge._version import __version__
-from megatron_olmo_bridge.convert.plan import fingerprint
+from megatron_olmo_bridge.convert.identity import Identity, fingerprint
 from megatron_olmo_bridge.errors import InputError, ProcessError
 
 from .documents import Kind, Span, TextOptions, split_name, text_spans
@@ -213,7 +213,8 @@ def _record(
     }
     plan = made | asdict(writer.text) | {"token_dtype": writer.token_dtype}
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    return made | {"plan": digest}, plan | {"input_state": fingerprint(map(Path, files))}
+    state = fingerprint({Path(file): Identity.of(Path(file)) for file in files})
+    return made | {"plan": digest}, plan | {"input_state": state}
 
 
 def _parts(files: list[str], writer: PartWriter) -> list[Part]:

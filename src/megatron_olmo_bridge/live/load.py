@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from megatron_olmo_bridge.convert.reporter import Reporter
 from megatron_olmo_bridge.convert.source import Source
-from megatron_olmo_bridge.errors import FormatError, InputError
-from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, StoredArray
+from megatron_olmo_bridge.convert.transfer import BLOCK, Transfer
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece
 from megatron_olmo_bridge.mapping.placement import Region
 
 from .shards import LiveModel, Shard
@@ -22,8 +21,7 @@ def load_weights(
 ) -> int:
     """Set every parameter of this process's chunks from a checkpoint.
 
-    The files are mapped into memory and copied from there into the parameters; nothing else is
-    held. No process talks to another.
+    A few MiB of a tensor are in memory beside the parameters. No process talks to another.
 
     Args:
         chunks: as ``provide_distributed_model`` returns them.
@@ -36,49 +34,26 @@ def load_weights(
     Raises:
         MappingError: the model is not the checkpoint's.
         FormatError: a file ends too soon.
-        InputError: a value is too large for the model's dtype.
+        InputError: a value is too large for the model's dtype, or the checkpoint was changed
+            while it was read.
     """
     live = LiveModel.of(chunks, source.bridge)
-    reporter, files = reporter or Reporter(), MappedFiles()
+    reporter = reporter or Reporter()
     total = sum(shard.data.numel() * ITEM_SIZE[source.dtypes[0]] for shard in live.shards)
     reporter.begin("loading", total)
     read = 0
-    for shard in live.shards:
-        done = fill(shard, source, files)
-        reporter.advance(done)
-        read += done
+    with Transfer() as transfer:
+        for shard in live.shards:
+            done = fill(shard, source, transfer)
+            reporter.advance(done)
+            read += done
+    source.snapshot.check_unchanged()
     reporter.end()
     return read
 
 
-class MappedFiles:
-    """Files as memory, mapped when they are first asked for. Reading them allocates nothing."""
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-
-    def matrix(self, array: StoredArray) -> torch.Tensor:
-        """An array of a file as [rows, columns], rows being its first dimension. Not to be written.
-
-        Raises:
-            FormatError: the file ends too soon.
-        """
-        if array.file not in self._maps:
-            with array.file.open("rb") as handle:
-                # A private mapping: torch takes no buffer that is read only.
-                self._maps[array.file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        memory = self._maps[array.file]
-        if array.offset + array.nbytes > len(memory):
-            raise FormatError(f"{array.file}: truncated at byte {len(memory)}")
-        whole = Region.whole(array.shape)
-        elements = torch.frombuffer(
-            memory, dtype=getattr(torch, array.dtype), count=whole.size, offset=array.offset
-        )
-        return elements.view(whole.rows, whole.columns)
-
-
-def fill(shard: Shard, source: Source, files: MappedFiles) -> int:
-    """Copy a shard's elements out of a checkpoint; returns the bytes read.
+def fill(shard: Shard, source: Source, transfer: Transfer) -> int:
+    """Copy a shard's elements out of a checkpoint; returns the bytes that it asked for.
 
     Raises:
         FormatError: a file ends too soon.
@@ -91,16 +66,35 @@ def fill(shard: Shard, source: Source, files: MappedFiles) -> int:
             if piece.array is None:
                 block.zero_()
                 continue
-            stored = cut(files.matrix(piece.array), piece.source)
-            stored = stored.T if piece.transposed else stored
-            block.copy_(stored)
-            read += stored.nbytes
-            if block.dtype is torch.float16 is not stored.dtype and _too_large(stored, block):
+            read += piece.target.size * ITEM_SIZE[piece.array.dtype]
+            if _fill_block(block.T if piece.transposed else block, piece, transfer):
                 raise InputError(
                     f"{piece.array.file}: values of {shard.parameter.name} are too large for "
                     "float16 and would become infinite. Use bfloat16 or float32."
                 )
     return read
+
+
+def _fill_block(block: torch.Tensor, piece: Piece, transfer: Transfer) -> bool:
+    """Set a block from the file, some rows at a time; return whether a value became infinite.
+
+    The rows are read, not mapped into memory: a file that is truncated meanwhile would end the
+    process with SIGBUS.
+    """
+    array, region = piece.array, piece.source
+    assert array is not None
+    columns, dtype = Region.whole(array.shape).columns, getattr(torch, array.dtype)
+    step = max(1, BLOCK // (columns * ITEM_SIZE[array.dtype]))
+    too_large = False
+    for top in range(0, region.rows, step):
+        bottom = min(top + step, region.rows)
+        data = transfer.rows(array, region.top + top, region.top + bottom)
+        rows = torch.frombuffer(data, dtype=dtype).view(-1, columns)
+        stored = rows[:, region.left : region.right]
+        block[top:bottom].copy_(stored)
+        if block.dtype is torch.float16 is not dtype:
+            too_large |= _too_large(stored, block[top:bottom])
+    return too_large
 
 
 def cut(matrix: torch.Tensor, region: Region) -> torch.Tensor:

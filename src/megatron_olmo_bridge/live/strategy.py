@@ -20,12 +20,13 @@ from megatron.core.dist_checkpointing.utils import nested_values
 
 from megatron_olmo_bridge.convert.source import Source, fetch, open_source
 from megatron_olmo_bridge.convert.to_megatron import common_state, extra_state_keys
+from megatron_olmo_bridge.convert.transfer import Transfer
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.torch_archive import object_archive
 from megatron_olmo_bridge.formats.torch_dist import COMMON, FORMAT, FORMAT_FILE
 
-from .load import MappedFiles, fill
+from .load import fill
 from .shards import Finder
 
 
@@ -69,9 +70,9 @@ class HFLoadStrategy:
 
         Raises:
             MappingError: a tensor is none of the model's.
-            InputError: an object is asked for that no Hugging Face checkpoint has.
+            InputError: an object is asked for that no Hugging Face checkpoint has, or the folder
+                was changed while it was read.
         """
-        files = MappedFiles()
         wanted = [v for v in nested_values(sharded_state_dict) if isinstance(v, ShardedTensor)]
         finder = Finder.of(self._source.bridge, wanted)
 
@@ -82,10 +83,13 @@ class HFLoadStrategy:
                 return None
             if value.data is None:
                 value.init_data(torch.cuda.current_device())
-            fill(finder.shard(value), self._source, files)
+            fill(finder.shard(value), self._source, transfer)
             return value.data
 
-        return dict_list_map_inplace(loaded, sharded_state_dict)
+        with Transfer() as transfer:
+            filled = dict_list_map_inplace(loaded, sharded_state_dict)
+        self._source.snapshot.check_unchanged()
+        return filled
 
     def load_tensors_metadata(self, checkpoint_dir: Any) -> dict[str, ShardedTensor]:
         """Every tensor by its key, without data: what there is to load."""

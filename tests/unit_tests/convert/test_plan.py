@@ -1,6 +1,5 @@
 """Plans: files packed to a limit, and a digest that tells one plan from another."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from megatron_olmo_bridge.convert.plan import (
     OutputFile,
     Packer,
     Payload,
-    fingerprint,
 )
 from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
@@ -120,13 +118,3 @@ CHANGES: dict[str, Callable[[CopyPlan], CopyPlan]] = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_the_digest_changes_with(what: str) -> None:
     assert CHANGES[what](plan()).digest != plan().digest
-
-
-def test_the_fingerprint_changes_when_a_source_is_touched(tmp_path: Path) -> None:
-    files = [tmp_path / "a", tmp_path / "b"]
-    for file in files:
-        file.write_text("x")
-    before = fingerprint(files)
-    assert fingerprint(files) == before
-    os.utime(files[1], ns=(1, 1))
-    assert fingerprint(files) != before

@@ -360,3 +360,30 @@ def test_progress_is_told_in_bytes_of_the_source(tmp_path: Path, shape: tuple[in
             transfer.write(view, dtype, target, 0)
         os.close(target)
         assert sum(done) == view.nbytes
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
+    """However many the tensors are in: a process may open 256 on some systems."""
+    tensors = [torch.randn(8) for _ in range(3 * module.OPEN_FILES)]
+    views = [
+        TensorView.of_array(f"t{i}", store(tmp_path / f"s{i}", t)) for i, t in enumerate(tensors)
+    ]
+    target = os.open(tmp_path / "t", os.O_RDWR | os.O_CREAT)
+    opened = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731
+    before = opened()
+    with Transfer() as transfer:
+        for turn in range(2):
+            for i, view in enumerate(views):
+                transfer.write(view, "float32" if turn else "bfloat16", target, 32 * i)
+        assert opened() == before + module.OPEN_FILES
+    assert opened() == before
+    os.close(target)
+    assert (tmp_path / "t").read_bytes() == torch.cat(tensors).numpy().tobytes()
+
+
+def test_errors_of_reading_name_the_file(tmp_path: Path) -> None:
+    """A folder can be opened, but not read."""
+    array = StoredArray(tmp_path, 0, (4,), "float32")
+    with pytest.raises(IsADirectoryError) as caught:
+        written(tmp_path / "t", TensorView.of_array("t", array), "bfloat16")
+    assert caught.value.filename == str(tmp_path)

@@ -1,6 +1,7 @@
 """Verify: equal checkpoints of any two kinds are equal, and each kind of difference is found."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,125 @@ def test_other_values_of_the_config(pair: Callable[..., tuple[Path, Path]], whic
     (difference,) = verify(a, b).differences
     assert (difference.kind, difference.name) == ("config", "eos_token_id")
     assert difference.detail == "absent and 5"
+
+
+# ------------------------------------------------------------------ config and tokenizer files
+
+
+def side_folder(checkpoint: Path) -> Path:
+    beside = checkpoint / "iter_0000000" / "hf"
+    return beside if beside.is_dir() else checkpoint
+
+
+@ALL_KINDS
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("generation_config.json", '{"eos_token_id": 8}',
+         ("generation_config.json: eos_token_id", "7 and 8")),
+        ("generation_config.json", '{"eos_token_id": 7, "temperature": 0.6}',
+         ("generation_config.json: temperature", "absent and 0.6")),
+        ("generation_config.json", '{"eos_token_id": true}',
+         ("generation_config.json: eos_token_id", "7 and True")),
+        ("tokenizer.json", '{"a": ["tokenizer"]}',
+         ("tokenizer.json: a", "'tokenizer' and ['tokenizer']")),
+        ("tokenizer.json", "not JSON", ("tokenizer.json", "other bytes: 18 and 8")),
+        ("merges.txt", "a b", ("merges.txt", "only in the second")),
+        ("chat_template.jinja", "{{ a }}", ("chat_template.jinja", "only in the second")),
+        ("additional_chat_templates/rag.jinja", "",
+         ("additional_chat_templates/rag.jinja", "only in the second")),
+    ],
+)  # fmt: skip
+def test_a_file_beside_the_weights(
+    pair: Callable[..., tuple[Path, Path]], which: str, name: str, content: str,
+    expected: tuple[str, str],
+) -> None:  # fmt: skip
+    a, b = pair(which)
+    file = side_folder(b) / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+
+    (difference,) = verify(a, b).differences
+
+    assert difference.kind == "file"
+    assert (difference.name, difference.detail) == expected
+
+
+def test_a_file_that_is_no_text(make_hf: HF) -> None:
+    a, b = make_hf("a"), make_hf("b")
+    (a / "tokenizer.model").write_bytes(b"\x00\xff")
+    (b / "tokenizer.model").write_bytes(b"\x00\xfe")
+    (difference,) = verify(a, b).differences
+    assert (difference.name, difference.detail) == ("tokenizer.model", "other bytes: 2 and 2")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{\n  "eos_token_id": 7.0\n}\n',
+        '{"transformers_version": "9.9", "_name_or_path": "elsewhere", "eos_token_id": 7}',
+    ],
+)
+def test_json_files_that_say_the_same(make_hf: HF, content: str) -> None:
+    a, b = make_hf("a"), make_hf("b")
+    (b / "generation_config.json").write_text(content)
+    result = verify(a, b)
+    assert result.equal
+    assert result.notes == []
+
+
+def test_not_a_number_is_itself(make_hf: HF) -> None:
+    a, b = make_hf("a", embd_pdrop=math.nan), make_hf("b", embd_pdrop=math.nan)
+    for folder in (a, b):
+        (folder / "generation_config.json").write_text('{"x": [NaN, {"y": Infinity}]}')
+    assert verify(a, b).equal
+    (b / "generation_config.json").write_text('{"x": [NaN, {"y": NaN}]}')
+    (difference,) = verify(a, b).differences
+    assert difference.name == "generation_config.json: x"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("generation_config.json", "generation_config.json"), ("tokenizer.json", "tokenizer files")],
+)
+def test_what_one_of_the_two_lacks_is_noted(make_hf: HF, name: str, what: str) -> None:
+    a, b = make_hf("a"), make_hf("b")
+    (b / name).unlink()
+    for first, second in ((a, b), (b, a)):
+        result = verify(first, second)
+        assert result.equal
+        assert result.notes == [f"{b}: has no {what}, so the other's were not compared"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architectures": ["Olmo2Model"]}, ("architectures", "a language model and Olmo2Model")),
+        ({"problem_type": None, "id2label": {"0": "no"}}, ("id2label", "absent and {'0': 'no'}")),
+        ({"auto_map": {"AutoModel": "x.Y"}}, ("auto_map", "absent and {'AutoModel': 'x.Y'}")),
+    ],
+)
+def test_other_settings_of_the_model(
+    make_hf: HF, config: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    differences = verify(make_hf("a"), make_hf("b", **config)).differences
+    assert expected in [(d.name, d.detail) for d in differences]
+
+
+def test_a_classifier_and_a_language_model(make_hf: HF) -> None:
+    def score(tensors: Tensors) -> None:
+        tensors["score.weight"] = torch.randn(2, 36)
+        del tensors["lm_head.weight"]
+
+    classifier = make_hf("b", architectures=["Olmo2ForSequenceClassification"], change=score)
+    a = make_hf("a")
+    for first, second, detail in (
+        (a, classifier, "a language model and a classifier"),
+        (classifier, a, "a classifier and a language model"),
+    ):
+        details = {d.name: d.detail for d in verify(first, second).differences}
+        assert details["architectures"] == detail
+        assert details["num_labels"] in ("absent and 2", "2 and absent")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,6 +217,40 @@ def test_a_file_that_was_cut_off_since_it_was_opened(
     with pytest.raises(FormatError) as caught:
         load_weights(build(hf), source)
     assert str(caught.value) == f"{file}: truncated at byte 9000"
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_a_file_that_is_cut_off_while_it_is_read(
+    kind: str, build: Build, make_hf: HFFactory, tmp_path: Path
+) -> None:
+    """An error: mapped into memory, the file would end the process with SIGBUS."""
+    hf = checkpoint = make_hf()
+    if kind == "megatron":
+        checkpoint = tmp_path / "megatron"
+        import_checkpoint(hf, checkpoint)
+    source = open_source(checkpoint)
+    file = max(source.folder.iterdir(), key=lambda f: f.stat().st_size)
+
+    class Truncating(Reporter):
+        def advance(self, done: int) -> None:
+            os.truncate(file, 9000)
+
+    with pytest.raises(FormatError, match=f"{file.name}: truncated at byte 9000"):
+        load_weights(build(hf), source, Truncating())
+
+
+def test_a_file_that_is_written_to_while_it_is_read(build: Build, make_hf: HFFactory) -> None:
+    hf = make_hf()
+
+    class Writing(Reporter):
+        def advance(self, done: int) -> None:
+            file = hf / "model.safetensors"
+            with file.open("r+b") as handle:
+                handle.seek(-1, os.SEEK_END)
+                handle.write(b"x")
+
+    with pytest.raises(InputError, match=r"model.safetensors: changed while"):
+        load_weights(build(hf), open_source(hf), Writing())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

@@ -1,0 +1,100 @@
+"""Whether files are still the ones that they were: before they are read, and after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_olmo_bridge.errors import InputError
+
+
+class Identity(NamedTuple):
+    """What the file system says of a file and changes with its content.
+
+    The kernel alone sets ``ctime_ns``: a file whose other times were set back still differs in it.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: Path) -> Identity:
+        """Return the identity of a file; of a link's target."""
+        return cls._from(file.stat())
+
+    @classmethod
+    def _from(cls, status: os.stat_result) -> Identity:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def fingerprint(files: Mapping[Path, Identity]) -> str:
+    """Return a digest of files' paths and identities, in their order.
+
+    It differs if the files are others, or changed.
+    """
+    folders = {folder: folder.resolve() for folder in {file.parent for file in files}}
+    described = [(str(folders[f.parent] / f.name), *identity) for f, identity in files.items()]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of a checkpoint, as they were before the first of them was read."""
+
+    folders: Mapping[Path, tuple[str, ...]]
+    """Each folder, with patterns of the names that a checkpoint in it may consist of."""
+    files: Mapping[Path, Identity]
+    """Every file that is directly in one of the folders."""
+
+    @classmethod
+    def of(cls, folders: Mapping[Path, tuple[str, ...]]) -> Snapshot:
+        """Look at the files; folders that don't exist are empty."""
+        return cls(folders, {f: i for folder in folders for f, i in _files_in(folder)})
+
+    def check_unchanged(self, used: Collection[Path] = ()) -> None:
+        """Raise InputError if a file was changed, replaced, added or removed since.
+
+        Args:
+            used: files that count whatever their names.
+        """
+        now = Snapshot.of(self.folders).files
+        for file in dict.fromkeys((*self.files, *now)):
+            if now.get(file) == self.files.get(file):
+                continue
+            if file in used or self._belongs(file):
+                what = (
+                    "appeared"
+                    if file not in self.files
+                    else "vanished"
+                    if file not in now
+                    else "changed"
+                )
+                raise InputError(
+                    f"{file}: {what} while the checkpoint was read, so that what was read may be "
+                    "a mixture of two. Run it again when nothing writes there."
+                )
+
+    def _belongs(self, file: Path) -> bool:
+        return any(fnmatchcase(file.name, pattern) for pattern in self.folders[file.parent])
+
+
+def _files_in(folder: Path) -> Iterable[tuple[Path, Identity]]:
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # a link to nowhere
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield folder / entry.name, Identity._from(status)
