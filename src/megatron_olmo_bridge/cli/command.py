@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from megatron_olmo_bridge.errors import BridgeError, fit_screen, missing_package
 
 from . import INTERRUPTED
-from .console import first_process, output
+from .console import first_process, is_repeated, output
 from .logs import logging_to
 
 INTERNAL_ERROR = 70
@@ -195,7 +195,7 @@ def _run(name: str, work: Callable[[], Outcome], resumable: bool) -> int:
         failure = replace(failure, message=fit_screen(failure.message))
         if output.json and first_process():
             _print_envelope(stdout, name, failure)
-        else:
+        elif not is_repeated(failure.message):
             sys.stderr.write(f"olmo-bridge: {failure.message}\n")
         return failure.exit_code
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
@@ -44,6 +46,23 @@ output = Output()
 def first_process() -> bool:
     """Whether this process is the one of torchrun's that prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_repeated(message: str) -> bool:
+    """Whether another of the processes that torchrun started on this node has printed the same.
+
+    A refusal is often found by all of them at once, another error by one alone: so which process is
+    to print it can't be said beforehand. A file tells them, in a folder that torchrun has made.
+    """
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull))
+    if error_file.name != "error.json":  # ATTEMPT/LOCAL_RANK/error.json
+        return False
+    digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+    try:
+        (error_file.parents[1] / f"printed-{digest}").touch(exist_ok=False)
+    except OSError as error:
+        return isinstance(error, FileExistsError)
+    return False
 
 
 def show_version(wanted: bool) -> None:

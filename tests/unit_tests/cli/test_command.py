@@ -326,3 +326,27 @@ def test_a_reader_who_has_seen_enough_is_no_error(args: tuple[str, ...]) -> None
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_under_torchrun_an_error_is_printed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whichever process finds it first; what only one of them finds is printed too."""
+    printed = []
+    for rank, message in enumerate(["no such folder", "no such folder", "out of range"]):
+        (tmp_path / f"{rank}").mkdir()
+        monkeypatch.setenv("RANK", f"{rank}")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{tmp_path}/{rank}/error.json")
+        done = run_command(failing(FormatError(message)))
+        assert done.exit_code == 2
+        printed.append(done.stderr)
+    assert printed == ["olmo-bridge: no such folder\n", "", "olmo-bridge: out of range\n"]
+
+
+@pytest.mark.parametrize("place", [os.devnull, "/nowhere/0/error.json"])
+def test_without_torchrun_s_folder_each_process_prints(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", place)
+    for _ in range(2):
+        assert run_command(failing(FormatError("no"))).stderr == "olmo-bridge: no\n"
