@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.formats.files import JSON_LIMIT, parse_json, read_small
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.task import Score, Sums, Task
@@ -146,6 +148,7 @@ def write_history(file: Path, history: list[Evaluation]) -> None:
     """Keep the evaluations for when the run is resumed."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps([e._asdict() for e in history]))
+    sync(partial)
     partial.replace(file)
 
 
@@ -158,8 +161,12 @@ def read_history(file: Path) -> list[Evaluation]:
     if not file.is_file():
         return []
     try:
-        return [Evaluation(**values) for values in json.loads(file.read_text())]
-    except (ValueError, TypeError) as error:
+        values = parse_json(read_small(file, JSON_LIMIT), file)
+        history = [Evaluation(**value) for value in values]
+        if not all(type(e.step) is int and isinstance(e.score, int | float) for e in history):
+            raise TypeError("not the step and score of evaluations")
+        return history
+    except (FormatError, TypeError) as error:
         raise FormatError(
             f"{file}: is damaged, or was written by an older version, so that the best step of the "
             "run is not known. Name another folder as checkpoint.save."

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
@@ -113,6 +114,7 @@ def claim(config: TrainingConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+        sync(partial)
         partial.replace(folder / RUN_FILE)
     except OSError as error:
         raise OutputError(

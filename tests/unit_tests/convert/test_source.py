@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megatron_olmo_bridge.convert.model_card import write_model_card
-from megatron_olmo_bridge.convert.source import open_source
+from megatron_olmo_bridge.convert.source import hub_repository, open_source
 from megatron_olmo_bridge.convert.synth import synth
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, MappingError
@@ -109,3 +109,15 @@ def test_records_that_name_each_other_as_their_source(tmp_path: Path) -> None:
 def test_layers_to_synthesise(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--layers must be a number from 1 to 100,000"):
         synth("olmo3-tiny", tmp_path / "hf", layers=10**8)
+
+
+def test_the_repository_of_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a revision; not of what is a path here."""
+    monkeypatch.chdir(tmp_path)
+    repository = "allenai/OLMo-2-0425-1B"
+    assert hub_repository(repository) == repository
+    assert hub_repository(f"{repository}@stage1-step10000-tokens21B") == repository
+    assert hub_repository(f"{tmp_path}") is None
+    assert hub_repository("./here") is None
+    (tmp_path / repository).mkdir(parents=True)
+    assert hub_repository(repository) is None

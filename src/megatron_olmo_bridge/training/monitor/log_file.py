@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, OutputError
+from megatron_olmo_bridge.formats.files import open_regular
 
 NAME = "log.jsonl"
 HISTORY = {"begin", "resumed", "stopped"}
@@ -97,11 +98,12 @@ def read_lines(path: Path) -> tuple[list[Line], list[int]]:
     A kill leaves the last line half written, a power cut any line.
 
     Raises:
-        FormatError: No line is an event.
+        FormatError: No line is an event, or it is not a regular file.
     """
     lines: list[Line] = []
     damaged = []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    with open_regular(path) as file:
+        text = file.read().decode(errors="replace")
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         try:
             value = json.loads(line)
