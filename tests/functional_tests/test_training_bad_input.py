@@ -315,9 +315,10 @@ FOLDERS = [
     Case(AGAIN, ("run.yaml: damaged", "another folder"), written("run/run.yaml", "- a")),
     Case(AGAIN, ("run.yaml: damaged", "another folder"), written("run/run.yaml", "")),
     Case(AGAIN, ("no run of this command saved",), removed("run/run.yaml")),
-    Case(AGAIN, (TRACKER, "'banana'", "no such checkpoint"), written(f"run/{TRACKER}", "banana")),
-    Case(AGAIN, (TRACKER, "'7'", "no such checkpoint"), written(f"run/{TRACKER}", "7")),
-    Case(AGAIN, (TRACKER, "''", "no such checkpoint"), written(f"run/{TRACKER}", "")),
+    Case(AGAIN, (TRACKER, "'banana' is not an iteration", "Write the number of one of them"),
+         written(f"run/{TRACKER}", "banana")),
+    Case(AGAIN, (TRACKER, "names iter_0000007", "Write the"), written(f"run/{TRACKER}", "7")),
+    Case(AGAIN, (TRACKER, "is empty", "Write the number"), written(f"run/{TRACKER}", "")),
     Case(AGAIN, ("log.jsonl: no line", "Move it away"), written("run/log.jsonl", '{"x\n{}\n'),
          late=True),
     *(Case(AGAIN, (LAST, what, "the checkpoint before it", "echo 2 >", TRACKER), damage, late=True)

@@ -303,4 +303,4 @@ def test_a_tracker_that_names_nothing(place: Place, alone: Run) -> None:
         (alone.folder / "run.yaml").read_text().replace(str(alone.folder), str(copy))
     )
     (copy / TRACKER).write_text("13")
-    assert "there is no such checkpoint" in refused(place.run("lost"))
+    assert "names iter_0000013, which is not there" in refused(place.run("lost"))

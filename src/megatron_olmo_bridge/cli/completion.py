@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from megatron_olmo_bridge.formats.dtypes import KEEP
+from megatron_olmo_bridge.formats.iterations import RELEASE, iteration_folders, iteration_number
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE
 
 
@@ -43,10 +44,8 @@ def iterations(context: typer.Context, incomplete: str) -> list[str]:
     if not context.args:  # an option without its value ends the parsing before any argument's
         return []
     root = Path(context.args[0]).expanduser()
-    found = [folder.name.removeprefix("iter_") for folder in sorted(root.glob("iter_*"))]
-    names = [str(int(name)) for name in found if name.isdecimal()]
-    if (root / "release").is_dir():
-        names.append("release")
+    numbers = map(iteration_number, iteration_folders(root) if root.is_dir() else [])
+    names = [RELEASE if number is None else str(number) for number in numbers]
     if context.info_name == "export":
         names.append("all")
     return [name for name in names if name.startswith(incomplete)]

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_olmo_bridge.errors import BridgeError
 from megatron_olmo_bridge.formats.detect import Kind
-from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folder, iteration_folders
+from megatron_olmo_bridge.formats.iterations import (
+    iteration_folder,
+    iteration_folders,
+    iteration_number,
+)
 from megatron_olmo_bridge.formats.torch_dist import (
     TorchDistFolder,
 )
@@ -113,10 +118,16 @@ def _megatron_flags(source: Source) -> list[str]:
         return flags
     folder = source.folder.resolve()
     flags += ["--load", str(folder.parent)]
-    tracker = folder.parent / TRACKER
-    latest = tracker.is_file() and iteration_folder(folder.parent, None) == folder
-    number = folder.name.removeprefix("iter_")
-    return flags if latest or not number.isdecimal() else [*flags, "--ckpt-step", str(int(number))]
+    number = iteration_number(folder)
+    return flags if number is None or _is_latest(folder) else [*flags, "--ckpt-step", str(number)]
+
+
+def _is_latest(folder: Path) -> bool:
+    """Whether Megatron-LM would take this iteration if none is asked for."""
+    try:
+        return iteration_folder(folder.parent, None) == folder
+    except BridgeError:
+        return False
 
 
 def mapping_rows(source: Source) -> list[dict[str, str]]:

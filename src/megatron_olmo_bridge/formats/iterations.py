@@ -5,54 +5,83 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import InputError, quote
+
+from .files import TRACKER_LIMIT, read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""Megatron's name of a checkpoint that was converted, not trained."""
+_NUMBER = "[0-9]{1,18}"
+"""``\\d`` would match digits of every script, which Megatron doesn't write."""
+_FOLDER = re.compile(f"iter_({_NUMBER})")
+_SHOWN = 20
+"""Iterations that a message names."""
 
 
-def iteration_folder(root: Path, iteration: int | str | None) -> Path:
-    """The folder of an iteration under a checkpoint root; the tracker's where none is asked for.
+def iteration_folder(
+    root: Path,
+    iteration: int | str | None,
+    way_out: str = "Name one of these folders, or pass --iteration.",
+) -> Path:
+    """Return the folder of an iteration under a checkpoint root.
+
+    Args:
+        root: the checkpoint.
+        iteration: a number or ``release``; None for the one that the tracker names.
+        way_out: what a message says to do if there are others.
 
     Raises:
         InputError: there is no such iteration, or no tracker that names one.
+        FormatError: the tracker is not a small regular file.
     """
-    tracked = iteration is None
-    asked_by = root / TRACKER if tracked else root
-    iteration = _tracked(root) if iteration is None else iteration
-    try:
-        name = "release" if iteration == "release" else f"iter_{int(iteration):07d}"
-    except ValueError:
+    asked_by = root / TRACKER if iteration is None else root
+    text = _tracked(root, way_out) if iteration is None else str(iteration)
+    if text != RELEASE and not re.fullmatch(_NUMBER, text):
         raise InputError(
-            f"{asked_by}: {iteration!r:.80} is no iteration: a number or 'release'. "
-            f"{_present(root)}"
-        ) from None
+            f"{asked_by}: {quote(text)} is not an iteration: a number or '{RELEASE}'. "
+            f"{_present(root, way_out)}"
+        )
+    name = RELEASE if text == RELEASE else f"iter_{int(text):07d}"
     if not (root / name).is_dir():
-        why = f"names {name}, which is not there" if tracked else f"has no {name}"
-        raise InputError(f"{asked_by}: {why}. {_present(root)}")
+        why = f"names {name}, which is not there" if iteration is None else f"has no {name}"
+        raise InputError(f"{asked_by}: {why}. {_present(root, way_out)}")
     return root / name
 
 
 def iteration_folders(root: Path) -> list[Path]:
-    """Every iteration's folder under a checkpoint root, in order."""
-    return sorted(p for p in root.iterdir() if re.fullmatch(r"iter_\d+|release", p.name))
+    """Return every iteration's folder under a checkpoint root, by number, ``release`` last."""
+    numbers = {path: iteration_number(path) for path in root.iterdir()}
+    numbered = [path for path, number in numbers.items() if number is not None and path.is_dir()]
+    release = [root / RELEASE] if (root / RELEASE).is_dir() else []
+    return sorted(numbered, key=lambda path: (numbers[path], path.name)) + release
 
 
-def _tracked(root: Path) -> str:
+def iteration_number(folder: Path) -> int | None:
+    """Return the number of an iteration's folder; None of ``release`` and of any other folder."""
+    found = _FOLDER.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def _tracked(root: Path, way_out: str) -> str:
     tracker = root / TRACKER
-    if not tracker.is_file():
+    if not tracker.exists():
         raise InputError(
             f"{root}: no {TRACKER}: the save was interrupted, or this is no checkpoint root. "
-            f"{_present(root)}"
+            f"{_present(root, way_out)}"
         )
-    text = tracker.read_bytes()[:100].decode(errors="replace").strip()
+    text = read_small(tracker, TRACKER_LIMIT).strip().decode(errors="replace")
     if not text:
-        raise InputError(f"{tracker}: is empty: the save was interrupted. {_present(root)}")
+        raise InputError(
+            f"{tracker}: is empty: the save was interrupted. {_present(root, way_out)}"
+        )
     return text
 
 
-def _present(root: Path) -> str:
+def _present(root: Path, way_out: str) -> str:
     """Which iterations could be asked for instead."""
     names = [folder.name for folder in iteration_folders(root)]
     if not names:
         return "Iterations there: none."
-    return f"Iterations there: {', '.join(names)}. Name one of these folders, or pass --iteration."
+    more = "..., " * (len(names) > _SHOWN)
+    return f"Iterations there: {more}{', '.join(names[-_SHOWN:])}. {way_out}"

@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
+from megatron_olmo_bridge.formats import iterations
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
-from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
+from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.live.save import megatron_state, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import gather, on_first
@@ -64,21 +65,27 @@ def iteration_folder(root: Path, step: int) -> Path:
 
 
 def last_step(root: Path) -> int | None:
-    """The step of the newest complete checkpoint under a run's folder.
+    """Return the step of the newest complete checkpoint under a run's folder; None if it has none.
 
     Raises:
-        InputError: the tracker names one that isn't there.
+        InputError: the tracker names none of its checkpoints, or they are not a run's.
+        FormatError: the tracker is not a small regular file.
     """
-    if not (root / TRACKER).is_file():  # or killed between the first checkpoint and the tracker
-        complete = iteration_folders(root) if root.is_dir() else []
-        return int(complete[-1].name.removeprefix("iter_")) if complete else None
-    text = (root / TRACKER).read_text().strip()
-    if not text.isdigit() or not iteration_folder(root, int(text)).is_dir():
+    if (root / TRACKER).exists():
+        way_out = "Write the number of one of them into it."
+        last = iterations.iteration_folder(root, None, way_out)
+    else:  # or killed between the first checkpoint and the tracker
+        folders = iterations.iteration_folders(root) if root.is_dir() else []
+        if not folders:
+            return None
+        last = ([f for f in folders if iterations.iteration_number(f) is not None] or folders)[-1]
+    step = iterations.iteration_number(last)
+    if step is None:
         raise InputError(
-            f"{root / TRACKER}: says {text!r:.20}, but there is no such checkpoint. Write the "
-            "number of one that is there into it."
+            f"{last}: is not a checkpoint of a run. Name another folder as checkpoint.save, and "
+            "this one as init.checkpoint."
         )
-    return int(text)
+    return step
 
 
 @dataclass
@@ -253,8 +260,8 @@ class Checkpointer:
 
 def _saved_steps(root: Path) -> list[int]:
     """Steps of the checkpoints that are there, in order."""
-    names = [path.name for path in iteration_folders(root)]
-    return sorted(int(n.removeprefix("iter_")) for n in names if n.startswith("iter_"))
+    numbers = map(iterations.iteration_number, iterations.iteration_folders(root))
+    return [number for number in numbers if number is not None]
 
 
 def _earlier(root: Path, step: int) -> str:
