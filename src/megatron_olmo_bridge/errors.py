@@ -34,10 +34,8 @@ def quote(value: object, most: int = 80, depth: int = 2) -> str:
             items = islice(value.items(), 8)
             shown = [f"{quote(k, most, 0)}: {quote(v, most, depth - 1)}" for k, v in items]
             return f"{{{', '.join(shown + ['...'] * (len(value) > 8))}}}"
-        case type():
-            return f"<{value.__name__}>"
-        case _:
-            return f"<{type(value).__name__}>"
+        case _:  # a function or a class by its own name, an object by its class's
+            return f"<{getattr(value, '__name__', type(value).__name__)}>"
 
 
 def escape(text: str, keep: str = "") -> str:

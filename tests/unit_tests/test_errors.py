@@ -30,6 +30,7 @@ from megatron_olmo_bridge.errors import MOST_CHARACTERS, MOST_LINES, escape, fit
         ([[[1]]], "[[<list>]]"),
         (object(), "<object>"),
         (int, "<int>"),
+        (len, "<len>"),
     ],
 )  # fmt: skip
 def test_a_value_in_a_message(value: Any, text: str) -> None:

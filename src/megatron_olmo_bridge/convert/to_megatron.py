@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.dcp_metadata import (
+    METADATA,
+    Chunk,
+    GlobalTensor,
+    Stored,
+    encode_metadata,
+)
 from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
+from megatron_olmo_bridge.formats.inert import built
 from megatron_olmo_bridge.formats.iterations import TRACKER
-from megatron_olmo_bridge.formats.pickles import built
 from megatron_olmo_bridge.formats.tensors import MixedView, TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive, tensor_archive
 from megatron_olmo_bridge.formats.torch_dist import (
     COMMON,
     FORMAT,
     FORMAT_FILE,
-    METADATA,
-    Chunk,
-    GlobalTensor,
-    Stored,
-    encode_metadata,
     stacked_key,
 )
 from megatron_olmo_bridge.mapping.mappings import WILDCARD

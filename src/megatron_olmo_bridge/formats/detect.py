@@ -7,14 +7,11 @@ from pathlib import Path
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 
+from .dcp_metadata import METADATA
 from .files import refuse_pointer
 from .hf_folder import hint_at_folders_inside, is_hf_folder, refuse_other_weights
 from .iterations import TRACKER, iteration_folder, iteration_folders
-from .torch_dist import (
-    FORMAT_FILE,
-    METADATA,
-    read_format,
-)
+from .torch_dist import FORMAT_FILE, read_format
 
 PARTIAL_MARKER = ".olmo-bridge-partial"
 """In a folder that is being written. Nothing here reads a folder that has it."""

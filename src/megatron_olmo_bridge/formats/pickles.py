@@ -8,17 +8,18 @@ to read or write a checkpoint's metadata, and the same input gives the same byte
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import struct
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-from megatron_olmo_bridge.errors import UnsafePickleError
+from megatron_olmo_bridge.errors import UnsafePickleError, escape
+
+from .inert import Inert, inert, is_class
+from .pickle_machine import Machine
+from .pickle_opcodes import run
 
 # Names of the standard library, torch and numpy that occur in real checkpoints. They become
 # placeholders, so nothing of them can run; the list is narrow all the same, because a name of
@@ -43,6 +44,7 @@ _ALLOWED = re.compile(
     r"|argparse\._?[A-Z]\w*|types\.(SimpleNamespace|MappingProxyType|NoneType|GenericAlias)"
     r"|signal\.Signals"
     r"|collections\.(defaultdict|deque|Counter|ChainMap|User(Dict|List|String))"
+    r"|collections\.OrderedDict|builtins\.(set|frozenset|bytearray|slice|complex|getattr)"
     r"|functools\.partial(method)?|enum\.[A-Z]\w*|dataclasses\._?[A-Z]\w*|typing\._?[A-Z]\w*"
     r"|datetime\.(date|datetime|time|timedelta|timezone)|zoneinfo\.ZoneInfo|time\.struct_time"
     r"|decimal\.Decimal|fractions\.Fraction|uuid\.(Safe)?UUID|ipaddress\.IPv\w+|random\.Random"
@@ -57,69 +59,11 @@ _KNOWN_MODULES = sys.stdlib_module_names | {"torch", "numpy"}
 _CLASS = re.compile(r"_?[A-Z]\w*")
 _BUILTIN_CLASSES = {"builtins.dict", "builtins.float", "datetime.date", "datetime.datetime"}
 _SPECIAL = re.compile(r"__\w+__")
-_PLAIN: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "builtins.bytearray": bytearray,
-    "builtins.slice": slice,
-    "builtins.complex": complex,
-}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
 """Modules by the names that protocol 2, which torch.save uses, gives them."""
 
 
-class Inert:
-    """Stands for an object of a class that was never imported."""
-
-    global_name: ClassVar[str] = ""
-    args: tuple[Any, ...]
-    state: Any
-    items: Mapping[Any, Any] = MappingProxyType({})
-    """Of a class like ``dict``."""
-    members: Sequence[Any] = ()
-    """Of a class like ``list`` or ``set``."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        self = super().__new__(cls)
-        self.args, self.state = args, kwargs or None
-        return self
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        vars(self).setdefault("items", {})[key] = value
-
-    def append(self, member: Any) -> None:
-        """Remember a member, as a list would."""
-        vars(self).setdefault("members", []).append(member)
-
-    def extend(self, members: Iterable[Any]) -> None:
-        """Remember several members."""
-        vars(self).setdefault("members", []).extend(members)
-
-    add, update = append, extend
-
-    def __repr__(self) -> str:
-        return f"<{self.global_name} {self.args} {self.state}>"
-
-
-def inert(name: str) -> type[Inert]:
-    """The placeholder class for a global, ``inert("torch.Size")``."""
-    return type(name.rpartition(".")[2], (Inert,), {"global_name": name})
-
-
-def built(name: str, state: Any) -> Inert:
-    """A placeholder object whose attributes are ``state``."""
-    placeholder = inert(name)()
-    placeholder.state = state
-    return placeholder
-
-
-class _Reader(pickle.Unpickler):
+class _Reader(Machine):
     def __init__(
         self,
         data: bytes,
@@ -127,55 +71,51 @@ class _Reader(pickle.Unpickler):
         storage: Callable[[tuple[Any, ...]], Any],
         any_classes: bool,
     ):
-        super().__init__(io.BytesIO(data))
+        super().__init__(data)
+        self._unknown_functions: set[str] = set()
         self._where, self._storage, self._any_classes = where, storage, any_classes
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_global(self, module: str, name: str) -> type[Inert]:
         full = f"{_PYTHON_2.get(module, module)}.{name}"
-        if full in _PLAIN:
-            return _PLAIN[full]
-        if full == "builtins.getattr":
-            return self._attribute
         *owners, last = name.split(".")
         # A path through a module or a special attribute leads anywhere: torch.nn.modules has torch.
         if all(map(_CLASS.fullmatch, owners)) and not _SPECIAL.fullmatch(last):
             if _ALLOWED.fullmatch(full):
                 return inert(full)
             if self._any_classes and full.partition(".")[0] not in _KNOWN_MODULES:
-                return self._class_of_another_program(full)
+                if not _CLASS.fullmatch(last):
+                    self._unknown_functions.add(full)
+                return inert(full)
         raise self._refusal(full)
 
-    def _attribute(self, owner: Any, name: Any) -> type[Inert]:
-        """A class's attribute, as torch's functions are pickled."""
-        if isinstance(owner, type) and issubclass(owner, Inert) and isinstance(name, str):
-            of_class = _CLASS.fullmatch(owner.__name__) or owner.global_name in _BUILTIN_CLASSES
-            if of_class and name.isidentifier() and not _SPECIAL.fullmatch(name):
-                return inert(f"{owner.global_name}.{name}")
-        raise self._refusal("builtins.getattr")
-
-    def _class_of_another_program(self, full: str) -> type[Inert]:
-        """A placeholder that stands for a class, or for a function that is not called."""
-
-        def call(cls: type[Inert], *args: Any, **kwargs: Any) -> Inert:
-            if _CLASS.fullmatch(cls.__name__):
-                return cls.__new__(cls, *args, **kwargs)
+    def call(self, function: type[Inert], args: tuple[Any, ...]) -> Any:
+        full = function.global_name
+        if full == "builtins.getattr":
+            return self._attribute(*args)
+        if full in self._unknown_functions:
             raise UnsafePickleError(
                 f"{self._where}: the pickle calls {full}, which is not known here. Nothing of it "
                 "was run. If the file is your own, load it with the program that saved it, put "
                 "plain values in the place of what the function makes, and save it again."
             )
+        return function.called_with(args)
 
-        meta = type("_Meta", (type,), {"__call__": call})
-        made: type[Inert] = meta(full.rpartition(".")[2], (Inert,), {"global_name": full})
-        return made
+    def _attribute(self, owner: Any = None, name: Any = None, *rest: Any) -> type[Inert]:
+        """A class's attribute, as torch's functions are pickled."""
+        if is_class(owner) and isinstance(name, str) and not rest:
+            of_class = _CLASS.fullmatch(owner.__name__) or owner.global_name in _BUILTIN_CLASSES
+            if of_class and name.isidentifier() and not _SPECIAL.fullmatch(name):
+                full = f"{owner.global_name}.{name}"
+                return self.once(("builtins.getattr", full), lambda *_: inert(full))
+        raise self._refusal("builtins.getattr")
 
     def _refusal(self, full: str) -> UnsafePickleError:
         return UnsafePickleError(
-            f"{self._where}: the pickle asks for {full}, which has no place in a checkpoint. "
-            "Nothing of it was run. Don't load this file with other tools either."
+            f"{self._where}: the pickle asks for {escape(full)}, which has no place in a "
+            "checkpoint. Nothing of it was run. Don't load this file with other tools either."
         )
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent(self, pid: Any) -> Any:
         return self._storage(pid)
 
 
@@ -198,10 +138,8 @@ def loads(
         UnsafePickleError: it names a global that is not on the allow-list, or is no pickle.
     """
     try:
-        return _Reader(data, where, storage, any_classes).load()
-    except UnsafePickleError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
+        return run(_Reader(data, where, storage, any_classes))
+    except (ValueError, TypeError, AttributeError) as error:
         raise UnsafePickleError(f"{where}: not a readable pickle ({error})") from error
 
 

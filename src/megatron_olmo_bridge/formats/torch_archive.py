@@ -8,24 +8,28 @@ zip64 throughout, payload aligned to 64 bytes by an 'FB' extra field, a zero CRC
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import struct
-import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.errors import FormatError, quote
 from megatron_olmo_bridge.mapping.placement import Shape
 
-from .pickles import Inert, Persistent, dumps, inert, loads
+from .files import PICKLE_LIMIT, open_regular
+from .inert import Inert, inert, is_class
+from .pickles import Persistent, dumps, loads
 from .tensors import ITEM_SIZE, StoredArray
+from .zip_directory import Record, Window, read_directory
 
 ALIGNMENT = 64
 _STORAGE = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"}
+MOST_DIMENSIONS = 64
+"""Of a tensor, in PyTorch too."""
 _DTYPE = {f"torch.{storage}": dtype for dtype, storage in _STORAGE.items()}
 
 
@@ -114,47 +118,52 @@ def read_archive(
         UnsafePickleError: its pickle names a global that is not on the allow-list.
     """
     where = f"{file} at byte {offset}" if offset else str(file)
-    with file.open("rb") as handle:
+    with open_regular(file) as handle:
         size = os.fstat(handle.fileno()).st_size
         length = size - offset if length is None else length
         if offset + length > size:
             raise FormatError(f"{file}: truncated: {size} bytes, needs {offset + length}")
-        window = io.BufferedReader(_Window(handle, offset, length))
         try:
-            with zipfile.ZipFile(window) as archive:
-                return _read_zip(archive, window, offset, where, any_classes)
-        except (
-            zipfile.BadZipFile, struct.error, LookupError, ValueError, OverflowError, RuntimeError,
-            EOFError,
-        ) as error:  # fmt: skip
+            window = Window(handle, offset, length)
+            records = read_directory(window)
+            pickled = _pickle_of(window, records)
+        except (ValueError, struct.error) as error:
             raise FormatError(f"{where}: not an archive of torch.save ({error})") from error
+    return loads(pickled, where, _storages(records, where), any_classes=any_classes)
 
 
-def _read_zip(
-    archive: zipfile.ZipFile, window: BinaryIO, offset: int, where: str, any_classes: bool
-) -> Any:
-    records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
-        raise FormatError(f"{where}: the archive is compressed")
-    if "data.pkl" not in records:
-        raise FormatError(f"{where}: the archive has no data.pkl")
-    if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
-        raise FormatError(f"{where}: big-endian tensors can't be read")
+def _pickle_of(window: Window, records: Mapping[str, Record]) -> bytes:
+    if "data.pkl" not in records or "constants.pkl" in records:  # of TorchScript, which torch runs
+        raise ValueError("the archive has no data.pkl, or is a TorchScript program")
+    byteorder = records.get("byteorder")
+    if byteorder and window.content(byteorder, 16) != b"little":
+        raise ValueError("big-endian tensors can't be read")
+    return window.content(records["data.pkl"], PICKLE_LIMIT)
+
+
+def _storages(
+    records: Mapping[str, Record], where: str
+) -> Callable[[tuple[Any, ...]], StoredStorage]:
+    """What finds storages by their persistent ids."""
+    found: dict[str, StoredStorage] = {}
 
     def storage(pid: tuple[Any, ...]) -> StoredStorage:
-        kind, key, count = pid[1].global_name, pid[2], pid[4]
-        info = records[f"data/{key}"]
-        dtype = _DTYPE.get(kind, kind)
-        if info.file_size != count * ITEM_SIZE.get(dtype, 0) and dtype in ITEM_SIZE:
-            raise FormatError(f"{where}: {info.file_size} bytes cannot hold {count} x {dtype}")
-        window.seek(info.header_offset + 26)
-        name, extra = struct.unpack("<HH", window.read(4))
-        at = info.header_offset + 30 + name + extra
-        if at + info.file_size > window.seek(0, os.SEEK_END):
-            raise FormatError(f"{where}: storage {key} ends after the archive")
-        return StoredStorage(dtype, offset + at, count)
+        match pid:
+            case ("storage", kind, str() as key, _, int() as count) if is_class(kind):
+                record = records.get(f"data/{key}".lower())
+            case _:
+                raise FormatError(f"{where}: {quote(pid)} is not a storage")
+        if record is None:
+            raise FormatError(f"{where}: has no record {quote(f'data/{key}')}")
+        dtype = _DTYPE.get(kind.global_name, kind.global_name)
+        if dtype in ITEM_SIZE and record.size != count * ITEM_SIZE[dtype]:
+            raise FormatError(f"{where}: {record.size} bytes cannot hold {quote(count)} x {dtype}")
+        new = StoredStorage(dtype, record.offset, count)
+        if found.setdefault(key, new) != new:  # torch takes the first for all
+            raise FormatError(f"{where}: storage {quote(key)} is of two dtypes or sizes")
+        return new
 
-    return loads(archive.read(records["data.pkl"]), where, storage, any_classes=any_classes)
+    return storage
 
 
 def read_tensor(file: Path, offset: int, length: int) -> StoredArray:
@@ -175,23 +184,28 @@ def array_of(value: Any, file: Path, where: str) -> StoredArray:
     if _calls(value, "torch._utils._rebuild_parameter") and value.args:
         value = value.args[0]
     if not _calls(value, "torch._utils._rebuild_tensor_v2"):
-        raise FormatError(f"{where}: holds {value!r:.80}, not a plain tensor")
-    storage, start, shape, strides = (*value.args, None, None, None, None)[:4]
+        raise FormatError(f"{where}: holds {_kind(value)}, not a plain tensor")
+    storage, start, shape, strides, _, _, metadata = (*value.args, *[None] * 7)[:7]
     if _calls(shape, "torch.Size") and shape.args:
         shape = shape.args[0]
     tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
     if not (tuples and isinstance(storage, StoredStorage)) or any(
-        type(n) is not int or n < 0 for n in (start, *shape, *strides)
+        type(n) is not int or not 0 <= n < 2**63 for n in (start, *shape, *strides)
     ):
-        raise FormatError(f"{where}: holds {value!r:.80}, which is no tensor")
+        raise FormatError(f"{where}: holds {_kind(value)}, which is no tensor")
+    if metadata not in (None, {}) or len(value.args) > 7:
+        raise FormatError(
+            f"{where}: the tensor is a view that negates or conjugates its elements, or has other "
+            f"metadata: {quote(metadata)}. Save it after tensor.resolve_neg().resolve_conj()."
+        )
     if storage.dtype not in ITEM_SIZE:
         raise FormatError(f"{where}: tensors of {storage.dtype} are not converted")
-    if len(shape) != len(strides):
-        raise FormatError(f"{where}: shape {shape} and strides {strides} don't fit")
+    if len(shape) != len(strides) or len(shape) > MOST_DIMENSIONS:
+        raise FormatError(f"{where}: shape {quote(shape)} and strides {quote(strides)} don't fit")
     step = 1
     for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
         if extent > 1 and stride != step:
-            raise FormatError(f"{where}: the tensor is not contiguous (strides {strides})")
+            raise FormatError(f"{where}: the tensor is not contiguous (strides {quote(strides)})")
         step *= extent
     if start + step > storage.count:
         raise FormatError(f"{where}: the tensor is larger than its storage")
@@ -201,33 +215,12 @@ def array_of(value: Any, file: Path, where: str) -> StoredArray:
 
 
 def _calls(value: Any, name: str) -> bool:
-    """Whether a value read from a pickle is the call of this global."""
-    return isinstance(value, Inert) and value.global_name == name
+    """Whether a value read from a pickle is the call of this global, and was not changed since."""
+    return (
+        isinstance(value, Inert) and value.global_name == name
+        and value.state is None and not value.items and not value.members
+    )  # fmt: skip
 
 
-class _Window(io.RawIOBase):
-    """Part of a file as a file of its own."""
-
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._position = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = max(0, base + position)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._position)]
-        if not view:
-            return 0
-        self._file.seek(self._offset + self._position)
-        data = self._file.read(len(view))
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+def _kind(value: Any) -> str:
+    return value.global_name if isinstance(value, Inert) else quote(value, depth=0)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from operator import index as index_of
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping, check_tensors
 
+from .dcp_metadata import METADATA, Chunk, GlobalTensor, Stored, read_metadata
 from .files import read_json
-from .pickles import Inert, built, dumps, inert, loads
+from .inert import Inert
 from .tensors import Piece, StoredArray, TensorView
 from .torch_archive import read_archive, read_tensor
 
 FORMAT_FILE = "metadata.json"
-METADATA = ".metadata"
 COMMON = "common.pt"
 FORMAT = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1,
@@ -42,34 +41,6 @@ _NOT_WEIGHTS = re.compile(
 )
 _GATED_SUFFIXES = ("_w", "_v")
 """Key endings of the gate and the up half where megatron-core stores them as two tensors."""
-_DCP = "torch.distributed.checkpoint.metadata"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Bytes of a ``.distcp`` file."""
-
-    file: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A block of a global tensor."""
-
-    offset: Shape
-    shape: Shape
-    stored: Stored
-
-
-@dataclass(frozen=True)
-class GlobalTensor:
-    """What ``.metadata`` says of a tensor key."""
-
-    dtype: str
-    shape: Shape
-    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True)
@@ -91,37 +62,7 @@ class TorchDistFolder:
         file = path / METADATA
         if not file.is_file():
             raise FormatError(f"{path}: has {FORMAT_FILE} but no {METADATA}: an incomplete save")
-        try:
-            return cls._decoded(path, file)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                f"{file}: not the metadata of a distributed checkpoint ({error!r:.80})"
-            ) from error
-
-    @classmethod
-    def _decoded(cls, path: Path, file: Path) -> TorchDistFolder:
-        metadata = _attributes(loads(file.read_bytes(), file), file)
-        stored: dict[str, dict[Shape | None, Stored]] = defaultdict(dict)
-        for index, info in (metadata.get("storage_data") or {}).items():
-            key, value = _attributes(index, file), _attributes(info, file)
-            offset = None if key.get("offset") is None else _size(key["offset"])
-            name = str(value["relative_path"])
-            if Path(name).name != name:
-                raise FormatError(f"{file}: {key['fqn']} would be in {name!r}, outside the folder")
-            stored[key["fqn"]][offset] = Stored(
-                name, index_of(value["offset"]), index_of(value["length"])
-            )
-        tensors, objects = {}, {}
-        for key, value in (metadata.get("state_dict_metadata") or {}).items():
-            if value.global_name.endswith(".BytesStorageMetadata"):
-                objects[key] = next(iter(stored[key].values()), None)
-            else:
-                tensors[key] = _global_tensor(key, _attributes(value, file), stored[key], file)
-        _check_lengths(path, stored)
-        absent = [k for k, v in objects.items() if v is None]
-        if absent:
-            raise FormatError(f"{file}: does not say where {absent[0]} is stored")
-        return cls(path, tensors, {k: v for k, v in objects.items() if v is not None})
+        return cls(path, *read_metadata(path))
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -265,102 +206,9 @@ def stacked_key(pattern: str) -> str:
     return pattern.replace(".*", "")
 
 
-def encode_metadata(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Stored]) -> bytes:
-    """The ``.metadata`` file: a pickle that torch reads as ``Metadata``."""
-
-    def size(shape: Shape) -> Inert:
-        return inert("torch.Size")(tuple(shape))
-
-    def index(key: str, offset: Shape | None) -> Inert:
-        at = None if offset is None else size(offset)
-        return built(f"{_DCP}.MetadataIndex", {"fqn": key, "offset": at, "index": None})
-
-    def info(at: Stored) -> Inert:
-        fields = {"relative_path": at.file, "offset": at.offset, "length": at.length}
-        return built("torch.distributed.checkpoint.filesystem._StorageInfo", fields)
-
-    def described(tensor: GlobalTensor) -> Inert:
-        # TensorProperties.__getstate__: dtype, layout, requires_grad, memory format, pin_memory
-        layout = inert("torch.serialization._get_layout")("torch.strided")
-        memory = inert(f"{_DCP}._MEM_FORMAT_ENCODING")(0)
-        properties = built(
-            f"{_DCP}.TensorProperties",
-            (inert(f"torch.{tensor.dtype}"), layout, False, memory, False),
-        )
-        chunks = [
-            built(f"{_DCP}.ChunkStorageMetadata",
-                  {"offsets": size(c.offset), "sizes": size(c.shape)})
-            for c in tensor.chunks
-        ]  # fmt: skip
-        return built(
-            f"{_DCP}.TensorStorageMetadata",
-            {"properties": properties, "size": size(tensor.shape), "chunks": chunks},
-        )
-
-    described_objects = {key: built(f"{_DCP}.BytesStorageMetadata", {}) for key in objects}
-    storage = {
-        index(key, c.offset): info(c.stored) for key, t in tensors.items() for c in t.chunks
-    } | {index(key, None): info(at) for key, at in objects.items()}
-    return dumps(
-        built(
-            f"{_DCP}.Metadata",
-            {
-                "state_dict_metadata": {k: described(t) for k, t in tensors.items()}
-                | described_objects,
-                "planner_data": None,
-                "storage_data": storage,
-                "storage_meta": None,
-                "version": None,
-            },
-        )
-    )
-
-
 def read_format(path: Path) -> str:
     """The backend that ``metadata.json`` names, ``torch_dist`` or another."""
     name = read_json(path / FORMAT_FILE).get("sharded_backend")
     if not isinstance(name, str):
         raise FormatError(f"{path / FORMAT_FILE}: does not name a format (sharded_backend)")
     return name
-
-
-def _attributes(value: Any, file: Path) -> dict[str, Any]:
-    state = getattr(value, "state", None)
-    if not isinstance(state, dict):
-        raise FormatError(f"{file}: not the metadata of a distributed checkpoint ({value!r:.80})")
-    return state
-
-
-def _check_lengths(path: Path, stored: Mapping[str, Mapping[Any, Stored]]) -> None:
-    """Raise FormatError if a file is truncated. One that is absent is missed where it is needed."""
-    ends: dict[str, tuple[int, str]] = {}
-    for key, places in stored.items():
-        for at in places.values():
-            ends[at.file] = max(ends.get(at.file, (0, key)), (at.offset + at.length, key))
-    for name, (end, key) in ends.items():
-        file = path / name
-        if file.is_file() and (size := file.stat().st_size) < end:
-            raise FormatError(f"{file}: truncated: {key} ends at byte {end}, the file has {size}")
-
-
-def _size(value: Any) -> Shape:
-    return tuple(map(index_of, value.args[0] if isinstance(value, Inert) else value))
-
-
-def _global_tensor(
-    key: str, value: dict[str, Any], stored: dict[Shape | None, Stored], file: Path
-) -> GlobalTensor:
-    # torch keeps the dtype first in the state of TensorProperties
-    state = value["properties"].state
-    dtype = state[0] if isinstance(state, tuple) else state["dtype"]
-    chunks = []
-    for chunk in value["chunks"]:
-        fields = _attributes(chunk, file)
-        offset = _size(fields["offsets"])
-        if offset not in stored:
-            raise FormatError(f"{file}: does not say where {key} at {list(offset)} is stored")
-        chunks.append(Chunk(offset, _size(fields["sizes"]), stored[offset]))
-    shape = _size(value["size"])
-    if any(len(shape) != len(numbers) for c in chunks for numbers in (c.offset, c.shape)):
-        raise FormatError(f"{file}: {key}: its chunks have not the dimensions of its shape")
-    return GlobalTensor(dtype.global_name.removeprefix("torch."), shape, tuple(chunks))

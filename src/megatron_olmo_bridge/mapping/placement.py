@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
@@ -90,15 +92,34 @@ def uncovered(shape: Sequence[int], regions: Iterable[Region]) -> str | None:
     """Why the regions don't cover a tensor of this shape exactly once; None if they do."""
     whole = Region.whole(shape)
     ordered = sorted(regions)
-    for i, region in enumerate(ordered):
+    for region in ordered:
         if not whole.contains(region):
             return f"block {region} lies outside the shape {list(shape)}"
-        for later in ordered[i + 1 :]:
-            if later.top >= region.bottom:
-                break
-            if overlap := region.intersect(later):
-                return f"block {overlap} is covered twice"
+    if overlap := _overlap(ordered):
+        return f"block {overlap} is covered twice"
     covered = sum(region.size for region in ordered)
     if covered != whole.size:
         return f"{whole.size - covered} of {whole.size} elements are not covered"
+    return None
+
+
+def _overlap(ordered: Iterable[Region]) -> Region | None:
+    """A block that two of the regions cover, which are sorted and not empty.
+
+    Goes down the rows. The regions that reach into a row are kept by their left ends: without an
+    overlap so far they are disjoint there, and the next one can only meet its two neighbors.
+    """
+    lefts: list[int] = []
+    by_left: dict[int, Region] = {}
+    bottoms: list[tuple[int, int]] = []
+    for region in ordered:
+        while bottoms and bottoms[0][0] <= region.top:
+            del lefts[bisect_left(lefts, heappop(bottoms)[1])]
+        at = bisect_left(lefts, region.left)
+        for left in lefts[max(0, at - 1) : at + 1]:
+            if overlap := region.intersect(by_left[left]):
+                return overlap
+        lefts.insert(at, region.left)
+        by_left[region.left] = region
+        heappush(bottoms, (region.bottom, region.left))
     return None

@@ -148,7 +148,7 @@ def _families(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterator[str]:
     for name in ("_target_", "spec"):
         value = record.get(name)
         module = value[0] if isinstance(value, list | tuple) and value else value
-        found = _FAMILY.match(f"{module}.")
+        found = _FAMILY.match(f"{module}.") if isinstance(module, str) else None
         if found and expected and found[1] != expected[1]:
             yield f"{name} is {module} in the checkpoint, the config is of {bridge.family}"
 

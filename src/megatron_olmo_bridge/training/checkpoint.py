@@ -75,10 +75,11 @@ def last_step(root: Path) -> int | None:
         way_out = "Write the number of one of them into it."
         last = iterations.iteration_folder(root, None, way_out)
     else:  # or killed between the first checkpoint and the tracker
-        folders = iterations.iteration_folders(root) if root.is_dir() else []
-        if not folders:
+        if steps := _saved_steps(root) if root.is_dir() else []:
+            return steps[-1]
+        last = root / iterations.RELEASE
+        if not last.is_dir():
             return None
-        last = ([f for f in folders if iterations.iteration_number(f) is not None] or folders)[-1]
     step = iterations.iteration_number(last)
     if step is None:
         raise InputError(

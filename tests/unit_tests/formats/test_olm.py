@@ -11,8 +11,9 @@ import torch
 
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsafePickleError
 from megatron_olmo_bridge.formats.detect import Kind, detect
+from megatron_olmo_bridge.formats.inert import built, inert
 from megatron_olmo_bridge.formats.olm import read_olm
-from megatron_olmo_bridge.formats.pickles import Persistent, built, dumps, inert
+from megatron_olmo_bridge.formats.pickles import Persistent, dumps
 from megatron_olmo_bridge.formats.tensors import StoredArray
 
 STATE = {"a.weight": torch.randn(3, 5), "a.bias": torch.randn(3).bfloat16()}

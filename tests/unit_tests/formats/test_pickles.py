@@ -37,7 +37,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_olmo_bridge.errors import UnsafePickleError
-from megatron_olmo_bridge.formats.pickles import Inert, Persistent, built, dumps, inert, loads
+from megatron_olmo_bridge.formats.inert import Inert, built, inert
+from megatron_olmo_bridge.formats.pickles import Persistent, dumps, loads
 
 PLAIN: list[Any] = [
     None, True, False, 0, 1, -1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63, -(2**63),
@@ -66,7 +67,7 @@ def test_the_same_value_gives_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_containers_of_the_standard_library_are_read_as_themselves(protocol: int) -> None:
-    value = {"o": OrderedDict(a=1), "s": {1, 2}, "f": frozenset({3}), "i": slice(1, None)}
+    value = {"o": OrderedDict(a=1), "s": {1, 2}, "f": frozenset({3})}
     assert loads(pickle.dumps(value, protocol), "file") == value
 
 
@@ -157,7 +158,7 @@ HARMLESS: list[Any] = [
     fractions.Fraction(1, 2), uuid.UUID(int=1), re.compile("a"), re.IGNORECASE,
     datetime.UTC, datetime.date.fromtimestamp, math.sqrt, operator.itemgetter(1), int, len,
     ValueError("x"), type(None), np.tanh, np.random.default_rng(0), np.random.RandomState(0),
-    array.array("i", [1]), random.Random(1), list[int],
+    array.array("i", [1]), random.Random(1), list[int], slice(1, None), 1j,
 ]  # fmt: skip
 
 

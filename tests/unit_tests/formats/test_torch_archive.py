@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from megatron_olmo_bridge.errors import FormatError, UnsafePickleError
-from megatron_olmo_bridge.formats.pickles import built
+from megatron_olmo_bridge.formats.inert import Inert, built, inert
+from megatron_olmo_bridge.formats.pickles import Persistent, dumps
 from megatron_olmo_bridge.formats.tensors import StoredArray
 from megatron_olmo_bridge.formats.torch_archive import (
     ALIGNMENT,
     StoredStorage,
+    array_of,
     object_archive,
     read_archive,
     read_tensor,
@@ -132,6 +134,15 @@ def test_a_column_of_extent_one_may_have_any_stride(tmp_path: Path) -> None:
     assert torch.equal(values(tensor_of(saved(tmp_path, tensor))), tensor)
 
 
+class Tensor(torch.Tensor):
+    """A tensor of the program that trained."""
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.partition_dim = 1  # type: ignore[attr-defined]
+    return tensor
+
+
 @pytest.mark.parametrize(
     ("value", "says"),
     [
@@ -139,8 +150,19 @@ def test_a_column_of_extent_one_may_have_any_stride(tmp_path: Path) -> None:
         (torch.randn(4, 6)[:, :3], "the tensor is not contiguous"),
         (torch.arange(3), "tensors of torch.LongStorage are not converted"),
         (torch.randn(3).double(), "tensors of torch.DoubleStorage are not converted"),
-        ([None], "not a plain tensor"),
-        ({"a": torch.zeros(2)}, "not a plain tensor"),
+        ([None], "holds <list>, not a plain tensor"),
+        ({"a": torch.zeros(2)}, "holds <dict>, not a plain tensor"),
+        (
+            torch._neg_view(torch.randn(4, 4)),
+            "negates or conjugates its elements, .*: {'neg': True}",
+        ),
+        (torch.nn.Parameter(torch._neg_view(torch.randn(4))), "negates or conjugates"),
+        (torch.randn(3, dtype=torch.complex64).conj(), "negates or conjugates .*: {'conj': True}"),
+        (with_attribute(torch.nn.Parameter(torch.zeros(2))), "_rebuild_parameter_with_state, not"),
+        (with_attribute(torch.zeros(2)), "asks for torch._tensor._rebuild_from_type_v2,"),
+        (torch.zeros(2).as_subclass(Tensor), "asks for torch._tensor._rebuild_from_type_v2,"),
+        (torch.zeros(2).to_sparse(), "_rebuild_sparse_tensor, not a plain tensor"),
+        (torch.zeros(2, device="meta"), "_rebuild_meta_tensor_no_storage, not a plain tensor"),
     ],
 )
 def test_other_tensors_are_refused(tmp_path: Path, value: Any, says: str) -> None:
@@ -195,6 +217,89 @@ def test_a_foreign_archive_is_refused(
     with pytest.raises(FormatError, match=says) as caught:
         tensor_of(file)
     assert str(caught.value).startswith(str(file))
+
+
+REBUILD = inert("torch._utils._rebuild_tensor_v2")
+
+
+def stored(count: int = 64, kind: str = "FloatStorage", key: Any = "0") -> Persistent:
+    return Persistent(("storage", inert(f"torch.{kind}"), key, "cpu", count))
+
+
+def rebuilt(*args: Any, shape: Any = (64,), strides: Any = (1,), storage: Any = None) -> Inert:
+    """A tensor as ``torch.save`` pickles it, with these arguments after the hooks."""
+    hooks = inert("collections.OrderedDict")()
+    return REBUILD(stored() if storage is None else storage, 0, shape, strides, False, hooks, *args)
+
+
+def changed(tensor: Inert, **attributes: Any) -> Inert:
+    """A tensor that the pickle goes on to change."""
+    tensor.state = attributes
+    return tensor
+
+
+def test_a_tensor_with_empty_metadata_is_plain(tmp_path: Path) -> None:
+    for args in ((), (None,), ({},)):
+        array = tensor_of(rezipped(tmp_path, {"data.pkl": dumps(rebuilt(*args))}))
+        assert (array.shape, array.dtype) == ((64,), "float32")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (rebuilt({"neg": True}), "negates or conjugates"),
+        (rebuilt({"neg": False}), "other metadata"),
+        (rebuilt(["neg"]), "other metadata"),
+        (rebuilt({}, 1), "other metadata"),
+        (changed(rebuilt(), a=1), "holds torch._utils._rebuild_tensor_v2, not a plain tensor"),
+        (inert("torch._utils._rebuild_parameter")(changed(rebuilt(), a=1), True), "not a plain"),
+        (changed(inert("torch._utils._rebuild_parameter")(rebuilt(), True)), "not a plain tensor"),
+        (rebuilt(shape=(2**63,)), "which is no tensor"),
+        (rebuilt(shape=(1,) * 65, strides=(1,) * 65), "don't fit"),
+        (rebuilt(shape=(10**500,)), "which is no tensor"),
+        (rebuilt(storage=stored(key="1")),  "has no record 'data/1'"),
+        (rebuilt(storage=stored(key=0)), "is not a storage"),
+        (rebuilt(storage=stored(count=10**500)), "256 bytes cannot hold an integer of 1661 bits"),
+        (rebuilt(storage=Persistent(("module", "x"))), r"\('module', 'x'\) is not a storage"),
+        ([rebuilt(), rebuilt(storage=stored(64, "IntStorage"))], "'0' is of two dtypes or sizes"),
+        ([rebuilt(storage=stored(9, "IntStorage")), rebuilt(storage=stored(8, "IntStorage"))],
+         "'0' is of two dtypes or sizes"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_torch_reads_otherwise_is_refused(
+    tmp_path: Path, value: Any, says: str
+) -> None:
+    file = rezipped(tmp_path, {"data.pkl": dumps(value)})
+    with pytest.raises(FormatError, match=says) as caught:
+        tensor_of(file)
+    assert str(caught.value).startswith(str(file))
+    assert len(str(caught.value)) < 500
+
+
+def test_tensors_may_share_a_storage(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    first, second = read_archive(saved(tmp_path, [base, base[1:]]))
+    assert first.args[0] == second.args[0]
+    array = array_of(second, tmp_path / "saved.pt", "second")
+    assert torch.equal(values(array), base[1:])
+
+
+def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
+    """``torch.load`` hands a file with this record to ``torch.jit.load``."""
+    file = rezipped(tmp_path, {})
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("saved/constants.pkl", b"x")
+    with pytest.raises(FormatError, match="is a TorchScript program"):
+        tensor_of(file)
+
+
+def test_a_flipped_bit_in_the_pickle_is_noticed(tmp_path: Path) -> None:
+    file = saved(tmp_path, torch.zeros(64))
+    data = bytearray(file.read_bytes())
+    data[data.index(b"_rebuild_tensor_v2")] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(FormatError, match=r"data\.pkl is not what was written: its checksum"):
+        tensor_of(file)
 
 
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:

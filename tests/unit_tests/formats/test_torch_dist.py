@@ -8,22 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from megatron_olmo_bridge.convert.transfer import Transfer
 from megatron_olmo_bridge.errors import FormatError, MappingError, UnsafePickleError
 from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive
-from megatron_olmo_bridge.formats.torch_dist import (
-    Chunk,
-    GlobalTensor,
-    Stored,
-    TorchDistFolder,
-    encode_metadata,
-    read_format,
-    stacked_key,
-)
+from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder, read_format, stacked_key
 from megatron_olmo_bridge.mapping.registry import ResolvedMapping
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
 
@@ -193,78 +183,9 @@ def test_code_in_the_common_state_is_refused(tmp_path: Path) -> None:
         _ = TorchDistFolder(tmp_path, {}, {}).common
 
 
-# -------------------------------------------------------------------------------------- .metadata
-
-
-def test_torch_reads_the_metadata_that_is_written(tmp_path: Path) -> None:
-    chunks = (
-        Chunk((0, 0, 0), (1, 2, 3), Stored("__0_0.distcp", 0, 900)),
-        Chunk((1, 0, 0), (1, 2, 3), Stored("__0_1.distcp", 2**40, 900)),
-    )
-    whole = (Chunk((0,), (5,), Stored("__0_0.distcp", 960, 800)),)
-    tensors = {
-        "layers.w": GlobalTensor("bfloat16", (2, 2, 3), chunks),
-        "norm": GlobalTensor("float32", (5,), whole),
-    }
-    objects = {"layers._extra_state/shard_0_2": Stored("__0_0.distcp", 1800, 64)}
-    (tmp_path / ".metadata").write_bytes(encode_metadata(tensors, objects))
-
-    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
-    described = metadata.state_dict_metadata
-    assert described.keys() == tensors.keys() | objects.keys()
-    layers, norm = described["layers.w"], described["norm"]
-    assert isinstance(layers, TensorStorageMetadata)
-    assert isinstance(norm, TensorStorageMetadata)
-    assert (layers.properties.dtype, norm.properties.dtype) == (torch.bfloat16, torch.float32)
-    assert layers.properties.layout is torch.strided
-    assert layers.properties.memory_format is torch.contiguous_format
-    assert layers.size == torch.Size([2, 2, 3])
-    assert [tuple(c.offsets) for c in layers.chunks] == [(0, 0, 0), (1, 0, 0)]
-    assert {tuple(c.sizes) for c in layers.chunks} == {(1, 2, 3)}
-    assert isinstance(described["layers._extra_state/shard_0_2"], BytesStorageMetadata)
-    stored = {
-        (index.fqn, index.offset and tuple(index.offset)):
-            (info.relative_path, info.offset, info.length)
-        for index, info in metadata.storage_data.items()
-    }  # fmt: skip
-    assert stored == {
-        ("layers.w", (0, 0, 0)): ("__0_0.distcp", 0, 900),
-        ("layers.w", (1, 0, 0)): ("__0_1.distcp", 2**40, 900),
-        ("norm", (0,)): ("__0_0.distcp", 960, 800),
-        ("layers._extra_state/shard_0_2", None): ("__0_0.distcp", 1800, 64),
-    }
-    again = TorchDistFolder.read(tmp_path)
-    assert (again.tensors, again.objects) == (tensors, objects)
-
-
 def test_no_metadata_is_an_incomplete_save(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"no \.metadata: an incomplete save"):
         TorchDistFolder.read(tmp_path)
-
-
-def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
-    chunk = Chunk((0,), (5,), Stored("../x.distcp", 0, 800))
-    tensors = {"w": GlobalTensor("float32", (5,), (chunk,))}
-    (tmp_path / ".metadata").write_bytes(encode_metadata(tensors, {}))
-    with pytest.raises(FormatError, match=r"w would be in '\.\./x\.distcp', outside the folder"):
-        TorchDistFolder.read(tmp_path)
-
-
-def test_a_chunk_or_object_without_a_place_is_refused(tmp_path: Path) -> None:
-    import pickle
-
-    path = tmp_path / ".metadata"
-    chunk = Chunk((0,), (5,), Stored("x.distcp", 0, 800))
-    path.write_bytes(
-        encode_metadata({"w": GlobalTensor("float32", (5,), (chunk,))},
-                        {"o": Stored("x.distcp", 0, 8)})
-    )  # fmt: skip
-    real = pickle.loads(path.read_bytes())
-    for key, says in (("w", "where w at \\[0\\] is stored"), ("o", "where o is stored")):
-        kept = {i: info for i, info in real.storage_data.items() if i.fqn != key}
-        path.write_bytes(pickle.dumps(type(real)(real.state_dict_metadata, None, kept)))
-        with pytest.raises(FormatError, match=f"does not say {says}"):
-            TorchDistFolder.read(tmp_path)
 
 
 @pytest.mark.parametrize(

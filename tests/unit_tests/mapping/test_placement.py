@@ -105,6 +105,26 @@ def test_a_missing_a_doubled_and_a_grown_block_are_found(seed: int) -> None:
     assert uncovered(shape, [beyond]) == (f"block {beyond} lies outside the shape {list(shape)}")
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_blocks_that_overlap_are_found_however_they_lie(seed: int) -> None:
+    rng = random.Random(seed)
+    rows, columns = rng.randrange(2, 9), rng.randrange(2, 9)
+    blocks = [random_region(rng, rows, columns) for _ in range(rng.randrange(2, 5))]
+    times_covered = sum(mask(block, rows, columns).int() for block in blocks)
+    said = uncovered((rows, columns), blocks)
+    assert (said is not None and "is covered twice" in said) == bool((times_covered > 1).any())
+
+
+def test_many_blocks_that_all_reach_into_the_same_rows_take_little_time() -> None:
+    """Compared in pairs they would take minutes."""
+    many = 20_000
+    blocks = [Region(i % 7, 100, i, i + 1) for i in range(many)]
+    covered = sum(block.size for block in blocks)
+    assert uncovered((100, many), blocks) == (
+        f"{100 * many - covered} of {100 * many} elements are not covered"
+    )
+
+
 def test_equal_count_of_elements_is_not_enough() -> None:
     # 4 elements for a tensor of 4: one of them twice, one not at all.
     blocks = [Region(0, 1, 0, 2), Region(0, 1, 1, 2), Region(1, 2, 0, 1)]

@@ -241,7 +241,7 @@ _SETTINGS = DECODER_SETTINGS | {"qk_layernorm": True} | dict.fromkeys(
 def _refuse_other_models(args: Mapping[str, Any]) -> None:
     wrong = differing(args, _SETTINGS)
     # A function, or in YAML a reference to one.
-    if args.get("activation_func") is not None and "silu" not in str(args["activation_func"]):
+    if args.get("activation_func") is not None and "silu" not in quote(args["activation_func"]):
         wrong["activation_func"] = args["activation_func"]
     if wrong:
         said = ", ".join(f"{name}={quote(value)}" for name, value in wrong.items())

@@ -1,0 +1,253 @@
+"""``.metadata`` of torch.distributed.checkpoint: which bytes of which file are which chunk."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import FormatError, UnsupportedError, quote
+from megatron_olmo_bridge.mapping.placement import Shape
+
+from .files import PICKLE_LIMIT, read_small
+from .inert import Inert, built, inert
+from .pickles import dumps, loads
+from .torch_archive import MOST_DIMENSIONS
+
+METADATA = ".metadata"
+_DCP = "torch.distributed.checkpoint.metadata"
+_LONGEST_KEY = 1000
+_LIMIT = 2**63
+"""Of offsets, extents and numbers of elements, in PyTorch too."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of a ``.distcp`` file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a global tensor."""
+
+    offset: Shape
+    shape: Shape
+    stored: Stored
+
+
+@dataclass(frozen=True)
+class GlobalTensor:
+    """What ``.metadata`` says of a tensor key."""
+
+    dtype: str
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+
+
+_Places = dict[str, dict[Shape | None, Stored]]
+"""By the key of a tensor or object and the offset of a chunk."""
+
+
+def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, Stored]]:
+    """Return the tensors and the other objects of a checkpoint.
+
+    Every chunk lies in its tensor's shape and in a file of the folder, and shares no byte with
+    another.
+
+    Raises:
+        FormatError: damaged, or it says otherwise.
+        UnsafePickleError: the pickle names what has no place in a checkpoint.
+        UnsupportedError: the files are compressed or encrypted.
+    """
+    file = path / METADATA
+    try:
+        metadata = _attributes(loads(read_small(file, PICKLE_LIMIT), file))
+        places = _places(metadata.get("storage_data") or {}, file)
+        tensors, objects = _described(metadata.get("state_dict_metadata") or {}, places, file)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        ours = type(error) is ValueError  # str() of another may be endless
+        why = str(error) if ours else f"{type(error).__name__} {quote(error.args)}"
+        raise FormatError(
+            f"{file}: not the metadata of a distributed checkpoint ({why})"
+        ) from error
+    _check_files(path, places)
+    return tensors, objects
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    state = getattr(value, "state", None)
+    if not isinstance(state, dict):
+        raise ValueError(f"{quote(value)} has no attributes")
+    return state
+
+
+def _check_key(key: Any) -> None:
+    if not (isinstance(key, str) and key.isprintable() and len(key) <= _LONGEST_KEY):
+        raise ValueError(f"{quote(key)} is not the name of a tensor")
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _LIMIT:
+        raise ValueError(f"{quote(value)} is not a size")
+    return value
+
+
+def _size(value: Any) -> Shape:
+    numbers = value.args[0] if isinstance(value, Inert) else value
+    if not isinstance(numbers, list | tuple) or len(numbers) > MOST_DIMENSIONS:
+        raise ValueError(f"{quote(numbers)} is not a shape")
+    return tuple(map(_number, numbers))
+
+
+def _is_file_name(name: Any) -> bool:
+    plain = isinstance(name, str) and name.isprintable() and "/" not in name and len(name) < 256
+    return plain and name not in ("", ".", "..")
+
+
+def _places(storage: Mapping[Any, Any], file: Path) -> _Places:
+    places: _Places = defaultdict(dict)
+    for index, info in storage.items():
+        key, value = _attributes(index), _attributes(info)
+        name, offset = value["relative_path"], key.get("offset")
+        _check_key(key["fqn"])
+        if value.get("transform_descriptors"):
+            raise UnsupportedError(
+                f"{file}: {key['fqn']} is stored compressed or encrypted. Save the checkpoint "
+                "without extensions of torch.distributed.checkpoint."
+            )
+        if not _is_file_name(name):
+            raise FormatError(f"{file}: {key['fqn']} would be in {quote(name)}, outside the folder")
+        try:
+            at = Stored(name, _number(value["offset"]), _number(value["length"]))
+            places[key["fqn"]][None if offset is None else _size(offset)] = at
+        except ValueError as error:
+            raise ValueError(f"{key['fqn']} in {name}: {error}") from None
+    return dict(places)
+
+
+def _described(
+    metadata: Mapping[Any, Any], places: _Places, file: Path
+) -> tuple[dict[str, GlobalTensor], dict[str, Stored]]:
+    tensors, objects = {}, {}
+    for key, value in metadata.items():
+        _check_key(key)
+        stored = places.get(key, {})
+        if value.global_name.endswith(".BytesStorageMetadata"):
+            if not stored:
+                raise FormatError(f"{file}: does not say where {key} is stored")
+            objects[key] = next(iter(stored.values()))
+            continue
+        try:
+            tensors[key] = _global_tensor(key, _attributes(value), stored, file)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    return tensors, objects
+
+
+def _global_tensor(
+    key: str, value: dict[str, Any], places: Mapping[Shape | None, Stored], file: Path
+) -> GlobalTensor:
+    # torch keeps the dtype first in the state of TensorProperties
+    state = value["properties"].state
+    dtype = state[0] if isinstance(state, tuple) else state["dtype"]
+    shape = _size(value["size"])
+    if math.prod(shape) >= _LIMIT:
+        raise FormatError(f"{file}: {key}: no tensor has the shape {quote(shape)}")
+    chunks = []
+    for chunk in value["chunks"]:
+        fields = _attributes(chunk)
+        offset, extents = _size(fields["offsets"]), _size(fields["sizes"])
+        if offset not in places:
+            raise FormatError(f"{file}: does not say where {key} at {list(offset)} is stored")
+        if not len(offset) == len(extents) == len(shape):
+            raise FormatError(f"{file}: {key}: its chunks have not the dimensions of its shape")
+        if any(at + n > whole for at, n, whole in zip(offset, extents, shape, strict=True)):
+            raise FormatError(
+                f"{file}: {key}: its chunk {quote(extents)} at {quote(offset)} reaches beyond its "
+                f"shape {quote(shape)}"
+            )
+        chunks.append(Chunk(offset, extents, places[offset]))
+    return GlobalTensor(dtype.global_name.removeprefix("torch."), shape, tuple(chunks))
+
+
+def _check_files(path: Path, places: _Places) -> None:
+    """Raise FormatError if a file is truncated, or two chunks share bytes of it.
+
+    A file that is absent is missed where it is needed.
+    """
+    found = sorted(
+        (at.file, at.offset, at.offset + at.length, key)
+        for key, by_offset in places.items()
+        for at in by_offset.values()
+        if at.length
+    )
+    for (name, _, end, key), (name_after, begin, _, key_after) in pairwise(
+        [*found, ("", 0, 0, "")]
+    ):
+        file = path / name
+        if name == name_after:
+            if begin < end:
+                raise FormatError(
+                    f"{file}: {key} and {key_after} would share bytes {begin} to {end} of it"
+                )
+        elif file.is_file() and (size := file.stat().st_size) < end:
+            raise FormatError(f"{file}: truncated: {key} ends at byte {end}, the file has {size}")
+
+
+def encode_metadata(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Stored]) -> bytes:
+    """The ``.metadata`` file: a pickle that torch reads as ``Metadata``."""
+
+    def size(shape: Shape) -> Inert:
+        return inert("torch.Size")(tuple(shape))
+
+    def index(key: str, offset: Shape | None) -> Inert:
+        at = None if offset is None else size(offset)
+        return built(f"{_DCP}.MetadataIndex", {"fqn": key, "offset": at, "index": None})
+
+    def info(at: Stored) -> Inert:
+        fields = {"relative_path": at.file, "offset": at.offset, "length": at.length}
+        return built("torch.distributed.checkpoint.filesystem._StorageInfo", fields)
+
+    def described(tensor: GlobalTensor) -> Inert:
+        # TensorProperties.__getstate__: dtype, layout, requires_grad, memory format, pin_memory
+        layout = inert("torch.serialization._get_layout")("torch.strided")
+        memory = inert(f"{_DCP}._MEM_FORMAT_ENCODING")(0)
+        properties = built(
+            f"{_DCP}.TensorProperties",
+            (inert(f"torch.{tensor.dtype}"), layout, False, memory, False),
+        )
+        chunks = [
+            built(f"{_DCP}.ChunkStorageMetadata",
+                  {"offsets": size(c.offset), "sizes": size(c.shape)})
+            for c in tensor.chunks
+        ]  # fmt: skip
+        return built(
+            f"{_DCP}.TensorStorageMetadata",
+            {"properties": properties, "size": size(tensor.shape), "chunks": chunks},
+        )
+
+    described_objects = {key: built(f"{_DCP}.BytesStorageMetadata", {}) for key in objects}
+    storage = {
+        index(key, c.offset): info(c.stored) for key, t in tensors.items() for c in t.chunks
+    } | {index(key, None): info(at) for key, at in objects.items()}
+    return dumps(
+        built(
+            f"{_DCP}.Metadata",
+            {
+                "state_dict_metadata": {k: described(t) for k, t in tensors.items()}
+                | described_objects,
+                "planner_data": None,
+                "storage_data": storage,
+                "storage_meta": None,
+                "version": None,
+            },
+        )
+    )
