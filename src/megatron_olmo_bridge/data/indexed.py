@@ -85,7 +85,13 @@ def read_indexed(path: str | Path) -> Indexed:
     mapped = np.memmap(index, mode="r")
     lengths = np.frombuffer(mapped, "<i4", sequences, _HEADER.size)
     ends = np.frombuffer(mapped, "<i8", bounds, _HEADER.size + sequences * 12)
-    if bounds == 0 or ends[0] != 0 or ends[-1] != sequences or (np.diff(ends) < 0).any():
+    if (
+        bounds == 0
+        or ends[0] != 0
+        or ends[-1] != sequences
+        or (np.diff(ends) < 0).any()
+        or lengths.min(initial=0) < 0
+    ):
         raise FormatError(f"{index}: damaged: its documents are not made of its sequences")
     found = Indexed(prefix, np.dtype(_CODES[code]), lengths, ends)
     need, size = found.tokens * found.dtype.itemsize, data.stat().st_size

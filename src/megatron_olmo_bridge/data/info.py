@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 
-from megatron_olmo_bridge.errors import FormatError, InputError
-from megatron_olmo_bridge.formats.files import RECORD_LIMIT, read_json
+from megatron_olmo_bridge.errors import FormatError, InputError, quote
+from megatron_olmo_bridge.formats.files import RECORD_LIMIT, SIDE_FILES_LIMIT, read_json, read_small
 
 from .indexed import Indexed, read_indexed
 from .prefix import prefix_of
@@ -114,6 +114,7 @@ def _info(data: Indexed) -> DataInfo:
     path = Path(f"{data.prefix}.json")
     try:
         info = DataInfo(prefix=data.prefix, **read_json(path, RECORD_LIMIT))
+        _check_types(info)
     except FileNotFoundError:
         return DataInfo(prefix=data.prefix, **found)  # type: ignore[arg-type]
     except (FormatError, TypeError) as error:
@@ -126,10 +127,25 @@ def _info(data: Indexed) -> DataInfo:
     return info
 
 
+def _check_types(info: DataInfo) -> None:
+    """Raise TypeError if a field's value is not of its type."""
+    for name, hint in get_type_hints(DataInfo).items():
+        if not isinstance(getattr(info, name), list if get_origin(hint) is list else hint):
+            raise TypeError(f"{name} is {quote(getattr(info, name))}")
+    if not all(
+        isinstance(entry, dict) and type(entry.get("bytes")) is int for entry in info.inputs
+    ):
+        raise TypeError("inputs lack their sizes")
+
+
 def _decoded(info: DataInfo, ids: list[int]) -> str | None:
     file = Path(info.tokenizer or "") / "tokenizer.json"
     if info.tokenizer is None or not file.is_file():
         return None
     from tokenizers import Tokenizer
 
-    return str(Tokenizer.from_file(str(file)).decode(ids, skip_special_tokens=False))
+    try:
+        tokenizer = Tokenizer.from_buffer(read_small(file, SIDE_FILES_LIMIT))
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+    except Exception:  # the library has no class of its own; the text is an extra
+        return None

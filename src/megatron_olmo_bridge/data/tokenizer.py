@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_olmo_bridge.convert.execute import sha256
 from megatron_olmo_bridge.convert.source import is_on_hub
 from megatron_olmo_bridge.errors import InputError
 
@@ -89,4 +89,4 @@ def _sha256(name: str) -> str | None:
     file = local / _FILE if local.is_dir() else try_to_load_from_cache(name, _FILE)
     if not isinstance(file, str | Path) or not Path(file).is_file():
         return None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return sha256(Path(file))

@@ -66,7 +66,9 @@ def open_regular(file: Path) -> BinaryIO:
     try:
         os.fspath(file).encode()
     except UnicodeEncodeError as error:
-        raise FormatError(f"{file}: the file's name is not UTF-8. Rename it.") from error
+        raise FormatError(
+            f"{file}: the name of the file, or of a folder above it, is not UTF-8. Rename it."
+        ) from error
     try:
         # Without O_NONBLOCK, opening a pipe waits for who writes into it.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -153,6 +153,8 @@ def _read_all(path: Path, names: list[str]) -> dict[str, bytes]:
     total = 0
     for name in names:
         refuse_outside(path / name, path)
+        if not (path / name).exists():
+            raise FormatError(f"{path / name}: is a link to a file that is not there")
         files[name] = read_small(path / name, SIDE_FILES_LIMIT)
         total += len(files[name])
         if total > SIDE_FILES_LIMIT:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.convert.source import Source, fetch, open_source
 from megatron_olmo_bridge.data.tokenizer import load_pretrained
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import InputError, quote
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.files import read_json
 
@@ -128,4 +128,7 @@ def _end_tokens(source: Source) -> list[int]:
     if folder is not None and (file := folder / "generation_config.json").exists():
         config |= read_json(file)
     found = config.get("eos_token_id")
-    return [] if found is None else found if isinstance(found, list) else [found]
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(token) is not int for token in ids):
+        raise InputError(f"{source.folder}: eos_token_id must be token ids, not {quote(found)}")
+    return ids

@@ -25,7 +25,7 @@ from megatron_olmo_bridge.mapping.mappings import DirectMapping, Mapping
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
 
-from .hf_values import HFValues
+from .hf_values import MAX_LABELS, HFValues, is_count
 from .recorded import DECODER_SETTINGS
 from .tables import EMBEDDING, HF_HEAD, HF_SCORE
 
@@ -389,6 +389,7 @@ def as_classifier(hf_config: dict[str, Any], num_labels: int) -> dict[str, Any]:
     """The config of the same model with a classification head of so many classes.
 
     Raises:
+        InputError: a number of classes that no head has.
         UnsupportedError: transformers has no such head for the family.
     """
     bridge = _family_of(hf_config, _CONFIG)
@@ -396,6 +397,8 @@ def as_classifier(hf_config: dict[str, Any], num_labels: int) -> dict[str, Any]:
     if name is None:
         names = _architectures(hf_config) or [bridge.family]
         raise UnsupportedError(f"{names[0]} has no classification head here")
+    if not is_count(num_labels, MAX_LABELS):
+        raise InputError(f"a head can have 1 to {MAX_LABELS:,} classes, not {num_labels}")
     labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     return {
         **hf_config,

@@ -15,6 +15,7 @@ COUNT = "a positive whole number"
 MAX_COUNT = 2**31 - 1
 MAX_LAYERS = 100_000
 MAX_HEADS = MAX_EXPERTS = 4096
+MAX_LABELS = 100_000
 _SHOWN = 200
 """Characters of a value in a message."""
 

@@ -307,6 +307,15 @@ def interrupted(
     return tmp_path / "out"
 
 
+@pytest.mark.parametrize("name", ["prepare.json", "part-000000.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}x", '{"plan": 3}', '{"replace": false}'])
+def test_an_interrupted_run_whose_records_are_damaged(
+    prepared: Prepare, corpus: Path, interrupted: Path, name: str, text: str
+) -> None:
+    (interrupted.with_name("out.partial") / name).write_text(text)
+    refused(FormatError, name, prepared, corpus, interrupted, resume=True)
+
+
 def test_an_interrupted_run_is_continued(
     prepared: Prepare, corpus: Path, interrupted: Path, tmp_path: Path
 ) -> None:
@@ -441,6 +450,32 @@ def test_a_description_shows_how_the_text_begins(
     text = EOS.join(texts(40))
     assert found.first_text is not None
     assert text.startswith(found.first_text.rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokenizer": 3}, {"eos_id": "1"}, {"bad_lines": None}, {"first_bad_lines": "a"},
+     {"inputs": [1]}, {"inputs": [{"path": "a", "bytes": "1"}]}],
+)  # fmt: skip
+def test_a_record_of_other_types(
+    prepared: Prepare, corpus: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    prepared(corpus, tmp_path / "out")
+    record = json.loads((tmp_path / "out.json").read_text())
+    (tmp_path / "out.json").write_text(json.dumps(record | change))
+    with pytest.raises(FormatError, match=r"out\.json: not the record of prepare-data"):
+        read_info(tmp_path / "out")
+
+
+@pytest.mark.parametrize("tokenizer", [b"{}", b"", b"\xff"])
+def test_a_description_without_a_sound_tokenizer(
+    prepared: Prepare, corpus: Path, tmp_path: Path, tokenizer: bytes
+) -> None:
+    prepared(corpus, tmp_path / "out")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer)
+    record = json.loads((tmp_path / "out.json").read_text()) | {"tokenizer": str(tmp_path)}
+    (tmp_path / "out.json").write_text(json.dumps(record))
+    assert describe(tmp_path / "out").first_text is None
 
 
 def test_a_record_of_another_dataset(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:

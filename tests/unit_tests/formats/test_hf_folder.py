@@ -188,7 +188,7 @@ def test_file_names_that_are_not_utf8_are_refused(
     (tmp_path / "config.json").write_text("{}")
     save_file({"a": torch.zeros(2)}, tmp_path / "model.st")
     (tmp_path / "model.st").rename(tmp_path / os.fsdecode(name))
-    with pytest.raises(FormatError, match="the file's name is not UTF-8"):
+    with pytest.raises(FormatError, match=r"the name of the file, .* is not UTF-8"):
         read(tmp_path)
 
 
@@ -248,6 +248,12 @@ def test_a_folder_of_templates_that_is_a_link_out_of_the_folder_is_refused(folde
     (folder.parent / "other/a.jinja").touch()
     (folder / "additional_chat_templates").symlink_to(folder.parent / "other")
     with pytest.raises(FormatError, match=r"a\.jinja: is a link to .*other/a\.jinja"):
+        side_files(folder)
+
+
+def test_a_link_to_nothing_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").symlink_to("absent")
+    with pytest.raises(FormatError, match=r"tokenizer\.json: is a link to a file that is not"):
         side_files(folder)
 
 

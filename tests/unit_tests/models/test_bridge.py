@@ -5,7 +5,12 @@ from typing import Any
 import pytest
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
-from megatron_olmo_bridge.models.bridge import bridge_for, known_architectures, published_sizes
+from megatron_olmo_bridge.models.bridge import (
+    as_classifier,
+    bridge_for,
+    known_architectures,
+    published_sizes,
+)
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
 
 NUMBERS = {key: value for key, value in Olmo2Bridge.sizes["olmo2-tiny"].items()
@@ -68,6 +73,13 @@ def test_a_prefix_does_not_hide_a_classifier() -> None:
 def test_an_architecture_that_is_not_in_a_list() -> None:
     config = NUMBERS | {"architectures": "Olmo2ForSequenceClassification"}
     assert bridge_for(config, "x").num_labels == 2
+
+
+@pytest.mark.parametrize("labels", [0, -1, 100_001, 10**12])
+def test_a_head_of_too_many_classes(labels: int) -> None:
+    config = NUMBERS | {"architectures": ["Olmo2ForCausalLM"]}
+    with pytest.raises(InputError, match=f"a head can have 1 to 100,000 classes, not {labels}"):
+        as_classifier(config, labels)
 
 
 @pytest.mark.parametrize("names", [{"Olmo2ForCausalLM": 1}, [["Olmo2ForCausalLM"]], [1], 3])
