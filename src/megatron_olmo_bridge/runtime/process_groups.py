@@ -6,6 +6,7 @@ missing and leaves alone what the user's own code, Megatron-LM's for example, ha
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -94,6 +95,9 @@ def destroy_process_groups() -> None:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         tensor_parallel.get_cuda_rng_tracker().reset()
+        # What refers to a group keeps its threads, which in gloo poll a hundred times a second; and
+        # a model that trained with its optimizer refers to itself.
+        gc.collect()
 
 
 def started_together() -> int:
