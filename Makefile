@@ -7,14 +7,16 @@ LATEST := .venv-latest
 BENCH ?=
 TE_VERSIONS := 2.6.0 2.20.2
 
-.PHONY: help setup demo train-demo test test-latest test-te lint bench clean
+.PHONY: help setup demo train-demo test test-slow test-latest test-te coverage lint bench clean
 
 help:
 	@echo "make demo         set up, convert a 1B model both ways, and prove that nothing was lost"
 	@echo "make train-demo   set up, and go from text to a trained model in transformers; 5 minutes"
 	@echo "make test         set up, lint, run the tests"
+	@echo "make test-slow    the tests that take long or kill at many places: an hour"
 	@echo "make test-latest  the same tests on Python 3.12 with the newest megatron-core"
 	@echo "make test-te      Transformer Engine's own Python on a CPU, oldest and newest version"
+	@echo "make coverage     the tests, and which lines they miss"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        time import and export next to cp -r, live loading next to safetensors,"
 	@echo "                  training next to a PyTorch loop; BENCH='--size olmo2-7b' for more"
@@ -40,8 +42,15 @@ train-demo: $(VENV)/ready
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh examples/train/train_demo.sh train-demo-output
 
 test: $(VENV)/ready lint
-	$(VENV)/bin/python -m pytest -m "not slow" --cov --cov-report= --cov-fail-under=90 \
-		-n 3 --dist loadfile --durations=15
+	$(VENV)/bin/python -m pytest -m "not slow" -n 3 --dist loadfile --durations=15
+
+test-slow: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -m slow -n 2 --dist loadfile --durations=15
+
+# Measuring takes half as long again.
+coverage: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -m "not slow" -n 3 --dist loadfile --cov --cov-report=term \
+		--cov-fail-under=90
 
 test-latest: $(LATEST)/ready
 	$(LATEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile

@@ -75,7 +75,7 @@ def with_hub(
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     command = [sys.executable, "-m", "megatron_olmo_bridge", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=120
+        command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=900
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from launching import olmo_bridge, run_script
+from slow import slow_but
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "complaints:tiny"
@@ -56,9 +57,7 @@ def train(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(
-    scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["tp1", "tp2"]
-)
+@pytest.fixture(scope="module", params=slow_but([], [1, 2]), ids=["tp1", "tp2"])
 def run(request: pytest.FixtureRequest, data: Path) -> tuple[Path, str, int]:
     """A run's folder, what it printed, and its tensor parallel size."""
     tp = request.param
@@ -183,9 +182,7 @@ def test_it_stops_early_and_remembers(data: Path, tmp_path: Path) -> None:
 SCORES = {"multi_label_classification": "macro_f1", "regression": "r2"}
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(kind, marks=pytest.mark.slow) for kind in SCORES]
-)
+@pytest.fixture(scope="module", params=slow_but([], SCORES))
 def other_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of another problem type; its data stand beside it."""
     folder = tmp_path_factory.mktemp(request.param)

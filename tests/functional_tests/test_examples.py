@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from slow import slow_but
 
 from megatron_olmo_bridge import synth, verify
 
@@ -32,12 +33,13 @@ def run(processes: int, name: str | Path, *arguments: object, cwd: Path | None =
     return done.stdout
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", slow_but([1], [1, 2]))
 def test_convert(hf: Path, tmp_path: Path, processes: int) -> None:
     assert run(processes, "convert.py", hf, tmp_path / "out") == "47 tensors: equal\n"
     assert verify(hf, tmp_path / "out/hf").equal
 
 
+@pytest.mark.slow
 def test_load_and_save(hf: Path, tmp_path: Path) -> None:
     said = run(2, "load_and_save.py", hf, tmp_path / "out", "--tp", 2)
 
@@ -46,6 +48,7 @@ def test_load_and_save(hf: Path, tmp_path: Path) -> None:
     assert verify(hf, tmp_path / "out/megatron").equal
 
 
+@pytest.mark.slow
 def test_inference(hf: Path) -> None:
     said = run(1, "inference.py", hf, "1,2,3")
 
@@ -54,6 +57,7 @@ def test_inference(hf: Path) -> None:
     assert len(continued.split()) == 17
 
 
+@pytest.mark.slow
 def test_hf_as_megatron(hf: Path) -> None:
     said = run(2, "hf_as_megatron.py", hf, "--tp", 2)
 

@@ -13,6 +13,7 @@ import torch
 from damage import edit_json
 from launching import olmo_bridge, stock
 from safetensors.torch import load_file
+from slow import slow_but
 
 from megatron_olmo_bridge import (
     AutoBridge,
@@ -34,6 +35,8 @@ SAVES = {
     "bfloat16 tp2": (("--tp", 2, "--dtype", "bfloat16"), 2),
 }
 
+QUICK = ("one process", "tp2 pp2, optimizer, stacked keys")
+
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,7 +54,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("save", slow_but(QUICK, SAVES))
 def test_export_equals_the_models_weights(hf: Path, tmp_path: Path, save: str) -> None:
     arguments, processes = SAVES[save]
     root = tmp_path / "run"

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from launching import ended, olmo_bridge
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEPS, BELOW = 80, 3.5
 """The loss in nats a token after so many steps. Random weights have 6.9, unigrams 4.7."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import olmo_bridge
+from slow import slow_but
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -35,7 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     return folder / "megatron", expected
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+@pytest.mark.parametrize(
+    "layout", slow_but([{"tp": 2}], [{"tp": 2}, {"pp": 2}]), ids=["tp2", "pp2"]
+)
 def test_greedy_tokens_are_those_of_transformers(
     model: tuple[Path, list[int]], layout: dict[str, int]
 ) -> None:
@@ -67,6 +70,7 @@ def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
     assert found["tokens"] != expected[:12]
 
 
+@pytest.mark.slow
 def test_another_tokenizer(model: tuple[Path, list[int]], tmp_path: Path) -> None:
     """Of a checkpoint that has none: text in, text out."""
     checkpoint, expected = model

@@ -116,6 +116,7 @@ def test_ctrl_c_in_compare(start: Start, hf: Path) -> None:
     assert "Traceback" not in "".join(run.shown)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_generate(start: Start, hf: Path) -> None:
     run = start("generate", hf, "--tokens", "1,2,3", "--max-new-tokens", 4000)
     assert len(run.wait_for("generate")) == 1
@@ -127,6 +128,7 @@ def test_ctrl_c_in_generate(start: Start, hf: Path) -> None:
     assert "Traceback" not in "".join(run.shown)
 
 
+@pytest.mark.slow
 def test_sigterm_in_roundtrip(start: Start, hf: Path) -> None:
     """Two copies of the model are removed with it."""
     run = start("roundtrip", hf, "--tp", 2)
@@ -138,6 +140,7 @@ def test_sigterm_in_roundtrip(start: Start, hf: Path) -> None:
     assert [line for line in run.shown if not line.startswith("... ")] == []
 
 
+@pytest.mark.slow
 def test_a_process_of_roundtrip_that_dies(start: Start, hf: Path) -> None:
     run = start("roundtrip", hf, "--tp", 2)
     workers = run.wait_for("save with stock megatron-core")

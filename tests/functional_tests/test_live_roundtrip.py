@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from launching import olmo_bridge
 
 from megatron_olmo_bridge import synth
 
 
+@pytest.mark.slow
 def test_nothing_is_lost(tmp_path: Path) -> None:
     hf = synth("olmo2-tiny", tmp_path / "hf", dtype="bfloat16")
     done = olmo_bridge("roundtrip", hf, "--tp", 2, "--work", tmp_path, "--json")

@@ -130,13 +130,14 @@ def test_the_notebook_has_the_scripts_code() -> None:
     assert list(filter(None, code.splitlines())) == list(filter(None, script))
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
     said = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", ()))
     assert "OLM " in said and "Megatron " in said

@@ -98,14 +98,8 @@ def test_any_number_of_workers_makes_the_same_bytes(
     assert same(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "by",
-    [
-        signal.SIGKILL,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) -> None:
     out = tmp_path / "out"
     process = start(folder, out, stopped=True)
@@ -140,6 +134,7 @@ def test_a_worker_that_dies_is_told_of(folder: Path, tmp_path: Path) -> None:
     wait_until(lambda: nobody_left(process.pid))
 
 
+@pytest.mark.slow
 def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     limit = (folder / "one.bin").stat().st_size // 2  # enough for parts, not for all of them
     process = start(

@@ -87,7 +87,7 @@ def start(launcher: list[str], hf: Path, folder: Path, tp: int, *tasks: dict[str
         for task in tasks or ({},)
     ]
     try:
-        said = [process.communicate(timeout=180)[1] for process in started]
+        said = [process.communicate(timeout=900)[1] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -7,6 +7,7 @@ end after 4 steps. Unless a case says otherwise, a run would save into HERE/new.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("omegaconf")
 
 from launching import olmo_bridge
+from megatron.core.models.gpt import GPTModel
 from training_runs import Place
 from trees import tree_hash
 from typer.testing import Result
@@ -477,6 +479,13 @@ def test_a_run_that_was_refused_can_be_started_again(place: Place, tmp_path: Pat
     destroy_process_groups()
 
     place.run(str(tmp_path / "new"), *short.split()[:-1]).done()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_nothing_of_a_refused_run_stays_in_memory(place: Place, tmp_path: Path) -> None:
+    message(train("logging.wandb_project=x checkpoint.save=null", place, tmp_path))
+    destroy_process_groups()
+    assert not [value for value in gc.get_objects() if isinstance(value, GPTModel)]
 
 
 @pytest.mark.usefixtures("one_process")

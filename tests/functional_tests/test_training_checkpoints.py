@@ -122,6 +122,7 @@ def test_only_the_last_are_kept(place: Place, alone: Run) -> None:
     assert complete(run)
 
 
+@pytest.mark.slow
 def test_saved_while_training_goes_on(place: Place, whole: Run) -> None:
     """At TP 2: killed, stopped, and each checkpoint the same as one that was waited for."""
     overrides = ("parallel.tp=2", "checkpoint.asynchronous=true")
@@ -181,6 +182,7 @@ def test_a_full_disk(
     assert complete(run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_two_processes(place: Place, disk: Path) -> None:
     full = place.run(f"{disk}/run", processes=2, fate="cheated")
     assert re.search("can't save a checkpoint: .* GB are free", refused(full))
@@ -218,6 +220,7 @@ def test_weights_of_another_run(place: Place, alone: Run) -> None:
     assert run.evaluations[0] == pytest.approx(alone.evaluations[14], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_moments_of_another_run(place: Place) -> None:
     """On data of which every batch is the same, a run that begins with weights and moments of
     another goes on as that one does; with the weights alone it does not."""
@@ -282,6 +285,7 @@ def test_a_loss_that_is_no_number_stops_the_run(place: Place, overrides: tuple[s
     assert complete(run)
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_or_stops_the_run(place: Place) -> None:
     """Skipped, also after a restart: what the watch remembers is saved."""
     stopped = place.run("spike", *SPIKY)

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 import torch
+from slow import slow_but
 from training_runs import Curve, Place, Run, apart
 from transformers import AutoModelForCausalLM
 
@@ -42,7 +43,7 @@ def one(place: Place, single: Path) -> Run:
     return place.run("one", f"init.hf={single}", *GENTLE).done()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(["tp", "pp"], LAYOUTS))
 def test_losses_do_not_depend_on_the_layout(
     place: Place, single: Path, one: Run, layout: str
 ) -> None:

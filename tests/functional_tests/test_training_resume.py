@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from killing import wait_until
+from slow import slow_but
 from training_runs import Place, Run, apart
 from trees import tree_hash
 
@@ -65,7 +66,8 @@ def assert_same(run: Run, whole: Run) -> None:
 # ------------------------------------------------------------------------------------ kill it
 
 
-@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "tp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "tp"])
 def test_killed_at_random_moments_and_while_saving(
     place: Place, uninterrupted: Uninterrupted, layout: str
 ) -> None:
@@ -111,7 +113,9 @@ def test_killed_ten_times(place: Place, uninterrupted: Uninterrupted, chain: int
 # ------------------------------------------------------------------------------------ stop it
 
 
-@pytest.mark.parametrize(("layout", "number"), [("one", "INT"), ("tp", "TERM")])
+@pytest.mark.parametrize(
+    ("layout", "number"), slow_but([("tp", "TERM")], [("one", "INT"), ("tp", "TERM")])
+)
 def test_stopped_by_a_signal(
     place: Place, uninterrupted: Uninterrupted, layout: str, number: str
 ) -> None:
@@ -159,7 +163,8 @@ def test_ctrl_c_stops_all_processes_of_the_command(
 # --------------------------------------------------------------------- random numbers, precision
 
 
-@pytest.mark.parametrize("layout", ["one", pytest.param("tp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "tp"])
 def test_dropout_goes_on_with_its_random_numbers(
     place: Place, uninterrupted: Uninterrupted, layout: str
 ) -> None:
@@ -169,11 +174,13 @@ def test_dropout_goes_on_with_its_random_numbers(
     assert_same(train(place, f"dropout-{layout}", layout, *DROPOUT, recipe="gpt2").done(), whole)
 
 
+@pytest.mark.slow
 def test_dropout_drops(uninterrupted: Uninterrupted) -> None:
     without = uninterrupted("one", recipe="gpt2")
     assert apart(without.curve, uninterrupted("one", *DROPOUT, recipe="gpt2").curve)[0] > 1e-3
 
 
+@pytest.mark.slow
 def test_bf16_resumes_exactly(place: Place, uninterrupted: Uninterrupted) -> None:
     """The weights that the optimizer keeps in float32 are saved too."""
     train(place, "bf16", "tp", BF16, fate="TERM:5")
@@ -184,13 +191,15 @@ def test_bf16_resumes_exactly(place: Place, uninterrupted: Uninterrupted) -> Non
 # -------------------------------------------------------------------------------- another layout
 
 
+OTHER_LAYOUTS = [
+    ("tp", "pp", ()), ("pp", "tp", ()), ("tp", "dp", ()),
+    ("tp", "pp", (PLAIN_OPTIMIZER,)), ("tp", "pp", (BF16,)),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "overrides"),
-    [
-        ("tp", "pp", ()), ("pp", "tp", ()), ("tp", "dp", ()),
-        ("tp", "pp", (PLAIN_OPTIMIZER,)), ("tp", "pp", (BF16,)),
-    ],
-)  # fmt: skip
+    ("before", "after", "overrides"), slow_but(OTHER_LAYOUTS[:1], OTHER_LAYOUTS)
+)
 def test_resumed_at_another_layout(
     place: Place, uninterrupted: Uninterrupted, before: str, after: str,
     overrides: tuple[str, ...],
@@ -237,6 +246,7 @@ def test_another_model_parallel_layout_is_refused(place: Place, stopped: Run) ->
     assert tree_hash(place.folder / name) == before
 
 
+@pytest.mark.slow
 def test_another_data_parallel_size(
     place: Place, uninterrupted: Uninterrupted, stopped: Run
 ) -> None:
@@ -245,6 +255,7 @@ def test_another_data_parallel_size(
     assert apart(run.curve, uninterrupted("tp").curve)[0] < 1e-5
 
 
+@pytest.mark.slow
 def test_saved_again_for_any_layout(
     place: Place, uninterrupted: Uninterrupted, stopped: Run
 ) -> None:
@@ -260,6 +271,7 @@ def test_saved_again_for_any_layout(
     assert apart(run.curve, uninterrupted("tp").curve)[0] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fate", "saved"),
     [
@@ -297,6 +309,7 @@ def test_an_extended_run_is_the_run_that_had_all_steps(place: Place) -> None:
     assert run.events("resumed")[0]["steps"] == 14
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_an_extended_run(place: Place, uninterrupted: Uninterrupted) -> None:
     """The schedule that is asked for, from the next step on; without a word it is refused."""
     whole = {line["step"]: line["lr"] for line in uninterrupted("one").events("step")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,7 +247,10 @@ def _model_and_optimizer(
     optimizer = make_optimizer(config, chunks)
     megatron = get_model_config(chunks[0])
     megatron.finalize_model_grads_func = finalize_model_grads
-    megatron.grad_scale_func = optimizer.scale_loss
+    # Weak: a distributed optimizer holds views of the parameters, which the garbage collector can't
+    # follow, and would keep the model, and the model it, for the life of the process.
+    reference: Callable[[], Any] = weakref.ref(optimizer)
+    megatron.grad_scale_func = lambda loss: reference().scale_loss(loss)
     if config.parallel.overlap:
         # Gradients of all but the last micro-batch stay where they are.
         megatron.no_sync_func = [chunk.no_sync for chunk in chunks]

@@ -37,7 +37,7 @@ def together(count: int, *args: object, code: str = IMPORT) -> list[str]:
                          env=common | {"RANK": str(i)}, stdout=subprocess.PIPE, text=True)
         for i in range(count)
     ]  # fmt: skip
-    said = [process.communicate(timeout=60)[0] for process in running]
+    said = [process.communicate(timeout=900)[0] for process in running]
     assert [process.returncode for process in running] == [0] * count
     return said
 

@@ -1,0 +1,20 @@
+"""Parameters of tests, of which ``make test`` takes a few and ``make test-slow`` the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(quick: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """The values as parameters, tuples as several; all but the quick ones are marked as slow."""
+    quick = list(quick)
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if value in quick else pytest.mark.slow,
+        )
+        for value in values
+    ]
