@@ -15,7 +15,7 @@ from megatron_olmo_bridge.errors import FormatError, OutputError
 from megatron_olmo_bridge.formats.files import open_regular
 
 NAME = "log.jsonl"
-HISTORY = {"begin", "resumed", "stopped"}
+HISTORY = {"begin", "resumed", "extended", "stopped", "done"}
 """Events that stay when a run goes back to an earlier step: they did happen."""
 
 Line = dict[str, Any]

@@ -246,10 +246,12 @@ def test_a_resumed_run_has_each_step_once(start: Start, tmp_path: Path, said: li
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_why_it_stopped_stays_in_the_log(start: Start, tmp_path: Path) -> None:
-    start(tmp_path).event("stopped", 35, message="a spike")
+@pytest.mark.parametrize("event", ["stopped", "done", "extended"])
+def test_what_became_of_the_run_stays_in_the_log(start: Start, tmp_path: Path, event: str) -> None:
+    """Also where it goes back to an earlier step."""
+    start(tmp_path).event(event, 35, message="a spike")
     start(tmp_path, resumed_at=20)
-    assert [line["event"] for line in lines(tmp_path)] == ["begin", "stopped", "resumed"]
+    assert [line["event"] for line in lines(tmp_path)] == ["begin", event, "resumed"]
 
 
 def test_a_run_that_begins_again_keeps_what_happened(start: Start, tmp_path: Path) -> None:
