@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import platform
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from megatron_olmo_bridge.formats.files import read_json
 from .plan import CopyPlan
 
 PROVENANCE = "olmo_bridge.json"
+TRAIN = "train"
+"""Operation of a run's checkpoints, whose records are sealed."""
+_SEAL = "record_sha256"
+"""Key of a record's own SHA-256: of the record without this entry."""
 LIVE = "a live model"
 """Recorded as the source of what was written out of a running model."""
 
@@ -47,6 +52,12 @@ class Provenance:
         return json.dumps(value, indent=2).encode() + b"\n"
 
 
+def sealed(record: dict[str, Any]) -> bytes:
+    """Return the JSON of a record with its own SHA-256, which shows a change of any byte."""
+    digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    return json.dumps(record | {_SEAL: digest}, indent=2).encode() + b"\n"
+
+
 def versions() -> dict[str, str]:
     """Versions of what has a part in the output's bytes."""
     found = {"megatron-olmo-bridge": __version__, "python": platform.python_version()}
@@ -59,7 +70,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     """Return what is recorded beside the weights; None if this package did not write them.
 
     Raises:
-        FormatError: not sound, or it names a file outside of the folder.
+        FormatError: not sound, damaged, or it names a file outside of the folder.
     """
     file = folder / PROVENANCE
     if not file.exists():
@@ -74,6 +85,10 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
         and all(_is_described(name, entry) for name, entry in files.items())
     ):
         raise FormatError(f"{file}: is no record of a conversion")
+    if _SEAL in value or value.get("operation") == TRAIN:
+        unsealed = {key: item for key, item in value.items() if key != _SEAL}
+        if sealed(unsealed) != file.read_bytes():
+            raise FormatError(f"{file}: damaged since it was written")
     return value
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,18 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_olmo_bridge.convert.execute import sha256
 from megatron_olmo_bridge.convert.plan import WORKERS
-from megatron_olmo_bridge.convert.provenance import LIVE, PROVENANCE, read_provenance, versions
+from megatron_olmo_bridge.convert.provenance import (
+    LIVE,
+    PROVENANCE,
+    TRAIN,
+    read_provenance,
+    sealed,
+    versions,
+)
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.runtime.process_groups import gather, on_first
 
-_OPERATION = "train"
-_SEAL = "record_sha256"
-"""Key of the record's own SHA-256, without this entry."""
 _OF_RANK = ".sha256-"
 """Begins the name of a file with what one process has recorded of its own files."""
 _SHOWN = 8
@@ -86,18 +89,12 @@ def write_record(folder: Path) -> None:
     }
     entries = known | _entries(folder, (path for name, path in files.items() if name not in known))
     record = {
-        "operation": _OPERATION,
+        "operation": TRAIN,
         "source": LIVE,
         "versions": versions(),
         "files": dict(sorted(entries.items())),
     }
-    (folder / PROVENANCE).write_bytes(_sealed(record))
-
-
-def _sealed(record: dict[str, Any]) -> bytes:
-    """The record with its own SHA-256, so that a change of any byte of it is noticed."""
-    digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()
-    return json.dumps(record | {_SEAL: digest}, indent=2).encode() + b"\n"
+    (folder / PROVENANCE).write_bytes(sealed(record))
 
 
 def check(folder: Path) -> None:
@@ -135,10 +132,6 @@ def recorded(folder: Path) -> Entries | None:
     if record is None:
         return None
     files: Entries = record["files"]
-    if record.get("operation") == _OPERATION or _SEAL in record:
-        unsealed = {key: value for key, value in record.items() if key != _SEAL}
-        if _sealed(unsealed) != (folder / PROVENANCE).read_bytes():
-            raise FormatError(f"{folder / PROVENANCE}: damaged since it was written")
     return files if files and all("sha256" in entry for entry in files.values()) else None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_olmo_bridge import __version__
-from megatron_olmo_bridge.convert.provenance import read_provenance
+from megatron_olmo_bridge.convert.provenance import PROVENANCE, read_provenance, sealed
 from megatron_olmo_bridge.convert.to_hf import export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import FormatError
@@ -106,3 +106,18 @@ def test_a_record_that_is_not_sound(tmp_path: Path, change: dict[str, Any]) -> N
     (tmp_path / "olmo_bridge.json").write_text(json.dumps(record))
     with pytest.raises(FormatError, match=r"olmo_bridge\.json: is no record of a conversion"):
         read_provenance(tmp_path)
+
+
+def test_a_change_of_any_byte_of_a_sealed_record_is_noticed(tmp_path: Path) -> None:
+    """Those of a run's checkpoints are sealed."""
+    files = {"a.distcp": {"bytes": 3, "sha256": "0" * 64}}
+    record = {"operation": "train", "source": "a live model", "versions": {}, "files": files}
+    data = sealed(record)
+    file = tmp_path / PROVENANCE
+    file.write_bytes(data)
+    found = read_provenance(tmp_path)
+    assert found is not None and found["files"] == files
+    for place in range(len(data)):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        with pytest.raises(FormatError, match=PROVENANCE):
+            read_provenance(tmp_path)
