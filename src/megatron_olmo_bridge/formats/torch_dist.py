@@ -105,6 +105,10 @@ class TorchDistFolder:
         """The model's tensors, without optimizer and RNG state."""
         return {k: t for k, t in self.tensors.items() if not _NOT_WEIGHTS.fullmatch(k)}
 
+    @cached_property
+    def _has_a_key_for_each_layer(self) -> bool:
+        return any(re.search(r"\.layers\.\d+\.", key) for key in self.weights)
+
     def rows(self, parameter: str) -> int | None:
         """Rows of a parameter that is not in a layer (a padded vocabulary, for example)."""
         tensor = self.tensors.get(parameter)
@@ -151,8 +155,7 @@ class TorchDistFolder:
         if len(parameter.chunks) == 2 and halves[0] in self.tensors:
             return list(zip(halves, parameter.chunks, (0, 0), strict=True))
         # Absent: by the name that it would have here.
-        per_layer = any(re.search(r"\.layers\.\d+\.", key) for key in self.weights)
-        stacked = 0 if per_layer else axes
+        stacked = 0 if self._has_a_key_for_each_layer else axes
         return [(parameter.key(stacked), whole, stacked)]
 
     def _arrays(self, key: str) -> Iterable[tuple[Chunk, StoredArray]]:

@@ -1,7 +1,7 @@
 """``torch_dist`` folders: those that torch saved are read, those that we describe torch reads."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,3 +204,24 @@ def test_a_stacked_key_drops_the_layer() -> None:
         "decoder.layers.mlp.linear_fc1.weight"
     )
     assert stacked_key("output_layer.weight") == "output_layer.weight"
+
+
+class LookedThrough(dict[str, object]):
+    """Counts how often it is looked through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_the_names_are_looked_through_once_however_many_tensors_are_missing(
+    mapping: ResolvedMapping, tmp_path: Path
+) -> None:
+    folder = TorchDistFolder(tmp_path, {}, {})
+    weights = LookedThrough()
+    folder.__dict__["weights"] = weights
+    with pytest.raises(MappingError, match="missing"):
+        folder.views(mapping)
+    assert weights.times == 1
