@@ -21,7 +21,7 @@ from .problems import Problem, SingleLabel, problem_of, some
 
 KINDS = (".jsonl", ".csv")
 _TOKENISED_AT_ONCE = 1000
-_LONGEST_LINE = 64 << 20
+_LONGEST_LINE = 16 << 20
 """Bytes."""
 
 Integers = npt.NDArray[np.int64]

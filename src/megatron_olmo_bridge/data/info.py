@@ -9,7 +9,7 @@ from typing import Any, get_origin, get_type_hints
 import numpy as np
 
 from megatron_olmo_bridge.errors import FormatError, InputError, quote
-from megatron_olmo_bridge.formats.files import RECORD_LIMIT, SIDE_FILES_LIMIT, read_json, read_small
+from megatron_olmo_bridge.formats.files import SIDE_FILES_LIMIT, read_json, read_small
 
 from .indexed import Indexed, read_indexed
 from .prefix import prefix_of
@@ -113,7 +113,7 @@ def _info(data: Indexed) -> DataInfo:
     found = {"documents": data.documents, "tokens": data.tokens, "dtype": data.dtype.name}
     path = Path(f"{data.prefix}.json")
     try:
-        info = DataInfo(prefix=data.prefix, **read_json(path, RECORD_LIMIT))
+        info = DataInfo(prefix=data.prefix, **read_json(path))
         _check_types(info)
     except FileNotFoundError:
         return DataInfo(prefix=data.prefix, **found)  # type: ignore[arg-type]

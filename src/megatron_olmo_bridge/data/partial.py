@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
-from megatron_olmo_bridge.formats.files import RECORD_LIMIT, read_json
+from megatron_olmo_bridge.formats.files import read_json
 
 from .info import read_info
 from .parts import write_json
@@ -72,7 +72,7 @@ class Partial:
 
     def _look_at_interrupted(self, resume: bool) -> None:
         try:
-            begun = read_json(self._marker, RECORD_LIMIT)
+            begun = read_json(self._marker)
         except FileNotFoundError:
             return
         plan, replaces = begun.get("plan"), begun.get("replace")

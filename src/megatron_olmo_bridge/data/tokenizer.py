@@ -9,6 +9,7 @@ from typing import Any
 from megatron_olmo_bridge.convert.execute import sha256
 from megatron_olmo_bridge.convert.source import is_on_hub
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.hf_folder import side_files
 
 _FILE = "tokenizer.json"
 
@@ -66,6 +67,7 @@ def load_pretrained(name: str) -> tuple[Any, Path | None]:
 
     Raises:
         InputError: there is none.
+        FormatError: see :func:`~megatron_olmo_bridge.formats.hf_folder.side_files`.
     """
     from transformers import AutoTokenizer
 
@@ -75,6 +77,8 @@ def load_pretrained(name: str) -> tuple[Any, Path | None]:
             f"{name}: no such folder. --tokenizer takes a folder or a hub id (owner/name)."
         )
     local = folder.resolve() if folder.is_dir() else None
+    if local is not None:
+        side_files(local)  # refuses what transformers would wait for, or read whole
     try:
         return AutoTokenizer.from_pretrained(local or name), local
     except Exception as error:  # many kinds, of transformers, tokenizers and the hub

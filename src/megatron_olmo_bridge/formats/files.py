@@ -22,12 +22,9 @@ TRACKER_LIMIT = 1 << 10
 YAML_LIMIT = 1 << 20
 """run_config.yaml and run.yaml."""
 RECIPE_LIMIT = 1 << 20
-JSON_LIMIT = 16 << 20
-"""config.json, the index of shards and the like, and the records that this package writes."""
-RECORD_LIMIT = 128 << 20
-"""What prepare-data records, with each of its inputs."""
-HEADER_LIMIT = 24 << 20
-"""Header of a safetensors file: 200,000 tensors."""
+JSON_LIMIT = 24 << 20
+"""config.json, the index of shards, headers of safetensors files (200,000 tensors), and the records
+that this package writes."""
 SIDE_FILES_LIMIT = 64 << 20
 """Config and tokenizer files of a folder, together."""
 PICKLE_LIMIT = 256 << 20
@@ -119,14 +116,14 @@ def read_small(file: Path, limit: int) -> bytes:
     return data
 
 
-def read_json(file: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """Return the JSON object in a file of at most ``limit`` bytes.
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
 
     Raises:
         FormatError: it is not sound JSON, or another value; or see :func:`read_small`.
         InputError, FileNotFoundError, PermissionError: see :func:`open_regular`.
     """
-    value = parse_json(read_small(file, limit), file)
+    value = parse_json(read_small(file, JSON_LIMIT), file)
     if not isinstance(value, dict):
         raise FormatError(f"{file}: holds no JSON object")
     return value

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_olmo_bridge.errors import FormatError, UnsupportedError, quote
 from megatron_olmo_bridge.mapping.placement import Shape
 
-from .files import HEADER_LIMIT, open_regular, parse_json
+from .files import JSON_LIMIT, open_regular, parse_json
 from .tensors import ITEM_SIZE, StoredArray
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -57,9 +57,9 @@ def read_header(
                 f"{file}: truncated or not a safetensors file: its header would be {length} bytes "
                 f"long, the file has {size}"
             )
-        if length > HEADER_LIMIT:
+        if length > JSON_LIMIT:
             raise FormatError(
-                f"{file}: its header has {length:,} bytes; headers are read up to {HEADER_LIMIT:,}"
+                f"{file}: its header has {length:,} bytes; headers are read up to {JSON_LIMIT:,}"
             )
         text = handle.read(length)
     header = parse_json(text, f"{file}: header")

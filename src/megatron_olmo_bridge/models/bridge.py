@@ -306,8 +306,8 @@ def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
 
 
 def _architectures(hf_config: dict[str, Any], where: object = _CONFIG) -> list[str]:
-    names = hf_config.get("architectures") or []
-    names = [names] if isinstance(names, str) else names
+    names = hf_config.get("architectures")
+    names = [] if names is None else [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: architectures must be a list of names, not {quote(names)}")
     return names

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_olmo_bridge.errors import FormatError, UnsupportedError
-from megatron_olmo_bridge.formats.files import HEADER_LIMIT
+from megatron_olmo_bridge.formats.files import JSON_LIMIT
 from megatron_olmo_bridge.formats.safetensors import read_header, write_header
 from megatron_olmo_bridge.formats.tensors import StoredArray
 
@@ -163,7 +163,7 @@ def test_what_is_no_weight_may_have_any_dtype(tmp_path: Path, dtype: str, shape:
     "write",
     [
         lambda tmp: raw(tmp, b"{}", length=3),
-        lambda tmp: raw(tmp, b"{}", length=HEADER_LIMIT + 1),
+        lambda tmp: raw(tmp, b"{}", length=JSON_LIMIT + 1),
         lambda tmp: raw(tmp, b"{}", length=2**64 - 1),
     ],
 )
@@ -175,9 +175,9 @@ def test_a_header_longer_than_the_file_is_refused(
 
 
 def test_a_header_above_the_limit_is_refused_by_its_length(tmp_path: Path) -> None:
-    file = raw(tmp_path, b"{}", length=HEADER_LIMIT + 1)
+    file = raw(tmp_path, b"{}", length=JSON_LIMIT + 1)
     with file.open("r+b") as handle:
-        handle.truncate(HEADER_LIMIT + 9)  # sparse
+        handle.truncate(JSON_LIMIT + 9)  # sparse
     with pytest.raises(FormatError, match="its header has 25,165,825 bytes; headers are read up"):
         read_header(file)
 

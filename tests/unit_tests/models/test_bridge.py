@@ -82,7 +82,9 @@ def test_a_head_of_too_many_classes(labels: int) -> None:
         as_classifier(config, labels)
 
 
-@pytest.mark.parametrize("names", [{"Olmo2ForCausalLM": 1}, [["Olmo2ForCausalLM"]], [1], 3])
+@pytest.mark.parametrize(
+    "names", [{"Olmo2ForCausalLM": 1}, [["Olmo2ForCausalLM"]], [1], 3, 0, False]
+)
 def test_architectures_that_are_no_names(names: object) -> None:
     with pytest.raises(InputError, match=r"x: architectures must be a list of names, not"):
         bridge_for(NUMBERS | {"architectures": names, "model_type": "olmo2"}, "x")
