@@ -541,7 +541,7 @@ DESTINATIONS = [
                  (f"{command} SRC DST", f"{command} SRC DST --resume")),
             Case(f"{command}-to-a-file", start, there("../out/dst", "x"), ("DST", "is a file"),
                  (f"{command} SRC DST", f"{command} SRC DST --overwrite")),
-            Case(f"{command}-under-a-file", start, there("../out/dst", "x"), ("DST", "is a file; name"),
+            Case(f"{command}-under-a-file", start, there("../out/dst", "x"), ("DST", "is a file"),
                  (f"{command} SRC DST/x",)),
             Case(f"{command}-onto-itself", start, leave, ("SRC", "may not be the source"),
                  (f"{command} SRC SRC", f"{command} SRC SRC --overwrite")),
