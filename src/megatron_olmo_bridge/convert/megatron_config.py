@@ -28,7 +28,7 @@ def config_of(
     run_config.yaml, Megatron-LM's args.
     """
     beside = dist.path / HF_SUBFOLDER
-    if given or (beside / CONFIG).is_file():
+    if given or (beside / CONFIG).exists():
         folder = Path(given) if given else beside
         if not given:
             refuse_outside(beside, dist.path)

@@ -71,7 +71,7 @@ class TorchDistFolder:
         if at is not None:
             value = read_archive(self.common_file, at.offset, at.length, any_classes=True)
             value = value[0] if isinstance(value, list) and value else value
-        elif self.common_file.is_file():
+        elif self.common_file.exists():
             value = read_archive(self.common_file, any_classes=True)
         else:
             return {}
@@ -88,7 +88,7 @@ class TorchDistFolder:
     @property
     def _common_object(self) -> Stored | None:
         """Where it is among the shards, as megatron-core 0.19 saves it."""
-        if (self.path / COMMON).is_file():
+        if (self.path / COMMON).exists():
             return None
         return next((o for key, o in self.objects.items() if key.startswith("common_state/")), None)
 

@@ -1,6 +1,7 @@
 """Opening a checkpoint that claims to be huge, or links to files that are not its own."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ def test_a_folder_of_the_config_that_is_a_link_out_of_the_checkpoint(
     with pytest.raises(FormatError, match=r"hf: is a link to .*, outside of its folder"):
         open_source(tmp_path / "m")
     open_source(tmp_path / "m", hf_config=tmp_path / "hf")  # named by the user
+
+
+@pytest.mark.parametrize("name", ["hf/config.json", "run_config.yaml", "common.pt"])
+def test_a_pipe_is_not_taken_for_an_absent_file(
+    tiny_megatron: Path, tmp_path: Path, name: str
+) -> None:
+    root = Path(shutil.copytree(tiny_megatron, tmp_path / "m"))
+    (root / "iter_0000000" / name).unlink()
+    os.mkfifo(root / "iter_0000000" / name)
+    with pytest.raises(FormatError, match=f"{name}: is a named pipe, not a regular file"):
+        open_source(root)
 
 
 def test_records_that_name_each_other_as_their_source(tmp_path: Path) -> None:
