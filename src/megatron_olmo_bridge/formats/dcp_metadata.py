@@ -69,7 +69,7 @@ def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, Stored
     """
     file = path / METADATA
     try:
-        metadata = _attributes(loads(read_small(file, PICKLE_LIMIT), file))
+        metadata = _attributes(loads(read_small(file, PICKLE_LIMIT), file), "Metadata")
         places = _places(metadata.get("storage_data") or {}, file)
         tensors, objects = _described(metadata.get("state_dict_metadata") or {}, places, file)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -82,11 +82,13 @@ def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, Stored
     return tensors, objects
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    state = getattr(value, "state", None)
-    if not isinstance(state, dict):
-        raise ValueError(f"{quote(value)} has no attributes")
-    return state
+def _attributes(value: Any, kind: str) -> dict[str, Any]:
+    """The attributes of an object of torch's class of this name."""
+    if not isinstance(value, Inert) or type(value).__name__ != kind:
+        raise ValueError(f"{quote(value)} is not a {kind}")
+    if not isinstance(value.state, dict):
+        raise ValueError(f"a {kind} has no attributes")
+    return value.state
 
 
 def _check_key(key: Any) -> None:
@@ -115,7 +117,7 @@ def _is_file_name(name: Any) -> bool:
 def _places(storage: Mapping[Any, Any], file: Path) -> _Places:
     places: _Places = defaultdict(dict)
     for index, info in storage.items():
-        key, value = _attributes(index), _attributes(info)
+        key, value = _attributes(index, "MetadataIndex"), _attributes(info, "_StorageInfo")
         name, offset = value["relative_path"], key.get("offset")
         _check_key(key["fqn"])
         if value.get("transform_descriptors"):
@@ -146,15 +148,16 @@ def _described(
             objects[key] = next(iter(stored.values()))
             continue
         try:
-            tensors[key] = _global_tensor(key, _attributes(value), stored, file)
+            tensors[key] = _global_tensor(key, value, stored, file)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
     return tensors, objects
 
 
 def _global_tensor(
-    key: str, value: dict[str, Any], places: Mapping[Shape | None, Stored], file: Path
+    key: str, metadata: Any, places: Mapping[Shape | None, Stored], file: Path
 ) -> GlobalTensor:
+    value = _attributes(metadata, "TensorStorageMetadata")
     # torch keeps the dtype first in the state of TensorProperties
     state = value["properties"].state
     dtype = state[0] if isinstance(state, tuple) else state["dtype"]
@@ -163,7 +166,7 @@ def _global_tensor(
         raise FormatError(f"{file}: {key}: no tensor has the shape {quote(shape)}")
     chunks = []
     for chunk in value["chunks"]:
-        fields = _attributes(chunk)
+        fields = _attributes(chunk, "ChunkStorageMetadata")
         offset, extents = _size(fields["offsets"]), _size(fields["sizes"])
         if offset not in places:
             raise FormatError(f"{file}: does not say where {key} at {list(offset)} is stored")

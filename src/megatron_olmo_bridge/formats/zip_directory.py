@@ -22,7 +22,10 @@ _ENTRY = struct.Struct("<IHHHHHHIIIHHHHHII")
 _HEADER = struct.Struct("<IHHHHHIIIHH")
 _UNKNOWN = 2**32 - 1
 """In a field of 32 bits: the number is in the zip64 extra field."""
-_ENCRYPTED = 1
+_FLAGS = 0x0808
+"""That may be set: sizes follow the record, and its name is UTF-8. Others encrypt or compress."""
+_IS_FOLDER = 0x10
+"""Among MS-DOS's attributes. miniz reads such a record by reading nothing."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _extent(window: Window) -> tuple[int, int, int]:
     found = _END.unpack(window.read(at, _END.size))
     if found[0] != 0x06054B50:
         raise ValueError("it has no directory at its end: it is cut off, or not a zip")
-    count, size, start = found[4:7]
+    disks, (count, size, start) = found[1:3], found[4:7]
     if at >= _END64_AT.size:
         signature, _, end64, _ = _END64_AT.unpack(window.read(at - _END64_AT.size, _END64_AT.size))
         if signature == 0x07064B50:
@@ -117,8 +120,8 @@ def _extent(window: Window) -> tuple[int, int, int]:
             found64 = _END64.unpack(window.read(at, _END64.size))
             if found64[0] != 0x06064B50:
                 raise ValueError("its directory is damaged")
-            count, size, start = found64[7:10]
-    if start + size != at:
+            disks, (count, size, start) = found64[4:6], found64[7:10]
+    if start + size != at or any(disks):
         raise ValueError("its directory is not where it should be")
     return count, size, start
 
@@ -126,16 +129,20 @@ def _extent(window: Window) -> tuple[int, int, int]:
 def _entry(directory: bytes, position: int) -> tuple[str, int, int, int, int]:
     """Name, place of the header, size and CRC of a record, and where the next entry begins."""
     fields = _ENTRY.unpack_from(directory, position)
-    (signature, _, _, flags, method, _, _, crc, packed, size, name, extra, comment) = fields[:13]
-    header = fields[16]
+    (
+        signature, _, _, flags, method, _, _, crc, packed, size, name, extra, comment, disk, _,
+        attributes, header,
+    ) = fields  # fmt: skip
     if signature != 0x02014B50:
         raise ValueError("its directory is damaged")
     position += _ENTRY.size
     text = directory[position : position + name].decode()
     numbers = _zip64(directory[position + name : position + name + extra])
     size, packed, header = (next(numbers) if n == _UNKNOWN else n for n in (size, packed, header))
-    if method or flags & _ENCRYPTED or packed != size:
+    if method or flags & ~_FLAGS or packed != size:
         raise ValueError("the archive is compressed or encrypted")
+    if disk or attributes & _IS_FOLDER or text.endswith("/"):
+        raise ValueError(f"{text} is a folder, or in another archive")
     return text, header, size, crc, position + name + extra + comment
 
 

@@ -91,6 +91,18 @@ def encrypted(data: bytearray, entry: int) -> None:
     struct.pack_into("<H", data, entry + 8, 1)
 
 
+def folder(data: bytearray, entry: int) -> None:
+    data[entry + 38] = 0x10
+
+
+def on_another_disk(data: bytearray, entry: int) -> None:
+    data[entry + 34] = 1
+
+
+def of_several_disks(data: bytearray, entry: int) -> None:
+    data[data.index(b"PK\x05\x06") + 4] = 1
+
+
 def header_of_the_second(data: bytearray, entry: int) -> None:
     struct.pack_into("<I", data, entry + 42, data.index(b"PK\x03\x04", 4))
 
@@ -133,6 +145,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "compressed by its header alone": (
         lambda: sound()[:8] + b"\x08" + sound()[9:], "the header of a/data.pkl"),
     "encrypted": (lambda: with_directory(encrypted), "compressed or encrypted"),
+    "a folder": (lambda: with_directory(folder), "is a folder, or in another archive"),
+    "a folder by its name": (lambda: zipped("a/x", "a/y/"), "is a folder, or in another archive"),
+    "on another disk": (lambda: with_directory(on_another_disk), "or in another archive"),
+    "of several disks": (lambda: with_directory(of_several_disks), "not where it should be"),
     "records that overlap": (lambda: with_directory(overlapping), "its records overlap"),
     "a record beyond the directory": (lambda: with_directory(beyond), "its records overlap"),
     "a header of another record": (lambda: with_directory(header_of_the_second), "the header of"),
