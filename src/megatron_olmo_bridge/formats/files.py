@@ -29,7 +29,7 @@ SIDE_FILES_LIMIT = 64 << 20
 """Config and tokenizer files of a folder, together."""
 PICKLE_LIMIT = 256 << 20
 """.metadata, and the pickle in an archive: 5 MB for a 32B model with its optimizer's state. Reading
-takes some 20 times as much memory, and never more than 64 times."""
+takes some 20 times as much memory, and never more than 32 times."""
 
 MAX_DEPTH = 64
 """Lists and maps inside each other, in JSON and YAML."""

@@ -20,7 +20,8 @@ from .inert import Inert, is_class
 FREE_OBJECTS = 2**16
 BYTES_PER_OBJECT = 4
 """A pickle may make ``FREE_OBJECTS`` containers and objects, and one more for each 4 bytes of its
-own; those of torch take 10. Each takes up to 80 bytes of memory, a set as much as 4 others."""
+own; those of torch take 6. Each takes up to 80 bytes of memory. A set, and a dictionary that is
+not empty, takes as much as 4 of them and counts so."""
 MOST_MARKS = 10_000
 """Lists in each other that are not complete. Python's own pickler reaches some 500."""
 MOST_GLOBALS = 4000
@@ -150,6 +151,8 @@ class Machine:
             target = target.items
         if not isinstance(target, dict) or len(flat) % 2:
             raise ValueError("it sets items of what is not a dictionary")
+        if not target:
+            self.spend(3)
         keys = flat[::2]
         self.check_keys(keys)
         target.update(zip(keys, flat[1::2], strict=True))

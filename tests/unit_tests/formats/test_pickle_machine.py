@@ -20,7 +20,7 @@ from megatron_olmo_bridge.formats.pickle_machine import (
 from megatron_olmo_bridge.formats.pickle_opcodes import LONGEST_INTEGER
 from megatron_olmo_bridge.formats.pickles import loads
 
-MEMORY = 64
+MEMORY = 32
 """Bytes of memory for each byte of a pickle, beyond what ``FREE_OBJECTS`` take."""
 
 
@@ -119,12 +119,20 @@ def test_what_is_refused(what: str) -> None:
     assert peak < 16 * 2**20
 
 
-MANY = 400_000
+MANY = 100_000
 COSTLY = {
     "lists": b"(" + b"]" * MANY + b"t.",
     "sets": b"(" + b"\x8f" * MANY + b"t.",
     "dictionaries": b"(" + b"}" * MANY + b"t.",
+    "dictionaries with an item": b"(" + b"}NNs" * MANY,
+    "lists with an item": b"(" + b"]Na" * MANY,
+    "sets with an item": b"(" + b"\x8f(N\x90" * MANY,
+    "texts": b"(" + b"\x8c\x02ab\x94" * MANY,
+    "numbers": b"(" + b"M\1\2" * MANY,
+    "wide text": b"X" + struct.pack("<I", MANY + 4) + "\N{GRINNING FACE}".encode() + b"a" * MANY,
     "tuples of tuples": deep(MANY) + b".",
+    "objects with members": name("torch.Size") + b"(" + b"2)\x81Na" * MANY,
+    "objects with items": name("torch.Size") + b"(" + b"2)\x81NNs" * MANY,
     "objects": name("torch.Size") + b"(" + b"2)\x81" * MANY,
     "calls": name("torch.Size") + b"q\0(" + b"h\0)R" * MANY,
     "copies of a set": (
