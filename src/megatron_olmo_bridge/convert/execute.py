@@ -76,7 +76,8 @@ def execute(
         )  # fmt: skip
         with cleaning_up(stage):
             _write_files(mine, stage, workers, reporter, record=processes.first)
-            plan.check_sources_unchanged()
+            processes.wait_for_each_other()
+            plan.check_sources_unchanged()  # after all have read
             processes.wait_for_each_other()
             if processes.first:
                 finish(stage, plan, provenance, checksum, workers)

@@ -54,6 +54,45 @@ def test_together_they_write_what_one_writes(make_hf: HF, tmp_path: Path) -> Non
     assert files(tmp_path / "one") == files(tmp_path / "three")
 
 
+ONE_SOURCE_EACH = IMPORT.replace("sys.argv[1], ", 'sys.argv[1] + os.environ["RANK"], ').replace(
+    "import sys", "import os, sys"
+)
+CHANGING = """
+import os, sys
+from megatron_olmo_bridge import import_checkpoint
+from megatron_olmo_bridge.convert.reporter import Reporter
+from megatron_olmo_bridge.errors import BridgeError
+
+class Writing(Reporter):
+    def begin(self, what, total):
+        if os.environ["RANK"] == "1":
+            os.utime(f"{sys.argv[1]}/model.safetensors")
+
+try:
+    import_checkpoint(sys.argv[1], sys.argv[2], reporter=Writing())
+except BridgeError as error:
+    print(error)
+"""
+
+
+def test_processes_that_read_different_files_are_refused(make_hf: HF, tmp_path: Path) -> None:
+    """As where the source was replaced when some had read its headers."""
+    make_hf("hf0")
+    make_hf("hf1", seed=1)
+
+    said = together(2, tmp_path / "hf", tmp_path / "dst", code=ONE_SOURCE_EACH)
+
+    assert all("the processes read different headers or files" in line for line in said), said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf0", "hf1"]
+
+
+def test_a_source_that_changes_meanwhile_is_refused_by_each(make_hf: HF, tmp_path: Path) -> None:
+    said = together(2, make_hf(), tmp_path / "dst", code=CHANGING)
+
+    assert all("model.safetensors: changed while" in line for line in said), said
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
 TWICE = """
 import sys
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint
