@@ -26,7 +26,7 @@ from .parts import write_json
 OUTPUTS = (".bin", ".idx", ".json")
 JOINED = "joined"
 """Stem of the finished files, before they are given their names."""
-_MARKER = "prepare.json"
+_MARKER, _LOCK = "prepare.json", "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,7 +62,7 @@ class Partial:
         return [Path(self.prefix + suffix) for suffix in OUTPUTS]
 
     def _just_made(self) -> bool:
-        return all(path.name.startswith(_MARKER) for path in self.folder.iterdir())
+        return all(path.name.startswith((_MARKER, _LOCK)) for path in self.folder.iterdir())
 
     def _made_before(self, digest: str) -> bool:
         try:
@@ -123,7 +123,8 @@ class Partial:
     def _locked(self) -> int:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder, os.O_RDONLY)
+            # A file, open for writing: NFS has no exclusive lock of a folder.
+            lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise OutputError(f"{error.filename}: can't write here: {error.strerror}") from error
         try:
@@ -140,7 +141,7 @@ class Partial:
 
     def _remove_files(self) -> None:
         for path in self.folder.iterdir():
-            if path != self._marker:
+            if path.name not in (_MARKER, _LOCK):
                 path.unlink()
 
     def _remove(self) -> None:
