@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import InputError, quote
 
 COUNT = "a positive whole number"
 # The largest numbers that are read: far above those of real models. What is made for each layer,
@@ -120,8 +121,24 @@ def is_count(value: object, most: int = MAX_COUNT) -> bool:
 
 def shown(value: object) -> str:
     """Return a value as JSON has it, cut short."""
-    text = json.dumps(value, default=repr)
+    text = json.dumps(_bounded(value, depth=2), default=quote)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} [...]"
+
+
+def _bounded(value: object, depth: int) -> object:
+    """Return what is shown of a value: args of a checkpoint may hold lists without end."""
+    match value:
+        case str():
+            return value[: _SHOWN + 1]
+        case list() | tuple() if depth:
+            return [_bounded(item, depth - 1) for item in value[:_SHOWN]]
+        case dict() if depth:
+            keys = [key for key in islice(value, _SHOWN) if isinstance(key, str)]
+            return {key: _bounded(value[key], depth - 1) for key in keys}
+        case list() | tuple() | dict():
+            return quote(value, depth=0)
+        case _:
+            return value
 
 
 def _is_whole(value: object) -> bool:

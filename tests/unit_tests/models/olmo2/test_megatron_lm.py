@@ -330,3 +330,16 @@ def test_refuses_what_is_not_olmo2(change: dict[str, Any]) -> None:
 
 def test_args_survive_a_namespace() -> None:
     assert vars(Namespace(**args_of())) == args_of()
+
+
+def test_args_may_hold_values_without_end() -> None:
+    """A pickle of a few hundred bytes makes them; written out, they would never end."""
+    pairs: Any = None
+    for _ in range(60):
+        pairs = (pairs, pairs)
+    with pytest.raises(InputError, match="num_layers must be a positive whole number") as caught:
+        config_from_args({**args_of(), "num_layers": pairs}, vocab_size=None)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(UnsupportedError, match="activation_func=") as refused:
+        config_from_args({**args_of(), "activation_func": pairs}, vocab_size=None)
+    assert len(str(refused.value)) < 500
