@@ -5,9 +5,11 @@ PYTHON_LATEST ?= $(shell for p in python3.12 $(wildcard $(HOME)/.pyenv/versions/
 VENV := .venv
 LATEST := .venv-latest
 BENCH ?=
+FUZZ_SECONDS ?= 120
+FUZZ_SEED ?= 0
 TE_VERSIONS := 2.6.0 2.20.2
 
-.PHONY: help setup demo train-demo test test-slow test-latest test-te coverage lint bench clean
+.PHONY: help setup demo train-demo test test-slow test-latest test-te fuzz coverage lint bench clean
 
 help:
 	@echo "make demo         set up, convert a 1B model both ways, and prove that nothing was lost"
@@ -16,6 +18,7 @@ help:
 	@echo "make test-slow    the tests that take long or kill at many places: an hour"
 	@echo "make test-latest  the same tests on Python 3.12 with the newest megatron-core"
 	@echo "make test-te      Transformer Engine's own Python on a CPU, oldest and newest version"
+	@echo "make fuzz         changed files to all readers, 2 minutes; FUZZ_SECONDS=3600 FUZZ_SEED=7 for more"
 	@echo "make coverage     the tests, and which lines they miss"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        time import and export next to cp -r, live loading next to safetensors,"
@@ -68,6 +71,9 @@ test-te: $(VENV)/ready $(TE_VERSIONS:%=.te/%/ready)
 			tests/functional_tests/te_on_cpu -n 2 --dist loadfile || exit 1; \
 	done
 
+fuzz: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -79,4 +85,4 @@ bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/train.py
 
 clean:
-	rm -rf $(VENV) $(LATEST) .te demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) .te fuzz-findings demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,130 @@
+"""Cases in processes of their own: what each said, the time and memory it took, how it ended.
+
+    isolated.py subject|reference
+
+reads a line of JSON (``{"target": ..., "folder": ...}``) for each case and answers with one. Each
+case is a fork of this process, in which everything is imported already; so what a case takes is
+what it takes beyond that, and nothing of a case is left for the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ADDRESS_SPACE = 2 << 30
+"""Bytes that a case may map beyond what is mapped before it: a stop, far above the limit."""
+HANG = 60.0
+"""Seconds after which a case is ended. The limit is on processor time, which other work on the
+machine doesn't lengthen; this is for cases that wait."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case."""
+
+    ended: str
+    """accepted, refused, traceback, died or hung."""
+    value: Any = None
+    """Of an accepted case: what was understood, as JSON."""
+    message: str = ""
+    """Of any other: what was said."""
+    seconds: float = 0.0
+    """Of processor time."""
+    nbytes: int = 0
+    """Of memory, at the most, beyond a case that does nothing."""
+
+
+class Worker:
+    """A process that forks one for each case."""
+
+    def __init__(self, side: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, side], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+        )  # fmt: skip
+        self._idle = 0
+        self._idle = self.run("nothing", Path()).nbytes
+
+    def run(self, target: str, folder: Path) -> Outcome:
+        """Run a case."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps({"target": target, "folder": str(folder)}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        answer["nbytes"] = max(0, answer["nbytes"] - self._idle)
+        return Outcome(**answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def _forked(function: Any, folder: Path) -> Outcome:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        os._exit(_case(function, folder, write))
+    os.close(write)
+    answer = bytearray()
+    ended = ""
+    while True:
+        if not select.select([read], [], [], HANG)[0]:
+            ended = "hung"
+            os.kill(pid, signal.SIGKILL)
+            break
+        block = os.read(read, 1 << 20)
+        if not block:
+            break
+        answer += block
+    os.close(read)
+    _, status, usage = os.wait4(pid, 0)
+    took = {"seconds": usage.ru_utime + usage.ru_stime, "nbytes": usage.ru_maxrss << 10}
+    if ended or status:
+        why = ended or f"exit status {os.waitstatus_to_exitcode(status)}"
+        return Outcome(ended or "died", message=why, **took)
+    return Outcome(**json.loads(answer), **took)
+
+
+def _case(function: Any, folder: Path, write: int) -> int:
+    """Run a case in this process, which is its own; the exit code."""
+    from megatron_olmo_bridge.errors import BridgeError
+
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_SPACE,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        answer = {"ended": "accepted", "value": function(folder)}
+    except BridgeError as error:
+        answer = {"ended": "refused", "message": str(error)}
+    except BaseException:
+        answer = {"ended": "traceback", "message": traceback.format_exc()[-3000:]}
+    with os.fdopen(write, "wb") as out:
+        out.write(json.dumps(answer).encode())
+    return 0
+
+
+def main() -> None:
+    """Answer cases until standard input ends."""
+    import targets
+
+    functions = targets.functions(sys.argv[1])
+    for line in sys.stdin:
+        case = json.loads(line)
+        outcome = _forked(functions[case["target"]], Path(case["folder"]))
+        sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

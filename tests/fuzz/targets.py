@@ -1,0 +1,319 @@
+"""What is fuzzed: a sound file, how it is changed, what this package and what others read in it.
+
+A target's two functions, one here and one by the libraries whose format it is, return the same for
+the same file: plain JSON. This package imports neither torch nor transformers for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("olmo", "olmo2", "olmo3", "olmoe", "flex-olmo", "gpt2")
+ITERATION = Path("megatron/iter_0000000")
+Function = Callable[[Path], Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of file that a stranger may have made."""
+
+    name: str
+    start: str
+    """Which of the sound folders it is in; see :func:`build`."""
+    file: Path
+    """The file that is changed, in that folder."""
+    change: str
+    """The function of ``mutations`` that changes it."""
+    read: Function
+    """What this package understands of the folder."""
+    reference: Function | None = None
+    """What the libraries of the format read; None where a change may not change anything: then
+    the sound folder's own result is the reference."""
+
+
+def build(folder: Path) -> None:
+    """Make the sound folders that the files of all targets are in."""
+    import numpy as np
+    import torch
+
+    from megatron_olmo_bridge.convert.synth import synth
+    from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
+    from megatron_olmo_bridge.data.indexed import write_index
+
+    for family in FAMILIES:
+        synth(f"{family}-tiny", folder / family, layers=4 if family == "olmo3" else 1)
+    synth("olmo2-tiny", folder / "sharded", layers=1, max_shard_size="200KB")
+    import_checkpoint(folder / "olmo2", folder / "export" / "megatron")
+    import_checkpoint(folder / "olmo2", folder / "run-config" / "megatron")
+    for file in (folder / "run-config" / ITERATION / "hf").iterdir():
+        file.unlink()
+    (folder / "archive").mkdir()
+    torch.save(torch.arange(12.0).view(3, 4), folder / "archive" / "piece.distcp")
+    (folder / "data").mkdir()
+    lengths = np.array([3, 0, 5, 1], np.int32)
+    write_index(folder / "data" / "data.idx", lengths, np.dtype("uint16"))
+    np.arange(lengths.sum(), dtype=np.uint16).tofile(folder / "data" / "data.bin")
+    lines = [{"text": "one"}, {"id": 2, "text": "zw\u00f6\n\U0001f600"}, {"text": ""}]
+    (folder / "data" / "texts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+# -------------------------------------------------------------------- what this package understands
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _weights(plan: Any) -> list[Any]:
+    """The copy plan without literal bytes: which stored bytes go where."""
+    return [
+        [file.name, file.size, part.offset, part.dtype, [
+            [p.array and [p.array.file.name, p.array.offset, p.array.shape], p.source, p.target]
+            for view in part.view.stored for p in view.pieces
+        ]]
+        for file in plan.files for part in file.payloads
+    ]  # fmt: skip
+
+
+def read_safetensors(folder: Path) -> Any:
+    from megatron_olmo_bridge.formats.safetensors import read_header
+
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    return {
+        name: [array.dtype, list(array.shape), _sha(data[array.offset :][: array.nbytes])]
+        for name, array in read_header(file).items()
+    }
+
+
+def plan_import(folder: Path) -> Any:
+    from megatron_olmo_bridge.convert.to_megatron import plan_import
+
+    return _weights(plan_import(folder)[0])
+
+
+def read_config(folder: Path) -> Any:
+    from megatron_olmo_bridge.convert.source import open_source
+    from megatron_olmo_bridge.convert.to_megatron import plan_import
+
+    plan_import(folder)
+    bridge = open_source(folder).bridge
+    return {
+        hf: bridge.numbers[ours]
+        for ours, hf in {
+            "num_layers": "num_hidden_layers", "hidden_size": "hidden_size",
+            "num_attention_heads": "num_attention_heads", "vocab_size": "vocab_size",
+            "num_query_groups": "num_key_value_heads", "ffn_hidden_size": "intermediate_size",
+            "layernorm_epsilon": "rms_norm_eps", "max_position_embeddings":
+            "max_position_embeddings", "num_moe_experts": "num_experts", "clip_qkv": "clip_qkv",
+            "moe_router_topk": "num_experts_per_tok",
+            "share_embeddings_and_output_weights": "tie_word_embeddings",
+        }.items()
+        if ours in bridge.numbers and hf not in _FIXED.get(bridge.family, ())
+    }  # fmt: skip
+
+
+_FIXED = {
+    "olmo": ("rms_norm_eps",), "gpt2": ("intermediate_size", "rms_norm_eps"),
+}  # fmt: skip
+"""Numbers that a family's config.json has by another name, or not at all."""
+
+
+def plan_export(folder: Path) -> Any:
+    from megatron_olmo_bridge.convert.to_hf import plan_exports
+
+    exports = plan_exports(folder / "megatron", folder / "not-made")
+    exports.check_all_planned("nowhere")
+    return _weights(exports.plans[0][0])
+
+
+def read_run_config(folder: Path) -> Any:
+    from megatron_olmo_bridge.convert.source import open_source
+
+    plan_export(folder)
+    numbers = open_source(folder / "megatron").bridge.numbers
+    return {name: numbers[name] for name in _RUN_CONFIG_NUMBERS}
+
+
+_RUN_CONFIG_NUMBERS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "vocab_size", "layernorm_epsilon", "rotary_base",
+    "share_embeddings_and_output_weights",
+)  # fmt: skip
+
+
+def read_metadata(folder: Path) -> Any:
+    from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
+
+    plan_export(folder)
+    tensors = TorchDistFolder.read(folder / ITERATION).tensors
+    return {
+        key: [tensor.dtype, list(tensor.shape), sorted(
+            [list(c.offset), list(c.shape), c.stored.file, c.stored.offset, c.stored.length]
+            for c in tensor.chunks
+        )]
+        for key, tensor in tensors.items()
+    }  # fmt: skip
+
+
+def read_archive(folder: Path) -> Any:
+    from megatron_olmo_bridge.formats.torch_archive import read_tensor
+
+    file = folder / "piece.distcp"
+    array = read_tensor(file, 0, file.stat().st_size)
+    data = file.read_bytes()[array.offset :][: array.nbytes]
+    return [array.dtype, list(array.shape), _sha(data)]
+
+
+def read_indexed(folder: Path) -> Any:
+    from megatron_olmo_bridge.data.indexed import read_indexed
+    from megatron_olmo_bridge.data.info import describe
+
+    describe(folder / "data")
+    data = read_indexed(folder / "data")
+    return [data.dtype.name, data.lengths.tolist(), data.bounds.tolist()]
+
+
+def read_lines(folder: Path) -> Any:
+    from megatron_olmo_bridge.data.documents import TextOptions, read_texts, text_spans
+
+    options = TextOptions()
+    spans = text_spans(str(folder / "texts.jsonl"), 1 << 20, options)
+    return [text for span in spans for batch in read_texts(span, options) for text in batch.texts]
+
+
+# ----------------------------------------------------------------------------- what the others read
+
+
+def safetensors_reads(folder: Path) -> Any:
+    import safetensors
+
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return {
+        name: [names[value["dtype"]], value["shape"], _sha(value["data"])]
+        for name, value in safetensors.deserialize((folder / "model.safetensors").read_bytes())
+    }
+
+
+def transformers_reads(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    keys = json.loads((folder / "asked.json").read_text())
+    return {key: getattr(config, key) for key in keys}
+
+
+def yaml_reads(folder: Path) -> Any:
+    import yaml
+
+    model = yaml.safe_load((folder / ITERATION / "run_config.yaml").read_bytes())["model"]
+    return {name: model[name] for name in _RUN_CONFIG_NUMBERS}
+
+
+def torch_reads_metadata(folder: Path) -> Any:
+    """By torch's own classes; names that the sound file doesn't have are refused."""
+    import pickle
+
+    import torch
+    from torch.distributed.checkpoint import metadata
+    from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            for known in (metadata, torch, torch.serialization):
+                if module == known.__name__ and hasattr(known, name):
+                    return getattr(known, name)
+            if name in ("_StorageInfo", "_StoragePrefix"):
+                return {"_StorageInfo": _StorageInfo, "_StoragePrefix": _StoragePrefix}[name]
+            raise pickle.UnpicklingError(f"{module}.{name}")
+
+    with (folder / ITERATION / ".metadata").open("rb") as file:
+        read = Reader(file).load()
+    stored = {(index.fqn, index.offset and tuple(index.offset)): info
+              for index, info in read.storage_data.items()}  # fmt: skip
+    found = {}
+    for key, tensor in read.state_dict_metadata.items():
+        if isinstance(tensor, metadata.TensorStorageMetadata):
+            chunks = [
+                [list(c.offsets), list(c.sizes), i.relative_path, i.offset, i.length]
+                for c in tensor.chunks
+                for i in [stored[key, tuple(c.offsets)]]
+            ]
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            found[key] = [dtype, list(tensor.size), sorted(chunks)]
+    return found
+
+
+def torch_reads_archive(folder: Path) -> Any:
+    import torch
+
+    tensor = torch.load(folder / "piece.distcp", weights_only=True)
+    data = bytes(tensor.flatten().view(torch.uint8).tolist())
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), _sha(data)]
+
+
+def megatron_reads(folder: Path) -> Any:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(str(folder / "data"))
+    return [
+        data.index.dtype.__name__, data.sequence_lengths.tolist(), data.document_indices.tolist()
+    ]  # fmt: skip
+
+
+def json_reads(folder: Path) -> Any:
+    texts = []
+    for line in (folder / "texts.jsonl").read_bytes().split(b"\n"):
+        try:
+            value = json.loads(line.decode())
+            value["text"].encode()
+            texts.append(value["text"])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue
+    return texts
+
+
+TARGETS = [
+    Target("safetensors", "olmo2", Path("model.safetensors"), "changed_safetensors",
+           read_safetensors, safetensors_reads),
+    Target("index", "sharded", Path("model.safetensors.index.json"), "changed_json", plan_import),
+    *(
+        Target(f"config-{family}", family, Path("config.json"), "changed_json", read_config,
+               transformers_reads)
+        for family in FAMILIES
+    ),
+    Target("run_config", "run-config", ITERATION / "run_config.yaml", "changed_yaml",
+           read_run_config, yaml_reads),
+    Target("run_config-beside", "export", ITERATION / "run_config.yaml", "changed_yaml",
+           plan_export),
+    Target("metadata", "export", ITERATION / ".metadata", "changed_pickle", read_metadata,
+           torch_reads_metadata),
+    Target("common", "export", ITERATION / "common.pt", "changed_archive", plan_export),
+    Target("archive", "archive", Path("piece.distcp"), "changed_archive", read_archive,
+           torch_reads_archive),
+    Target("indexed", "data", Path("data.idx"), "changed_bytes", read_indexed, megatron_reads),
+    Target("jsonl", "data", Path("texts.jsonl"), "changed_lines", read_lines, json_reads),
+]  # fmt: skip
+
+
+def functions(side: str) -> dict[str, Function]:
+    """Return every target's function of one side, with what it needs imported."""
+    found: dict[str, Function] = {"nothing": lambda _: None}
+    if side == "reference":
+        import torch.distributed.checkpoint  # noqa: F401
+        import transformers.models.auto  # noqa: F401
+        from megatron.core.datasets import indexed_dataset  # noqa: F401
+
+        return found | {t.name: t.reference for t in TARGETS if t.reference is not None}
+    import megatron_olmo_bridge.convert.to_hf
+    import megatron_olmo_bridge.convert.to_megatron
+    import megatron_olmo_bridge.data.info  # noqa: F401
+    from megatron_olmo_bridge.models.bridge import published_sizes
+
+    published_sizes()  # imports the families
+    return found | {t.name: t.read for t in TARGETS}
