@@ -270,7 +270,8 @@ def test_a_thousand_flips_of_a_finished_output(sharded: Path, tmp_path: Path) ->
         flip(file, at, bit)
         try:
             found = [(d.kind, d.name) for d in verify(folder).differences]
-        except BridgeError as error:  # what tells where the weights are is no longer sound
-            found = [("checksum", file.name if file.name in str(error) else str(error))]
+        except BridgeError:  # no checkpoint any more
+            assert file.name == "metadata.json"
+            found = None
         flip(file, at, bit)
-        assert found == [("checksum", file.relative_to(folder).as_posix())]
+        assert found in (None, [("checksum", file.relative_to(folder).as_posix())])
