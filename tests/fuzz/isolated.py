@@ -33,7 +33,7 @@ class Outcome:
     """What became of a case."""
 
     ended: str
-    """accepted, refused, traceback, died or hung."""
+    """accepted, refused, memory (there was too little), traceback, died or hung."""
     value: Any = None
     """Of an accepted case: what was understood, as JSON."""
     message: str = ""
@@ -41,7 +41,7 @@ class Outcome:
     seconds: float = 0.0
     """Of processor time."""
     nbytes: int = 0
-    """Of memory, at the most, beyond a case that does nothing."""
+    """Of memory, at the most, beyond what there was at the start."""
 
 
 class Worker:
@@ -52,24 +52,25 @@ class Worker:
             [sys.executable, "-W", "ignore", __file__, side], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True, env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
         )  # fmt: skip
-        self._idle = 0
-        self._idle = self.run("nothing", Path()).nbytes
 
     def run(self, target: str, folder: Path) -> Outcome:
         """Run a case."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps({"target": target, "folder": str(folder)}) + "\n")
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        answer["nbytes"] = max(0, answer["nbytes"] - self._idle)
-        return Outcome(**answer)
+        return Outcome(**json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
 
 
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def _forked(function: Any, folder: Path) -> Outcome:
+    before = _resident()
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -89,7 +90,10 @@ def _forked(function: Any, folder: Path) -> Outcome:
         answer += block
     os.close(read)
     _, status, usage = os.wait4(pid, 0)
-    took = {"seconds": usage.ru_utime + usage.ru_stime, "nbytes": usage.ru_maxrss << 10}
+    took = {
+        "seconds": usage.ru_utime + usage.ru_stime,
+        "nbytes": max(0, (usage.ru_maxrss << 10) - before),
+    }
     if ended or status:
         why = ended or f"exit status {os.waitstatus_to_exitcode(status)}"
         return Outcome(ended or "died", message=why, **took)
@@ -107,6 +111,11 @@ def _case(function: Any, folder: Path, write: int) -> int:
         answer = {"ended": "accepted", "value": function(folder)}
     except BridgeError as error:
         answer = {"ended": "refused", "message": str(error)}
+        cause: BaseException | None = error
+        while cause is not None:  # memory that was asked for and not there is used all the same
+            if isinstance(cause, MemoryError):
+                answer["ended"] = "memory"
+            cause = cause.__cause__ or cause.__context__
     except BaseException:
         answer = {"ended": "traceback", "message": traceback.format_exc()[-3000:]}
     with os.fdopen(write, "wb") as out:

@@ -303,7 +303,7 @@ TARGETS = [
 
 def functions(side: str) -> dict[str, Function]:
     """Return every target's function of one side, with what it needs imported."""
-    found: dict[str, Function] = {"nothing": lambda _: None}
+    found: dict[str, Function] = {}
     if side == "reference":
         import torch.distributed.checkpoint  # noqa: F401
         import transformers.models.auto  # noqa: F401
