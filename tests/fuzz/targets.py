@@ -203,7 +203,11 @@ def safetensors_reads(folder: Path) -> Any:
 def transformers_reads(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # Without the ids of special tokens: a conversion copies them as they are, and transformers
+    # refuses the whole file for one of another type.
+    values = json.loads((folder / "config.json").read_bytes())
+    kept = {key: value for key, value in values.items() if not key.endswith("_token_id")}
+    config = AutoConfig.for_model(**kept)
     keys = json.loads((folder / "asked.json").read_text())
     return {key: getattr(config, key) for key in keys}
 
