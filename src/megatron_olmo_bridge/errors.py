@@ -70,10 +70,16 @@ def nearest(name: str, known: collections.abc.Iterable[str]) -> str:
 
 
 class BridgeError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose.
+
+    The message fits a screen, though it may show values of a stranger's file.
+    """
 
     exit_code = 2
     """Of the command line."""
+
+    def __str__(self) -> str:
+        return fit_screen(super().__str__())
 
 
 class InputError(BridgeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from pathlib import Path
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 
 from .dcp_metadata import METADATA
 from .files import refuse_pointer
@@ -86,7 +86,7 @@ def _refuse_unless_torch_dist(path: Path) -> None:
     for file in (f for f in path.rglob("*") if f.is_file()):
         refuse_pointer(file)
     if (name := read_format(path)) != "torch_dist":
-        raise UnsupportedError(f"{path}: a Megatron checkpoint of format {name!r}, "
+        raise UnsupportedError(f"{path}: a Megatron checkpoint of format {quote(name)}, "
                                f"not torch_dist. {_CONVERT_WITH_MEGATRON}")  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from megatron_olmo_bridge.convert.reporter import Reporter
 from megatron_olmo_bridge.convert.source import Source, fetch, open_source
 from megatron_olmo_bridge.convert.to_hf import MAX_SHARD_SIZE, export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
-from megatron_olmo_bridge.errors import BridgeError, InputError
+from megatron_olmo_bridge.errors import BridgeError, InputError, quote
 from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
@@ -382,7 +382,7 @@ class AutoBridge:
         named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         named = named.removeprefix("torch.")
         if named not in ITEM_SIZE:
-            raise InputError(f"the config's dtype {named!r} is none of {', '.join(ITEM_SIZE)}")
+            raise InputError(f"the config's dtype {quote(named)} is none of {', '.join(ITEM_SIZE)}")
         return getattr(torch, named)  # type: ignore[no-any-return]
 
     def _beside(self) -> Path | None:

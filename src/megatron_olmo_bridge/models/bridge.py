@@ -292,7 +292,7 @@ def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
     if by_name and by_type and by_name is not by_type:
         raise InputError(
             f"{where}: architectures {', '.join(names)} are of {by_name.family}, model_type "
-            f"{model_type!r} is of {by_type.family}: correct one of them"
+            f"{quote(model_type)} is of {by_type.family}: correct one of them"
         )
     if by_name:
         return by_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 
 from .hf_values import MAX_HEADS, MAX_LAYERS, HFValues, check_count
 
@@ -78,7 +78,7 @@ class DecoderConfig:
             )
         if (activation := hf.text("hidden_act")) != "silu":
             raise UnsupportedError(
-                f"the config sets hidden_act={activation!r}; {cls.label} uses silu"
+                f"the config sets hidden_act={quote(activation)}; {cls.label} uses silu"
             )
         hidden, heads = hf.count("hidden_size"), hf.count("num_attention_heads", MAX_HEADS)
         head_dim = hf.optional_count("head_dim")
@@ -109,8 +109,8 @@ class DecoderConfig:
             )
         if rope["rope_type"] != "default":
             raise UnsupportedError(
-                f"the config asks for rope of type {rope['rope_type']!r}; {cls.label} uses plain "
-                "rope"
+                f"the config asks for rope of type {quote(rope['rope_type'])}; {cls.label} uses "
+                "plain rope"
             )
         return float(rope["rope_theta"])
 

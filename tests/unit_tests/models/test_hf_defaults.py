@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.errors import MOST_CHARACTERS, BridgeError, InputError
 from megatron_olmo_bridge.models.bridge import FAMILIES, ModelBridge, bridge_for, published_sizes
 
 TRANSFORMERS: dict[str, type[PreTrainedConfig]] = {
@@ -84,6 +84,20 @@ def test_a_bare_classifier_pads_and_labels_as_transformers_does(family: str) -> 
 
 
 # ------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, ["x" * 100_000], {"rope_type": "x" * 100_000}])
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_message_about_a_long_value_fits_a_screen(family: str, value: Any) -> None:
+    refused = 0
+    for key in [*TRANSFORMERS[family]().to_dict(), "rope_parameters", "rope_scaling", "model_type"]:
+        try:
+            read(tiny(family) | {key: value})
+        except BridgeError as error:
+            refused += 1
+            assert len(str(error)) < MOST_CHARACTERS + 100, key
+    assert refused > 5
+
 
 NAN, INFINITY = float("nan"), float("inf")
 WRONG: dict[type, list[Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 from megatron_olmo_bridge.models.hf_values import MAX_HEADS, MAX_LAYERS, HFValues
 
 ACTIVATIONS = ("gelu_new", "gelu")
@@ -61,7 +61,7 @@ class GPT2Config:
         activation = values.text("activation_function")
         if activation not in ACTIVATIONS:
             raise UnsupportedError(
-                f"the config sets activation_function={activation!r}; GPT-2 has one of "
+                f"the config sets activation_function={quote(activation)}; GPT-2 has one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
         hidden, heads = values.count("n_embd"), values.count("n_head", MAX_HEADS)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 from megatron_olmo_bridge.models.config import DecoderConfig, Rope, ropes
 from megatron_olmo_bridge.models.hf_values import HFValues, shown
 
@@ -52,8 +52,8 @@ class Olmo3Config(DecoderConfig):
         rope = _rope_of(hf, SLIDING)
         if len(ropes(hf)) > 1 and rope["rope_type"] != "default":
             raise UnsupportedError(
-                f"the config asks for rope of type {rope['rope_type']!r} in layers with a window; "
-                "OLMo-3 has plain rope there"
+                f"the config asks for rope of type {quote(rope['rope_type'])} in layers with a "
+                "window; OLMo-3 has plain rope there"
             )
         return float(rope["rope_theta"])
 
@@ -118,7 +118,7 @@ def _full_attention_rope(hf: HFValues, found: dict[str, Any]) -> dict[str, Any] 
     kind, theta = rope["rope_type"], float(rope["rope_theta"])
     if kind not in ("default", "yarn"):
         raise UnsupportedError(
-            f"the config asks for rope of type {kind!r}; OLMo-3 uses plain rope and YaRN"
+            f"the config asks for rope of type {quote(kind)}; OLMo-3 uses plain rope and YaRN"
         )
     if kind == "default":
         if theta == found["rotary_base"]:
