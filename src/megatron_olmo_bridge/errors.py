@@ -1,6 +1,6 @@
 """Everything that can go wrong, as exceptions. Each message says what, where, and what to do."""
 
-import collections.abc
+from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
 
@@ -63,7 +63,7 @@ def fit_screen(text: str) -> str:
     return f"{shown}\n(the rest of this message is left out)" if cut else shown
 
 
-def nearest(name: str, known: collections.abc.Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for a message, or nothing where no known name is near."""
     found = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""

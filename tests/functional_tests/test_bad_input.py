@@ -583,7 +583,7 @@ OPTIONS = [
     ),
     Case("iteration-absent", "megatron", leave, ("iter_0000099", f"there: {ITERATION}"),
          (f"{EXPORT} --iteration 99", "inspect SRC --iteration 99")),
-    Case("iteration-no-number", "megatron", leave, ("'last'", "no iteration"),
+    Case("iteration-no-number", "megatron", leave, ("'last'", "is not an iteration"),
          (f"{EXPORT} --iteration last", "inspect SRC --iteration last")),
     Case("iteration-all-of-none", "single", leave, ("SRC", "iter_"),
          (f"{EXPORT} --iteration all",)),

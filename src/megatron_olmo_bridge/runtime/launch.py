@@ -144,7 +144,8 @@ class _Group:
                 )
             )  # fmt: skip
         os.close(theirs)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
 
     def _watch(self) -> None:
         """Wait for all; if one fails, end the others: they may be waiting for it."""
@@ -163,7 +164,8 @@ class _Group:
         overdue.cancel()
         self._kill()  # helpers that are left
         # The pipe itself may stay open: a helper had it too.
-        os.write(self._pipe, _NO_MORE.encode())
+        with contextlib.suppress(BrokenPipeError):  # Ctrl-C came while a line was read
+            os.write(self._pipe, _NO_MORE.encode())
         os.close(self._pipe)
 
     def terminate(self) -> None:
@@ -186,6 +188,7 @@ class _Group:
         """Wait until all have ended."""
         for _ in self.lines:  # a full pipe would hold them up
             pass
+        self._watcher.join()
         os.close(self._lifeline)
 
 

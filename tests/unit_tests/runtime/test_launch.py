@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,21 @@ def test_an_error_of_the_caller_ends_the_processes_and_their_helpers(count: int)
                 raise KeyboardInterrupt
     for pid in started:
         wait_until_gone(pid)
+
+
+def test_ctrl_c_while_a_line_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the reading, and nobody is left to be told that there is no more to read."""
+    failures: list[object] = []
+    before = threading.enumerate()
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    with pytest.raises(KeyboardInterrupt), processes("started_module", ["stay"], 1) as output:
+        next(output)
+        output.close()  # what an exception inside of it does
+        raise KeyboardInterrupt
+    for thread in threading.enumerate():
+        if thread not in before:
+            thread.join()
+    assert failures == []
 
 
 def test_when_one_is_killed_the_others_and_all_helpers_end() -> None:
