@@ -201,15 +201,16 @@ def safetensors_reads(folder: Path) -> Any:
 
 
 def transformers_reads(folder: Path) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    # Without the ids of special tokens: a conversion copies them as they are, and transformers
-    # refuses the whole file for one of another type.
+    # Only what is compared: a conversion copies the rest as it is, and transformers refuses the
+    # whole file for one value of another type.
     values = json.loads((folder / "config.json").read_bytes())
-    kept = {key: value for key, value in values.items() if not key.endswith("_token_id")}
-    config = AutoConfig.for_model(**kept)
-    keys = json.loads((folder / "asked.json").read_text())
-    return {key: getattr(config, key) for key in keys}
+    asked = json.loads((folder / "asked.json").read_text())
+    family = CONFIG_MAPPING[values["model_type"]]
+    compared = {*asked, *(family.attribute_map.get(key, key) for key in asked)}
+    config = family(**{key: value for key, value in values.items() if key in compared})
+    return {key: getattr(config, key) for key in asked}
 
 
 def yaml_reads(folder: Path) -> Any:
