@@ -57,6 +57,7 @@ def test_text_comes_back_as_text(model: tuple[Path, list[int]]) -> None:
     assert done.stdout.split() == [f"w{token}" for token in expected]
 
 
+@pytest.mark.slow
 def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
     checkpoint, expected = model
     tokens = ",".join(map(str, PROMPT))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults import library, run
+from slow import slow_but
 from trees import tree_hash
 
 from megatron_olmo_bridge import import_checkpoint, synth
@@ -31,26 +32,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("arguments", "call", "file"),
-    [
-        (("import", "hf"), "read", "faults0/hf"),
-        (("import", "hf"), "copy", f"hf/{SHARD}"),
-        (("import", "hf", "--dtype", "float32"), "pread", f"hf/{SHARD}"),
-        (("import", "hf"), "copy", "iter_0000000/__0_0.distcp"),
-        (("import", "hf"), "pwrite", "iter_0000000/__0_0.distcp"),
-        (("import", "hf"), "allocate", "iter_0000000/__0_0.distcp"),
-        (("import", "hf"), "fsync", "iter_0000000/__0_0.distcp"),
-        (("import", "hf"), "fsync", "iter_0000000/common.pt"),
-        (("import", "hf"), "write", "iter_0000000/hf/config.json"),
-        (("import", "hf"), "fsync", "dst/latest_checkpointed_iteration.txt"),
-        (("import", "hf"), "rename", "dst"),
-        (("export", "megatron"), "read", "faults0/megatron"),
-        (("export", "megatron"), "copy", "iter_0000000/__0_0.distcp"),
-        (("export", "megatron", "--max-shard-size", "500KB"), "fsync", f"dst.partial/{SHARD}"),
-        (("average", "hf", "hf"), "pread", f"hf/{SHARD}"),
-    ],
-)
+FAILURES = [
+    (("import", "hf"), "read", "faults0/hf"),
+    (("import", "hf"), "copy", f"hf/{SHARD}"),
+    (("import", "hf", "--dtype", "float32"), "pread", f"hf/{SHARD}"),
+    (("import", "hf"), "copy", "iter_0000000/__0_0.distcp"),
+    (("import", "hf"), "pwrite", "iter_0000000/__0_0.distcp"),
+    (("import", "hf"), "allocate", "iter_0000000/__0_0.distcp"),
+    (("import", "hf"), "fsync", "iter_0000000/__0_0.distcp"),
+    (("import", "hf"), "fsync", "iter_0000000/common.pt"),
+    (("import", "hf"), "write", "iter_0000000/hf/config.json"),
+    (("import", "hf"), "fsync", "dst/latest_checkpointed_iteration.txt"),
+    (("import", "hf"), "rename", "dst"),
+    (("export", "megatron"), "read", "faults0/megatron"),
+    (("export", "megatron"), "copy", "iter_0000000/__0_0.distcp"),
+    (("export", "megatron", "--max-shard-size", "500KB"), "fsync", f"dst.partial/{SHARD}"),
+    (("average", "hf", "hf"), "pread", f"hf/{SHARD}"),
+]
+QUICK = [case for case in FAILURES if case[1] in ("read", "copy", "rename")]
+
+
+@pytest.mark.parametrize(("arguments", "call", "file"), slow_but(QUICK, FAILURES))
 def test_input_and_output_errors(
     folder: Path, tmp_path: Path, arguments: tuple[str, ...], call: str, file: str
 ) -> None:

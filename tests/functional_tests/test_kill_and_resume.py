@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from killing import KILLABLE, KILLED, MARKER, accepted, finish, start
+from slow import slow_but
 from trees import tree_hash
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect, synth, verify
@@ -98,7 +99,7 @@ def counted(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]:
     return calls
 
 
-@pytest.fixture(params=["import", "export"])
+@pytest.fixture(params=slow_but(["import"], ["import", "export"]))
 def conversion(request: pytest.FixtureRequest, conversions: dict[str, Conversion]) -> Conversion:
     return conversions[request.param]
 
@@ -390,7 +391,7 @@ def test_same_bytes_whatever_the_workers(
     conversion.check(tmp_path / "dst")
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["begun", "empty"])
+@pytest.mark.parametrize("there", slow_but([False], [False, True]), ids=["begun", "empty"])
 def test_same_bytes_under_torchrun(conversion: Conversion, tmp_path: Path, there: bool) -> None:
     """Two processes share the files, resume what one alone began, and finish it; or write all into
     an empty folder."""

@@ -23,6 +23,7 @@ pytest.importorskip("omegaconf")
 
 from launching import olmo_bridge
 from megatron.core.models.gpt import GPTModel
+from slow import slow_but
 from training_runs import Place
 from trees import tree_hash
 from typer.testing import Result
@@ -399,6 +400,7 @@ def test_is_refused(case: Case, place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", named([c for c in [*DATA, *INIT, *FOLDERS] if not c.late]))
 def test_a_dry_run_refuses_it_too(case: Case, place: Place, tmp_path: Path) -> None:
     refused(case, place, tmp_path, "--dry-run")
@@ -449,14 +451,14 @@ def message(result: Result) -> str:
     return said
 
 
+SAID_ONCE = [
+    ("train.steps=0", "train.steps=0 must be at least 1"),
+    (f"{AGAIN} optimizer.lr=1", "folder of another run"),
+]
+
+
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("train.steps=0", "train.steps=0 must be at least 1"),
-        (f"{AGAIN} optimizer.lr=1", "folder of another run"),
-    ],
-)
+@pytest.mark.parametrize(("words", "says"), slow_but(SAID_ONCE[:1], SAID_ONCE))
 def test_several_processes_say_it_once(words: str, says: str, place: Place, tmp_path: Path) -> None:
     refused(Case(words, (says,)), place, tmp_path, "--processes", "2")
 

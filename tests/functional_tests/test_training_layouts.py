@@ -43,7 +43,7 @@ def one(place: Place, single: Path) -> Run:
     return place.run("one", f"init.hf={single}", *GENTLE).done()
 
 
-@pytest.mark.parametrize("layout", slow_but(["tp", "pp"], LAYOUTS))
+@pytest.mark.parametrize("layout", slow_but(["tp"], LAYOUTS))
 def test_losses_do_not_depend_on_the_layout(
     place: Place, single: Path, one: Run, layout: str
 ) -> None:

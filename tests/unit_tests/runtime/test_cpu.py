@@ -29,6 +29,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import random as megatron_random
+from slow import slow_but
 
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
 from megatron_olmo_bridge.models.olmo2.provider import Olmo2ModelProvider
@@ -159,7 +160,7 @@ def tied_embeddings_over_two_stages(rank: int, store: str, without: str | None) 
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("without", [None, "cuda"])
+@pytest.mark.parametrize("without", slow_but([None], [None, "cuda"]))
 def test_tied_embeddings_need_tensor_cuda(tmp_path: Path, without: str | None) -> None:
     expected = (
         contextlib.nullcontext() if without is None else pytest.raises(ProcessRaisedException)
@@ -227,7 +228,7 @@ assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
 """
 
 
-@pytest.mark.parametrize(("rank", "said"), [(None, 1), ("1", 0)])
+@pytest.mark.parametrize(("rank", "said"), slow_but([(None, 1)], [(None, 1), ("1", 0)]))
 def test_ensured_for_good_and_said_once_by_the_first_process(rank: str | None, said: int) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run(
