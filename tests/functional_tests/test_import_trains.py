@@ -18,6 +18,7 @@ pytest.importorskip("megatron.core")
 
 from launching import TOKENS, olmo_bridge, run_script, stock, tokens_argument
 from live_layouts import hf_tensors, labels_of, relative_error, worst
+from slow import slow_but
 from torch.nn.functional import cross_entropy
 from transformers import Olmo2ForCausalLM
 
@@ -82,7 +83,7 @@ def assert_one_step(hf: Path, exported: Path) -> None:
     assert largest <= 1e-4 * LEARNING_RATE, tensor
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "dp_reshardable"])
+@pytest.mark.parametrize("optimizer", slow_but(["adam"], ["adam", "dp_reshardable"]))
 @pytest.mark.parametrize("processes", [1, 2], ids=["tp1", "tp2"])
 def test_stock_megatron_core_trains_an_import(
     hf: Path, imported: Path, tmp_path: Path, processes: int, optimizer: str

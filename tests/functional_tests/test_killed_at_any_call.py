@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 from faults import library, run
 from killing import KILLED
+from slow import slow_but
 from small_tokenizer import make_tokenizer
 from trees import tree_hash
 
@@ -45,9 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(
-    params=["import", "export", "average", pytest.param("prepare-data", marks=pytest.mark.slow)]
-)
+@pytest.fixture(params=slow_but(["import"], ["import", "export", "average", "prepare-data"]))
 def command(request: pytest.FixtureRequest, folder: Path) -> Command:
     hf, other, megatron = (folder / name for name in ("hf", "other", "megatron"))
     tokenizer, tokens = folder / "tokenizer", folder / "tokens.npy"

@@ -42,6 +42,7 @@ def test_without_a_recipe_there_is_help(name: str) -> None:
     assert "torchrun.sh olmo2_7b" in done.stdout or "usage: sbatch" in done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_command() -> None:
     done = script("torchrun.sh", TINY, "--dry-run", "--json", NPROC_PER_NODE="1")
     assert done.returncode == 0, done.stderr

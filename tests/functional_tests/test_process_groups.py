@@ -133,6 +133,7 @@ def test_alone(hf: Path, expected: torch.Tensor, tmp_path: Path) -> None:
     assert run.stderr.count(ON_THE_CPU) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun(hf: Path, expected: torch.Tensor, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = start([sys.executable, *torchrun], hf, tmp_path, 2)

@@ -71,6 +71,7 @@ def test_one_flipped_byte_is_found(place: Place, stopped: Run, count: int) -> No
     assert f"{count} of {count} found" in run_script("flipped_bytes", folder, count)
 
 
+@pytest.mark.slow
 def test_the_way_out_is_a_command(place: Place, whole: Run) -> None:
     """That is taken from the message as it stands; the run is then what it would have been."""
     place.run("a run", fate="TERM:6")
@@ -91,6 +92,7 @@ def test_the_way_out_is_a_command(place: Place, whole: Run) -> None:
     assert [event["step"] for event in again.events("resumed")] == [4]
 
 
+@pytest.mark.slow
 def test_of_several_processes_each_checks_its_share(place: Place, stopped: Run) -> None:
     run = copied(place, stopped, "several")
     for name in ("__0_0.distcp", "__1_1.distcp", ".metadata"):
@@ -111,6 +113,7 @@ def test_of_several_processes_each_checks_its_share(place: Place, stopped: Run) 
         assert line in message
 
 
+@pytest.mark.slow
 def test_the_first_checkpoint_has_none_before_it(place: Place, whole: Run) -> None:
     place.back_at(whole, 4, "first")
     flip(place.folder / "first/iter_0000004/.metadata", 100)
@@ -127,6 +130,7 @@ def test_weights_of_a_damaged_run(place: Place, whole: Run, more: tuple[str, ...
     assert not run.folder.exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_checksums_is_resumed_and_told_of(place: Place, whole: Run) -> None:
     place.back_at(whole, 8, "unrecorded")
     folder = place.folder / "unrecorded/iter_0000008"

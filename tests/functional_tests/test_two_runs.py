@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from launching import olmo_bridge, run_script
+from slow import slow_but
 from training_runs import Place, Run
 from trees import tree_hash
 
@@ -49,10 +50,7 @@ def refusal(ended: dict[int, tuple[int, str]]) -> str:
     return message
 
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in range(2, 20)]
-
-
-@pytest.mark.parametrize("attempt", [0, 1, *SLOW])
+@pytest.mark.parametrize("attempt", slow_but([0], range(20)))
 def test_two_starts_at_once(place: Place, alone: Run, tmp_path: Path, attempt: int) -> None:
     """In a folder that is new; then, each second time, in that of a run that has begun."""
     name, more = f"both-{attempt}", (f"export.hf={tmp_path}/exports",)
@@ -69,6 +67,7 @@ def test_two_starts_at_once(place: Place, alone: Run, tmp_path: Path, attempt: i
     assert not (run.folder / run_lock.LOCK).exists()
 
 
+@pytest.mark.slow
 def test_two_runs_that_export_into_one_folder(place: Place, tmp_path: Path) -> None:
     """Their checkpoints would not mix, but their exports have the same names."""
     exports = f"export.hf={tmp_path}/exports"

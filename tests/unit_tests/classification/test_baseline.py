@@ -45,6 +45,7 @@ def run(settings: TrainingConfig, train: Examples, held_out: Examples, folder: P
     return lines
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_served(
     encoder: Path, train_examples: Examples, held_out_examples: Examples, tmp_path: Path
 ) -> None:

@@ -167,6 +167,7 @@ def test_an_installed_transformer_engine_is_used_where_there_is_cuda_and_only_th
     }
 
 
+@pytest.mark.slow
 def test_a_transformer_engine_that_cannot_be_imported_is_never_used(tmp_path: Path) -> None:
     found = resolved_in_a_process_with(ABSENT, tmp_path)
     assert not found["megatron has it"]

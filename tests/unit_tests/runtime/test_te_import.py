@@ -65,6 +65,7 @@ def test_without_cuda_one_that_works_is_not_used(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_with_cuda_one_that_works_is_used(tmp_path: Path) -> None:
     found = look(tmp_path, IMPORTABLE, "cuda", "not imported")
     assert found == {
@@ -73,6 +74,7 @@ def test_with_cuda_one_that_works_is_used(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_that_was_imported_before_is_left_alone(tmp_path: Path) -> None:
     found = look(tmp_path, IMPORTABLE, "no cuda", "imported")
     assert found["megatron-core uses it"]
