@@ -9,6 +9,7 @@ import pytest
 import torch
 from launching import olmo_bridge
 from safetensors.torch import load_file, save_file
+from slow import slow_but
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from megatron_olmo_bridge import import_checkpoint, synth, verify
@@ -85,7 +86,7 @@ def test_no_mistake(hf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("warm_jobs")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], DTYPES))
 @pytest.mark.parametrize("mistake", WEIGHTS)
 def test_a_mistake_in_the_weights_of_a_layer(
     hf: Path, tmp_path: Path, mistake: str, dtype: str
@@ -99,7 +100,7 @@ def test_a_mistake_in_the_weights_of_a_layer(
 
 
 @pytest.mark.usefixtures("warm_jobs")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], DTYPES))
 @pytest.mark.parametrize("mistake", CONFIG)
 def test_a_mistake_in_the_config(hf: Path, tmp_path: Path, mistake: str, dtype: str) -> None:
     """It is in every layer, and so starts in the first."""

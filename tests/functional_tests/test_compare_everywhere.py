@@ -29,7 +29,6 @@ MODELS = ("olmo-tiny", "olmo2-tiny", "olmo3-tiny", "gpt2-tiny", *MIXTURES)
 DTYPES = ("float32", "bfloat16", "float16")
 FAST = {
     ("olmo2-tiny", "bfloat16", "tp2-sp"), ("olmoe-tiny", "bfloat16", "ep2"),
-    ("flex-olmo-tiny", "float16", "pp2"),
 }  # fmt: skip
 CASES = [
     pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(case))

@@ -64,6 +64,7 @@ def test_export_equals_the_models_weights(hf: Path, tmp_path: Path, save: str) -
     assert ("optimizer state" in inspect(root, hf_config=hf).layout) == ("--optimizer" in arguments)
 
 
+@pytest.mark.slow
 def test_padded_vocabulary_is_trimmed_to_the_config(hf: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     stock("save", "--hf", hf, "--out", root, "--vocab-divisible-by", 768, "--tp", 2, processes=2)
@@ -96,7 +97,7 @@ OTHER_MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", [(), ("--optimizer",)])
+@pytest.mark.parametrize("layout", [(), pytest.param(("--optimizer",), marks=pytest.mark.slow)])
 def test_a_config_that_contradicts_megatron_lms_args_is_refused(
     hf: Path, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:

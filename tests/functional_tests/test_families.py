@@ -14,7 +14,6 @@ import torch
 from damage import ITERATION, edit_json, edit_tensors
 from launching import olmo_bridge
 from safetensors.torch import load_file
-from slow import slow_but
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -209,7 +208,8 @@ TENSOR_FAULTS: dict[str, Callable[[Tensors, str], object]] = {
 }
 
 
-@pytest.mark.parametrize("fault", slow_but(["missing"], TENSOR_FAULTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
 def test_a_fault_in_any_kind_of_tensor(
     hf: Path, megatron: Path, tmp_path: Path, fault: str
 ) -> None:

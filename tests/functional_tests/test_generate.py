@@ -49,6 +49,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert run.tokens == expected
 
 
+@pytest.mark.slow
 def test_text_comes_back_as_text(model: tuple[Path, list[int]]) -> None:
     checkpoint, expected = model
     prompt = " ".join(f"w{token}" for token in PROMPT)

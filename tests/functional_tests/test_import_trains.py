@@ -84,7 +84,7 @@ def assert_one_step(hf: Path, exported: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", slow_but(["adam"], ["adam", "dp_reshardable"]))
-@pytest.mark.parametrize("processes", [1, 2], ids=["tp1", "tp2"])
+@pytest.mark.parametrize("processes", slow_but([2], [1, 2]), ids=["tp1", "tp2"])
 def test_stock_megatron_core_trains_an_import(
     hf: Path, imported: Path, tmp_path: Path, processes: int, optimizer: str
 ) -> None:

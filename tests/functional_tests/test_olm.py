@@ -99,6 +99,7 @@ def test_the_example_finds_the_same_loss_three_times(example: tuple[Path, str]) 
     assert losses[0] < 3, "it has learned: of nothing the loss would be 3.7"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", slow_but([1], [1, 2]))
 def test_the_loss_is_the_same_in_all_three(
     example: tuple[Path, str], checkpoint: Path, tmp_path: Path, tp: int
@@ -195,6 +196,7 @@ def test_another_dtype(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     assert config["torch_dtype"] == dtype
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = olm_model(tied=False)

@@ -127,6 +127,7 @@ def by_srun(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return start([sys.executable], hf, tmp_path_factory.mktemp("srun"), 2, *srun_tasks(2))
 
 
+@pytest.mark.slow
 def test_alone(hf: Path, expected: torch.Tensor, tmp_path: Path) -> None:
     run = start([sys.executable], hf, tmp_path, 1)
     assert_logits(run, expected)
@@ -150,6 +151,7 @@ def test_one_task_of_srun_says_that_there_is_no_cuda(by_srun: Run) -> None:
     assert by_srun.stderr.count(ON_THE_CPU) == 1
 
 
+@pytest.mark.slow
 def test_too_few_processes_end_with_the_command_to_use(hf: Path, tmp_path: Path) -> None:
     run = start([sys.executable], hf, tmp_path, 2)
     assert run.returncodes != [0]

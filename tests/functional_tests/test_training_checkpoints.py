@@ -155,6 +155,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", tmp_path], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fate", "overrides", "says"),
     [
@@ -207,6 +208,7 @@ def test_a_save_that_fails_otherwise(place: Place, overrides: tuple[str, ...]) -
 # -------------------------------------------------------------------------- what it begins from
 
 
+@pytest.mark.slow
 def test_weights_of_another_run(place: Place, alone: Run) -> None:
     """At another layout; its first loss is that of those weights, its rates are its own."""
     init = f"init.checkpoint={alone.folder}"
@@ -253,6 +255,7 @@ def test_a_run_that_saves_nothing_says_so(place: Place) -> None:
     assert not run.folder.exists()
 
 
+@pytest.mark.slow
 def test_runs_are_not_mixed(place: Place, alone: Run, whole: Run) -> None:
     before = tree_hash(alone.folder)
     other = place.run("alone", "optimizer.lr=1e-3", "train.steps=20")

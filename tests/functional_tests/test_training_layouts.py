@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("megatron.core")
 
 import torch
-from slow import slow_but
 from training_runs import Curve, Place, Run, apart
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +42,8 @@ def one(place: Place, single: Path) -> Run:
     return place.run("one", f"init.hf={single}", *GENTLE).done()
 
 
-@pytest.mark.parametrize("layout", slow_but(["tp"], LAYOUTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_do_not_depend_on_the_layout(
     place: Place, single: Path, one: Run, layout: str
 ) -> None:

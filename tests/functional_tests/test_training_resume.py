@@ -296,6 +296,7 @@ def test_killed_while_a_checkpoint_takes_the_place_of_another(
 # ---------------------------------------------------------------------------------- more steps
 
 
+@pytest.mark.slow
 def test_an_extended_run_is_the_run_that_had_all_steps(place: Place) -> None:
     """Its learning rate is constant, and its data are enough for all steps: to the last bit."""
     constant = ("schedule.decay=constant",)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from megatron_olmo_bridge import verify
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 
@@ -106,6 +108,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_one_conversion_after_another(make_hf: HF, tmp_path: Path) -> None:
     """And the caller can still set up process groups of its own."""
     hf = make_hf()

@@ -151,6 +151,7 @@ def resolved_in_a_process_with(package: str, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_an_installed_transformer_engine_is_used_where_there_is_cuda_and_only_there(
     tmp_path: Path,
 ) -> None:

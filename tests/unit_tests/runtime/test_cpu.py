@@ -160,7 +160,8 @@ def tied_embeddings_over_two_stages(rank: int, store: str, without: str | None) 
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("without", slow_but([None], [None, "cuda"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("without", [None, "cuda"])
 def test_tied_embeddings_need_tensor_cuda(tmp_path: Path, without: str | None) -> None:
     expected = (
         contextlib.nullcontext() if without is None else pytest.raises(ProcessRaisedException)

@@ -57,6 +57,7 @@ def look(folder: Path, package: str, *args: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_without_cuda_one_that_works_is_not_used(tmp_path: Path) -> None:
     """Its optimizers run on GPUs only."""
     found = look(tmp_path, IMPORTABLE, "no cuda", "not imported")
