@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
-from megatron_olmo_bridge.models.bridge import ModelBridge, looks_like
-from megatron_olmo_bridge.models.tables import HF_HEAD
+from megatron_olmo_bridge.models.bridge import ModelBridge, published_sizes
+from megatron_olmo_bridge.models.tables import HF_HEAD, HF_SCORE
 
 WRAPPERS = {
     "_orig_mod.": "torch.compile put it there: save model._orig_mod",
@@ -37,7 +38,7 @@ def name_hint(names: Collection[str], bridge: ModelBridge) -> str | None:
             f"Names begin with {prefix!r}, which doesn't belong to the model: save_pretrained() "
             "the model that is inside."
         )
-    others = looks_like(names)
+    others = families_with(names)
     if others and bridge.family not in others:
         return (
             f"The names are those of {' or '.join(others)}, the config is of {bridge.family}: is "
@@ -58,3 +59,21 @@ def _prefix(names: Collection[str], embedding: str) -> str | None:
         return None
     longer = (name for name in names if name.endswith(f".{embedding}"))
     return next((name.removesuffix(embedding) for name in longer), None)
+
+
+def families_with(names: Collection[str]) -> list[str]:
+    """Return the families whose layers have tensors of exactly these names.
+
+    Args:
+        names: a checkpoint's tensors, by Hugging Face's or by Megatron's names. Heads don't count.
+    """
+    heads = {HF_HEAD, HF_SCORE, "output_layer.weight"}
+    found = {re.sub(r"\.\d+(?=\.)", "", name) for name in names} - heads
+    families = []
+    for bridge in dict.fromkeys(published_sizes().values()):
+        mappings = bridge(next(iter(bridge.sizes.values()))).mapping_registry().mappings
+        hf = {name for m in mappings for name in m.hf_shapes()}
+        megatron = {m.megatron_param for m in mappings}
+        if found in ({n.replace(".*", "") for n in side} - heads for side in (hf, megatron)):
+            families.append(bridge.family)
+    return families

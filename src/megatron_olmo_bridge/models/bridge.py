@@ -349,23 +349,6 @@ def _families() -> dict[str, type[ModelBridge]]:
     return dict(named)
 
 
-def looks_like(names: Collection[str]) -> list[str]:
-    """Families whose tensors have these names, Hugging Face's or Megatron's, layers aside.
-
-    Heads aside too: a family is known by its layers.
-    """
-    heads = {HF_HEAD, HF_SCORE, "output_layer.weight"}
-    found = {re.sub(r"\.\d+(?=\.)", "", name) for name in names} - heads
-    families = []
-    for bridge in dict.fromkeys(published_sizes().values()):
-        mappings = bridge(next(iter(bridge.sizes.values()))).mapping_registry().mappings
-        theirs = {name for m in mappings for name in m.hf_shapes()}
-        mine = {m.megatron_param for m in mappings}
-        if found in ({n.replace(".*", "") for n in side} - heads for side in (theirs, mine)):
-            families.append(bridge.family)
-    return families
-
-
 def _num_labels(hf_config: dict[str, Any]) -> int | None:
     """Return the rows of the head if it is a classifier's; transformers' default is 2.
 
