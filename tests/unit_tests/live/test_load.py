@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from megatron_olmo_bridge import import_checkpoint
 from megatron_olmo_bridge.convert.reporter import Reporter
-from megatron_olmo_bridge.convert.source import open_source
+from megatron_olmo_bridge.convert.source import Source, open_source
 from megatron_olmo_bridge.errors import FormatError, InputError, MappingError
 from megatron_olmo_bridge.live.load import load_weights
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
@@ -202,16 +202,21 @@ def test_another_models_checkpoint_is_refused_where_the_shapes_agree(
     assert all(parameter.isnan().all() for parameter in chunks[0].parameters())
 
 
+def opened(kind: str, make_hf: HFFactory, folder: Path) -> tuple[Path, Source, Path]:
+    """A Hugging Face folder; itself or its import, opened; and the largest file of what is open."""
+    hf = checkpoint = make_hf()
+    if kind == "megatron":
+        checkpoint = folder / "megatron"
+        import_checkpoint(hf, checkpoint)
+    source = open_source(checkpoint)
+    return hf, source, max(source.folder.iterdir(), key=lambda f: f.stat().st_size)
+
+
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
 def test_a_file_that_was_cut_off_since_it_was_opened(
     kind: str, build: Build, make_hf: HFFactory, tmp_path: Path
 ) -> None:
-    hf = checkpoint = make_hf()
-    if kind == "megatron":
-        checkpoint = tmp_path / "megatron"
-        import_checkpoint(hf, checkpoint)
-    source = open_source(checkpoint)
-    file = max(source.folder.iterdir(), key=lambda f: f.stat().st_size)
+    hf, source, file = opened(kind, make_hf, tmp_path)
     with file.open("r+b") as handle:
         handle.truncate(9000)
     with pytest.raises(FormatError) as caught:
@@ -224,12 +229,7 @@ def test_a_file_that_is_cut_off_while_it_is_read(
     kind: str, build: Build, make_hf: HFFactory, tmp_path: Path
 ) -> None:
     """An error: mapped into memory, the file would end the process with SIGBUS."""
-    hf = checkpoint = make_hf()
-    if kind == "megatron":
-        checkpoint = tmp_path / "megatron"
-        import_checkpoint(hf, checkpoint)
-    source = open_source(checkpoint)
-    file = max(source.folder.iterdir(), key=lambda f: f.stat().st_size)
+    hf, source, file = opened(kind, make_hf, tmp_path)
 
     class Truncating(Reporter):
         def advance(self, done: int) -> None:
