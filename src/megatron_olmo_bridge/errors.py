@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from itertools import islice
 
 MOST_LINES, MOST_CHARACTERS = 60, 5000
-"""Of a message: about a screen."""
+"""Limits of a message: about one screen."""
 
 
 def quote(value: object, most: int = 80, depth: int = 2) -> str:

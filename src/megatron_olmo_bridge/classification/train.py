@@ -204,8 +204,8 @@ def resolved(config: TrainingConfig, classes: tuple[str, ...]) -> tuple[Training
         classes: names of the head's outputs.
 
     Raises:
-        BridgeError: there is no checkpoint, it is not sound, or it is a classifier of other classes
-            or another problem type.
+        BridgeError: the checkpoint is missing or damaged, or is a classifier with other classes or
+            another problem type.
     """
     assert config.classification is not None
     init, problem_type = config.init, config.classification.problem_type

@@ -1,4 +1,4 @@
-"""Whether files are still the ones that they were: before they are read, and after."""
+"""Detect that a checkpoint's files changed between opening it and finishing to read it."""
 
 from __future__ import annotations
 
@@ -37,10 +37,7 @@ class Identity(NamedTuple):
 
 
 def fingerprint(files: Mapping[Path, Identity]) -> str:
-    """Return a digest of files' paths and identities, in their order.
-
-    It differs if the files are others, or changed.
-    """
+    """Return a SHA-256 digest of the files' paths and identities, in the order given."""
     folders = {folder: folder.resolve() for folder in {file.parent for file in files}}
     described = [(str(folders[f.parent] / f.name), *identity) for f, identity in files.items()]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
@@ -71,13 +68,9 @@ class Snapshot:
             if now.get(file) == self.files.get(file):
                 continue
             if file in used or self._belongs(file):
-                what = (
-                    "appeared"
-                    if file not in self.files
-                    else "vanished"
-                    if file not in now
-                    else "changed"
-                )
+                what = "changed" if file in now else "vanished"
+                if file not in self.files:
+                    what = "appeared"
                 raise InputError(
                     f"{file}: {what} while the checkpoint was read, so that what was read may be "
                     "a mixture of two. Run it again when nothing writes there."

@@ -22,7 +22,7 @@ METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint.metadata"
 _LONGEST_KEY = 1000
 _LIMIT = 2**63
-"""Of offsets, extents and numbers of elements, in PyTorch too."""
+"""Offsets, extents and element counts are below this, as in PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class GlobalTensor:
 
 
 _Places = dict[str, dict[Shape | None, Stored]]
-"""By the key of a tensor or object and the offset of a chunk."""
+"""Stored bytes by the key of a tensor or object, then by the offset of the chunk."""
 
 
 def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, Stored]]:

@@ -21,11 +21,11 @@ _END64 = struct.Struct("<IQHHIIQQQQ")
 _ENTRY = struct.Struct("<IHHHHHHIIIHHHHHII")
 _HEADER = struct.Struct("<IHHHHHIIIHH")
 _UNKNOWN = 2**32 - 1
-"""In a field of 32 bits: the number is in the zip64 extra field."""
+"""Stands in a 32-bit field whose number is in the zip64 extra field."""
 _FLAGS = 0x0808
-"""That may be set: sizes follow the record, and its name is UTF-8. Others encrypt or compress."""
+"""Flags that may be set: sizes after the record, a name in UTF-8. Others encrypt or compress."""
 _IS_FOLDER = 0x10
-"""Among MS-DOS's attributes. miniz reads such a record by reading nothing."""
+"""MS-DOS attribute of a folder. PyTorch's reader takes such a record for an empty one."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Record:
     """In the file."""
     size: int
     crc: int
-    """As the directory says; torch leaves it out of account."""
+    """CRC-32 from the directory; torch ignores it."""
 
 
 @dataclass(frozen=True)
