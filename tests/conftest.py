@@ -3,6 +3,7 @@
 The processes that tests start inherit it. It has to be said before anything starts CUDA.
 """
 
+import gc
 import os
 
 import pytest
@@ -11,3 +12,10 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr.strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection: destroying process groups collects, and
+    each time would look through a million objects of torch and megatron-core."""
+    gc.collect()
+    gc.freeze()
