@@ -25,9 +25,9 @@ from live_model import (
     built_poisoned,
     digests,
     disagreement,
+    enter_layout,
     everyone,
     forward_backward,
-    leave_layout,
     save,
 )
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -97,7 +97,6 @@ def mutants(step: Step) -> None:
     bridge.load_hf_weights([right])
     tokens = torch.tensor(step["tokens"])
     for name, fields in step["mutants"].items():
-        leave_layout()
         provider = bridge.to_megatron_provider(load_weights=False)
         everywhere = fields.pop("yarn everywhere", False)
         for field, value in fields.items():
@@ -179,7 +178,7 @@ def no_padding(step: Step) -> None:
 
 def new_head(step: Step) -> None:
     """A language model's weights, with a head that its checkpoint doesn't have."""
-    leave_layout()
+    enter_layout(step["fields"])
     bridge = AutoBridge.from_hf_pretrained(step["hf"], num_labels=step["num_labels"])
     with built_poisoned():
         chunks = bridge.to_megatron_provider().provide_distributed_model(wrap_with_ddp=False)

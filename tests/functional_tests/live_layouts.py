@@ -72,6 +72,20 @@ LAYOUTS = {
 }
 
 
+SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+def sizes(fields: dict[str, Any]) -> tuple[int, ...]:
+    """What a provider's fields say of process groups; models with the same can share these."""
+    return tuple(fields.get(name) or 0 for name in SIZES)
+
+
 # ------------------------------------------------------------------------------- tokens, tensors
 
 

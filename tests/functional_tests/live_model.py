@@ -39,6 +39,7 @@ from live_layouts import (
     labels_of,
     random_tokens,
     relative_error,
+    sizes,
     training_tokens,
 )
 from megatron.core import dist_checkpointing, parallel_state
@@ -74,13 +75,25 @@ def build(
     step: Step, ddp: DistributedDataParallelConfig | None = None
 ) -> tuple[AutoBridge, GPTModelProvider, Chunks]:
     """This rank's chunks at the step's layout, wrapped if ``ddp`` is given, and full of NaN."""
-    leave_layout()
+    enter_layout(step["fields"])
     bridge = AutoBridge.from_hf_pretrained(step["hf"])
     provider = bridge.to_megatron_provider(load_weights=False)
     set_fields(provider, step["fields"])
     chunks = provider.provide_distributed_model(ddp, wrap_with_ddp=ddp is not None)
     poison(chunks)
     return bridge, provider, chunks
+
+
+_sizes: tuple[int, ...] = ()
+"""Of the layout that the process groups are for."""
+
+
+def enter_layout(fields: dict[str, Any]) -> None:
+    """Have process groups for models of this layout, or none: those of the step before may do."""
+    global _sizes
+    if sizes(fields) != _sizes:
+        leave_layout()
+        _sizes = sizes(fields)
 
 
 def leave_layout() -> None:

@@ -18,7 +18,17 @@ import torch
 pytest.importorskip("megatron.core")
 
 from launching import run_script
-from live_layouts import LAYOUTS, Layout, Step, digest, hf_tensors, labels_of, stored_names, worst
+from live_layouts import (
+    LAYOUTS,
+    Layout,
+    Step,
+    digest,
+    hf_tensors,
+    labels_of,
+    sizes,
+    stored_names,
+    worst,
+)
 from test_live_gradients import TOLERANCE, errors
 from test_live_parity import logit_errors
 from test_live_weights import digests_of, read
@@ -162,6 +172,7 @@ def launch(
             if FAMILY_LAYOUTS[layout].processes == processes:
                 labels = targets(problem)
                 steps.append(classifier(problem, layout, families, root, labels))
+        steps.sort(key=lambda step: sizes(step["fields"]))  # process groups are made once for each
         print(run_script("family_model", json.dumps(steps, default=str), processes=processes))
 
     return make_once(shared / f"families-with-{processes}", make)
