@@ -9,6 +9,9 @@ FUZZ_SECONDS ?= 120
 FUZZ_SEED ?= 0
 TE_VERSIONS := 2.6.0 2.20.2
 
+# Containers often set it; then each process that tests start would compile this package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo train-demo test test-slow test-latest test-te fuzz coverage lint bench clean
 
 help:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from launching import served, with_hub
+from slow import slow_but
 
 from megatron_olmo_bridge import synth, verify
 
@@ -174,20 +175,20 @@ def test_the_cache_serves_where_the_hub_is_out_of_reach(hub: Hub, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        ((REPO, "--revision", "no-such"), f"{REPO}: the hub at URL has no revision 'no-such' of"),
-        ((f"{REPO}@no-such",), f"{REPO}: the hub at URL has no revision 'no-such' of it"),
-        ((f"{REPO}@main", "--revision", "no-such"), "names another revision than --revision"),
-        (("org/absent",), "org/absent: no such folder here, and the hub at URL shows no such"),
-        (("org/private",), "Where it is private, run `hf auth login`, or set HF_TOKEN"),
-        (("org/gated",), "org/gated: gated: accept its conditions at URL/org/gated, then run"),
-        (("org/expired",), "org/expired: the hub at URL refuses the token (401)"),
-        (("org/forbidden",), "org/forbidden: the hub at URL refuses the token (403)"),
-        (("org/broken",), "org/broken: the hub at URL answers 501: "),
-    ],
-)
+ABSENT = [
+    ((REPO, "--revision", "no-such"), f"{REPO}: the hub at URL has no revision 'no-such' of"),
+    ((f"{REPO}@no-such",), f"{REPO}: the hub at URL has no revision 'no-such' of it"),
+    ((f"{REPO}@main", "--revision", "no-such"), "names another revision than --revision"),
+    (("org/absent",), "org/absent: no such folder here, and the hub at URL shows no such"),
+    (("org/private",), "Where it is private, run `hf auth login`, or set HF_TOKEN"),
+    (("org/gated",), "org/gated: gated: accept its conditions at URL/org/gated, then run"),
+    (("org/expired",), "org/expired: the hub at URL refuses the token (401)"),
+    (("org/forbidden",), "org/forbidden: the hub at URL refuses the token (403)"),
+    (("org/broken",), "org/broken: the hub at URL answers 501: "),
+]
+
+
+@pytest.mark.parametrize(("args", "says"), slow_but([*ABSENT[:4], ABSENT[5]], ABSENT))
 def test_what_the_hub_does_not_have(
     hub: Hub, tmp_path: Path, args: tuple[str, ...], says: str
 ) -> None:

@@ -146,7 +146,7 @@ def test_killed_again_and_again(conversion: Conversion, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "point", ["allocated", "data:3", "data:70", "text:1", "text:2", "rename", "tracker", "marker"]
 )
-@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+@pytest.mark.parametrize("there", slow_but([False], [False, True]), ids=["absent", "empty"])
 def test_killed_at(conversion: Conversion, tmp_path: Path, point: str, there: bool) -> None:
     """Where DST was an empty folder, it is written in place, and there is nothing to rename."""
     if there and point == "rename":
@@ -168,7 +168,7 @@ def test_killed_at(conversion: Conversion, tmp_path: Path, point: str, there: bo
 @pytest.mark.parametrize(
     "point", ["allocated", "data:70", "rename:1", "rename:2", "tracker", "removal", "marker"]
 )
-@pytest.mark.parametrize("again", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("again", slow_but(["--resume"], ["--resume", "--overwrite"]))
 def test_killed_while_replacing(
     conversion: Conversion, tmp_path: Path, point: str, again: str
 ) -> None:
@@ -382,7 +382,7 @@ def test_two_runs_at_once(conversion: Conversion, tmp_path: Path) -> None:
 # ------------------------------------------------------------------- the same bytes by other means
 
 
-@pytest.mark.parametrize("workers", [2, 3, 7])
+@pytest.mark.parametrize("workers", slow_but([3], [2, 3, 7]))
 def test_same_bytes_whatever_the_workers(
     conversion: Conversion, tmp_path: Path, workers: int
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from killing import wait_until
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from slow import slow_but
 from small_tokenizer import make_tokenizer, texts
 from transformers import AutoTokenizer
 
@@ -88,7 +89,7 @@ def test_stock_megatron_reads_the_tokens_of_transformers(folder: Path) -> None:
         assert stock[i].tolist() == [*ids, tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", slow_but([2], [2, 3]))
 def test_any_number_of_workers_makes_the_same_bytes(
     folder: Path, tmp_path: Path, workers: int
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from launching import served, with_hub
+from slow import slow_but
 
 from megatron_olmo_bridge import verify
 
@@ -179,16 +180,18 @@ def test_a_private_one_on_a_branch_and_once_more(hub: Hub, megatron: Path, tmp_p
     assert not [a for a in hub.asked if a.startswith("PUT")], "the weights were there already"
 
 
+REFUSALS = [
+    ("repos/create", 401, "the hub does not accept the token. Run `hf auth login`"),
+    ("repos/create", 403, "the token may not write here"),
+    ("repos/create", 404, "the hub has no such owner, or the token may not see it"),
+    ("branch/", 403, "the token may not write here"),
+    ("info/lfs", 403, "the token may not write here"),
+    ("commit/", 413, "the hub answers 413"),
+]
+
+
 @pytest.mark.parametrize(
-    ("place", "status", "says"),
-    [
-        ("repos/create", 401, "the hub does not accept the token. Run `hf auth login`"),
-        ("repos/create", 403, "the token may not write here"),
-        ("repos/create", 404, "the hub has no such owner, or the token may not see it"),
-        ("branch/", 403, "the token may not write here"),
-        ("info/lfs", 403, "the token may not write here"),
-        ("commit/", 413, "the hub answers 413"),
-    ],
+    ("place", "status", "says"), slow_but([REFUSALS[0], REFUSALS[-1]], REFUSALS)
 )
 def test_what_the_hub_refuses(
     hub: Hub, megatron: Path, tmp_path: Path, place: str, status: int, says: str

@@ -383,12 +383,13 @@ def one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
         destroy_process_groups()
 
 
-def named(cases: list[Case]) -> list[Any]:
-    return [pytest.param(case, id=f"{case.words} {case.says[-1]}") for case in cases]
+def named(cases: list[Case], *marks: pytest.MarkDecorator) -> list[Any]:
+    names = [f"{case.words} {case.says[-1]}" for case in cases]
+    return [pytest.param(case, id=n, marks=marks) for case, n in zip(cases, names, strict=True)]
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("case", named([*RECIPES, *VALUES, *LAYOUTS]))
+@pytest.mark.parametrize("case", [*named([*RECIPES, *VALUES], pytest.mark.slow), *named(LAYOUTS)])
 def test_is_refused_before_anything_is_planned(case: Case, place: Place, tmp_path: Path) -> None:
     refused(case, place, tmp_path, "--dry-run")
 

@@ -12,6 +12,7 @@ import torch
 from damage import edit_json, edit_tensors
 from launching import olmo_bridge
 from safetensors.torch import load_file, save_file
+from slow import slow_but
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,13 +24,14 @@ from megatron_olmo_bridge.errors import MappingError
 from megatron_olmo_bridge.models.bridge import ModelBridge, as_classifier, published_sizes
 
 SIZES = [name for name in published_sizes() if name.endswith("-tiny")]
+QUICK = ["gpt2-tiny", "olmo2-tiny", "olmoe-tiny"]
 EXPERTS = ["olmoe-tiny", "flex-olmo-tiny"]
 ONE, HEAD, INDEX = "model.safetensors", "lm_head.weight", "model.safetensors.index.json"
 
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(params=SIZES)
+@pytest.fixture(params=slow_but(QUICK, SIZES))
 def size(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
