@@ -16,7 +16,7 @@ def check_can_push(repo: str) -> None:
     from huggingface_hub import get_token
 
     if not HUB_ID.fullmatch(repo):
-        raise InputError(f"--push-to-hub {repo}: is no hub id; write owner/name")
+        raise InputError(f"--push-to-hub {repo}: is not a hub id; write owner/name")
     if not get_token():
         raise InputError(
             f"--push-to-hub {repo}: the hub wants a token. Run `hf auth login`, or set HF_TOKEN; "
@@ -43,7 +43,7 @@ def push_to_hub(
         The address of the model.
 
     Raises:
-        InputError: there is no token, or ``repo`` is no hub id.
+        InputError: there is no token, or ``repo`` is not a hub id.
         FormatError: a link in the folder leads out of it.
         OutputError: the hub refuses, or can't be reached. What it has then is no checkpoint, or the
             one before.

@@ -294,7 +294,7 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
             raise InputError(f"{source}: is a path; --revision is for a hub id such as "
                              "allenai/OLMo-2-0425-1B")  # fmt: skip
         if not path.exists():
-            raise InputError(f"{source}: no such folder, and no hub id (owner/name)")
+            raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
         return path, str(path.resolve()), None
     repo, named = on_hub["repo"], on_hub["revision"]
     if named and revision and named != revision:

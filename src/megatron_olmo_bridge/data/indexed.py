@@ -84,6 +84,7 @@ def read_indexed(path: str | Path) -> Indexed:
         raise FormatError(f"{index}: cut short: {size:,} bytes, its header promises {need:,}")
     mapped = np.memmap(index, mode="r")
     lengths = np.frombuffer(mapped, "<i4", sequences, _HEADER.size)
+    offsets = np.frombuffer(mapped, "<i8", sequences, _HEADER.size + sequences * 4)
     ends = np.frombuffer(mapped, "<i8", bounds, _HEADER.size + sequences * 12)
     if (
         bounds == 0
@@ -93,6 +94,9 @@ def read_indexed(path: str | Path) -> Indexed:
         or lengths.min(initial=0) < 0
     ):
         raise FormatError(f"{index}: damaged: its documents are not made of its sequences")
+    before = np.cumsum(lengths, dtype=np.int64) - lengths
+    if (offsets != before * np.dtype(_CODES[code]).itemsize).any():
+        raise FormatError(f"{index}: damaged: its sequences do not follow each other in the .bin")
     found = Indexed(prefix, np.dtype(_CODES[code]), lengths, ends)
     need, size = found.tokens * found.dtype.itemsize, data.stat().st_size
     if size != need:

@@ -44,6 +44,8 @@ class DataInfo:
     """``path`` and ``bytes`` of each."""
     plan: str | None = None
     """SHA-256 of what was to be prepared, and how."""
+    input_state: str | None = None
+    """SHA-256 of the inputs' sizes, times and inodes, by which a change of them is noticed."""
     version: str | None = None
     """Of this package."""
 

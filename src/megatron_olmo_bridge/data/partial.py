@@ -1,8 +1,9 @@
 """The folder that a dataset is prepared in: ``OUT.partial``, until OUT has all its files.
 
-A marker in it says what is prepared; a part is finished when its .json is there. Killed at any
-moment, a run leaves a folder that ``--resume`` continues, and no ``OUT.idx``, without which there
-is no dataset; with ``--overwrite`` the one that is replaced stays until the new one is written.
+A marker in it says what is prepared; a part is finished when its .json is there, which has
+checksums of its files. Killed at any moment, a run leaves a folder that ``--resume`` continues, and
+no ``OUT.idx``, without which there is no dataset; with ``--overwrite`` the one that is replaced
+stays until the new one is written.
 """
 
 from __future__ import annotations
@@ -34,14 +35,20 @@ class Partial:
     """Where parts are written, by one run at a time."""
 
     def __init__(
-        self, prefix: str, plan: dict[str, Any], digest: str, *, resume: bool, overwrite: bool
+        self,
+        prefix: str,
+        plan: dict[str, Any],
+        record: dict[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
     ) -> None:
         """Raise OutputError if something is in the way; nothing is changed before :meth:`opened`.
 
         Args:
             prefix: of the output.
             plan: what is prepared; an interrupted run must have had the same.
-            digest: what the record of a finished run has as its plan.
+            record: has what the record of a finished run must have, ``plan`` and ``input_state``.
         """
         self.prefix = prefix
         self.folder = Path(f"{prefix}.partial")
@@ -51,7 +58,7 @@ class Partial:
             self._look_at_interrupted(resume)
         if self.folder.exists() and not (self._marker.exists() or self._just_made()):
             raise OutputError(f"{self.folder}: is in the way, and not of prepare-data. Move it.")
-        self.finished = resume and not overwrite and self._made_before(digest)
+        self.finished = resume and not overwrite and self._made_before(record)
         """Whether a run before has done all: then there is nothing to do."""
         for path in self.outputs:
             if path.exists() and not (self._replace or self.finished):
@@ -64,11 +71,12 @@ class Partial:
     def _just_made(self) -> bool:
         return all(path.name.startswith((_MARKER, _LOCK)) for path in self.folder.iterdir())
 
-    def _made_before(self, digest: str) -> bool:
+    def _made_before(self, record: dict[str, Any]) -> bool:
         try:
-            return read_info(self.prefix).plan == digest
+            made = read_info(self.prefix)
         except BridgeError:
             return False
+        return (made.plan, made.input_state) == (record["plan"], record["input_state"])
 
     def _look_at_interrupted(self, resume: bool) -> None:
         try:

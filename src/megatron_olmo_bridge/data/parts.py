@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_olmo_bridge.convert.execute import sha256
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.files import read_json
 
@@ -98,13 +99,29 @@ class PartWriter:
 
     def finished(self, part: Part) -> Counts | None:
         """What a part that is written held; None if it is not."""
+        record = self._record(part)
+        return None if record is None else record[0]
+
+    def is_sound(self, part: Part) -> bool:
+        """Whether a part's files are there and as they were written."""
+        record = self._record(part)
+        try:
+            return record is not None and record[1] == self._checksums(part)
+        except FileNotFoundError:
+            return False
+
+    def _record(self, part: Part) -> tuple[Counts, dict[str, str]] | None:
         file = Path(f"{self.prefix(part)}.json")
         try:
-            return Counts(**read_json(file))
+            record = read_json(file)
+            return Counts(**record["counts"]), record["sha256"]
         except FileNotFoundError:
             return None
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise FormatError(f"{file}: is damaged. Pass --overwrite to start afresh.") from error
+
+    def _checksums(self, part: Part) -> dict[str, str]:
+        return {suffix: sha256(Path(self.prefix(part) + suffix)) for suffix in (".bin", ".idx")}
 
     def write(self, part: Part, progress: Progress) -> None:
         """Write a part: .bin and .idx, and last a .json that makes it finished."""
@@ -129,7 +146,8 @@ class PartWriter:
         write_index(Path(f"{prefix}.idx"), every.astype(np.int32), dtype)
         for suffix in (".bin", ".idx"):
             sync_file(Path(f"{prefix}{suffix}"))
-        write_json(Path(f"{prefix}.json"), asdict(counts))
+        record = {"counts": asdict(counts), "sha256": self._checksums(part)}
+        write_json(Path(f"{prefix}.json"), record)
 
     def _documents(
         self, part: Part, counts: Counts

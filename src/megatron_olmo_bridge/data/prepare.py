@@ -153,7 +153,7 @@ def plan_data(
     )
     record, plan = _record(files, writer, loaded)
     parts = _parts(files, writer)
-    partial = Partial(prefix, plan, record["plan"], resume=resume, overwrite=overwrite)
+    partial = Partial(prefix, plan, record, resume=resume, overwrite=overwrite)
     return DataPlan(files, loaded, writer, record, parts, partial)
 
 
@@ -214,7 +214,7 @@ def _record(
     plan = made | asdict(writer.text) | {"token_dtype": writer.token_dtype}
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     state = fingerprint({Path(file): Identity.of(Path(file)) for file in files})
-    return made | {"plan": digest}, plan | {"input_state": state}
+    return made | {"plan": digest, "input_state": state}, plan | {"input_state": state}
 
 
 def _parts(files: list[str], writer: PartWriter) -> list[Part]:
@@ -240,10 +240,10 @@ def _parts(files: list[str], writer: PartWriter) -> list[Part]:
 def _write_parts(
     parts: list[Part], writer: PartWriter, workers: int, reporter: PrepareReporter
 ) -> None:
-    """Write the parts that are not finished yet."""
+    """Write the parts that are not finished yet, and those that were damaged since."""
     missing, tokens = [], 0
     for part in parts:
-        counts = writer.finished(part)
+        counts = writer.finished(part) if writer.is_sound(part) else None
         if counts is None:
             missing.append(part)
         else:

@@ -38,4 +38,4 @@ def test_as_a_module() -> None:
     done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "olmo-bridge: absent: no such folder, and no hub id (owner/name)\n"
+    assert done.stderr == "olmo-bridge: absent: no such folder, and not a hub id (owner/name)\n"

@@ -250,7 +250,7 @@ def test_other_processes_of_torchrun_say_nothing(
     ("args", "says"),
     [
         (("synth", "olmo2-2b", "x"), "'olmo2-2b' is not known. Known are: olmo2-tiny"),
-        (("import", "absent", "x"), "absent: no such folder, and no hub id (owner/name)"),
+        (("import", "absent", "x"), "absent: no such folder, and not a hub id (owner/name)"),
         (("import", "{hf}", "x", "--dtype", "int4"), "dtype 'int4' is not one of keep"),
         (("import", "{hf}", "{hf}/inside"), "may not be the source, in it, or around it"),
         (("export", "absent", "x"), "absent: no such file or folder"),

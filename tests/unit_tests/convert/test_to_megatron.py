@@ -259,7 +259,7 @@ def test_what_is_no_source(make_hf: HF, tmp_path: Path) -> None:
         plan_import(hf, dtype="float64")
     with pytest.raises(InputError, match="make-vocab-size-divisible-by must be at least 1"):
         plan_import(hf, make_vocab_size_divisible_by=0)
-    with pytest.raises(InputError, match="no such folder, and no hub id"):
+    with pytest.raises(InputError, match="no such folder, and not a hub id"):
         plan_import(tmp_path / "absent")
     with pytest.raises(InputError, match="is a path; --revision is for a hub id"):
         plan_import(hf, revision="main")

@@ -84,7 +84,8 @@ def test_a_bin_of_another_size(tmp_path: Path, size: int, why: str) -> None:
     ("at", "value", "why"),
     [(0, b"X", "not the index"), (9, b"\x02", "version 2"), (17, b"\x07", "dtype code 7"),
      (17, b"\x63", "dtype code 99"), (-1, b"\x7f", "damaged"), (82, b"\xff", "damaged"),
-     (37, b"\xff", "damaged")],
+     (37, b"\xff", "damaged"), (50, b"\x02", "do not follow each other"),
+     (74, b"\x0e", "do not follow each other"), (34, b"\x02", "do not follow each other")],
 )  # fmt: skip
 def test_a_damaged_index(tmp_path: Path, at: int, value: bytes, why: str) -> None:
     index = Path(build(tmp_path / "data", DOCUMENTS) + ".idx")

@@ -107,13 +107,14 @@ def test_the_record(
 ) -> None:
     info = prepared(corpus, tmp_path / "folder" / "out.v1")
     tokens = [t for one in expected(tokenizer_folder, texts(40)) for t in one]
-    assert dataclasses.replace(info, plan=None, tokenizer_sha256=None) == DataInfo(
+    digests = {"tokenizer_sha256": None, "plan": None, "input_state": None}
+    assert dataclasses.replace(info, **digests) == DataInfo(  # type: ignore[arg-type]
         prefix=str(tmp_path / "folder" / "out.v1"), documents=40, tokens=len(tokens),
         dtype="uint16", tokenizer=str(tokenizer_folder), vocab_size=400, eos_id=0,
         max_token_id=max(tokens), inputs=[{"path": str(corpus), "bytes": corpus.stat().st_size}],
         version=__version__,
     )  # fmt: skip
-    assert len(info.tokenizer_sha256 or "") == len(info.plan or "") == 64
+    assert [len(getattr(info, name)) for name in digests] == [64, 64, 64]
     assert read_info(tmp_path / "folder" / "out.v1.bin") == info
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [
         "out.v1.bin", "out.v1.idx", "out.v1.json"
@@ -338,6 +339,30 @@ def test_an_interrupted_run_is_continued(
     prepared(corpus, tmp_path / "whole")
     assert files_of(interrupted) == files_of(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("fate", ["damaged", "cut", "gone"])
+def test_a_finished_part_that_is_not_as_it_was_is_written_again(
+    prepared: Prepare, corpus: Path, interrupted: Path, tmp_path: Path, suffix: str, fate: str
+) -> None:
+    part = tmp_path / f"out.partial/part-000001{suffix}"
+    data = part.read_bytes()
+    if fate == "gone":
+        part.unlink()
+    else:
+        part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if fate == "damaged" else data[:-1])
+    prepared(corpus, interrupted, resume=True)
+    prepared(corpus, tmp_path / "whole")
+    assert files_of(interrupted) == files_of(tmp_path / "whole")
+
+
+def test_a_finished_run_of_other_inputs_is_not_taken_for_this_one(
+    prepared: Prepare, corpus: Path, tmp_path: Path
+) -> None:
+    prepared(corpus, tmp_path / "out")
+    corpus.write_text(corpus.read_text().swapcase().replace('"TEXT"', '"text"'))  # of the same size
+    refused(OutputError, "Pass --overwrite", prepared, corpus, tmp_path / "out", resume=True)
 
 
 def test_a_finished_run_is_not_done_again(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:

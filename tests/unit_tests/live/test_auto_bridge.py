@@ -105,7 +105,7 @@ def test_can_handle(make_hf: HFFactory, tiny_megatron: Path, tmp_path: Path) -> 
 
 
 def test_what_is_no_olmo2_checkpoint_is_refused(make_hf: HFFactory, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder, and no hub id"):
+    with pytest.raises(InputError, match="no such folder, and not a hub id"):
         AutoBridge.from_hf_pretrained(tmp_path / "absent")
     with pytest.raises(UnsupportedError, match="architecture LlamaForCausalLM is not known"):
         AutoBridge.from_hf_pretrained(make_hf("llama", architectures=["LlamaForCausalLM"]))
