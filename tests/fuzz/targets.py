@@ -176,7 +176,8 @@ def read_indexed(folder: Path) -> Any:
 
     describe(folder / "data")
     data = read_indexed(folder / "data")
-    return [data.dtype.name, data.lengths.tolist(), data.bounds.tolist()]
+    tokens = data.first_tokens(data.tokens)
+    return [data.dtype.name, data.lengths.tolist(), data.bounds.tolist(), tokens.tolist()]
 
 
 def read_lines(folder: Path) -> Any:
@@ -266,9 +267,9 @@ def megatron_reads(folder: Path) -> Any:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     data = IndexedDataset(str(folder / "data"))
-    return [
-        data.index.dtype.__name__, data.sequence_lengths.tolist(), data.document_indices.tolist()
-    ]  # fmt: skip
+    lengths = data.sequence_lengths.tolist()
+    tokens = [token for i in range(len(lengths)) for token in data.get(i).tolist()]
+    return [data.index.dtype.__name__, lengths, data.document_indices.tolist(), tokens]
 
 
 def json_reads(folder: Path) -> Any:
