@@ -6,6 +6,7 @@ missing and leaves alone what the user's own code, Megatron-LM's for example, ha
 
 from __future__ import annotations
 
+import atexit
 import gc
 import math
 import os
@@ -167,6 +168,9 @@ def _init_distributed(timeout: timedelta) -> None:
         dist.init_process_group(
             backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=device
         )
+    if device is None:
+        # Threads of gloo's that are left at the end of the process abort it now and then.
+        atexit.register(destroy_process_groups)
 
 
 def add_slurm(env: MutableMapping[str, str]) -> None:
