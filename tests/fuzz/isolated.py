@@ -65,12 +65,13 @@ class Worker:
         self._process.communicate()
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _memory() -> tuple[int, int]:
+    """Bytes that this process has mapped, and has in memory."""
+    mapped, resident = Path("/proc/self/statm").read_text().split()[:2]
+    return int(mapped) * resource.getpagesize(), int(resident) * resource.getpagesize()
 
 
 def _forked(function: Any, folder: Path) -> Outcome:
-    before = _resident()
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -90,21 +91,21 @@ def _forked(function: Any, folder: Path) -> Outcome:
         answer += block
     os.close(read)
     _, status, usage = os.wait4(pid, 0)
-    took = {
-        "seconds": usage.ru_utime + usage.ru_stime,
-        "nbytes": max(0, (usage.ru_maxrss << 10) - before),
-    }
+    seconds = usage.ru_utime + usage.ru_stime
     if ended or status:
         why = ended or f"exit status {os.waitstatus_to_exitcode(status)}"
-        return Outcome(ended or "died", message=why, **took)
-    return Outcome(**json.loads(answer), **took)
+        return Outcome(ended or "died", message=why, seconds=seconds)
+    said = json.loads(answer)
+    # The fork has less than its parent at first: no pages of files.
+    nbytes = max(0, (usage.ru_maxrss << 10) - said.pop("resident"))
+    return Outcome(**said, seconds=seconds, nbytes=nbytes)
 
 
 def _case(function: Any, folder: Path, write: int) -> int:
     """Run a case in this process, which is its own; the exit code."""
     from megatron_olmo_bridge.errors import BridgeError
 
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    mapped, resident = _memory()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_SPACE,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
@@ -119,7 +120,7 @@ def _case(function: Any, folder: Path, write: int) -> int:
     except BaseException:
         answer = {"ended": "traceback", "message": traceback.format_exc()[-3000:]}
     with os.fdopen(write, "wb") as out:
-        out.write(json.dumps(answer).encode())
+        out.write(json.dumps(answer | {"resident": resident}).encode())
     return 0
 
 
