@@ -210,7 +210,11 @@ def transformers_reads(folder: Path) -> Any:
     asked = json.loads((folder / "asked.json").read_text())
     family = CONFIG_MAPPING[values["model_type"]]
     compared = {*asked, *(family.attribute_map.get(key, key) for key in asked)}
-    config = family(**{key: value for key, value in values.items() if key in compared})
+    given = {key: value for key, value in values.items() if key in compared}
+    # A number without a fraction is written without a point by most: transformers refuses that.
+    for key in {"rms_norm_eps", "clip_qkv"} & given.keys():
+        given[key] = float(given[key]) if type(given[key]) is int else given[key]
+    config = family(**given)
     return {key: getattr(config, key) for key in asked}
 
 

@@ -142,7 +142,7 @@ def _page(report: Report, trained_here: bool) -> str:
             f'<header><p class="eyebrow">Classification report</p><h1>{escape(report.title)}</h1>'
             f'<p class="about">{escape(_verdict(report))}</p>{link}</header>',
             tiles(_figures(first)),
-            _section("All classifiers", table(head, rows(report), numbers=head[1:])),
+            _section("All models", table(head, rows(report), numbers=head[1:])),
             picture(
                 "tradeoff",
                 "Quality against latency",
@@ -163,7 +163,7 @@ def _verdict(report: Report) -> str:
         return names[0]
     low, high = report.difference
     score = spoken(report.problem.score)
-    span = f"the difference in {score} is {low:+.3f} to {high:+.3f} (95 %)"
+    span = f"the difference in {score} is {low:+.3f} to {high:+.3f} (95\u00a0%)"
     if low <= 0 <= high:
         return f"{names[0]} and {names[1]} cannot be told apart on these texts: {span}."
     better, worse = names if low > 0 else reversed(names)

@@ -141,7 +141,7 @@ def test_a_report_on_values(tmp_path: Path) -> None:
     misread = [Misread("a text", "3", "5", 2.0)]
     one = Report("One", REGRESSION, {}, [Result("olmo", 5, found, SPEED, intervals, misread)])
     page = written(one, tmp_path)
-    assert columns(one)[2:8] == ["MSE", "MAE", "95 %", "R2", "95 %", "pearson"]
+    assert columns(one)[2:8] == ["MSE", "MAE", "95 %", "R2", "95 %", "Pearson"]
     assert rows(one)[0][2:8] == [
         "1.3333", "0.6667", "0.000-2.000", "-1.0000", "-2.000 to 1.000", "0.9608",
     ]  # fmt: skip

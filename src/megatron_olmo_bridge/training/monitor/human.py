@@ -39,7 +39,8 @@ def flops(per_second: float) -> str:
 
 def spoken(name: str) -> str:
     """Return a measure's name as people write it: ``macro_f1`` is ``macro-F1``."""
-    return re.sub(r"\b(f1|r2|mse|mae)\b", lambda m: m[0].upper(), name.replace("_", "-"))
+    written = re.sub(r"\b(f1|r2|mse|mae)\b", lambda m: m[0].upper(), name.replace("_", "-"))
+    return written.replace("pearson", "Pearson")
 
 
 def heading(name: str) -> str:

@@ -20,7 +20,7 @@ body {
     sans-serif;
   -webkit-text-size-adjust: 100%;
 }
-main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
+main { max-width: 68rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
 h1, h2, p, dl, dd, figure { margin: 0; }
 h1 { font-size: clamp(1.7rem, 5vw, 2.5rem); line-height: 1.15; letter-spacing: -.02em;
   overflow-wrap: anywhere; text-wrap: balance; }
@@ -57,7 +57,7 @@ summary span { color: var(--muted); font-size: .9rem; margin-left: .35rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--muted); }
-th, td { padding: .36rem 1.4rem .36rem 0; vertical-align: top; white-space: nowrap; }
+th, td { padding: .36rem 1.1rem .36rem 0; vertical-align: top; white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
 td.number, th.number { text-align: right; }
 td.long { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
