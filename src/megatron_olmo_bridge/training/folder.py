@@ -59,11 +59,16 @@ def check_folders(config: TrainingConfig) -> Extension | None:
             _not_the_source(field, folder, config)
             _writable(field, folder)
     if config.checkpoint.save is None:
+        _check_exports(config, None)
         return None
     folder = Path(config.checkpoint.save).expanduser()
     file = folder / RUN_FILE
-    if file.is_file():
-        return _check_same_run(folder, _read(file), config)
+    before = _read(file) if file.is_file() else None
+    if before is not None:
+        extension = _check_same_run(folder, before, config)
+        _check_exports(config, _flat(before).get("export.hf"))
+        return extension
+    _check_exports(config, None)
     if folder.exists() and (iteration_folders(folder) or (folder / TRACKER).exists()):
         raise InputError(
             f"{folder}: has checkpoints that no run of this command saved ({RUN_FILE} is not "
@@ -74,6 +79,26 @@ def check_folders(config: TrainingConfig) -> Extension | None:
             f"{folder}: is a Hugging Face checkpoint. Name another folder as checkpoint.save."
         )
     return None
+
+
+def _check_exports(config: TrainingConfig, before: str | None) -> None:
+    """Raise InputError if exports would replace those of another run.
+
+    Args:
+        before: the folder of this run's exports, if the run has begun already.
+    """
+    given = config.export.hf
+    if given is None:
+        return
+    folder = Path(given).expanduser()
+    if before is not None and folder.resolve() == Path(before).expanduser().resolve():
+        return
+    if found := sorted(path.name for path in folder.glob("step_*")):
+        raise InputError(
+            f"export.hf={given}: has exports of another run ({found[0]}"
+            f"{f' and {len(found) - 1} more' if found[1:] else ''}), which this one's would "
+            "replace. Name another folder as export.hf."
+        )
 
 
 def _check_same_run(

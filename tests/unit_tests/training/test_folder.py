@@ -32,6 +32,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_exports_of_another_run_are_not_replaced(folder: Path, tmp_path: Path) -> None:
+    exports = tmp_path / "exports"
+    (exports / "step_10").mkdir(parents=True)
+    for other in (run(None), run(tmp_path / "new"), run(folder)):
+        other.export.hf = str(exports)
+        with pytest.raises(InputError, match=r"has exports of another run \(step_10\)"):
+            check_folders(other)
+    (exports / "step_10").rmdir()
+    claim(run(folder, f"export.hf={exports}"))
+    (exports / "step_10").mkdir()
+    check_folders(run(folder, f"export.hf={exports}/../exports"))  # its own
+
+
 def test_a_run_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_folders(run(None))
