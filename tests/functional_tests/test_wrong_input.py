@@ -4,9 +4,11 @@ The test goes through the commands that there are: a new one without a row here 
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from small_tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
 from megatron_olmo_bridge.cli.app import app
@@ -65,3 +67,40 @@ def test_it_is_refused_on_one_screen(
     assert names in envelope["error"]["message"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["EMPTY", "FILE"]
     assert list((tmp_path / "EMPTY").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere such a file can't be made")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("synth", "olmo2-tiny", "OUT"),
+        ("import", "HF", "OUT"),
+        ("import", "HF", "OUT/below", "--dry-run"),
+        ("export", "MEGATRON", "OUT"),
+        ("average", "HF", "HF", "OUT"),
+        ("prepare-data", "text.txt", "OUT", "--tokenizer", "tokenizer"),
+        ("train", "olmo2_tiny", "checkpoint.save=OUT"),
+        ("train", "olmo2_tiny", "export.hf=OUT"),
+    ],
+    ids=" ".join,
+)
+def test_an_output_that_could_not_be_read_again_is_refused(
+    words: tuple[str, ...],
+    single: Path,
+    megatron: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A name that is not UTF-8: safetensors and torch open no such file."""
+    if words[0] == "train":
+        pytest.importorskip("megatron.core")
+    make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    given = {"HF": str(single), "MEGATRON": str(megatron)}
+    done = CliRunner().invoke(app, [given.get(w, w.replace("OUT", "out\udcff")) for w in words])
+
+    assert done.exit_code == 2
+    assert "out" in done.stderr and "is not UTF-8" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before

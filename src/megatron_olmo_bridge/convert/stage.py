@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
+from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.mapping.registry import bulleted
 
 from .identity import Identity
@@ -58,6 +59,7 @@ class Stage:
 
     def _check(self) -> None:
         """Raise OutputError, before anything is written, if the output can't be written."""
+        check_name(self.destination)
         if self._plan.source is not None:
             refuse_overlap(self._plan.source, self.destination)
         for folder in (self.destination, self._partial):

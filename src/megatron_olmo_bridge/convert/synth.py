@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
+from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
 from megatron_olmo_bridge.models.bridge import published_sizes
@@ -70,6 +71,7 @@ def synth(
         dtype, parse_size(max_shard_size),
     )  # fmt: skip
     folder = Path(destination).expanduser()
+    check_name(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder}: exists already; name a new folder")
     reporter = reporter or Reporter()

@@ -26,6 +26,7 @@ import numpy as np
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.convert.identity import Identity, fingerprint
 from megatron_olmo_bridge.errors import InputError, ProcessError
+from megatron_olmo_bridge.formats.files import check_name
 
 from .documents import Kind, Span, TextOptions, split_name, text_spans
 from .info import DataInfo, read_info
@@ -178,6 +179,7 @@ def _check_paths(files: list[str], prefix: str) -> None:
             )
         if path.stat().st_size == 0:
             raise InputError(f"{file}: is empty")
+    check_name(Path(prefix))
     if split_name(prefix)[0] is not None:
         raise InputError(
             f"{prefix}: is the output, by its place, but named like an input. The prefix of the "

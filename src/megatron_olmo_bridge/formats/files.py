@@ -51,6 +51,19 @@ _KINDS = {
 }  # fmt: skip
 
 
+def check_name(path: Path) -> None:
+    """Raise FormatError if a path is not UTF-8: the formats and their libraries take no other.
+
+    What is written is looked at too, else it could not be read again.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"{path}: its name, or a folder's above it, is not UTF-8. Rename it."
+        ) from error
+
+
 def open_regular(file: Path) -> BinaryIO:
     """Open a regular file for reading; the caller closes it.
 
@@ -60,12 +73,7 @@ def open_regular(file: Path) -> BinaryIO:
         InputError: it can't be opened.
         FileNotFoundError, PermissionError: as :func:`open`.
     """
-    try:
-        os.fspath(file).encode()
-    except UnicodeEncodeError as error:
-        raise FormatError(
-            f"{file}: the name of the file, or of a folder above it, is not UTF-8. Rename it."
-        ) from error
+    check_name(file)
     try:
         # Without O_NONBLOCK, opening a pipe waits for who writes into it.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -31,6 +31,7 @@ from megatron_olmo_bridge.convert.to_hf import (
 from megatron_olmo_bridge.convert.transfer import write_all
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
+from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.models.bridge import ModelBridge
@@ -196,6 +197,7 @@ def model_states(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def _begin(root: Path, stage: Path, folder: Path) -> None:
+    check_name(root)
     if not is_vacant(root):
         raise OutputError(f"{root}: exists already; name another folder")
     if not is_vacant(stage):

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
+from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
@@ -161,6 +162,7 @@ def _not_the_source(field: str, folder: Path, config: TrainingConfig) -> None:
 
 
 def _writable(field: str, folder: Path) -> None:
+    check_name(folder)
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise OutputError(f"{field}={folder}: {there} is a file; name a folder")

@@ -150,6 +150,8 @@ def _with(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
             value = [value]  # one path is a list of one
         given = OmegaConf.create(values)
         OmegaConf.update(given, key, value, merge=False, force_add=True)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{key}={text}: is not UTF-8") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise InputError(f"{key}={text}: {str(error).splitlines()[0]}") from error
     made = OmegaConf.to_container(given)

@@ -63,7 +63,7 @@ def test_a_link_to_itself(tmp_path: Path) -> None:
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / os.fsdecode(b"a\xff")
     file.touch()
-    with pytest.raises(FormatError, match=r"the name of the file, .* is not UTF-8"):
+    with pytest.raises(FormatError, match=r"its name, .* is not UTF-8"):
         read_small(file, 10)
 
 

@@ -188,7 +188,7 @@ def test_file_names_that_are_not_utf8_are_refused(
     (tmp_path / "config.json").write_text("{}")
     save_file({"a": torch.zeros(2)}, tmp_path / "model.st")
     (tmp_path / "model.st").rename(tmp_path / os.fsdecode(name))
-    with pytest.raises(FormatError, match=r"the name of the file, .* is not UTF-8"):
+    with pytest.raises(FormatError, match=r"its name, .* is not UTF-8"):
         read(tmp_path)
 
 
