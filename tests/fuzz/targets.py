@@ -202,18 +202,25 @@ def safetensors_reads(folder: Path) -> Any:
 
 
 def transformers_reads(folder: Path) -> Any:
+    from safetensors import safe_open
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     # Only what is compared: a conversion copies the rest as it is, and transformers refuses the
     # whole file for one value of another type.
     values = json.loads((folder / "config.json").read_bytes())
     asked = json.loads((folder / "asked.json").read_text())
-    family = CONFIG_MAPPING[values["model_type"]]
+    classes = {name: key for key, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    family = CONFIG_MAPPING[values.get("model_type") or classes[values["architectures"][0]]]
     compared = {*asked, *(family.attribute_map.get(key, key) for key in asked)}
     given = {key: value for key, value in values.items() if key in compared}
     # A number without a fraction is written without a point by most: transformers refuses that.
     for key in {"rms_norm_eps", "clip_qkv"} & given.keys():
         given[key] = float(given[key]) if type(given[key]) is int else given[key]
+    if given.get("tie_word_embeddings") is True:
+        # PreTrainedModel.tie_weights keeps a head that the file has.
+        with safe_open(folder / "model.safetensors", "np") as file:
+            given["tie_word_embeddings"] = "lm_head.weight" not in file.keys()  # noqa: SIM118
     config = family(**given)
     return {key: getattr(config, key) for key in asked}
 

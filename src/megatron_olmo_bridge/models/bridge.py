@@ -272,7 +272,7 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
 
     Raises:
         UnsupportedError: no bridge handles it; the message lists those that are known.
-        InputError: ``architectures`` and ``model_type`` are of different families.
+        InputError: ``model_type`` is not that of the family that ``architectures`` names.
         BridgeError: the bridge that handles it can't make sense of its values.
     """
     bridge = _family_of(hf_config, where)
@@ -286,19 +286,19 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
 
 def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
     names = _architectures(hf_config, where)
-    model_type = str(hf_config.get("model_type"))
-    by_type = _families().get(model_type)
+    model_type = hf_config.get("model_type")
+    by_type = _families().get(str(model_type))
     by_name = next((_families()[name] for name in names if name in _families()), None)
-    if by_name and by_type and by_name is not by_type:
+    if by_name and model_type is not None and by_name is not by_type:
         raise InputError(
-            f"{where}: architectures {', '.join(names)} are of {by_name.family}, model_type "
-            f"{quote(model_type)} is of {by_type.family}: correct one of them"
+            f"{where}: architectures {', '.join(names)} are of {by_name.family}, but model_type "
+            f"{quote(model_type)} is not: correct one of them"
         )
     if by_name:
         return by_name
     if by_type and (not names or any(_is_variant(name, by_type) for name in names)):
         return by_type
-    asked = ", ".join(names) or f"model_type {quote(hf_config.get('model_type'))}"
+    asked = ", ".join(names) or f"model_type {quote(model_type)}"
     raise UnsupportedError(
         f"{where}: architecture {asked} is not known here. "
         f"Known are: {', '.join(known_architectures())}."

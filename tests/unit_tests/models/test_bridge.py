@@ -60,9 +60,15 @@ def test_an_unknown_architecture_is_refused_with_those_known(
     )
 
 
-def test_a_name_and_a_type_of_different_families_are_refused() -> None:
-    with pytest.raises(InputError, match="Olmo2ForCausalLM are of olmo2, model_type 'olmo3' is of"):
-        bridge_for(NUMBERS | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo3"}, "x")
+@pytest.mark.parametrize("model_type", ["olmo3", "llama", "", 2, ["olmo2"]])
+def test_a_model_type_that_is_not_the_architectures_is_refused(model_type: Any) -> None:
+    config = NUMBERS | {"architectures": ["Olmo2ForCausalLM"], "model_type": model_type}
+    with pytest.raises(InputError) as caught:
+        bridge_for(config, "x")
+    assert str(caught.value) == (
+        "x: architectures Olmo2ForCausalLM are of olmo2, but model_type "
+        f"{model_type!r} is not: correct one of them"
+    )
 
 
 def test_a_prefix_does_not_hide_a_classifier() -> None:
