@@ -229,6 +229,15 @@ def yaml_reads(folder: Path) -> Any:
     import yaml
 
     model = yaml.safe_load((folder / ITERATION / "run_config.yaml").read_bytes())["model"]
+    # As TransformerConfig.__post_init__ of megatron-core sets what is None.
+    heads, hidden = model["num_attention_heads"], model["hidden_size"]
+    derived = {
+        "kv_channels": lambda: hidden // heads,
+        "num_query_groups": lambda: heads,
+        "ffn_hidden_size": lambda: 4 * hidden,
+    }
+    for name, value in derived.items():
+        model[name] = value() if model[name] is None else model[name]
     return {name: model[name] for name in _RUN_CONFIG_NUMBERS}
 
 
