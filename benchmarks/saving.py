@@ -77,24 +77,26 @@ def save(
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
+    from megatron_olmo_bridge.tasks.language_modelling import LanguageModelling
     from megatron_olmo_bridge.training import checkpoint
     from megatron_olmo_bridge.training.estimate import parameter_count
     from megatron_olmo_bridge.training.loop import one_step
-    from megatron_olmo_bridge.training.train import LanguageModel, started
+    from megatron_olmo_bridge.training.resolve import resolve
+    from megatron_olmo_bridge.training.setup import started
 
     fully, memory_efficient = FORMATS[name]
     original = checkpoint.content_metadata
     checkpoint.content_metadata = lambda *a, **k: (
         original(*a, **k) | {"distrib_optim_fully_reshardable_mem_efficient": memory_efficient}
     )
-    model = LanguageModel(config_of(Path(folder), processes), None)
-    with started(model, say=lambda line: None) as run:
+    resolved = resolve(config_of(Path(folder), processes), None, processes)
+    with started(resolved, LanguageModelling.open, say=lambda line: None) as run:
         one_step(run, run.task.train_batches(begin=1))
         gc.collect()
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         run.checkpointer.save(1, {}, fully_reshardable=fully)
-        answer.send((parameter_count(run.bridge), memory("VmHWM") - before))
+        answer.send((parameter_count(resolved.bridge), memory("VmHWM") - before))
 
 
 def config_of(folder: Path, processes: int) -> Any:

@@ -161,9 +161,11 @@ def megatron_side(connection: Connection, size: str, folder: Path, steps: int) -
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+    from megatron_olmo_bridge.tasks.language_modelling import LanguageModelling, with_model
     from megatron_olmo_bridge.training import config as c
     from megatron_olmo_bridge.training.loop import one_step
-    from megatron_olmo_bridge.training.train import LanguageModel, resolved, started
+    from megatron_olmo_bridge.training.resolve import resolve
+    from megatron_olmo_bridge.training.setup import started
 
     sequences, micro, length = SIZES[size][1]
     prefix = folder / f"{size}-data"
@@ -180,7 +182,8 @@ def megatron_side(connection: Connection, size: str, folder: Path, steps: int) -
         logging=c.LoggingConfig(interval=steps + 1),
         parallel=c.ParallelConfig(distributed_optimizer=False),
     )
-    with started(LanguageModel(*resolved(config)), say=lambda line: None) as run:
+    resolved = resolve(*with_model(config), processes=1)
+    with started(resolved, LanguageModelling.open, say=lambda line: None) as run:
         positions = torch.arange(length).expand(micro, -1)
         tokens = iter(
             {"tokens": part[:, :-1], "labels": part[:, 1:], "position_ids": positions}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         Olmo2ModelProvider13B,
         Olmo2ModelProvider32B,
     )
-    from .training.train import train
+    from .tasks.train import train
 
 _HOME = {
     "AutoBridge": "live.auto_bridge",
@@ -42,7 +42,7 @@ _HOME = {
     "inspect": "convert.inspect",
     "prepare_data": "data.prepare",
     "synth": "convert.synth",
-    "train": "training.train",
+    "train": "tasks.train",
     "verify": "convert.verify",
 }
 

@@ -57,7 +57,7 @@ from megatron_olmo_bridge.live.load import load_weights
 from megatron_olmo_bridge.models.provider import GPTModelProvider
 from megatron_olmo_bridge.nn import qk_norm
 from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
-from megatron_olmo_bridge.training.weight_decay import olmo_weight_decay
+from megatron_olmo_bridge.training.optimizer import olmo_weight_decay
 
 Chunks = list[Any]
 

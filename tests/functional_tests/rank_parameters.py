@@ -12,8 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 from live_model import everyone, leave_layout
 
+from megatron_olmo_bridge.runtime.process_groups import started_together
 from megatron_olmo_bridge.training.config import ParallelConfig, TrainConfig, TrainingConfig
-from megatron_olmo_bridge.training.layout import model_of, provider_fields
+from megatron_olmo_bridge.training.resolve import resolve
 
 
 def main() -> None:
@@ -23,10 +24,12 @@ def main() -> None:
         config = TrainingConfig(
             model=job["model"],
             provider=job["provider"],
-            train=TrainConfig(precision="float32"),
+            train=TrainConfig(
+                steps=1, global_batch_size=8, sequence_length=64, precision="float32"
+            ),
             parallel=ParallelConfig(**job["parallel"]),
         )
-        provider = model_of(config).provider(**provider_fields(config))
+        provider = resolve(config, None, started_together()).provider
         chunks = provider.provide_distributed_model(wrap_with_ddp=False)
         parameters = {id(p): p.numel() for chunk in chunks for p in chunk.parameters()}
         counted.append(everyone(sum(parameters.values())))

@@ -13,6 +13,8 @@ from launching import run_script
 from megatron_olmo_bridge.models.bridge import published_sizes
 from megatron_olmo_bridge.training.config import ParallelConfig, TrainConfig, TrainingConfig
 from megatron_olmo_bridge.training.estimate import estimate
+from megatron_olmo_bridge.training.layout import Layout
+from megatron_olmo_bridge.training.resolve import bridge_of
 
 
 @dataclass
@@ -61,7 +63,7 @@ def test_each_rank_holds_what_was_counted(processes: int, tmp_path: Path) -> Non
             train=TrainConfig(steps=1, global_batch_size=8, precision="float32"),
             parallel=ParallelConfig(**case.parallel),
         )
-        stages = estimate(config, processes).stages
+        stages = estimate(config, bridge_of(config), Layout.of(config, processes)).stages
         # Ranks of a pipeline stage are neighbours: megatron-core's order is tp, ep, dp, pp.
         of_each = processes // len(stages)
         assert found == [s.parameters for s in stages for _ in range(of_each)], case

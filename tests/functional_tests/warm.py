@@ -31,7 +31,7 @@ def import_all() -> None:
     import transformers.models.olmo2.modeling_olmo2  # noqa: F401
 
     import megatron_olmo_bridge.live.auto_bridge
-    import megatron_olmo_bridge.training.train  # noqa: F401
+    import megatron_olmo_bridge.tasks.language_modelling  # noqa: F401
 
 
 def free_port() -> int:

@@ -15,11 +15,12 @@ import pytest
 
 from megatron_olmo_bridge.models.catalogue import human_count
 from megatron_olmo_bridge.training.config import TrainingConfig
-from megatron_olmo_bridge.training.estimate import estimate
-from megatron_olmo_bridge.training.layout import checks
+from megatron_olmo_bridge.training.estimate import Estimate, estimate
+from megatron_olmo_bridge.training.layout import Layout, minimum_processes
 from megatron_olmo_bridge.training.monitor.human import short
 from megatron_olmo_bridge.training.named_recipes import named_recipes
 from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
+from megatron_olmo_bridge.training.resolve import bridge_of, resolve
 
 README = Path(__file__).parents[2] / "recipes" / "README.md"
 
@@ -109,6 +110,12 @@ def value(config: TrainingConfig, key: str) -> Any:
     return values[name] if isinstance(values, dict) else getattr(values, name)
 
 
+def estimated(config: TrainingConfig, processes: int | None = None) -> Estimate:
+    """The estimate of a run, by default on the fewest processes."""
+    layout = Layout.of(config, processes or minimum_processes(config))
+    return estimate(config, bridge_of(config), layout)
+
+
 def every_recipe() -> list[str]:
     """Names of all that train language models; a test of its own has the classifier's."""
     return [r.name for r in named_recipes() if r.file.parent.name != "classification"]
@@ -122,7 +129,7 @@ def test_values_are_the_published_ones(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", TOTALS)
 def test_parameters_tokens_and_batch_are_the_published_ones(recipe: str) -> None:
-    found = estimate(load_recipe(recipe))
+    found = estimated(load_recipe(recipe))
     parameters, tokens, step = TOTALS[recipe]
     assert (found.parameters, found.tokens_per_step) == (parameters, step)
     assert found.tokens == pytest.approx(tokens, rel=1e-3)
@@ -171,10 +178,10 @@ def test_a_recipe_can_be_run(recipe: str) -> None:
     config = load_recipe(recipe)
     processes = {"olmo2-tiny": 1, "gpt2-124m": 8}.get(config.name, 16)
     stage_1 = ["init.checkpoint=stage-1"] if config.init.optimizer else []
-    checks(apply_overrides(config, stage_1), processes)
+    resolve(apply_overrides(config, stage_1), None, processes)
     assert load_recipe(recipe) == config, "a recipe's function makes a new config each time"
     if config.name != "olmo2-tiny":
-        assert estimate(config, processes).worst.total < 75e9, "fits GPUs of 80 GB"
+        assert estimated(config, processes).worst.total < 75e9, "fits GPUs of 80 GB"
 
 
 def cosine(peak: float, step: int, warmup: int, end: float) -> float:
@@ -220,8 +227,8 @@ def test_the_launch_scripts_of_13b_override_the_rate_and_not_the_warmup() -> Non
 def test_the_tiny_one_is_for_a_laptop() -> None:
     config = load_recipe("olmo2_tiny")
     assert config.train.precision == "float32"
-    assert estimate(config).worst.total < 500e6
-    checks(apply_overrides(config, ["parallel.tp=2", "parallel.sp=true"]), 4)
+    assert estimated(config).worst.total < 500e6
+    resolve(apply_overrides(config, ["parallel.tp=2", "parallel.sp=true"]), None, 4)
 
 
 def test_the_readmes_table() -> None:
@@ -230,7 +237,7 @@ def test_the_readmes_table() -> None:
     for recipe, row in rows:
         config = load_recipe(recipe)
         cells = [cell.strip() for cell in row.split("|")]
-        found = estimate(config, int(cells[3]))
+        found = estimated(config, int(cells[3]))
         parallel = config.parallel
         assert cells == [
             human_count(found.parameters), short(found.tokens), f"{found.steps:,}", cells[3],

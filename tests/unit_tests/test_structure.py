@@ -84,6 +84,17 @@ BELOW = {
     "data": {"convert", "formats"},
     "training": {"data", "formats", "models", "nn", "runtime", "convert", "live"},
     "classification": {"data", "formats", "models", "nn", "runtime", "convert", "live", "training"},
+    "tasks": {
+        "data",
+        "formats",
+        "models",
+        "nn",
+        "runtime",
+        "convert",
+        "live",
+        "training",
+        "classification",
+    },
     "recipes": {"models", "training"},
     "convert": {"mapping", "formats", "models"},
     "live": {"mapping", "formats", "models", "runtime", "convert"},
@@ -97,7 +108,7 @@ BELOW = {
         "inference",
         "data",
         "training",
-        "classification",
+        "tasks",
     },
 }
 """Folders that each folder may import. All may import errors and the version."""

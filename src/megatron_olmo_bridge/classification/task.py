@@ -46,6 +46,7 @@ class Classification(Task):
     """[classes] of float32, of single-label losses."""
     history: list[Evaluation] = field(default_factory=list)
     """Evaluations so far."""
+    tokenizer_folder: Path | None = None
     on_evaluated: Callable[[], None] = lambda: None
     """Called in all processes after each evaluation, which is in the history then."""
     problem: Problem = field(init=False)

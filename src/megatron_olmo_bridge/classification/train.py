@@ -12,20 +12,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_olmo_bridge.convert.model_card import write_model_card
-from megatron_olmo_bridge.convert.source import Source, fetch, hub_repository, open_source
+from megatron_olmo_bridge.convert.source import Source, fetch, open_source
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.live.save import save_hf
-from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
+from megatron_olmo_bridge.models.bridge import bridge_for
 from megatron_olmo_bridge.nn.problem_types import REGRESSION
-from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups, on_first
+from megatron_olmo_bridge.runtime.process_groups import (
+    destroy_process_groups,
+    on_first,
+    started_together,
+)
+from megatron_olmo_bridge.training.card import write_card
 from megatron_olmo_bridge.training.config import TrainingConfig
-from megatron_olmo_bridge.training.facts import card_facts
-from megatron_olmo_bridge.training.loop import train_loop
+from megatron_olmo_bridge.training.loop import Run, train_loop, whole_parameters
 from megatron_olmo_bridge.training.monitor.human import spoken
 from megatron_olmo_bridge.training.monitor.report import write_report
-from megatron_olmo_bridge.training.run import Run, logged, stopping_on_signals
-from megatron_olmo_bridge.training.train import started
+from megatron_olmo_bridge.training.resolve import ResolvedRun, resolve
+from megatron_olmo_bridge.training.setup import started
 
 from .baseline import class_weights
 from .compare import Job
@@ -40,15 +43,11 @@ CLASSIFIER, TOKENIZER, HISTORY = "classifier", "tokenizer", "evaluations.json"
 every checkpoint, and the evaluations so far."""
 
 
-def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict[str, float]:
+def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float]:
     """Fine-tune as ``config.classification`` says; every process of the layout calls it.
 
     The run's folder gets ``classifier/``, the best weights as a Hugging Face checkpoint that
     ``pipeline("text-classification")`` serves, ``classification.html`` and ``results.json``.
-
-    Args:
-        config: as a recipe gives it.
-        say: takes what people read, line by line, in the first process.
 
     Returns:
         Figures of the last step, and the best score with its step: ``best_macro_f1`` (``best_r2``
@@ -56,17 +55,16 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
 
     Raises:
         TrainingStopped: before the last step; the message says why.
-        BridgeError: the config can't be, or something that it names is not there or not sound.
+        BridgeError: an impossible config, or something that it names is missing or damaged.
     """
     classifier = Classifier.open(config)
-    with started(classifier, say) as run:
+    with started(classifier.resolved, classifier.task, say) as run:
         first = dist.get_rank() == 0
         if first:
-            for line in classifier.facts():
+            for line in classifier.describe_data():
                 say(line)
         classifier.keep_the_best_of(run, say)
-        with stopping_on_signals(run), logged(run):
-            train_loop(run)
+        train_loop(run)
         top = best(run.task.history)  # type: ignore[attr-defined]
         score = classifier.problem.score
         figures = run.figures | {f"best_{score}": top.score, "best_step": top.step}
@@ -85,12 +83,9 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
 
 @dataclass(frozen=True)
 class Classifier:
-    """What a run of :mod:`training` needs to know to train a classifier."""
+    """A classifier to be trained: the resolved run, its data and its tokenizer."""
 
-    config: TrainingConfig
-    """With its model filled in."""
-    source: Source
-    """The weights to begin with; the head may be new."""
+    resolved: ResolvedRun
     train: Examples
     held_out: Examples
     tokens: tuple[Tokenised, Tokenised]
@@ -111,14 +106,18 @@ class Classifier:
             raise InputError("checkpoint.save is not set: name a folder for the classifier")
         train, held_out = load_examples(config.classification)
         weights = class_weights(config.classification, train)
-        config, source = resolved(config, train.classes)
-        bridge, length = source.bridge, config.train.sequence_length
-        tokenizer = _tokenizer(config, source, bridge)
+        config, source = with_head(config, train.classes)
+        resolved = resolve(config, source, started_together())
+        tokenizer = _tokenizer(config, source)
         first, second = (
-            tokenise(examples, tokenizer, length, bridge.vocab_size)
+            tokenise(examples, tokenizer, config.train.sequence_length, resolved.bridge.vocab_size)
             for examples in (train, held_out)
         )
-        return cls(config, source, train, held_out, (first, second), tokenizer, weights)
+        return cls(resolved, train, held_out, (first, second), tokenizer, weights)
+
+    @property
+    def config(self) -> TrainingConfig:
+        return self.resolved.config
 
     @property
     def problem(self) -> Problem:
@@ -127,11 +126,11 @@ class Classifier:
 
     @property
     def folder(self) -> Path:
-        """The run's."""
+        """The run's folder."""
         return Path(self.config.checkpoint.save or ".").expanduser()
 
-    def facts(self) -> list[str]:
-        """The data in words."""
+    def describe_data(self) -> list[str]:
+        """Return lines that say how much data there is, and how much of it is cut off."""
         train = self.config.train
         epochs = train.steps * train.global_batch_size / len(self.train)
         return [
@@ -142,19 +141,24 @@ class Classifier:
             f"to train on, {self.tokens[1].truncated:,} of those held out",
         ]
 
-    def task(self) -> tuple[Classification, Path]:
-        """The task, and the folder with the tokenizer's files; the process groups must exist."""
-        pad = self.source.bridge.hf_config["pad_token_id"]
-        task = Classification(self.config, self.train.classes, *self.tokens, pad, self.weights)
+    def task(self, resolved: ResolvedRun) -> Classification:
+        """Return the task; all processes call it, when the process groups exist."""
+        on_first(self._save_tokenizer)
         history = [on_first(lambda: read_history(self.folder / HISTORY))]
         dist.broadcast_object_list(history, 0)
-        task.history = history[0] or []
-        on_first(self._save_tokenizer)
-        return task, self.folder / TOKENIZER
+        return Classification(
+            resolved.config,
+            self.train.classes,
+            *self.tokens,
+            pad_token_id=resolved.bridge.hf_config["pad_token_id"],
+            tokenizer_folder=self.folder / TOKENIZER,
+            weights=self.weights,
+            history=history[0] or [],
+        )
 
     def keep_the_best_of(self, run: Run, say: Callable[[str], None]) -> None:
         """Have the run write ``classifier/`` after each evaluation that is the best so far."""
-        task, target, beside = run.task, self.folder / CLASSIFIER, self.folder / TOKENIZER
+        task, target = run.task, self.folder / CLASSIFIER
         assert isinstance(task, Classification)
         history = task.history
         history[:] = [e for e in history if e.step <= run.step]
@@ -165,8 +169,14 @@ class Classifier:
         def evaluated() -> None:
             better = best(history) is history[-1]
             if better:
-                with run.whole_parameters():
-                    save_hf(run.chunks, run.bridge, target, beside=beside, overwrite=True)
+                with whole_parameters(run.chunks):
+                    save_hf(
+                        run.chunks,
+                        self.resolved.bridge,
+                        target,
+                        beside=task.tokenizer_folder,
+                        overwrite=True,
+                    )
             on_first(lambda: write_history(self.folder / HISTORY, history))
             if better and dist.get_rank() == 0:
                 say(f">> the best {score} so far: kept as {target}")
@@ -174,19 +184,13 @@ class Classifier:
         task.on_evaluated = evaluated
 
     def write_card(self, figures: dict[str, float]) -> None:
-        """The model card of ``classifier/``."""
-        base = self.config.init.hf
+        """Write the model card of ``classifier/``."""
         score = self.problem.score
         chosen = {
             f"{spoken(score)} on held-out texts": figures[f"best_{score}"],
             "chosen weights": f"those of step {figures['best_step']}",
         }
-        write_model_card(
-            self.folder / CLASSIFIER,
-            name=self.config.name,
-            base=hub_repository(base) if base else None,
-            training=card_facts(self.config, figures) | chosen,
-        )
+        write_card(self.folder / CLASSIFIER, self.config, figures, chosen)
 
     def _save_tokenizer(self) -> None:
         partial, folder = self.folder / f"{TOKENIZER}.partial", self.folder / TOKENIZER
@@ -196,7 +200,7 @@ class Classifier:
         partial.rename(folder)
 
 
-def resolved(config: TrainingConfig, classes: tuple[str, ...]) -> tuple[TrainingConfig, Source]:
+def with_head(config: TrainingConfig, classes: tuple[str, ...]) -> tuple[TrainingConfig, Source]:
     """Return the config with its model filled in, and the checkpoint that the weights come from.
 
     Args:
@@ -256,7 +260,7 @@ def _check_head(source: Source, given: Path, problem_type: str, classes: tuple[s
         )
 
 
-def _tokenizer(config: TrainingConfig, source: Source, bridge: ModelBridge) -> Any:
+def _tokenizer(config: TrainingConfig, source: Source) -> Any:
     """The checkpoint's, or ``data.tokenizer``; it pads and cuts as the training does."""
     from transformers import AutoTokenizer
 
@@ -269,7 +273,7 @@ def _tokenizer(config: TrainingConfig, source: Source, bridge: ModelBridge) -> A
             f"{folder}: no tokenizer that transformers can load. Put the tokenizer's files there, "
             "or name a folder or hub id that has them as data.tokenizer."
         ) from error
-    pad = bridge.hf_config["pad_token_id"]
+    pad = source.bridge.hf_config["pad_token_id"]
     token = tokenizer.convert_ids_to_tokens(pad) if pad < len(tokenizer) else None
     if token is None:
         raise InputError(

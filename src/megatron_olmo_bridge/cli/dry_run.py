@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.bridge import ModelBridge, published_sizes
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.estimate import LEFT_OUT, UTILISATION, Estimate
 from megatron_olmo_bridge.training.folder import what_is_lost
-from megatron_olmo_bridge.training.layout import model_of
 from megatron_olmo_bridge.training.monitor.human import SI, duration, short
+from megatron_olmo_bridge.training.resolve import ResolvedRun
 
 from .console import human_bytes, say, table
 
@@ -20,9 +20,10 @@ OURS = "ours"
 """A source that begins so is no citation, but our choice and its reason."""
 
 
-def print_dry_run(config: TrainingConfig, estimate: Estimate) -> None:
+def print_dry_run(resolved: ResolvedRun, estimate: Estimate) -> None:
     """Print a run's settings, parameters, tokens, FLOPs and memory."""
-    _print_settings(config)
+    config = resolved.config
+    _print_settings(config, resolved.bridge)
     _print_totals(estimate, config.train.micro_batch_size)
     _print_memory(estimate)
     _print_saves(config, estimate)
@@ -38,22 +39,22 @@ def dry_run_result(config: TrainingConfig, estimate: Estimate) -> dict[str, Any]
     }
 
 
-def _print_settings(config: TrainingConfig) -> None:
+def _print_settings(config: TrainingConfig, bridge: ModelBridge) -> None:
     documents: list[str] = []
     rows = []
-    for key, value in shown_settings(config):
+    for key, value in shown_settings(config, bridge):
         source = config.sources.get(key) or config.sources.get(key.partition(".")[0], "")
         rows.append([key, _text(value), _short_citation(source, documents)])
-    say(f"{config.name}: {_model(config)}\n")
+    say(f"{config.name}: {_model(bridge)}\n")
     table(["setting", "value", "source"], rows)
     for number, document in enumerate(documents, 1):
         say(f"[{number}] {document}")
     say("What is not listed has its default; --json lists all.\n")
 
 
-def shown_settings(config: TrainingConfig) -> Iterator[Setting]:
+def shown_settings(config: TrainingConfig, bridge: ModelBridge) -> Iterator[Setting]:
     """``section.field`` and value of what is not at its default or has a source of its own."""
-    yield "model", model_name(config)
+    yield "model", model_name(bridge)
     for section in fields(config):
         values = getattr(config, section.name)
         if section.name == "provider":
@@ -66,15 +67,15 @@ def shown_settings(config: TrainingConfig) -> Iterator[Setting]:
                     yield key, value
 
 
-def model_name(config: TrainingConfig) -> str:
-    """The published size that the model is, or its family."""
+def model_name(bridge: ModelBridge) -> str:
+    """Return the published size that the model is, or its family."""
     known = published_sizes()
-    named = [name for name in known if known[name].sizes[name] == config.model]
-    return named[0] if named else model_of(config).family
+    named = [name for name in known if known[name].sizes[name] == bridge.hf_config]
+    return named[0] if named else bridge.family
 
 
-def _model(config: TrainingConfig) -> str:
-    numbers = model_of(config).config
+def _model(bridge: ModelBridge) -> str:
+    numbers = bridge.config
     return (
         f"{numbers.num_layers} layers, {numbers.hidden_size} wide, "
         f"{numbers.num_attention_heads} heads, vocabulary of {numbers.vocab_size}"

@@ -112,22 +112,26 @@ def _list() -> dict[str, list[RecipeSummary] | list[str]]:
 
 def _summary(recipe: NamedRecipe) -> RecipeSummary:
     from megatron_olmo_bridge.training.estimate import estimate
-    from megatron_olmo_bridge.training.layout import smallest
+    from megatron_olmo_bridge.training.layout import Layout, minimum_processes
     from megatron_olmo_bridge.training.recipes import load_recipe
+    from megatron_olmo_bridge.training.resolve import bridge_of
 
     from .dry_run import model_name
 
     config = load_recipe(recipe.name)
     gpus = memory = None
+    model = config.init.hf
     if config.model:
-        gpus = smallest(config)
-        while (memory := estimate(config, gpus).worst.total) > FITS:
+        bridge = bridge_of(config)
+        model = model_name(bridge)
+        gpus = minimum_processes(config)
+        while (memory := estimate(config, bridge, Layout.of(config, gpus)).worst.total) > FITS:
             gpus *= 2
     stage = re.match(r"stage(\d)", recipe.function)
     return RecipeSummary(
         name=recipe.name,
         file=recipe.file,
-        model=model_name(config) if config.model else config.init.hf,
+        model=model,
         stage=int(stage[1]) if stage else None,
         tokens=config.train.steps * config.tokens_per_step,
         gpus=gpus,

@@ -16,7 +16,6 @@ from .completion import recipe_names
 from .console import output, say
 
 if TYPE_CHECKING:
-    from megatron_olmo_bridge.convert.source import Source
     from megatron_olmo_bridge.training.config import TrainingConfig
 
 STOPPED = "75 stopped when asked to, and saved"
@@ -80,13 +79,10 @@ def _train(config: TrainingConfig) -> dict[str, Any]:
     from megatron_olmo_bridge.runtime.launch import reporting_errors
 
     _no_warnings()
-    if config.classification is None:
-        from megatron_olmo_bridge.training.train import train as run
-    else:
-        from megatron_olmo_bridge.classification.train import train as run
+    from megatron_olmo_bridge.tasks.train import train
 
     with reporting_errors():
-        return run(config, say=say)
+        return train(config, say=say)
 
 
 def _no_warnings() -> None:
@@ -111,47 +107,25 @@ def _start(processes: int, arguments: list[str]) -> dict[str, Any] | None:
 
 def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     _no_warnings()
+    from megatron_olmo_bridge.tasks.language_modelling import check_prepared
+    from megatron_olmo_bridge.tasks.train import resolve_run
     from megatron_olmo_bridge.training.checkpoint import last_step
     from megatron_olmo_bridge.training.estimate import estimate
     from megatron_olmo_bridge.training.folder import check_folders
-    from megatron_olmo_bridge.training.layout import checks, smallest
+    from megatron_olmo_bridge.training.layout import minimum_processes
 
     from .dry_run import dry_run_result, print_dry_run
 
-    config, source = _resolved(config)
-    count = processes or int(os.environ.get("WORLD_SIZE", "0")) or smallest(config)
-    checks(config, count)
+    count = processes or int(os.environ.get("WORLD_SIZE", "0")) or minimum_processes(config)
+    resolved = resolve_run(config, count)
+    config = resolved.config
     check_folders(config)
     if config.checkpoint.save:
         last_step(Path(config.checkpoint.save).expanduser())
-    _check_data(config, source)
-    found = estimate(config, count)
-    print_dry_run(config, found)
-    return dry_run_result(config, found)
-
-
-def _resolved(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
-    """The config as the run fills it in, and the checkpoint that the weights come from, if any."""
-    from megatron_olmo_bridge.classification.data import load_examples
-    from megatron_olmo_bridge.classification.train import resolved as resolved_classifier
-    from megatron_olmo_bridge.training.train import resolved
-
-    if config.classification is None or not config.classification.train:
-        return resolved(config)
-    train, _ = load_examples(config.classification)
-    return resolved_classifier(config, train.classes)
-
-
-def _check_data(config: TrainingConfig, source: Source | None) -> None:
-    """Refuse data that the run would refuse. Without data, the rest can be reckoned still."""
-    from megatron_olmo_bridge.training.layout import model_of
-    from megatron_olmo_bridge.training.token_data import check_data
-    from megatron_olmo_bridge.training.train import tokenizer_folder
-
-    if config.classification is not None:
-        return
-    if config.data.path:
-        vocab_size, length = model_of(config).vocab_size, config.train.sequence_length
-        tokenizer_folder(config, source, check_data(config.data, vocab_size, length))
-    else:
+    if config.classification is None and config.data.path:
+        check_prepared(resolved)
+    elif config.classification is None:  # the rest can be estimated without data
         say("No data is named yet: the run itself needs data.path=PREFIX.\n")
+    estimated = estimate(config, resolved.bridge, resolved.layout)
+    print_dry_run(resolved, estimated)
+    return dry_run_result(config, estimated)

@@ -101,8 +101,8 @@ class Checkpointer:
     bridge: ModelBridge
     chunks: Sequence[Any]
     optimizer: Any
-    beside: Path | None = None
-    """Folder with tokenizer files, to be kept with the weights."""
+    tokenizer_folder: Path | None = None
+    """The tokenizer's files, which are kept with the weights."""
     keep_last: int | None = None
     asynchronous: bool = False
     on_saved: Callable[[int, Path], None] = lambda step, folder: None
@@ -126,7 +126,9 @@ class Checkpointer:
         self.finish()
         folder = iteration_folder(self.root, step)
         partial = folder.with_name(folder.name + SUFFIX)
-        state, texts = megatron_state(self.chunks, self.bridge, beside=self.beside, iteration=step)
+        state, texts = megatron_state(
+            self.chunks, self.bridge, beside=self.tokenizer_folder, iteration=step
+        )
         metadata = content_metadata(self.optimizer, fully_reshardable=fully_reshardable)
         state["optimizer"] = optimizer_state(
             self.optimizer, self.chunks, metadata, is_loading=False

@@ -14,7 +14,7 @@ from megatron_olmo_bridge.errors import UnsupportedError
 from megatron_olmo_bridge.models.bridge import ModelBridge
 
 from .config import TrainingConfig
-from .layout import Layout, model_of, smallest
+from .layout import Layout
 from .monitor.gpu_peaks import peak_flops
 
 PEAK_FLOPS = peak_flops("NVIDIA H100 80GB HBM3") or math.nan
@@ -89,17 +89,12 @@ class Estimate:
         return max(self.stages, key=lambda stage: stage.total)
 
 
-def estimate(config: TrainingConfig, processes: int | None = None) -> Estimate:
-    """What a run takes on so many processes; by default the fewest that its layout can do with.
-
-    The layout is taken to be possible: :func:`.layout.checks` says whether it is.
+def estimate(config: TrainingConfig, bridge: ModelBridge, layout: Layout) -> Estimate:
+    """Estimate what a run takes; :func:`.resolve.resolve` checks that the run is possible.
 
     Raises:
-        InputError: the processes or the batch don't fit the layout; there is no model.
         UnsupportedError: stages of unequal depth that are not counted here.
     """
-    bridge = model_of(config)
-    layout = Layout.of(config, processes or smallest(config))
     per_token = flops_per_token(bridge, config.train.sequence_length)
     sequences = config.train.steps * config.train.global_batch_size
     tokens = sequences * config.train.sequence_length

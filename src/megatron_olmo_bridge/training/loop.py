@@ -1,64 +1,114 @@
-"""The training loop: forward-backward, optimizer step, repeat."""
+"""The training loop, from the top down: the loop, a step, and what is due after it."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from .monitor.run_log import StepRecord
-from .task import Sums
+from megatron_olmo_bridge.errors import AskedToStop, BridgeError, TrainingStopped
+from megatron_olmo_bridge.live.save import save_hf
+from megatron_olmo_bridge.runtime.process_groups import on_first
+
+from .card import write_card
+from .checkpoint import Checkpointer
+from .monitor.records import StepRecord
+from .monitor.run_log import RunLog
+from .resolve import ResolvedRun
+from .stability import Watch
+from .task import Sums, Task
 from .token_data import Batch
 
-if TYPE_CHECKING:
-    from .run import Run
+
+@dataclass
+class Run:
+    """A run under way: what :func:`train_loop` works on."""
+
+    resolved: ResolvedRun
+    task: Task
+    chunks: list[Any]
+    """This rank's part of the model, as ``provide_distributed_model`` returns it."""
+    optimizer: Any
+    scheduler: Any
+    watch: Watch
+    checkpointer: Checkpointer | None
+    log: RunLog | None
+    """Only the first process has one."""
+    step: int = 0
+    """Optimizer steps taken so far."""
+    asked_to_stop: bool = False
+    """Whether this process got a signal to stop."""
+    stopped_early: bool = False
+    """Whether the task has decided that more steps are of no use."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Measures of the last step and the last evaluation."""
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped_early or self.step >= self.resolved.config.train.steps
 
 
 def train_loop(run: Run) -> None:
-    """Train from the step that the run is at to its last.
+    """Train from the step that the run is at to its last, and complete its checkpoints and log.
 
     Raises:
         TrainingStopped: the loss is not a number, or spiked; or the run was asked to stop.
     """
-    batches = run.task.train_batches(begin=run.step + 1)
-    if run.step == 0:
-        run.evaluate()
-    elif run.saved_for_one_layout_only():
-        run.save()
-    while not run.finished:
-        record, asked_to_stop = one_step(run, batches)
-        run.after_step(record, asked_to_stop)
+    with _stopping_on_signals(run), _logging_the_end(run):
+        batches = run.task.train_batches(begin=run.step + 1)
+        if run.step == 0:
+            evaluate(run)  # the curve begins with the model as it was given
+        elif _saved_for_one_layout_only(run):
+            save(run)
+        while not run.finished:
+            record, asked_to_stop = one_step(run, batches)
+            after_step(run, record, asked_to_stop)
+
+
+# -------------------------------------------------------------------------------------- one step
 
 
 def one_step(run: Run, batches: Iterator[Batch]) -> tuple[StepRecord, bool]:
     """Learn from the next global batch.
 
     Returns:
-        What there is to say of the step, and whether any process was asked to stop.
+        The record of the step, and whether any process was asked to stop.
 
     Raises:
         TrainingStopped: the loss is not a number, or spiked.
     """
     began = time.perf_counter()
-    run.clear_gradients()
-    sums = forward_backward(run, batches, run.micro_batches)
-    loss, z_loss, asked_to_stop = shared_means(sums, run.asked_to_stop)
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+
+    # Gradients of all micro-batches add up; the last one's are summed over data-parallel ranks.
+    sums = forward_backward(run, batches, run.resolved.layout.micro_batches)
+    loss, z_loss, asked_to_stop = global_means(sums, run.asked_to_stop)
+
     run.step += 1
-    run.watch.check(run.step, loss)
-    run.scheduler.step(1)
+    run.watch.check(run.step, loss)  # before a bad loss can change the weights
+    run.scheduler.step(1)  # before the optimizer: step n has the n-th learning rate of the schedule
     grad_norm, skipped = optimizer_step(run, loss)
     run.watch.remember(run.step, loss, grad_norm, skipped)
+
     record = StepRecord(
         step=run.step,
-        tokens=run.step * run.config.tokens_per_step,
+        tokens=run.step * run.resolved.config.tokens_per_step,
         loss=loss,
         z_loss=z_loss,
-        lr=run.learning_rate,
+        lr=float(run.optimizer.param_groups[0]["lr"]),
         grad_norm=grad_norm,
         seconds=time.perf_counter() - began,
         skipped=skipped,
@@ -72,11 +122,11 @@ def forward_backward(
     """Run ``count`` micro-batches forward, and to learn also backward, on megatron-core's schedule.
 
     Returns:
-        What each micro-batch's score gave; on the last pipeline stage, elsewhere nothing.
+        The sums of each micro-batch's score on the last pipeline stage; elsewhere nothing.
     """
-    chunks, train = run.chunks, run.config.train
-    mine = [next(batches) for _ in range(count)]
-    iterators = [iter(mine) for _ in chunks]  # each chunk of a stage runs all of them
+    chunks, train = run.chunks, run.resolved.config.train
+    micro_batches = [next(batches) for _ in range(count)]
+    iterators = [iter(micro_batches) for _ in chunks]  # each chunk of a stage runs all of them
     run_schedule = get_forward_backward_func()
     return run_schedule(  # type: ignore[no-any-return]
         forward_step_func=lambda iterator, chunk: run.task.forward(chunk, next(iterator)),
@@ -89,8 +139,25 @@ def forward_backward(
     )
 
 
+def global_means(sums: list[Sums], asked_to_stop: bool) -> tuple[float, float, bool]:
+    """Return the global batch's mean loss and z-loss, and whether any process was asked to stop.
+
+    All processes get the same: a decision that depends on it is the same everywhere.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
+    # Tensor-parallel ranks of the last stage all have the same sums: only the first adds its own.
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        for each in sums:
+            for i, name in enumerate(("loss", "z_loss", "weight")):
+                totals[i] += each.get(name, 0.0)
+    totals[3] = float(asked_to_stop)
+    dist.all_reduce(totals)
+    loss, z_loss, weight, stops = totals.tolist()
+    return loss / weight, z_loss / weight, stops > 0
+
+
 def optimizer_step(run: Run, loss: float) -> tuple[float, bool]:
-    """Take an optimizer step, unless this one is to be skipped.
+    """Take an optimizer step, unless the watch says to skip it.
 
     Returns:
         The gradient's norm before clipping, and whether the step was skipped.
@@ -104,33 +171,162 @@ def optimizer_step(run: Run, loss: float) -> tuple[float, bool]:
     return float(norm or 0.0), False
 
 
-def shared_means(sums: list[Sums], asked_to_stop: bool) -> tuple[float, float, bool]:
-    """Mean loss and z-loss of the global batch, and whether any process was asked to stop; the
-    same in all processes."""
-    mine = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
-    # Tensor-parallel ranks of the last stage all have the same: one of them speaks.
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
-        for each in sums:
-            for i, name in enumerate(("loss", "z_loss", "weight")):
-                mine[i] += each.get(name, 0.0)
-    mine[3] = float(asked_to_stop)
-    dist.all_reduce(mine)
-    loss, z_loss, weight, stops = mine.tolist()
-    return loss / weight, z_loss / weight, stops > 0
+# ------------------------------------------------------------------------------- after the step
 
 
-def total(sums: list[Sums]) -> Sums:
-    """Sums over micro-batches and data-parallel ranks, in all processes, on the CPU."""
-    found: list[Sums | None] = [None]
+def after_step(run: Run, record: StepRecord, asked_to_stop: bool) -> None:
+    """Log a step; evaluate, save and export where they are due.
+
+    Raises:
+        AskedToStop: after a checkpoint of this step.
+    """
+    config = run.resolved.config
+    run.figures |= {"step": record.step, "tokens": record.tokens, "train_loss": record.loss}
+    if run.log is not None:
+        run.log.step(record)
+    if run.checkpointer is not None:
+        run.checkpointer.poll()  # an asynchronous checkpoint may be ready by now
+
+    def due(interval: int | None) -> bool:
+        return run.finished or (interval is not None and record.step % interval == 0)
+
+    if due(config.evaluation.interval):
+        evaluate(run)
+    if run.checkpointer is not None and (asked_to_stop or due(config.checkpoint.interval)):
+        save(run)
+    if config.export.hf and due(config.export.interval):
+        export(run)
+    if asked_to_stop and not run.finished:
+        raise AskedToStop("asked to stop; the same command goes on from here")
+
+
+def evaluate(run: Run) -> None:
+    """Score the held-out data, if there is any."""
+    batches = run.task.validation_batches()
+    if batches is None:
+        return
+    for chunk in run.chunks:
+        chunk.eval()
+    with torch.no_grad(), whole_parameters(run.chunks):
+        sums = forward_backward(run, batches, run.task.validation_micro_batches, learn=False)
+    for chunk in run.chunks:
+        chunk.train()
+    figures, run.stopped_early = run.task.evaluated(run.step, _global_sums(sums))
+    run.figures |= {f"validation_{name}": value for name, value in figures.items()}
+    if run.log is not None:
+        run.log.evaluation(run.step, **figures)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint, or begin to; the run must have a folder."""
+    assert run.checkpointer is not None
+    wanted = run.resolved.config.checkpoint.fully_reshardable
+    with whole_parameters(run.chunks):
+        run.checkpointer.save(
+            run.step,
+            {"watch": run.watch.state()},
+            fully_reshardable=wanted == "all" or (wanted == "last" and run.finished),
+        )
+
+
+def export(run: Run) -> None:
+    """Write the weights as a Hugging Face checkpoint."""
+    config = run.resolved.config
+    folder = Path(config.export.hf or ".") / f"step_{run.step}"
+    with whole_parameters(run.chunks):
+        save_hf(
+            run.chunks,
+            run.resolved.bridge,
+            folder,
+            beside=run.task.tokenizer_folder,
+            overwrite=True,
+        )
+    on_first(lambda: write_card(folder, config, run.figures))
+    if run.log is not None:
+        run.log.event("export", run.step, path=str(folder))
+
+
+@contextlib.contextmanager
+def whole_parameters(chunks: list[Any]) -> Iterator[None]:
+    """Have each process hold what the others' optimizers have changed.
+
+    Where gathering parameters overlaps with computing, that would come with the next forward pass.
+    """
+    gathering = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in gathering:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in gathering:
+        chunk.enable_forward_pre_hook()
+
+
+def _global_sums(sums: list[Sums]) -> Sums:
+    """Return the sums over micro-batches and data-parallel ranks, in all processes, on the CPU."""
+    totals: list[Sums | None] = [None]
     if sums:
         added = {
             name: torch.stack([each[name].double() for each in sums]).sum(0) for name in sums[0]
         }
         for value in added.values():
             dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
-        found = [{name: value.cpu() for name, value in added.items()}]
+        totals = [{name: value.cpu() for name, value in added.items()}]
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast_object_list(found, last, group)
-    assert found[0] is not None
-    return found[0]
+    dist.broadcast_object_list(totals, last, group)
+    assert totals[0] is not None
+    return totals[0]
+
+
+# ------------------------------------------------------------------------- beginning and ending
+
+
+def _saved_for_one_layout_only(run: Run) -> bool:
+    """Whether the checkpoint that the run resumes from is to be saved again for any layout."""
+    return (
+        run.resolved.config.checkpoint.fully_reshardable == "all"
+        and run.checkpointer is not None
+        and not run.checkpointer.is_fully_reshardable(run.step)
+    )
+
+
+@contextlib.contextmanager
+def _stopping_on_signals(run: Run) -> Iterator[None]:
+    """End the run after its next step, with a checkpoint, on SIGTERM or Ctrl-C.
+
+    Slurm sends SIGTERM before it takes a node away. A second Ctrl-C ends the run at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if run.asked_to_stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.asked_to_stop = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _logging_the_end(run: Run) -> Iterator[None]:
+    """Log how the run ends, and complete the checkpoint that is being written."""
+    try:
+        yield
+        if run.checkpointer is not None:
+            run.checkpointer.finish()
+        if run.log is not None:
+            run.log.event("done", run.step)
+    except BridgeError as error:
+        if run.checkpointer is not None and isinstance(error, TrainingStopped):
+            run.checkpointer.finish()
+        if run.log is not None:
+            run.log.event("stopped", run.step, message=str(error))
+        raise
+    finally:
+        if run.log is not None:
+            run.log.close()

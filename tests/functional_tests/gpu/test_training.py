@@ -15,6 +15,7 @@ pytest.importorskip("megatron.core")
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.tasks.train import train
 from megatron_olmo_bridge.training.checkpoint import Checkpointer
 from megatron_olmo_bridge.training.config import (
     CheckpointConfig,
@@ -26,7 +27,6 @@ from megatron_olmo_bridge.training.config import (
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.monitor.history import RunHistory
-from megatron_olmo_bridge.training.train import train
 
 Record = Callable[..., None]
 STEPS, BATCH, LENGTH = 12, 8, 4096

@@ -15,6 +15,7 @@ from training_runs import TRACKER, write_data
 from megatron_olmo_bridge import export_checkpoint
 from megatron_olmo_bridge.models.bridge import published_sizes
 from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
+from megatron_olmo_bridge.tasks.train import train
 from megatron_olmo_bridge.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -27,7 +28,6 @@ from megatron_olmo_bridge.training.config import (
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.monitor.history import RunHistory
-from megatron_olmo_bridge.training.train import train
 
 SIZES = [name for name in published_sizes() if name.endswith("-tiny")]
 STEPS = 6

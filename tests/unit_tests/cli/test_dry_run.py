@@ -20,9 +20,10 @@ from megatron_olmo_bridge.training.config import (
     TrainConfig,
     TrainingConfig,
 )
-from megatron_olmo_bridge.training.estimate import estimate
+from megatron_olmo_bridge.training.estimate import Estimate, estimate
 from megatron_olmo_bridge.training.folder import claim
 from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
+from megatron_olmo_bridge.training.resolve import ResolvedRun, bridge_of, resolve
 
 
 @pytest.fixture
@@ -43,8 +44,13 @@ def config() -> TrainingConfig:
     )
 
 
+def estimated(config: TrainingConfig) -> tuple[ResolvedRun, Estimate]:
+    resolved = resolve(config, None, processes=8)
+    return resolved, estimate(config, resolved.bridge, resolved.layout)
+
+
 def test_settings_that_are_set_or_cited_are_shown(config: TrainingConfig) -> None:
-    assert dict(shown_settings(config)) == {
+    assert dict(shown_settings(config, bridge_of(config))) == {
         "model": "olmo2-7b", "provider.init_method_std": 0.02, "train.steps": 1000,
         "train.global_batch_size": 1024, "optimizer.lr": 4e-4, "optimizer.beta2": 0.95,
         "parallel.tp": 2, "parallel.pp": 2,
@@ -53,11 +59,11 @@ def test_settings_that_are_set_or_cited_are_shown(config: TrainingConfig) -> Non
 
 def test_another_model_is_shown_by_its_family(config: TrainingConfig) -> None:
     config.model["num_hidden_layers"] = 8
-    assert dict(shown_settings(config))["model"] == "olmo2"
+    assert dict(shown_settings(config, bridge_of(config)))["model"] == "olmo2"
 
 
 def test_what_people_read(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    print_dry_run(config, estimate(config, 8))
+    print_dry_run(*estimated(config))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for line in (
         "seven: 32 layers, 4096 wide, 32 heads, vocabulary of 100352",
@@ -79,7 +85,7 @@ def test_what_people_read(config: TrainingConfig, capsys: pytest.CaptureFixture[
 
 def test_what_is_saved(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """Its memory, and that nothing is where no folder is named."""
-    print_dry_run(config, estimate(config, 8))
+    print_dry_run(*estimated(config))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "on the way 14.60 GB can be resumed at another data-parallel size" in lines
     assert "the last step 54.74 GB can be resumed at any layout" in lines
@@ -87,23 +93,23 @@ def test_what_is_saved(config: TrainingConfig, capsys: pytest.CaptureFixture[str
     assert lines[-1] == f"{lost}set checkpoint.save=FOLDER"
 
     config.export.hf = "exports"
-    print_dry_run(config, estimate(config, 8))
+    print_dry_run(*estimated(config))
     assert "report will be saved: set checkpoint.save=FOLDER" in capsys.readouterr().out
 
     config.checkpoint.save = "runs/seven"
-    print_dry_run(config, estimate(config, 8))
+    print_dry_run(*estimated(config))
     assert "will be saved" not in capsys.readouterr().out
 
 
 def test_it_reads_well_in_a_narrow_terminal(
     config: TrainingConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_dry_run(config, estimate(config, 8))
+    print_dry_run(*estimated(config))
     assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 120
 
 
 def test_what_scripts_read(config: TrainingConfig) -> None:
-    found = estimate(config, 8)
+    found = estimated(config)[1]
     result = dry_run_result(config, found)
     assert result["config"]["optimizer"]["beta1"] == 0.9
     assert result["estimate"]["parameters"] == 7_298_617_344

@@ -64,9 +64,8 @@ def test_choices(key: str) -> None:
 
 def test_the_choices_are_those_that_are_known_where_they_are_made() -> None:
     pytest.importorskip("megatron.core")
-    from megatron_olmo_bridge.training.layout import _RECOMPUTE
-    from megatron_olmo_bridge.training.optimizer import _STYLES
-    from megatron_olmo_bridge.training.weight_decay import decay_overrides
+    from megatron_olmo_bridge.training.optimizer import _STYLES, decay_overrides
+    from megatron_olmo_bridge.training.resolve import _RECOMPUTE
 
     assert CHOICES["schedule.decay"] == tuple(_STYLES)
     assert CHOICES["parallel.recompute"] == tuple(_RECOMPUTE)

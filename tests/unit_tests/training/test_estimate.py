@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
+from megatron_olmo_bridge.errors import UnsupportedError
 from megatron_olmo_bridge.models.bridge import ModelBridge, as_classifier, bridge_for
 from megatron_olmo_bridge.models.bridge import published_sizes as sizes
 from megatron_olmo_bridge.training.config import ParallelConfig, TrainConfig, TrainingConfig
@@ -19,6 +19,8 @@ from megatron_olmo_bridge.training.estimate import (
     parameter_count,
     shards,
 )
+from megatron_olmo_bridge.training.layout import Layout, minimum_processes
+from megatron_olmo_bridge.training.resolve import bridge_of
 
 LAYERS, HIDDEN, FFN, VOCABULARY = 4, 128, 384, 1024
 """Of olmo2-tiny, with 8 heads and 4 key/value heads of 16."""
@@ -41,42 +43,48 @@ def run(size: str = "olmo2-tiny", provider: dict[str, Any] | None = None, **para
     )
 
 
+def estimated(config: TrainingConfig, processes: int | None = None) -> Estimate:
+    """The estimate of a run, by default on the fewest processes."""
+    layout = Layout.of(config, processes or minimum_processes(config))
+    return estimate(config, bridge_of(config), layout)
+
+
 # ---------------------------------------------------------------------------- tokens, parameters
 
 
 def test_tokens_and_batches() -> None:
-    found = estimate(run(tp=2), processes=8)
+    found = estimated(run(tp=2), processes=8)
     assert (found.processes, found.data_parallel_size, found.micro_batches) == (8, 4, 4)
     assert (found.steps, found.sequences, found.tokens) == (10, 320, 320 * 64)
     assert found.tokens_per_step == 32 * 64
 
 
 def test_the_fewest_processes_are_the_default() -> None:
-    assert estimate(run(tp=2, pp=2)).processes == 4
-    assert estimate(run("olmoe-tiny", tp=2, ep=2)).processes == 4
+    assert estimated(run(tp=2, pp=2)).processes == 4
+    assert estimated(run("olmoe-tiny", tp=2, ep=2)).processes == 4
     one = {"expert_tensor_parallel_size": 1}
-    assert estimate(run("olmoe-tiny", one, tp=2, ep=2)).processes == 2
+    assert estimated(run("olmoe-tiny", one, tp=2, ep=2)).processes == 2
 
 
 def test_parameters() -> None:
     assert parameter_count(bridge("olmo2-7b")) == 7_298_617_344
-    found = estimate(run())
+    found = estimated(run())
     assert found.parameters == found.active_parameters == 1_050_496
     assert found.parameters_without_embeddings == 1_050_496 - VOCABULARY * HIDDEN
 
 
 def test_a_token_meets_only_its_experts() -> None:
-    found = estimate(run("olmoe-tiny"))  # 3 of 8 experts of 96, in 2 layers
+    found = estimated(run("olmoe-tiny"))  # 3 of 8 experts of 96, in 2 layers
     assert found.parameters - found.active_parameters == 2 * 5 * 3 * 96 * 128
 
 
 def test_padding_counts_on_the_rank_and_not_in_the_model() -> None:
-    plain = estimate(run("gpt2-124m"))
-    padded = estimate(run("gpt2-124m", {"make_vocab_size_divisible_by": 128}))
+    plain = estimated(run("gpt2-124m"))
+    padded = estimated(run("gpt2-124m", {"make_vocab_size_divisible_by": 128}))
     assert (plain.padded_vocab_size, padded.padded_vocab_size) == (50257, 50304)
     assert plain.parameters == padded.parameters == plain.stages[0].parameters
     assert padded.stages[0].parameters - plain.stages[0].parameters == 47 * 768
-    assert estimate(run("gpt2-124m", tp=2)).padded_vocab_size == 50258
+    assert estimated(run("gpt2-124m", tp=2)).padded_vocab_size == 50258
 
 
 # ------------------------------------------------------------------------------------------ FLOPs
@@ -91,7 +99,7 @@ def test_flops_of_a_dense_model() -> None:
 
 def test_flops_of_published_sizes_are_near_six_per_parameter() -> None:
     for size in ("olmo2-1b", "olmo2-7b", "olmo2-13b", "olmo2-32b"):
-        found = estimate(run(size))
+        found = estimated(run(size))
         assert 1.0 < found.flops_per_token / (6 * found.parameters_without_embeddings) < 1.02
         assert found.flops == found.flops_per_token * found.tokens
 
@@ -122,7 +130,7 @@ def test_a_classifier_has_no_output_layer() -> None:
 
 
 def test_gpu_days() -> None:
-    found = estimate(
+    found = estimated(
         replace(run("olmo2-7b"), train=TrainConfig(steps=928_646, global_batch_size=1024))
     )
     assert found.gpu_days == pytest.approx(found.flops / 989e12 / 0.4 / 86400)
@@ -155,20 +163,20 @@ def test_what_tensor_parallelism_cuts(name: str, parts: int) -> None:
 
 
 def test_bytes_of_the_states() -> None:
-    (stage,) = estimate(run(), processes=4).stages
+    (stage,) = estimated(run(), processes=4).stages
     n = stage.parameters
     assert (stage.weights, stage.gradients, stage.optimizer) == (2 * n, 4 * n, 12 * n // 4)
-    (whole,) = estimate(run(distributed_optimizer=False), processes=4).stages
+    (whole,) = estimated(run(distributed_optimizer=False), processes=4).stages
     assert whole.optimizer == 12 * n
     single = run()
     single.train.precision = "float32"
-    (stage,) = estimate(single, processes=4).stages
+    (stage,) = estimated(single, processes=4).stages
     assert (stage.weights, stage.gradients, stage.optimizer) == (4 * n, 4 * n, 8 * n // 4)
 
 
 def test_experts_states_are_shared_out_over_ranks_with_the_same_experts() -> None:
     config = run("olmoe-tiny", ep=2)
-    (stage,) = estimate(config, processes=4).stages
+    (stage,) = estimated(config, processes=4).stages
     experts = 2 * 8 * 3 * 96 * 128 // 2
     assert stage.optimizer == 12 * (stage.parameters - experts) // 4 + 12 * experts // 2
 
@@ -177,24 +185,24 @@ def test_activations_of_a_layer() -> None:
     # By hand, for a token of a post-norm layer in bfloat16: four hidden states; q, k, v and what
     # attention gives; gate, up and their product; input and result of the QK norm in float32.
     a_token = 2 * 4 * 128 + 2 * (128 + 2 * 64 + 128) + 2 * 3 * 384 + 8 * (128 + 64)
-    (stage,) = estimate(run()).stages
+    (stage,) = estimated(run()).stages
     assert stage.activations == 2 * 64 * (LAYERS * a_token + 2 * 2 * 128)
     assert stage.logits == 2 * 64 * VOCABULARY * (2 + 4 + 4)
 
 
 def test_sequence_parallelism_shares_out_the_rest() -> None:
-    whole, half = estimate(run()).stages[0], estimate(run(tp=2, sp=True)).stages[0]
+    whole, half = estimated(run()).stages[0], estimated(run(tp=2, sp=True)).stages[0]
     assert half.activations * 2 == whole.activations
-    without = estimate(run(tp=2)).stages[0]
+    without = estimated(run(tp=2)).stages[0]
     assert half.activations < without.activations < whole.activations
     assert half.logits * 2 == whole.logits
 
 
 def test_full_recomputation_keeps_each_layers_input() -> None:
-    kept = estimate(run(recompute="full")).stages[0].activations
-    layer = (estimate(run()).stages[0].activations - 2 * 64 * 2 * 2 * 128) // LAYERS
+    kept = estimated(run(recompute="full")).stages[0].activations
+    layer = (estimated(run()).stages[0].activations - 2 * 64 * 2 * 2 * 128) // LAYERS
     assert kept == LAYERS * 2 * 64 * 2 * 128 + layer + 2 * 64 * 2 * 2 * 128
-    assert estimate(run(recompute="selective")) == estimate(run())
+    assert estimated(run(recompute="selective")) == estimated(run())
 
 
 def of_each_stage(name: str, found: Estimate) -> list[Any]:
@@ -202,7 +210,7 @@ def of_each_stage(name: str, found: Estimate) -> list[Any]:
 
 
 def test_earlier_stages_keep_more_micro_batches() -> None:
-    found = estimate(run(pp=4))
+    found = estimated(run(pp=4))
     assert of_each_stage("layers", found) == [1, 1, 1, 1]
     first, second, third, last = of_each_stage("activations", found)
     ends = 2 * 64 * 2 * 2 * 128
@@ -214,30 +222,25 @@ def test_earlier_stages_keep_more_micro_batches() -> None:
 def test_no_more_micro_batches_than_there_are() -> None:
     config = run(pp=4)
     config.train.global_batch_size = 4
-    first, second, third, _ = of_each_stage("activations", estimate(config))
+    first, second, third, _ = of_each_stage("activations", estimated(config))
     assert first == second == third
 
 
 def test_interleaved_chunks_keep_more() -> None:
     """Korthikanti et al. 2022: 1 + (p - 1) / (p m) times as much on the first stage."""
-    plain, interleaved = (estimate(run(pp=2, vpp=v)).stages[0].activations for v in (None, 2))
+    plain, interleaved = (estimated(run(pp=2, vpp=v)).stages[0].activations for v in (None, 2))
     assert interleaved == plain * (1 + 1 / 4)
 
 
 def test_stages_of_unequal_depth() -> None:
     uneven = run(provider={"num_layers_in_first_pipeline_stage": 1}, pp=2)
-    assert of_each_stage("layers", estimate(uneven)) == [1, 3]
+    assert of_each_stage("layers", estimated(uneven)) == [1, 3]
     with pytest.raises(UnsupportedError, match="pipeline_model_parallel_layout"):
-        estimate(run(provider={"pipeline_model_parallel_layout": "Et*3|tL"}, pp=2))
-
-
-def test_a_run_needs_a_model() -> None:
-    with pytest.raises(InputError, match=r"no model.*init\.hf"):
-        estimate(TrainingConfig())
+        estimated(run(provider={"pipeline_model_parallel_layout": "Et*3|tL"}, pp=2))
 
 
 def test_all_parts_are_in_the_total() -> None:
-    for stage in estimate(run(tp=2, pp=2, sp=True)).stages:
+    for stage in estimated(run(tp=2, pp=2, sp=True)).stages:
         parts = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits)
         assert stage.total == math.fsum(parts)
 
@@ -267,6 +270,6 @@ def test_host_memory_of_saving(
     config = run(**parallel)
     config.train.precision = precision
     config.checkpoint.fully_reshardable = wanted
-    stage = estimate(config, processes).stages[0]
+    stage = estimated(config, processes).stages[0]
     assert stage.save == pytest.approx(on_the_way * stage.parameters)
     assert stage.last_save == pytest.approx(last * stage.parameters)

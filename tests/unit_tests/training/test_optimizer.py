@@ -20,13 +20,13 @@ from megatron_olmo_bridge.training.config import (
     TrainConfig,
     TrainingConfig,
 )
-from megatron_olmo_bridge.training.layout import model_of, provider_fields
 from megatron_olmo_bridge.training.optimizer import (
     check_schedule,
     ddp_config,
     make_optimizer,
     make_scheduler,
 )
+from megatron_olmo_bridge.training.resolve import resolve
 
 STEPS, WARMUP, PEAK, LOWEST = 40, 8, 0.5, 0.1
 
@@ -180,11 +180,11 @@ def decays(size: str, decayed: str, precision: str) -> dict[str, float]:
     """What AdamW is told of each parameter, once the schedule was stepped."""
     config = TrainingConfig(
         model=dict(published_sizes()[size].sizes[size]) | {"num_hidden_layers": 1, "n_layer": 1},
-        train=TrainConfig(steps=9, precision=precision),
+        train=TrainConfig(steps=9, sequence_length=64, precision=precision),
         optimizer=OptimizerConfig(weight_decay=0.1, decayed=decayed),
     )
     config.parallel.distributed_optimizer = False  # which would hold slices of them
-    provider = model_of(config).provider(**provider_fields(config))
+    provider = resolve(config, None, processes=1).provider
     chunks = provider.provide_distributed_model(ddp_config(config.parallel))
     optimizer = make_optimizer(config, chunks)
     make_scheduler(config, optimizer).step(1)

@@ -12,7 +12,7 @@ from megatron_olmo_bridge.errors import FormatError, InputError
 
 from .human import perplexity, when
 from .log_file import NAME, Line, lines_in_words, read_lines
-from .run_log import RunFacts
+from .records import RunFacts
 
 MEASURED = {"step", "evaluation"}
 STATES = {"begin": "running", "resumed": "running", "stopped": "stopped", "done": "done"}

@@ -5,86 +5,23 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import BridgeError
 
 from ..config import LoggingConfig
-from .gpu_peaks import peak_flops
 from .human import SI, compact, duration, perplexity, short, spoken
 from .log_file import LogFile, lines_in_words
+from .records import RunFacts, StepRecord
+from .report import write_report
 from .trackers import trackers
 
 HEADER_EVERY = 20
 """Lines between two headers of the table on the console."""
 RECENT = 100
 """Steps whose median time tells the time left."""
-NATS_PER_TOKEN = "nats per token"
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step."""
-
-    step: int
-    """From 1."""
-    tokens: int
-    """Seen so far, in all."""
-    loss: float
-    """Mean loss over the global batch, in the run's ``loss_unit``."""
-    z_loss: float
-    """The z-loss term, weighted; 0 without."""
-    lr: float
-    grad_norm: float
-    """Before clipping."""
-    seconds: float
-    """That the step took."""
-    skipped: bool = False
-    """The optimizer did not take the step."""
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What holds for the whole run."""
-
-    name: str
-    steps: int
-    """Of the whole run."""
-    tokens_per_step: int
-    parameters: int
-    flops_per_token: float
-    """Of the model, forward and backward; what recomputation adds does not count."""
-    processes: int
-    device: str
-    """``CPU``, or the GPU's name as torch gives it."""
-    config: dict[str, Any]
-    """The resolved config: nested plain values."""
-    versions: dict[str, str]
-    loss_unit: str = NATS_PER_TOKEN
-    """Unit of every loss, for people; a perplexity exists for nats per token only."""
-
-    @property
-    def has_perplexity(self) -> bool:
-        """Whether exp(loss) is a perplexity."""
-        return self.loss_unit == NATS_PER_TOKEN
-
-    @property
-    def hardware(self) -> str:
-        """``8 x NVIDIA H100 80GB HBM3``"""
-        return f"{self.processes} x {self.device}" if self.processes > 1 else self.device
-
-    @property
-    def peak_flops(self) -> float | None:
-        """Dense bfloat16 FLOP/s of all processes.
-
-        None where that is not known, and in a float32 run, which it says nothing about.
-        """
-        peak = peak_flops(self.device)
-        if peak is None or self.config.get("train", {}).get("precision") == "float32":
-            return None
-        return peak * self.processes
 
 
 class RunLog:
@@ -177,8 +114,6 @@ class RunLog:
         for tracker in self._trackers:
             tracker.close()
         if self._file is not None and self._folder is not None:
-            from .report import write_report
-
             self._file.close()
             try:
                 self._say(f">> report: {write_report(self._folder)}")

@@ -18,8 +18,9 @@ from megatron_olmo_bridge.cli import report as command
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.training.config import LoggingConfig
 from megatron_olmo_bridge.training.monitor.history import RunHistory
+from megatron_olmo_bridge.training.monitor.records import RunFacts, StepRecord
 from megatron_olmo_bridge.training.monitor.report import write_report
-from megatron_olmo_bridge.training.monitor.run_log import RunFacts, RunLog, StepRecord
+from megatron_olmo_bridge.training.monitor.run_log import RunLog
 
 PLOTS = ["loss", "learning-rate", "gradient-norm", "throughput"]
 VOID = {"meta", "img", "source"}

@@ -12,7 +12,8 @@ import pytest
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.training.config import LoggingConfig
 from megatron_olmo_bridge.training.monitor.history import RunHistory
-from megatron_olmo_bridge.training.monitor.run_log import RunFacts, RunLog, StepRecord
+from megatron_olmo_bridge.training.monitor.records import RunFacts, StepRecord
+from megatron_olmo_bridge.training.monitor.run_log import RunLog
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -1,0 +1,194 @@
+"""Set up a run: everything that the loop works on, new or restored from the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import weakref
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_model_config
+
+from megatron_olmo_bridge._version import __version__
+from megatron_olmo_bridge.live.auto_bridge import AutoBridge
+from megatron_olmo_bridge.nn.backends import TRANSFORMER_ENGINE, resolved_name
+from megatron_olmo_bridge.runtime.devices import tf32_notice
+from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups, on_first
+
+from .checkpoint import Checkpointer, iteration_folder, last_step
+from .checksums import check, recorded
+from .estimate import flops_per_token, parameter_count
+from .extension import Extension
+from .folder import check_folders, claim, what_is_lost
+from .loop import Run
+from .monitor.records import RunFacts
+from .monitor.run_log import RunLog
+from .naming import put_back
+from .optimizer import ddp_config, make_optimizer, make_scheduler
+from .recipes import as_dict
+from .resolve import ResolvedRun
+from .restore import load
+from .run_lock import exclusive
+from .stability import Watch
+from .task import Task
+
+
+@contextlib.contextmanager
+def started(
+    resolved: ResolvedRun, make_task: Callable[[ResolvedRun], Task], say: Callable[[str], None]
+) -> Iterator[Run]:
+    """Set a run up, and keep other runs out of its folders until the context ends.
+
+    Args:
+        resolved: at the number of processes that call this.
+        make_task: opens the data; called when the process groups exist.
+        say: receives what people read, line by line, in the first process.
+
+    Raises:
+        OutputError: another run is at work in one of its folders.
+        BridgeError: something that the config names is missing or damaged.
+    """
+    config = resolved.config
+    ensure_process_groups(
+        resolved.provider, config.train.seed, timeout_minutes=config.parallel.timeout_minutes
+    )
+    on_first(lambda: check_folders(config))  # before anything is written, a lock too
+    with exclusive(config, say):
+        yield _set_up(resolved, make_task, say)
+
+
+def _set_up(
+    resolved: ResolvedRun, make_task: Callable[[ResolvedRun], Task], say: Callable[[str], None]
+) -> Run:
+    config, source = resolved.config, resolved.source
+    extension = on_first(lambda: check_folders(config))  # again: now nobody else can change them
+    folder = Path(config.checkpoint.save).expanduser() if config.checkpoint.save else None
+    step = _last_step(folder)
+    task = make_task(resolved)
+    if source is not None and step is None and not config.init.optimizer:  # load() checks it too
+        check(source.folder)
+    chunks, optimizer = _model_and_optimizer(resolved, fill=step is None)
+    checkpointer = None
+    if folder is not None:
+        checkpointer = Checkpointer(
+            folder,
+            resolved.bridge,
+            chunks,
+            optimizer,
+            task.tokenizer_folder,
+            config.checkpoint.keep_last,
+            config.checkpoint.asynchronous,
+        )
+    watch = Watch(config.stability)
+    if step is not None and checkpointer is not None:
+        watch.restore(checkpointer.restore(step)["watch"])
+    elif config.init.optimizer:
+        assert source is not None
+        load(source.folder, chunks, optimizer, fresh_rng=True)
+    scheduler = make_scheduler(config, optimizer)
+    scheduler.step(step or 0)
+    on_first(lambda: claim(config))  # now that all else is sound
+    log = None
+    if dist.get_rank() == 0:
+        log = _open_log(resolved, task, folder, step, extension, say)
+        if checkpointer is not None:
+            checkpointer.on_saved = lambda at, path: log.event("checkpoint", at, path=str(path))
+    return Run(
+        resolved, task, chunks, optimizer, scheduler, watch, checkpointer, log, step=step or 0
+    )
+
+
+def _last_step(folder: Path | None) -> int | None:
+    """Return the step that a run resumes from; None for a new one."""
+    if folder is None:
+        return None
+    on_first(lambda: put_back(folder))
+    return last_step(folder)
+
+
+def _model_and_optimizer(resolved: ResolvedRun, fill: bool) -> tuple[list[Any], Any]:
+    """Build the chunks, wrapped for training, with the weights of the source or random ones.
+
+    Args:
+        resolved: has the provider, and the source.
+        fill: False if a checkpoint of the run will set the weights.
+    """
+    config, source, provider = resolved.config, resolved.source, resolved.provider
+    provider.initialize = source is None and fill
+    if source is not None and fill:
+        provider.register_pre_wrap_hook(AutoBridge(source.bridge, source).load_hf_weights)
+    chunks = provider.provide_distributed_model(ddp_config(config.parallel), seed=config.train.seed)
+    optimizer = make_optimizer(config, chunks)
+    megatron_config = get_model_config(chunks[0])
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    # Weak: a distributed optimizer holds views of the parameters, which the garbage collector can't
+    # follow, and would keep the model, and the model it, for the life of the process.
+    reference: Callable[[], Any] = weakref.ref(optimizer)
+    megatron_config.grad_scale_func = lambda loss: reference().scale_loss(loss)
+    if config.parallel.overlap:
+        # Gradients of all but the last micro-batch are not reduced.
+        megatron_config.no_sync_func = [chunk.no_sync for chunk in chunks]
+        if len(chunks) == 1:
+            megatron_config.no_sync_func = megatron_config.no_sync_func[0]
+    return chunks, optimizer
+
+
+def _open_log(
+    resolved: ResolvedRun,
+    task: Task,
+    folder: Path | None,
+    step: int | None,
+    extension: Extension | None,
+    say: Callable[[str], None],
+) -> RunLog:
+    """Begin the log, or go on with it from a step, with what people might not expect."""
+    facts = _run_facts(resolved, task.loss_unit)
+    log = RunLog(facts, resolved.config.logging, folder, resumed_at=step, say=say)
+    for notice in _notices(resolved, folder, step):
+        say(f">> {notice}")
+    if extension is not None:
+        log.event("extended", step or 0, message=extension.message())
+    return log
+
+
+def _notices(resolved: ResolvedRun, folder: Path | None, step: int | None) -> Iterator[str]:
+    config = resolved.config
+    if lost := what_is_lost(config):
+        yield lost
+    with_te = resolved_name(resolved.provider.backend) == TRANSFORMER_ENGINE
+    precision = config.train.precision
+    if notice := tf32_notice(precision, transformer_engine=with_te, env=os.environ):
+        yield notice
+    if step is not None and folder is not None:
+        checkpoint = iteration_folder(folder, step)
+        if recorded(checkpoint) is None:
+            yield f"{checkpoint}: has no checksums, so damaged bytes in it would not be noticed"
+
+
+def _run_facts(resolved: ResolvedRun, loss_unit: str) -> RunFacts:
+    config, bridge = resolved.config, resolved.bridge
+    return RunFacts(
+        name=config.name,
+        steps=config.train.steps,
+        tokens_per_step=config.tokens_per_step,
+        parameters=parameter_count(bridge),
+        flops_per_token=flops_per_token(bridge, config.train.sequence_length),
+        processes=dist.get_world_size(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        config=as_dict(config),
+        versions={
+            "megatron-olmo-bridge": __version__,
+            "megatron-core": megatron.core.__version__,
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+        loss_unit=loss_unit,
+    )
