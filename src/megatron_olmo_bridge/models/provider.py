@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError, nearest
-from megatron_olmo_bridge.models import fusions as fused
+from megatron_olmo_bridge.errors import InputError, nearest
+from megatron_olmo_bridge.models import fusions
 from megatron_olmo_bridge.nn.backends import (
     AUTO,
     TRANSFORMER_ENGINE,
@@ -33,18 +33,12 @@ from megatron_olmo_bridge.nn.classification import GPTModelForSequenceClassifica
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
 from megatron_olmo_bridge.runtime.process_groups import SEED, ensure_process_groups
 
+from .layout import check_layout
 from .megatron_bridge import BUILDING, PROVIDER_NAMES, check_keywords, missing_name
 
 PreWrapHook = Callable[[list[MegatronModule]], Sequence[MegatronModule] | None]
 """Called with this rank's chunks when they are built and before they are wrapped; what it returns,
 if anything, takes their place."""
-
-_UNEVEN_STAGES = (
-    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)  # fmt: skip
-"""Fields of megatron-core's config by which stages get different numbers of layers."""
 
 
 @dataclass
@@ -92,25 +86,46 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     pre_wrap_hooks: list[PreWrapHook] = field(default_factory=list, repr=False, compare=False)
     """Called in order by :meth:`provide_distributed_model`; this is how weights come in."""
 
+    _derived: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
+    """Fields that were derived from others: what was set, and what was derived. A field, so that
+    copies by ``dataclasses.replace`` have it too."""
+
     def __post_init__(self) -> None:
-        """Set what follows from other fields; called on construction and by :meth:`finalize`."""
-        derived: dict[str, Any] = self.__dict__.pop("_derived", {})
-        for name, given in derived.items():  # derive it again: the other fields may differ now
-            setattr(self, name, given)
+        """Derive the fields that follow from others; called on construction and by finalize().
+
+        A family that derives fields of its own sets them first, and then calls this.
+        """
+        self._restore_what_was_set()
+        self.pre_wrap_hooks = list(self.pre_wrap_hooks)  # a copy's hooks are its own
         before = dict(vars(self))
-        half = bool(before["bf16"] or before["fp16"])
+        self._derive()
+        self._derived = {
+            name: (before[name], value)
+            for name, value in vars(self).items()
+            if value is not before[name]
+        }
+
+    def _restore_what_was_set(self) -> None:
+        """Undo the derivation: the fields that it started from may differ now."""
+        derived, self._derived = self._derived, {}
+        for name, (value, derived_value) in derived.items():
+            if getattr(self, name) == derived_value:  # else dataclasses.replace was given another
+                setattr(self, name, value)
+
+    def _derive(self) -> None:
+        half = bool(self.bf16 or self.fp16)
         if half and self.params_dtype is torch.float32:
             raise InputError("bf16 or fp16 is set, but params_dtype is float32: set params_dtype")
         self.bf16: bool = self.params_dtype is torch.bfloat16
         self.fp16: bool = self.params_dtype is torch.float16
         if self.pipeline_model_parallel_size > 1:
-            # What the stages send each other is of the parameters' dtype unless said otherwise.
+            # Stages send each other tensors of the parameters' dtype unless another is set.
             self.pipeline_dtype: torch.dtype = self.pipeline_dtype or self.params_dtype
         if self.virtual_pipeline_model_parallel_size is not None:
             # Else two stages mix up what they send each other in both directions at once. Source:
             # Megatron-LM's arguments.py, which refuses it.
-            self.overlap_p2p_comm: bool = True
-            self.batch_p2p_comm: bool = False
+            self.overlap_p2p_comm = True
+            self.batch_p2p_comm = False
         if not self.initialize:
             self._init_all_by(_leave)
         elif self.init_truncation is not None:
@@ -118,21 +133,16 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
                 partial(_truncated_normal, std=self.init_method_std, at=self.init_truncation)
             )
         if resolved_name(self.backend) == TRANSFORMER_ENGINE:
-            fused.set_fused_fields(self)
+            fusions.set_fused_fields(self)
         try:
             super().__post_init__()
         except (AssertionError, ValueError) as error:
             raise InputError(f"megatron-core refuses this config: {error}") from error
-        self._derived = {
-            name: given
-            for name, value in vars(self).items()
-            if (given := before.get(name)) is not value
-        }
 
     def _init_all_by(self, method: Callable[[torch.Tensor], Any]) -> None:
-        self.init_method: Any = method
-        self.output_layer_init_method: Any = method
-        self.embedding_init_method: Any = method
+        self.init_method = method
+        self.output_layer_init_method = method
+        self.embedding_init_method = method
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
         """Refuse names of fields that don't exist, with the nearest one.
@@ -141,7 +151,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             InputError: There is no such field.
         """
         for name in given:
-            if name not in cls.field_names():
+            if not (name.startswith("_") or name in cls.field_names()):
                 raise cls._unknown(name)
         made: Self = super().__new__(cls)
         return made
@@ -151,22 +161,23 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         raise missing_name(type(self).__name__, name, PROVIDER_NAMES)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field, which is then no longer derived from the others.
+        """Refuse a field that does not exist: a typo would have no effect.
+
+        A field that is set is no longer derived from others, even if its value is the derived one;
+        comparing values later could not tell.
 
         Raises:
-            InputError: There is no such field: a typo would have no effect.
+            InputError: There is no such field.
         """
-        derived = self.__dict__.get("_derived")
-        if derived is not None:  # None: megatron-core's own __post_init__ is at work
-            derived.pop(name, None)
-            if not (name.startswith("_") or hasattr(self, name) or name in self.field_names()):
-                raise self._unknown(name)
+        if not (name.startswith("_") or hasattr(self, name) or name in self.field_names()):
+            raise self._unknown(name)
+        vars(self).get("_derived", {}).pop(name, None)
         super().__setattr__(name, value)
 
     @classmethod
     def field_names(cls) -> list[str]:
-        """The names of all fields that can be set, megatron-core's and this package's."""
-        return [f.name for f in fields(cls) if f.init]
+        """Return the names of all fields that can be set, megatron-core's and this package's."""
+        return [f.name for f in fields(cls) if f.init and not f.name.startswith("_")]
 
     @classmethod
     def _unknown(cls, name: str) -> InputError:
@@ -219,59 +230,11 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             InputError: a combination that can't be.
             UnsupportedError: one that could be, but isn't supported.
         """
-        fused.refuse_unsupported(self)
-        self._check_layout()
+        self._restore_what_was_set()
+        fusions.refuse_unsupported(self)
+        check_layout(self)
         check_problem_type(self.problem_type, self.num_labels)
         self.__post_init__()
-
-    def _check_layout(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size",
-                     "make_vocab_size_divisible_by"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be a whole number of at least 1")
-        ranks = self.tensor_model_parallel_size
-        groups = self.num_query_groups or self.num_attention_heads
-        if self.num_attention_heads % groups:
-            raise InputError(
-                f"{self.num_attention_heads} attention heads cannot be shared out evenly over "
-                f"{groups} key/value heads"
-            )
-        for count, what in (
-            (self.num_attention_heads, "attention heads"),
-            (groups, "key/value heads"),
-            (self.ffn_hidden_size or 0, "rows of the MLP"),  # unset, it is still to be derived
-        ):
-            if count % ranks:
-                raise InputError(
-                    f"{count} {what} cannot be shared out evenly over {ranks} tensor-parallel ranks"
-                )
-        _ = self.padded_vocab_size
-        stages, virtual = (
-            self.pipeline_model_parallel_size,
-            self.virtual_pipeline_model_parallel_size,
-        )
-        if virtual is not None and stages == 1:
-            raise InputError(
-                "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size above 1"
-            )
-        uneven = any(getattr(self, name) for name in _UNEVEN_STAGES)
-        if self.num_layers % (stages * (virtual or 1)) and not uneven:
-            chunks = f" of {virtual} chunks each" if virtual else ""
-            raise InputError(
-                f"{self.num_layers} layers cannot be shared out evenly over {stages} pipeline "
-                f"stages{chunks}; say how with one of {', '.join(_UNEVEN_STAGES)}"
-            )
-        if self.context_parallel_size > 1:
-            raise UnsupportedError(
-                f"context_parallel_size={self.context_parallel_size} is not supported: use tensor, "
-                "sequence, pipeline, expert or data parallelism"
-            )
-        shares, experts = self.expert_model_parallel_size, self.num_moe_experts
-        if shares > 1 and (experts is None or experts % shares):
-            raise InputError(
-                f"{experts or 'no'} experts cannot be shared out evenly over {shares} "
-                "expert-parallel ranks"
-            )
 
     def provide(
         self,
@@ -364,7 +327,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         check_keywords("provide_distributed_model", megatron_bridge, BUILDING)
         self.initialize_model_parallel(seed)
         if self.fusions and self.modules.transformer_engine:
-            self.gradient_accumulation_fusion = wrap_with_ddp and fused.can_fuse_gradients()
+            self.gradient_accumulation_fusion = wrap_with_ddp and fusions.can_fuse_gradients()
         virtual = self.virtual_pipeline_model_parallel_size
         device = torch.cuda.current_device()
         chunks = []

@@ -7,7 +7,7 @@ import copy
 import inspect
 import pickle
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -269,6 +269,55 @@ def test_a_value_that_the_user_set_is_not_derived_again() -> None:
     assert provider.pipeline_dtype is torch.float64
 
 
+def test_a_value_that_was_set_wins_though_it_is_the_derived_one() -> None:
+    provider = make(pipeline_model_parallel_size=2)
+    provider.microbatch_group_size_per_vp_stage = provider.microbatch_group_size_per_vp_stage
+    provider.pipeline_model_parallel_size = 4
+    provider.finalize()
+    assert provider.microbatch_group_size_per_vp_stage == 2
+
+
+def test_what_was_derived_from_other_values_does_not_stand_in_the_way() -> None:
+    provider = make(num_query_groups=None)
+    provider.finalize()
+    provider.num_attention_heads = 8
+    provider.finalize()
+    assert provider.num_query_groups == 8
+
+
+@pytest.mark.parametrize("finalized", [False, True])
+@pytest.mark.parametrize(("before", "after"), [
+    ({PP: 2}, {PP: 4}),
+    ({PP: 2, "params_dtype": torch.bfloat16}, {"params_dtype": torch.float32}),
+    ({PP: 2}, {"params_dtype": torch.float16, "microbatch_group_size_per_vp_stage": 6}),
+    ({"ffn_hidden_size": None, "hidden_size": 96}, {"hidden_size": 1200}),
+    ({"init_method_std": 0.5}, {"init_method_std": 0.25}),
+    ({"init_truncation": 3.0}, {"init_truncation": None}),
+])  # fmt: skip
+def test_a_copy_with_other_fields_is_as_if_made_with_them(
+    before: dict[str, Any], after: dict[str, Any], finalized: bool
+) -> None:
+    provider = make(**before)
+    if finalized:
+        provider.finalize()
+    unchanged = comparable(provider)
+    assert comparable(replace(provider, **after)) == comparable(make(**before | after))
+    stored = pickle.loads(pickle.dumps(provider))
+    assert comparable(replace(stored, **after)) == comparable(make(**before | after))
+    assert comparable(provider) == unchanged
+
+
+def test_a_copy_keeps_what_was_set_and_has_hooks_of_its_own() -> None:
+    provider = make(pipeline_model_parallel_size=2, microbatch_group_size_per_vp_stage=6)
+    provider.register_pre_wrap_hook(print)
+    copied = replace(provider, pipeline_model_parallel_size=4)
+    assert copied.microbatch_group_size_per_vp_stage == 6
+    copied.register_pre_wrap_hook(repr)
+    assert (provider.pre_wrap_hooks, copied.pre_wrap_hooks) == ([print], [print, repr])
+    with pytest.raises(InputError, match="no field 'num_layer'; did you mean 'num_layers'"):
+        replace(provider, num_layer=2)  # type: ignore[call-arg]
+
+
 def test_a_copy_goes_its_own_way() -> None:
     provider = make(pipeline_model_parallel_size=2)
     other = copy.deepcopy(provider)
@@ -426,7 +475,10 @@ def test_a_stage_is_built_with_the_ends_that_are_asked_for(first: bool, last: bo
 
 @pytest.mark.parametrize(
     ("module", "name", "count"),
-    [(provider_module, "GPTModelProvider", 7), (olmo2_provider_module, "Olmo2ModelProvider", 9)],
+    [
+        (provider_module, "GPTModelProvider", 15),
+        (olmo2_provider_module, "Olmo2ModelProvider", 9),
+    ],
 )
 def test_every_field_is_documented(module: Any, name: str, count: int) -> None:
     (body,) = (

@@ -1,0 +1,84 @@
+"""Whether a model can be divided over the ranks of a parallel layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_olmo_bridge.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .provider import GPTModelProvider
+
+_UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""Fields of megatron-core's config by which stages get different numbers of layers."""
+
+
+def check_layout(provider: GPTModelProvider) -> None:
+    """Refuse a layout that the model's sizes cannot be divided over.
+
+    Raises:
+        InputError: Heads, rows, layers or experts do not divide.
+        UnsupportedError: Context parallelism.
+    """
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "make_vocab_size_divisible_by",
+    ):
+        if getattr(provider, name) < 1:
+            raise InputError(f"{name} must be a whole number of at least 1")
+    _check_tensor_parallel(provider)
+    _check_pipeline(provider)
+    if provider.context_parallel_size > 1:
+        raise UnsupportedError(
+            f"context_parallel_size={provider.context_parallel_size} is not supported: use tensor, "
+            "sequence, pipeline, expert or data parallelism"
+        )
+    ranks, experts = provider.expert_model_parallel_size, provider.num_moe_experts
+    if ranks > 1 and (experts is None or experts % ranks):
+        raise InputError(
+            f"{experts or 'no'} experts cannot be shared out evenly over {ranks} "
+            "expert-parallel ranks"
+        )
+
+
+def _check_tensor_parallel(provider: GPTModelProvider) -> None:
+    ranks = provider.tensor_model_parallel_size
+    heads = provider.num_attention_heads
+    groups = provider.num_query_groups or heads
+    if heads % groups:
+        raise InputError(
+            f"{heads} attention heads cannot be shared out evenly over {groups} key/value heads"
+        )
+    for count, what in (
+        (heads, "attention heads"),
+        (groups, "key/value heads"),
+        (provider.ffn_hidden_size or 4 * provider.hidden_size, "rows of the MLP"),
+    ):
+        if count % ranks:
+            raise InputError(
+                f"{count} {what} cannot be shared out evenly over {ranks} tensor-parallel ranks"
+            )
+    _ = provider.padded_vocab_size  # raises where its rows do not divide
+
+
+def _check_pipeline(provider: GPTModelProvider) -> None:
+    stages = provider.pipeline_model_parallel_size
+    virtual = provider.virtual_pipeline_model_parallel_size
+    if virtual is not None and stages == 1:
+        raise InputError(
+            "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size above 1"
+        )
+    uneven = any(getattr(provider, name) for name in _UNEVEN_STAGES)
+    if provider.num_layers % (stages * (virtual or 1)) and not uneven:
+        chunks = f" of {virtual} chunks each" if virtual else ""
+        raise InputError(
+            f"{provider.num_layers} layers cannot be shared out evenly over {stages} pipeline "
+            f"stages{chunks}; say how with one of {', '.join(_UNEVEN_STAGES)}"
+        )
