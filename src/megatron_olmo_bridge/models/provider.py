@@ -58,6 +58,10 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     """Longest sequence, in tokens."""
     rotary_base: float = 10000.0
     """Theta of the rotary embedding."""
+    hidden_dropout: float = 0.0
+    """Probability that a value of a layer's output is dropped in training."""
+    attention_dropout: float = 0.0
+    """Probability that an attention probability is dropped in training."""
     position_embedding_type: str = "rope"
     """``rope``, or ``learned_absolute`` for an embedding of positions."""
     share_embeddings_and_output_weights: bool = False
@@ -353,6 +357,18 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
                 for i, chunk in enumerate(chunks)
             ]
         return chunks
+
+
+@dataclass
+class DecoderProvider(GPTModelProvider):
+    """What the models of all OLMo families have in common: a gated MLP, and no biases."""
+
+    add_bias_linear: bool = False
+    """No linear has a bias."""
+    gated_linear_unit: bool = True
+    """The MLP is down(act(gate(x)) * up(x))."""
+    activation_func: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
+    """``act`` of the MLP."""
 
 
 def _leave(weight: torch.Tensor) -> None:

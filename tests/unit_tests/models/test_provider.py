@@ -476,8 +476,9 @@ def test_a_stage_is_built_with_the_ends_that_are_asked_for(first: bool, last: bo
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        (provider_module, "GPTModelProvider", 15),
-        (olmo2_provider_module, "Olmo2ModelProvider", 9),
+        (provider_module, "GPTModelProvider", 17),
+        (provider_module, "DecoderProvider", 3),
+        (olmo2_provider_module, "Olmo2ModelProvider", 4),
     ],
 )
 def test_every_field_is_documented(module: Any, name: str, count: int) -> None:

@@ -16,6 +16,11 @@ from megatron_olmo_bridge.nn.post_norm_moe import PostNormMoELayer
 class FlexOlmoModelProvider(MoEModelProvider):
     """The config of a FlexOlmo model, and the model built from it."""
 
+    layernorm_epsilon: float = 1e-6
+    """Added to the mean square in all norms."""
+    rotary_base: float = 500000.0
+    """Theta of the rotary embedding."""
+
     def layer_spec(self) -> ModuleSpec:
         experts = mixture_of_experts(self.modules, self)
         # A ModuleSpec in megatron-core 0.16.1, a partial in 0.19.

@@ -28,11 +28,7 @@ class GPT2ModelProvider(GPTModelProvider):
     share_embeddings_and_output_weights: bool = True
     """Whether the output layer is the embedding's matrix."""
     activation: str = "gelu_new"
-    """Of the MLP: ``gelu_new`` (by tanh) or ``gelu`` (exact)."""
-    hidden_dropout: float = 0.0
-    """Share of a layer's output that is dropped in training."""
-    attention_dropout: float = 0.0
-    """Share of attention probabilities that is dropped in training."""
+    """Activation of the MLP: ``gelu_new`` (by tanh) or ``gelu`` (exact)."""
 
     def __post_init__(self) -> None:
         self.activation_func = gelu_new if self.activation == "gelu_new" else gelu

@@ -8,19 +8,17 @@ from typing import Any
 from megatron.core.transformer import ModuleSpec
 
 from megatron_olmo_bridge.models.layer_specs import decoder_layer
-from megatron_olmo_bridge.models.olmo2.provider import Olmo2ModelProvider
+from megatron_olmo_bridge.models.provider import DecoderProvider
 from megatron_olmo_bridge.nn.layer_norm import WeightlessLayerNorm
 from megatron_olmo_bridge.nn.self_attention import ClippedSelfAttention
 
 
 @dataclass
-class OlmoModelProvider(Olmo2ModelProvider):
+class OlmoModelProvider(DecoderProvider):
     """The config of an OLMo model, and the model built from it."""
 
     normalization: str = "LayerNorm"
     """Kind of all norms; they have no weights."""
-    qk_layernorm: bool = False
-    """Queries and keys are not normalised."""
     layernorm_epsilon: float = 1e-5
     """Added to the variance in all norms."""
     rotary_base: float = 10000.0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, make_dataclass
 
-import torch
 from megatron.core.transformer import ModuleSpec
 
-from megatron_olmo_bridge.models.provider import GPTModelProvider
+from megatron_olmo_bridge.models.provider import DecoderProvider
 
 from .bridge import Olmo2Bridge
 from .config import Olmo2Config
@@ -16,23 +14,13 @@ from .layer_specs import olmo2_layer_spec
 
 
 @dataclass
-class Olmo2ModelProvider(GPTModelProvider):
+class Olmo2ModelProvider(DecoderProvider):
     """The config of an OLMo-2 model, and the model built from it."""
 
     normalization: str = "RMSNorm"
     """Kind of all norms."""
-    add_bias_linear: bool = False
-    """No linear has a bias."""
-    gated_linear_unit: bool = True
-    """The MLP is down(act(gate(x)) * up(x))."""
-    activation_func: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
-    """``act`` of the MLP."""
     qk_layernorm: bool = True
     """Queries and keys are normalised, over the full width of their projection."""
-    hidden_dropout: float = 0.0
-    """Share of a layer's output that is dropped in training."""
-    attention_dropout: float = 0.0
-    """Share of attention probabilities that is dropped in training."""
     layernorm_epsilon: float = 1e-6
     """Added to the mean square in all norms."""
     rotary_base: float = 500000.0

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from megatron.core.transformer import ModuleSpec
 
 from megatron_olmo_bridge.models.layer_specs import decoder_layer, mixture_of_experts
-from megatron_olmo_bridge.models.olmo2.provider import Olmo2ModelProvider
+from megatron_olmo_bridge.models.provider import DecoderProvider
 from megatron_olmo_bridge.nn.self_attention import ClippedSelfAttention
 
 
 @dataclass
-class MoEModelProvider(Olmo2ModelProvider):
-    """What OLMoE and FlexOlmo share: top-k experts by the router's softmax."""
+class MoEModelProvider(DecoderProvider):
+    """What OLMoE and FlexOlmo share: QK norm, and top-k experts by the router's softmax."""
 
+    normalization: str = "RMSNorm"
+    """Kind of all norms."""
+    qk_layernorm: bool = True
+    """Queries and keys are normalised, over the full width of their projection."""
     moe_router_pre_softmax: bool = True
     """Whether the router's weights are of all experts' softmax; else they sum to one."""
     moe_router_load_balancing_type: str = "aux_loss"
