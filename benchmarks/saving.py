@@ -116,7 +116,7 @@ def config_of(folder: Path, processes: int) -> Any:
     builder.finalize(f"{prefix}.idx")
     return c.TrainingConfig(
         model=Olmo2Bridge.sizes["olmo2-tiny"] | MODEL,
-        train=c.TrainConfig(2, processes, 1, length, "bfloat16"),
+        train=c.StepsConfig(2, processes, 1, length, "bfloat16"),
         data=c.DataConfig([str(folder / "data-0")], cache=str(folder / "cache")),
         schedule=c.ScheduleConfig(decay="constant"),
         checkpoint=c.CheckpointConfig(save=str(folder / "run")),

@@ -174,7 +174,7 @@ def megatron_side(connection: Connection, size: str, folder: Path, steps: int) -
     builder.end_document()
     builder.finalize(f"{prefix}.idx")
     config = c.TrainingConfig(
-        train=c.TrainConfig(steps, sequences, micro, length, "float32"),
+        train=c.StepsConfig(steps, sequences, micro, length, "float32"),
         data=c.DataConfig([str(prefix)]),
         optimizer=c.OptimizerConfig(lr=LR, weight_decay=DECAY, clip_grad=CLIP),
         schedule=c.ScheduleConfig(decay="constant"),

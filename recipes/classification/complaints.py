@@ -15,7 +15,7 @@ from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     StabilityConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -30,7 +30,7 @@ def config() -> TrainingConfig:
     return TrainingConfig(
         name="complaints",
         init=InitConfig(hf="allenai/OLMo-2-0425-1B"),
-        train=TrainConfig(
+        train=StepsConfig(
             steps=3000, global_batch_size=128, micro_batch_size=16, sequence_length=512
         ),
         optimizer=OptimizerConfig(lr=3e-5, beta2=0.999, weight_decay=0.0),
@@ -62,7 +62,7 @@ def tiny() -> TrainingConfig:
     named."""
     return TrainingConfig(
         name="tiny-classifier",
-        train=TrainConfig(
+        train=StepsConfig(
             steps=200, global_batch_size=32, micro_batch_size=32, sequence_length=64,
             precision="float32",
         ),

@@ -16,7 +16,7 @@ from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -29,7 +29,7 @@ def config() -> TrainingConfig:
         name="gpt2-124m",
         model=dict(published_sizes()["gpt2-124m"].sizes["gpt2-124m"]),
         provider={"init_method_std": 0.02, "make_vocab_size_divisible_by": 64},
-        train=TrainConfig(
+        train=StepsConfig(
             steps=600_000, global_batch_size=480, micro_batch_size=12, sequence_length=1024,
             precision="bfloat16", seed=1337,
         ),

@@ -15,7 +15,7 @@ from megatron_olmo_bridge.recipes.olmo2.olmo2_common import CONTINUED, of_yaml, 
 from megatron_olmo_bridge.training.config import (
     ParallelConfig,
     ScheduleConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -30,7 +30,7 @@ def stage1() -> TrainingConfig:
         "olmo2-13b",
         name="olmo2-13b-stage1",
         lr=9e-4,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=596_057, global_batch_size=2048, micro_batch_size=1, sequence_length=4096,
             precision="bfloat16", seed=6198,
         ),
@@ -49,7 +49,7 @@ def stage2() -> TrainingConfig:
         "olmo2-13b",
         name="olmo2-13b-stage2",
         lr=9e-5,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=11_931, global_batch_size=2048, micro_batch_size=1, sequence_length=4096,
             precision="bfloat16", seed=1110,
         ),
@@ -57,7 +57,7 @@ def stage2() -> TrainingConfig:
         parallel=ParallelConfig(tp=4, sp=True, overlap=True),
         init=CONTINUED,
         sources=of_yaml(STAGE2, REPOSITORY, "stage2-ingredient1-step11931-tokens100B") | {
-            "init.optimizer": "allenai/OLMo TrainConfig: reset_optimizer_state, false by default",
+            "init.optimizer": "allenai/OLMo StepsConfig: reset_optimizer_state, false by default",
         },
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from megatron_olmo_bridge.training.config import (
     ParallelConfig,
     ScheduleConfig,
     StabilityConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -27,7 +27,7 @@ def stage1() -> TrainingConfig:
         "olmo2-32b",
         name="olmo2-32b-stage1",
         lr=6e-4,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=721_901, global_batch_size=2048, micro_batch_size=1, sequence_length=4096,
             precision="bfloat16", seed=34521,
         ),
@@ -45,7 +45,7 @@ def stage2() -> TrainingConfig:
         "olmo2-32b",
         name="olmo2-32b-stage2",
         lr=6.6232e-5,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=11_921, global_batch_size=2048, micro_batch_size=1, sequence_length=4096,
             precision="bfloat16", seed=1110,
         ),

@@ -10,7 +10,7 @@ from megatron_olmo_bridge.recipes.olmo2.olmo2_common import CONTINUED, of_yaml, 
 from megatron_olmo_bridge.training.config import (
     ParallelConfig,
     ScheduleConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -24,7 +24,7 @@ def stage1() -> TrainingConfig:
         "olmo2-7b",
         name="olmo2-7b-stage1",
         lr=3e-4,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=928_646, global_batch_size=1024, micro_batch_size=2, sequence_length=4096,
             precision="bfloat16", seed=6198,
         ),
@@ -41,7 +41,7 @@ def stage2() -> TrainingConfig:
         "olmo2-7b",
         name="olmo2-7b-stage2",
         lr=6.1499e-5,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=11_931, global_batch_size=1024, micro_batch_size=2, sequence_length=4096,
             precision="bfloat16", seed=42,
         ),
@@ -49,7 +49,7 @@ def stage2() -> TrainingConfig:
         parallel=ParallelConfig(tp=2, sp=True, overlap=True),
         init=CONTINUED,
         sources=of_yaml(STAGE2, REPOSITORY, "stage2-ingredient1-step11931-tokens50B") | {
-            "init.optimizer": "allenai/OLMo TrainConfig: reset_optimizer_state, false by default",
+            "init.optimizer": "allenai/OLMo StepsConfig: reset_optimizer_state, false by default",
         },
     )  # fmt: skip
 

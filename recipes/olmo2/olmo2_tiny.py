@@ -7,7 +7,7 @@ text with it.
 from __future__ import annotations
 
 from megatron_olmo_bridge.recipes.olmo2.olmo2_common import olmo2
-from megatron_olmo_bridge.training.config import ScheduleConfig, TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import ScheduleConfig, StepsConfig, TrainingConfig
 
 
 def config() -> TrainingConfig:
@@ -15,7 +15,7 @@ def config() -> TrainingConfig:
         "olmo2-tiny",
         name="olmo2-tiny",
         lr=1e-3,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=300, global_batch_size=16, micro_batch_size=8, sequence_length=128,
             precision="float32",
         ),

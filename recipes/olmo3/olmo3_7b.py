@@ -23,7 +23,7 @@ from megatron_olmo_bridge.training.config import (
     ParallelConfig,
     ScheduleConfig,
     StabilityConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -36,7 +36,7 @@ def stage1() -> TrainingConfig:
     return _olmo3(
         name="olmo3-7b-stage1",
         lr=3e-4,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=597_046, global_batch_size=512, micro_batch_size=1, sequence_length=8192,
             precision="bfloat16", seed=34521,
         ),
@@ -56,7 +56,7 @@ def stage2() -> TrainingConfig:
     return _olmo3(
         name="olmo3-7b-stage2",
         lr=2.0712352850360292e-4,
-        train=TrainConfig(
+        train=StepsConfig(
             steps=47_684, global_batch_size=256, micro_batch_size=1, sequence_length=8192,
             precision="bfloat16", seed=1337,
         ),

@@ -15,7 +15,7 @@ from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -31,7 +31,7 @@ def config() -> TrainingConfig:
             "init_method_std": 0.02, "init_truncation": 3.0,
             "moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001,
         },
-        train=TrainConfig(
+        train=StepsConfig(
             steps=1_200_000, global_batch_size=1024, micro_batch_size=2, sequence_length=4096,
             precision="bfloat16", seed=6198,
         ),

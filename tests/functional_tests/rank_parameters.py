@@ -13,7 +13,7 @@ import torch.distributed as dist
 from live_model import everyone, leave_layout
 
 from megatron_olmo_bridge.runtime.process_groups import started_together
-from megatron_olmo_bridge.training.config import ParallelConfig, TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import ParallelConfig, StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.resolve import resolve
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         config = TrainingConfig(
             model=job["model"],
             provider=job["provider"],
-            train=TrainConfig(
+            train=StepsConfig(
                 steps=1, global_batch_size=8, sequence_length=64, precision="float32"
             ),
             parallel=ParallelConfig(**job["parallel"]),

@@ -11,7 +11,7 @@ import pytest
 from launching import run_script
 
 from megatron_olmo_bridge.models.bridge import published_sizes
-from megatron_olmo_bridge.training.config import ParallelConfig, TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import ParallelConfig, StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.estimate import estimate
 from megatron_olmo_bridge.training.layout import Layout
 from megatron_olmo_bridge.training.resolve import bridge_of
@@ -60,7 +60,7 @@ def test_each_rank_holds_what_was_counted(processes: int, tmp_path: Path) -> Non
         config = TrainingConfig(
             model=case.model,
             provider=case.provider,
-            train=TrainConfig(steps=1, global_batch_size=8, precision="float32"),
+            train=StepsConfig(steps=1, global_batch_size=8, precision="float32"),
             parallel=ParallelConfig(**case.parallel),
         )
         stages = estimate(config, bridge_of(config), Layout.of(config, processes)).stages

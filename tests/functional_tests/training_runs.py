@@ -48,7 +48,7 @@ from megatron_olmo_bridge.training.config import *
 def config():
     return TrainingConfig(
         model=dict(Bridge.sizes["{size}"]),
-        train=TrainConfig(
+        train=StepsConfig(
             steps=14, global_batch_size=4, micro_batch_size=2, sequence_length=32,
             precision="float32", seed=7,
         ),

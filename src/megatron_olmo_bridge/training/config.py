@@ -13,8 +13,8 @@ from megatron_olmo_bridge.formats.dtypes import canonical_dtype
 
 
 @dataclass
-class TrainConfig:
-    """How long, how much at once, and in which arithmetic."""
+class StepsConfig:
+    """Number and size of the optimizer steps, and their arithmetic."""
 
     steps: int = 0
     """Optimizer steps of the whole run; tokens = steps x global_batch_size x sequence_length."""
@@ -228,7 +228,7 @@ class TrainingConfig:
     """The model as its ``config.json`` says it; empty with ``init``, which brings it along."""
     provider: dict[str, Any] = field(default_factory=dict)
     """Any further fields of megatron-core's ``TransformerConfig`` or of the provider."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: StepsConfig = field(default_factory=StepsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

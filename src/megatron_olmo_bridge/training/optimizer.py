@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 
 from megatron_olmo_bridge.errors import InputError
 
-from .config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig, TrainingConfig
+from .config import OptimizerConfig, ParallelConfig, ScheduleConfig, StepsConfig, TrainingConfig
 
 Overrides = dict[ParamKey, ParamGroupOverride]
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
@@ -109,7 +109,7 @@ def make_scheduler(config: TrainingConfig, optimizer: Any) -> OptimizerParamSche
     )
 
 
-def check_schedule(schedule: ScheduleConfig, train: TrainConfig) -> int:
+def check_schedule(schedule: ScheduleConfig, train: StepsConfig) -> int:
     """The step at which the schedule ends.
 
     Raises:

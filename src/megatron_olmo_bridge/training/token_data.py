@@ -21,7 +21,7 @@ from megatron_olmo_bridge.data.info import DataInfo, read_info
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.runtime.signals import sheltered
 
-from .config import DataConfig, TrainConfig, TrainingConfig
+from .config import DataConfig, StepsConfig, TrainingConfig
 
 Batch = dict[str, torch.Tensor]
 
@@ -153,7 +153,7 @@ class MicroBatches:
     go round the data-parallel ranks. So the position in the data follows from the step alone.
     """
 
-    def __init__(self, dataset: Any, train: TrainConfig, workers: int, begin: int = 1) -> None:
+    def __init__(self, dataset: Any, train: StepsConfig, workers: int, begin: int = 1) -> None:
         self._loader = DataLoader(
             dataset,
             batch_sampler=_Sampler(len(dataset), train, begin),
@@ -173,7 +173,7 @@ class _Sampler:
     """Numbers of the sequences in each micro-batch of this process."""
 
     samples: int
-    train: TrainConfig
+    train: StepsConfig
     begin: int
 
     def __iter__(self) -> Iterator[list[int]]:

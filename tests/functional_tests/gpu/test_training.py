@@ -23,7 +23,7 @@ from megatron_olmo_bridge.training.config import (
     LoggingConfig,
     OptimizerConfig,
     ScheduleConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.monitor.history import RunHistory
@@ -50,7 +50,7 @@ def test_pretraining_1b(micro_batch_size: int, data: str, tmp_path: Path, record
         name="1b",
         model=dict(published_sizes()["olmo2-1b"].sizes["olmo2-1b"]),
         provider={"init_method_std": 0.02, "init_truncation": 3.0},
-        train=TrainConfig(STEPS, BATCH, micro_batch_size, LENGTH, "bfloat16"),
+        train=StepsConfig(STEPS, BATCH, micro_batch_size, LENGTH, "bfloat16"),
         data=DataConfig([data]),
         optimizer=OptimizerConfig(lr=1e-3, z_loss=1e-5),
         schedule=ScheduleConfig(warmup_steps=2, decay="constant"),
@@ -79,7 +79,7 @@ def test_saving_takes_no_gpu_memory(
     """Beyond a few MB: what is staged or gathered is on the host."""
     config = TrainingConfig(
         model=dict(published_sizes()["olmo2-1b"].sizes["olmo2-1b"]),
-        train=TrainConfig(1, 1, 1, 128, "bfloat16"),
+        train=StepsConfig(1, 1, 1, 128, "bfloat16"),
         data=DataConfig([data]),
         schedule=ScheduleConfig(decay="constant"),
         checkpoint=CheckpointConfig(

@@ -24,7 +24,7 @@ from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.monitor.history import RunHistory
@@ -50,7 +50,7 @@ def losses(
         name="te",
         model={} if start else dict(published_sizes()[size].sizes[size]),
         provider={"init_method_std": 0.02, "init_truncation": 3.0, "backend": backend},
-        train=TrainConfig(
+        train=StepsConfig(
             steps=STEPS, global_batch_size=4, micro_batch_size=2, sequence_length=32,
             precision=precision,
         ),

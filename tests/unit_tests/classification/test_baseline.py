@@ -21,14 +21,14 @@ from megatron_olmo_bridge.training.config import (
     EvaluationConfig,
     OptimizerConfig,
     ScheduleConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
 
 def config(encoder: Path | str, steps: int = 40, **fields: object) -> TrainingConfig:
     return TrainingConfig(
-        train=TrainConfig(
+        train=StepsConfig(
             steps=steps, global_batch_size=16, micro_batch_size=8, sequence_length=12,
             precision="float32",
         ),

@@ -19,7 +19,7 @@ from megatron_olmo_bridge.classification.task import Classification, read_histor
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.training.config import (
     ClassificationConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -63,7 +63,7 @@ def task(
 ) -> Classification:
     """Its process groups are those of the chunk."""
     config = TrainingConfig(
-        train=TrainConfig(global_batch_size=8, micro_batch_size=4, sequence_length=LENGTH),
+        train=StepsConfig(global_batch_size=8, micro_batch_size=4, sequence_length=LENGTH),
         classification=ClassificationConfig(patience=2),
     )
     tokens = [tokenise(e, tokenizer, LENGTH, 32) for e in (train_examples, held_out_examples)]

@@ -17,7 +17,7 @@ from megatron_olmo_bridge.models.bridge import published_sizes
 from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
     ParallelConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.estimate import Estimate, estimate
@@ -32,7 +32,7 @@ def config() -> TrainingConfig:
         name="seven",
         model=dict(published_sizes()["olmo2-7b"].sizes["olmo2-7b"]),
         provider={"init_method_std": 0.02},
-        train=TrainConfig(steps=1000, global_batch_size=1024),
+        train=StepsConfig(steps=1000, global_batch_size=1024),
         optimizer=OptimizerConfig(lr=4e-4),
         parallel=ParallelConfig(tp=2, pp=2),
         sources={

@@ -16,7 +16,7 @@ from megatron_olmo_bridge import (
 )
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
-from megatron_olmo_bridge.training.config import TrainConfig
+from megatron_olmo_bridge.training.config import StepsConfig
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_a_live_model_takes_both(tiny_hf: Path, dtype: str | torch.dtype) -> Non
 
 @pytest.mark.parametrize("precision", ["bf16", torch.bfloat16])
 def test_training_takes_both(precision: str) -> None:
-    assert TrainConfig(precision=precision).precision == "bfloat16"
+    assert StepsConfig(precision=precision).precision == "bfloat16"

@@ -19,7 +19,7 @@ from megatron_olmo_bridge.tasks.language_modelling import check_prepared, with_m
 from megatron_olmo_bridge.training.config import (
     DataConfig,
     InitConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.recipes import apply_overrides
@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> TrainingConfig:
     Path(f"{prefix}.json").write_text(json.dumps(record))
     return TrainingConfig(
         model=dict(published_sizes()["olmo2-tiny"].sizes["olmo2-tiny"]),
-        train=TrainConfig(steps=1, sequence_length=32, precision="float32"),
+        train=StepsConfig(steps=1, sequence_length=32, precision="float32"),
         data=DataConfig(path=[str(prefix)]),
     )
 

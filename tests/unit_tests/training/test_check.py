@@ -12,7 +12,7 @@ from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.training.check import CHOICES, RANGES, check_values
 from megatron_olmo_bridge.training.config import (
     ClassificationConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 
@@ -20,7 +20,7 @@ RANGED = [key for _, keys in RANGES.values() for key in keys]
 
 
 def run(**values: Any) -> TrainingConfig:
-    return TrainingConfig(train=TrainConfig(steps=1), **values)
+    return TrainingConfig(train=StepsConfig(steps=1), **values)
 
 
 def test_what_can_be_is_let_through() -> None:

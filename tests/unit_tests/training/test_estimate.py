@@ -11,7 +11,7 @@ import pytest
 from megatron_olmo_bridge.errors import UnsupportedError
 from megatron_olmo_bridge.models.bridge import ModelBridge, as_classifier, bridge_for
 from megatron_olmo_bridge.models.bridge import published_sizes as sizes
-from megatron_olmo_bridge.training.config import ParallelConfig, TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import ParallelConfig, StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.estimate import (
     Estimate,
     estimate,
@@ -38,7 +38,7 @@ def run(size: str = "olmo2-tiny", provider: dict[str, Any] | None = None, **para
     return TrainingConfig(
         model=model(size),
         provider=provider or {},
-        train=TrainConfig(steps=10, global_batch_size=32, micro_batch_size=2, sequence_length=64),
+        train=StepsConfig(steps=10, global_batch_size=32, micro_batch_size=2, sequence_length=64),
         parallel=ParallelConfig(**parallel),
     )
 
@@ -131,7 +131,7 @@ def test_a_classifier_has_no_output_layer() -> None:
 
 def test_gpu_days() -> None:
     found = estimated(
-        replace(run("olmo2-7b"), train=TrainConfig(steps=928_646, global_batch_size=1024))
+        replace(run("olmo2-7b"), train=StepsConfig(steps=928_646, global_batch_size=1024))
     )
     assert found.gpu_days == pytest.approx(found.flops / 989e12 / 0.4 / 86400)
     assert 5000 < found.gpu_days < 5200

@@ -13,7 +13,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.training.config import DataConfig, TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import DataConfig, StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.extension import Extension
 
 TOKENS, LENGTH, BATCH = 801, 8, 4
@@ -21,7 +21,7 @@ TOKENS, LENGTH, BATCH = 801, 8, 4
 
 
 def extension(planned: int, steps: int, end: int | None = None, decay: str = "cosine") -> Extension:
-    config = TrainingConfig(train=TrainConfig(steps, BATCH, sequence_length=LENGTH))
+    config = TrainingConfig(train=StepsConfig(steps, BATCH, sequence_length=LENGTH))
     config.schedule.decay, config.schedule.end_step = decay, end
     return Extension(config, planned, planned)
 

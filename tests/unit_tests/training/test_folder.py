@@ -12,7 +12,7 @@ import yaml
 pytest.importorskip("omegaconf")
 
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
-from megatron_olmo_bridge.training.config import TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.folder import RUN_FILE, check_folders, claim
 from megatron_olmo_bridge.training.recipes import apply_overrides, as_dict, from_dict
 
@@ -20,7 +20,7 @@ NOBODY = 65534
 
 
 def run(folder: Path | None, *overrides: str) -> TrainingConfig:
-    config = TrainingConfig(model={"vocab_size": 100}, train=TrainConfig(steps=5))
+    config = TrainingConfig(model={"vocab_size": 100}, train=StepsConfig(steps=5))
     config.checkpoint.save = str(folder) if folder else None
     return apply_overrides(config, overrides)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_olmo_bridge.models.bridge import published_sizes
-from megatron_olmo_bridge.training.config import TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.layout import Layout, minimum_processes
 from megatron_olmo_bridge.training.recipes import apply_overrides
 
@@ -11,7 +11,7 @@ from megatron_olmo_bridge.training.recipes import apply_overrides
 def run(*overrides: str, size: str = "olmo2-tiny") -> TrainingConfig:
     config = TrainingConfig(
         model=dict(published_sizes()[size].sizes[size]),
-        train=TrainConfig(steps=10, global_batch_size=8, sequence_length=64, precision="float32"),
+        train=StepsConfig(steps=10, global_batch_size=8, sequence_length=64, precision="float32"),
     )
     return apply_overrides(config, overrides)
 

@@ -17,7 +17,7 @@ from megatron_olmo_bridge.models.bridge import published_sizes
 from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
     ScheduleConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.optimizer import (
@@ -33,7 +33,7 @@ STEPS, WARMUP, PEAK, LOWEST = 40, 8, 0.5, 0.1
 
 def run(**schedule: Any) -> TrainingConfig:
     return TrainingConfig(
-        train=TrainConfig(steps=STEPS),
+        train=StepsConfig(steps=STEPS),
         optimizer=OptimizerConfig(lr=PEAK),
         schedule=ScheduleConfig(warmup_steps=WARMUP, min_lr_ratio=LOWEST / PEAK, **schedule),
     )
@@ -127,11 +127,11 @@ def test_a_resumed_run_goes_on_where_it_was() -> None:
 )
 def test_numbers_of_steps_that_do_not_fit(schedule: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_schedule(ScheduleConfig(**schedule), TrainConfig(steps=STEPS))
+        check_schedule(ScheduleConfig(**schedule), StepsConfig(steps=STEPS))
 
 
 def test_the_step_at_which_a_schedule_ends() -> None:
-    train = TrainConfig(steps=STEPS)
+    train = StepsConfig(steps=STEPS)
     assert check_schedule(ScheduleConfig(), train) == STEPS
     assert check_schedule(ScheduleConfig(end_step=99), train) == 99
     assert check_schedule(ScheduleConfig(decay="wsd", wsd_decay_steps=STEPS), train) == STEPS
@@ -180,7 +180,7 @@ def decays(size: str, decayed: str, precision: str) -> dict[str, float]:
     """What AdamW is told of each parameter, once the schedule was stepped."""
     config = TrainingConfig(
         model=dict(published_sizes()[size].sizes[size]) | {"num_hidden_layers": 1, "n_layer": 1},
-        train=TrainConfig(steps=9, sequence_length=64, precision=precision),
+        train=StepsConfig(steps=9, sequence_length=64, precision=precision),
         optimizer=OptimizerConfig(weight_decay=0.1, decayed=decayed),
     )
     config.parallel.distributed_optimizer = False  # which would hold slices of them

@@ -12,7 +12,7 @@ pytest.importorskip("omegaconf")
 from megatron_olmo_bridge.errors import InputError, nearest
 from megatron_olmo_bridge.training.config import (
     ClassificationConfig,
-    TrainConfig,
+    StepsConfig,
     TrainingConfig,
 )
 from megatron_olmo_bridge.training.recipes import (
@@ -24,11 +24,11 @@ from megatron_olmo_bridge.training.recipes import (
 )
 
 RECIPE = """
-from megatron_olmo_bridge.training.config import TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import StepsConfig, TrainingConfig
 from megatron_olmo_bridge.errors import UnsupportedError
 
 def config():
-    return TrainingConfig(train=TrainConfig(steps=7))
+    return TrainingConfig(train=StepsConfig(steps=7))
 
 def longer():
     run = config()
@@ -50,7 +50,7 @@ def refuses():
 
 def base() -> TrainingConfig:
     return TrainingConfig(
-        model={"vocab_size": 100, "hidden_size": 8}, train=TrainConfig(steps=5),
+        model={"vocab_size": 100, "hidden_size": 8}, train=StepsConfig(steps=5),
         sources={"train": "a paper"},
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.models.bridge import published_sizes
-from megatron_olmo_bridge.training.config import TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.layout import Layout
 from megatron_olmo_bridge.training.recipes import apply_overrides
 from megatron_olmo_bridge.training.resolve import resolve
@@ -15,7 +15,7 @@ from megatron_olmo_bridge.training.resolve import resolve
 def run(*overrides: str) -> TrainingConfig:
     config = TrainingConfig(
         model=dict(published_sizes()["olmo2-tiny"].sizes["olmo2-tiny"]),
-        train=TrainConfig(steps=10, global_batch_size=8, sequence_length=64, precision="float32"),
+        train=StepsConfig(steps=10, global_batch_size=8, sequence_length=64, precision="float32"),
     )
     return apply_overrides(config, overrides)
 

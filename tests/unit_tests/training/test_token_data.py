@@ -18,7 +18,7 @@ from megatron.core import ModelParallelConfig, parallel_state
 from megatron_olmo_bridge.data.indexed import write_index
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups
-from megatron_olmo_bridge.training.config import DataConfig, TrainConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import DataConfig, StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.token_data import MicroBatches, TokenData, check_data
 
 LENGTH, BATCH, MICRO = 8, 4, 2
@@ -45,7 +45,7 @@ def text(tmp_path: Path) -> str:
 
 def run(*path: str, steps: int = 3, seed: int = 1, **data: Any) -> TrainingConfig:
     return TrainingConfig(
-        train=TrainConfig(
+        train=StepsConfig(
             steps=steps, global_batch_size=BATCH, micro_batch_size=MICRO, sequence_length=LENGTH,
             seed=seed,
         ),
