@@ -262,13 +262,13 @@ class Checkpointer:
 
 
 def _saved_steps(root: Path) -> list[int]:
-    """Steps of the checkpoints that are there, in order."""
+    """Return the steps that have a checkpoint, in order."""
     numbers = map(iterations.iteration_number, iterations.iteration_folders(root))
     return [number for number in numbers if number is not None]
 
 
 def _earlier(root: Path, step: int) -> str:
-    """How to go on from the checkpoint before one that is damaged."""
+    """Say how to resume from the checkpoint before a damaged one."""
     earlier = [n for n in _saved_steps(root) if n < step]
     if not earlier:
         return "There is no checkpoint before it: to begin anew, name another checkpoint.save."
@@ -279,13 +279,13 @@ def _earlier(root: Path, step: int) -> str:
 
 
 def _bytes(state: dict[str, Any]) -> int:
-    """Bytes of all processes' tensors, each counted once."""
+    """Return the bytes of all processes' tensors, each counted once."""
     parts = (ShardedTensor, ShardedTensorFactory)
-    mine = sum(
+    held = sum(
         value.data.nbytes
         for value in nested_values(state)
         if isinstance(value, parts) and is_main_replica(value.replica_id)
     )
-    total = torch.tensor(float(mine), dtype=torch.float64, device=torch.cuda.current_device())
+    total = torch.tensor(float(held), dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(total)
     return int(total)

@@ -106,18 +106,18 @@ def check(folder: Path) -> None:
         FormatError: files are not as they were written; the message names them.
     """
     entries = gather(on_first(lambda: recorded(folder)))[0] or {}
-    mine = sorted(entries)[dist.get_rank() :: dist.get_world_size()]
+    names = sorted(entries)[dist.get_rank() :: dist.get_world_size()]
     with ThreadPoolExecutor(WORKERS) as pool:
-        damages = list(pool.map(lambda name: _damage(folder / name, entries[name]), mine))
-    found = [
+        damages = list(pool.map(lambda name: _damage(folder / name, entries[name]), names))
+    damaged = [
         f"{name} {damage}"
-        for part in gather(list(zip(mine, damages, strict=True)))
+        for part in gather(list(zip(names, damages, strict=True)))
         for name, damage in part
         if damage
     ]
-    if found:
-        shown = [f"  {line}" for line in sorted(found)[:_SHOWN]]
-        more = [f"  and {len(found) - _SHOWN} more"] * (len(found) > _SHOWN)
+    if damaged:
+        shown = [f"  {line}" for line in sorted(damaged)[:_SHOWN]]
+        more = [f"  and {len(damaged) - _SHOWN} more"] * (len(damaged) > _SHOWN)
         lines = "\n".join(shown + more)
         raise FormatError(f"{folder}: damaged since it was written:\n{lines}")
 
@@ -136,7 +136,7 @@ def recorded(folder: Path) -> Entries | None:
 
 
 def _damage(file: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a file, in words."""
+    """Say what is wrong with a file; None if nothing is."""
     try:
         if not file.is_file():
             return "is not there"

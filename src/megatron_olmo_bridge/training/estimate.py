@@ -19,9 +19,9 @@ from .monitor.gpu_peaks import peak_flops
 
 PEAK_FLOPS = peak_flops("NVIDIA H100 80GB HBM3") or math.nan
 UTILISATION = 0.4
-"""What GPU-days are of: an H100 SXM, and the share of its peak that good runs reach."""
+"""GPU-days are of an H100 SXM, at the share of its peak that good runs reach."""
 LEFT_OUT = "CUDA's context, NCCL's buffers, workspaces, fragmentation: some GB on a GPU"
-"""What the memory is without."""
+"""What the memory estimate does not count."""
 
 _COLUMN = ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")
 _ROW = ("linear_proj", "linear_fc2")
@@ -69,7 +69,7 @@ class Estimate:
     parameters_without_embeddings: int
     """Without the embeddings of tokens and positions; an untied output layer counts."""
     active_parameters: int
-    """That a token meets: of the experts, those that it is sent to."""
+    """Parameters active per token: of the experts, those that it is routed to."""
     padded_vocab_size: int
     steps: int
     sequences: int
@@ -208,7 +208,7 @@ def _count(bridge: ModelBridge, *, embeddings: bool = True, active: bool = False
 
 
 def _windows(bridge: ModelBridge) -> list[int | None]:
-    """Of each layer the tokens that a query sees, itself among them; None for all before it."""
+    """Return the tokens that a query of each layer sees, itself included; None for all."""
     window = getattr(bridge.config, "window_size", None)
     every = getattr(bridge.config, "window_attn_skip_freq", None)
     if window is None:
@@ -240,13 +240,13 @@ class _Rank:
     @property
     def layers(self) -> int:
         """Layers of this stage, by megatron-core's ``get_num_layers_to_build``."""
-        given, stages = self.config.provider, self.layout.pp
-        if odd := [name for name in _UNEVEN if given.get(name)]:
+        fields, stages = self.config.provider, self.layout.pp
+        if odd := [name for name in _UNEVEN if fields.get(name)]:
             raise UnsupportedError(f"the estimate can't count stages made by {', '.join(odd)}")
         ends = {
             stage: int(layers)
             for stage, name in ((0, "first"), (stages - 1, "last"))
-            if (layers := given.get(f"num_layers_in_{name}_pipeline_stage"))
+            if (layers := fields.get(f"num_layers_in_{name}_pipeline_stage"))
         }
         rest = (self.bridge.num_layers - sum(ends.values())) // max(stages - len(ends), 1)
         return ends.get(self.stage, rest)

@@ -80,17 +80,17 @@ class Extension:
         return f"from {self.planned_steps} to {self.steps} steps; {rate}{order}"
 
     def _order(self, steps: int) -> list[tuple[int, bool]]:
-        """All that the order of the data depends on which depends on the steps: of each path the
+        """Return what the order of the data depends on and the steps decide: for each path, the
         epochs, and whether the last one is shuffled by itself."""
         data, train = self.config.data, self.config.train
         info = [read_info(Path(prefix)) for prefix in data.path]
         shares = data.weights or [float(i.tokens) for i in info]
-        found = []
+        orders = []
         for tokens, share in zip((i.tokens for i in info), shares, strict=True):
             wanted = math.ceil(steps * train.global_batch_size * share / sum(shares))
             samples = math.ceil(wanted * _SURPLUS) if len(info) > 1 else wanted
             epochs = -(-(samples * train.sequence_length + 1) // tokens)
             before = ((epochs - 1) * tokens - 1) // train.sequence_length
             share_read = (samples - before) / ((tokens - 1) // train.sequence_length)
-            found.append((epochs, epochs > 1 and share_read < _SEPARATE))
-        return found
+            orders.append((epochs, epochs > 1 and share_read < _SEPARATE))
+        return orders

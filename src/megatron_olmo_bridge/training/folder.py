@@ -1,4 +1,4 @@
-"""A run's folder: what says whose it is, so that two runs never mix in one."""
+"""A run's folder: which run it belongs to, so that two never mix in one."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def check_folders(config: TrainingConfig) -> Extension | None:
         InputError: the folder is another run's, or is where the weights come from.
         OutputError: it can't be written to, or the folder of the exports can't.
     """
-    for field, given in (
+    for field, value in (
         ("checkpoint.save", config.checkpoint.save),
         ("export.hf", config.export.hf),
     ):
-        if given is not None:
-            folder = Path(given).expanduser()
+        if value is not None:
+            folder = Path(value).expanduser()
             _not_the_source(field, folder, config)
             _writable(field, folder)
     if config.checkpoint.save is None:
@@ -88,16 +88,15 @@ def _check_exports(config: TrainingConfig, before: str | None) -> None:
     Args:
         before: the folder of this run's exports, if the run has begun already.
     """
-    given = config.export.hf
-    if given is None:
+    if config.export.hf is None:
         return
-    folder = Path(given).expanduser()
+    folder = Path(config.export.hf).expanduser()
     if before is not None and folder.resolve() == Path(before).expanduser().resolve():
         return
-    if found := sorted(path.name for path in folder.glob("step_*")):
+    if exports := sorted(path.name for path in folder.glob("step_*")):
         raise InputError(
-            f"export.hf={given}: has exports of another run ({found[0]}"
-            f"{f' and {len(found) - 1} more' if found[1:] else ''}), which this one's would "
+            f"export.hf={config.export.hf}: has exports of another run ({exports[0]}"
+            f"{f' and {len(exports) - 1} more' if exports[1:] else ''}), which this one's would "
             "replace. Name another folder as export.hf."
         )
 
@@ -150,13 +149,13 @@ def claim(config: TrainingConfig) -> None:
 
 def _not_the_source(field: str, folder: Path, config: TrainingConfig) -> None:
     for name in ("checkpoint", "hf"):
-        given = getattr(config.init, name)
-        if given is None:
+        value = getattr(config.init, name)
+        if value is None:
             continue
-        source = Path(given).expanduser().resolve()
+        source = Path(value).expanduser().resolve()
         if source == folder.resolve() or folder.resolve() in source.parents:
             raise InputError(
-                f"init.{name}={given} is in {field}={folder}: what comes out of a run "
+                f"init.{name}={value} is in {field}={folder}: what comes out of a run "
                 f"would mix with what goes into it. Name another folder as {field}."
             )
 
@@ -172,25 +171,25 @@ def _writable(field: str, folder: Path) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = read_yaml(file)
+        values = read_yaml(file)
     except FormatError:
-        found = None
-    if not isinstance(found, dict):
+        values = None
+    if not isinstance(values, dict):
         raise FormatError(
             f"{file}: damaged, so that nobody can tell whose run this is. Name another folder as "
             "checkpoint.save, and this one as init.checkpoint."
         )
-    return found
+    return values
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """By field, ``section.field: was X, is Y`` for all in which the runs are not the same."""
+    """Return ``section.field: was X, is Y``, by field, for all in which the runs differ."""
     old, new = _flat(before), _flat(now)
     return {
         name: f"{name}: was {old.get(name)}, is {new.get(name)}"
         for name in dict.fromkeys([*old, *new])
         if old.get(name) != new.get(name)
-        and not any(name == other or name.startswith(f"{other}.") for other in _MAY_CHANGE)
+        and not any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE)
     }
 
 

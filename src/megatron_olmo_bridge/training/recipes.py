@@ -29,7 +29,7 @@ _FREE = ("model", "provider", "sources")
 
 
 def load_recipe(name: str) -> TrainingConfig:
-    """The config that a recipe gives.
+    """Return the config of a recipe.
 
     Args:
         name: a name such as ``olmo2_1b``, or a file; ``:FUNCTION`` may follow either.
@@ -94,7 +94,7 @@ def _is_recipe(value: Any, module: ModuleType) -> bool:
 
 
 def apply_overrides(config: TrainingConfig, overrides: Sequence[str]) -> TrainingConfig:
-    """The config with ``section.field=value`` applied in order; values are read as YAML.
+    """Return the config with ``section.field=value`` applied in order; values are read as YAML.
 
     Raises:
         InputError: no such field (the nearest is named), or a value of another type.
@@ -111,7 +111,7 @@ def apply_overrides(config: TrainingConfig, overrides: Sequence[str]) -> Trainin
 
 
 def from_dict(values: dict[str, Any]) -> TrainingConfig:
-    """The config that :func:`as_dict` gave the values of.
+    """Return the config that :func:`as_dict` returned the values of.
 
     Raises:
         InputError: a value is of another type than its field.
@@ -126,14 +126,14 @@ def from_dict(values: dict[str, Any]) -> TrainingConfig:
 
 
 def as_dict(config: TrainingConfig) -> dict[str, Any]:
-    """The config as nested plain values."""
+    """Return the config as nested plain values."""
     values = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
 def _with(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
-    """The values with one set; the key must be there, but in sections that are free."""
+    """Return the values with one set; outside of free sections, the key must exist."""
     section, _, rest = key.partition(".")
     known = field_names(TrainingConfig)
     if section in _FREE and rest:
@@ -148,24 +148,24 @@ def _with(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
         value = OmegaConf.from_dotlist([f"value={text}"])["value"]
         if _is_list(key) and value is not None and not OmegaConf.is_list(value):
             value = [value]  # one path is a list of one
-        given = OmegaConf.create(values)
-        OmegaConf.update(given, key, value, merge=False, force_add=True)
+        container = OmegaConf.create(values)
+        OmegaConf.update(container, key, value, merge=False, force_add=True)
     except UnicodeEncodeError as error:
         raise InputError(f"{key}={text}: is not UTF-8") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise InputError(f"{key}={text}: {str(error).splitlines()[0]}") from error
-    made = OmegaConf.to_container(given)
-    assert isinstance(made, dict)
-    return made
+    updated = OmegaConf.to_container(container)
+    assert isinstance(updated, dict)
+    return updated
 
 
-def field_names(of: Any, prefix: str = "") -> list[str]:
-    """Every ``section.field`` of a config class."""
+def field_names(section_class: Any, prefix: str = "") -> list[str]:
+    """Return every ``section.field`` of a config class."""
     names: list[str] = []
-    sections = {f.name: f.default_factory for f in fields(of)} | {
+    sections = {f.name: f.default_factory for f in fields(section_class)} | {
         "classification": ClassificationConfig
     }
-    for f in fields(of):
+    for f in fields(section_class):
         section = sections[f.name]
         if prefix == "" and is_dataclass(section):
             names += field_names(section, f"{f.name}.")

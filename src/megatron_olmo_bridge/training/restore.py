@@ -48,13 +48,13 @@ def load(
         fresh_rng: leave the random numbers as they are.
 
     Returns:
-        What :meth:`Checkpointer.save` was given.
+        The ``progress`` that :meth:`Checkpointer.save` stored.
 
     Raises:
         InputError: its optimizer's state is of another kind, or of another layout.
         FormatError: it is damaged, or of another model.
     """
-    with _saying_what_is_damaged(folder):
+    with _translate_load_errors(folder):
         check(folder)
         on_first(lambda: _check(folder))
         return _loaded(folder, chunks, optimizer, fresh_rng)
@@ -106,7 +106,7 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
 
 
 def saved_content(folder: Path) -> dict[str, Any]:
-    """``content_metadata`` of a checkpoint; empty where it has none."""
+    """Return ``content_metadata`` of a checkpoint; empty where it has none."""
     return dist_checkpointing.load_content_metadata(str(folder)) or {}
 
 
@@ -158,20 +158,20 @@ def _keeping_steps(part: Any) -> Iterator[None]:
 
 
 def _keep_settings(groups: list[dict[str, Any]], loaded: Any) -> None:
-    """Let what is loaded say of learning rate, betas, decay and so on what the config says.
+    """Replace loaded settings (learning rate, betas, decay) with those of the config.
 
     megatron-core would take them, the peak learning rate too, from the checkpoint; 0.19 would not
     even find the parameter groups of other rates.
     """
-    mine = {_kind(group): group for group in groups}
+    configured = {_kind(group): group for group in groups}
     for group in _param_groups(loaded):
-        for name, value in mine.get(_kind(group), {}).items():
+        for name, value in configured.get(_kind(group), {}).items():
             if name not in ("params", "step"):
                 group[name] = value
 
 
 def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells the parameter groups of a model apart."""
+    """Return what tells the parameter groups of a model apart."""
     names = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
     return tuple(group.get(name) for name in names)
 
@@ -185,7 +185,7 @@ def _param_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 
 def layout() -> list[int]:
-    """Processes, and tensor, pipeline and expert parallel size."""
+    """Return world size, and tensor, pipeline and expert parallel size."""
     return [
         dist.get_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -195,7 +195,7 @@ def layout() -> list[int]:
 
 
 def rng_state() -> ShardedObject:
-    """This process's random numbers; data-parallel replicas each have their own."""
+    """Return this process's random states; data-parallel replicas each have their own."""
     state = {
         "torch": torch.get_rng_state(),
         "tracked": tensor_parallel.get_cuda_rng_tracker().get_states(),
@@ -213,7 +213,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _saying_what_is_damaged(folder: Path) -> Iterator[None]:
+def _translate_load_errors(folder: Path) -> Iterator[None]:
     """Turn what torch and megatron-core raise of damaged files, anything, into one sentence."""
     try:
         yield

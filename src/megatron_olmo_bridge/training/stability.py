@@ -63,7 +63,7 @@ class Watch:
         )
 
     def remember(self, step: int, loss: float, norm: float, skipped: bool) -> None:
-        """A step is over.
+        """Add a step that is over.
 
         Raises:
             TrainingStopped: the gradient was not a number, and the weights are spoilt.
@@ -78,11 +78,11 @@ class Watch:
             self.norms.append(norm)
 
     def state(self) -> dict[str, list[float]]:
-        """For a checkpoint."""
+        """Return what a checkpoint keeps."""
         return {"losses": list(self.losses), "norms": list(self.norms)}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        """What :meth:`state` gave."""
+        """Take over what :meth:`state` returned."""
         self.losses.extend(state["losses"])
         self.norms.extend(state["norms"])
 

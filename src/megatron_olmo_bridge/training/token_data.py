@@ -1,4 +1,4 @@
-"""Batches of tokens for pretraining: megatron-core's GPTDataset, cut up by step and process."""
+"""Batches of tokens for pretraining: megatron-core's GPTDataset, divided by step and process."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class TokenData:
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        with _naming_the_data(data):
+        with _translate_data_errors(data):
             builder = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, index)
             built = builder.build()
         return cls(built[Split.train.value], built[Split.valid.value], info)
 
 
 def check_data(data: DataConfig, vocab_size: int, sequence_length: int) -> list[DataInfo]:
-    """Look at the prepared files before anything is built.
+    """Check the prepared files before anything is built.
 
     Raises:
         InputError: none is named, one is missing or too small, or its tokens are beyond the model's
@@ -100,8 +100,8 @@ def check_data(data: DataConfig, vocab_size: int, sequence_length: int) -> list[
         raise InputError(
             f"data.weights={data.weights} must be more than 0; a path of no weight can be left out"
         )
-    found = [read_info(Path(prefix)) for prefix in [*data.path, *data.validation]]
-    for info in found:
+    infos = [read_info(Path(prefix)) for prefix in [*data.path, *data.validation]]
+    for info in infos:
         if info.tokens <= sequence_length:
             raise InputError(
                 f"{info.prefix}: has {info.tokens:,} tokens, too few for one sequence of "
@@ -117,11 +117,11 @@ def check_data(data: DataConfig, vocab_size: int, sequence_length: int) -> list[
             raise InputError(
                 f"{info.prefix}: has token {info.max_token_id}, the model has {vocab_size} tokens"
             )
-    return found
+    return infos
 
 
 @contextlib.contextmanager
-def _naming_the_data(data: DataConfig) -> Iterator[None]:
+def _translate_data_errors(data: DataConfig) -> Iterator[None]:
     """Turn what megatron-core raises of data into one sentence; keep its chatter away."""
     logger = logging.getLogger("megatron.core.datasets")
     before = logger.level
