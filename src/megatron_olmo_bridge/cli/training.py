@@ -63,7 +63,7 @@ def train(
         olmo-bridge train olmo2_1b parallel.tp=2 --dry-run
         torchrun --nproc_per_node 8 -m megatron_olmo_bridge train olmo2_7b data.path=data/text
     """
-    from megatron_olmo_bridge.training.check import check_values
+    from megatron_olmo_bridge.training.config import check_values
     from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
 
     config = apply_overrides(load_recipe(recipe), overrides or [])

@@ -13,8 +13,7 @@ from megatron_olmo_bridge.convert.source import Source
 from megatron_olmo_bridge.errors import BridgeError, InputError, nearest
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
 
-from .check import check_values
-from .config import TrainingConfig
+from .config import TrainingConfig, check_values
 from .layout import Layout
 
 if TYPE_CHECKING:

@@ -26,17 +26,17 @@ class Task(Protocol):
     """The tokenizer's files, which are kept with every checkpoint and export."""
 
     def train_batches(self, begin: int) -> Iterator[Batch]:
-        """This process's micro-batches, from a step (from 1) on."""
+        """Yield this process's micro-batches, beginning with those of step ``begin`` (from 1)."""
 
     def validation_batches(self) -> Iterator[Batch] | None:
-        """This process's micro-batches of held-out data, the same ones each time; None for none."""
+        """Yield this process's micro-batches of held-out data, always the same; None for none."""
 
     @property
     def validation_micro_batches(self) -> int:
-        """How many they are."""
+        """Number of these micro-batches."""
 
     def forward(self, chunk: Any, batch: Batch) -> tuple[torch.Tensor, Score]:
         """Run a chunk of the model; the second value scores the output of the last stage."""
 
     def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
-        """Figures of an evaluation, by name, ``loss`` among them; and whether to stop now."""
+        """Return an evaluation's measures by name, ``loss`` among them, and whether to stop now."""

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.training.check import CHOICES, RANGES, check_values
 from megatron_olmo_bridge.training.config import (
+    CHOICES,
+    RANGES,
     ClassificationConfig,
     StepsConfig,
     TrainingConfig,
+    check_values,
 )
 
 RANGED = [key for _, keys in RANGES.values() for key in keys]
