@@ -8,13 +8,14 @@ from .errors import install_hint
 from .runtime.te_import import look_before_megatron_core
 
 if TYPE_CHECKING:
+    from megatron_olmo_bridge.tools.doctor import doctor
+    from megatron_olmo_bridge.tools.inspect import inspect
+    from megatron_olmo_bridge.tools.synth import synth
+    from megatron_olmo_bridge.tools.verify import verify
+
     from .convert.average import average_checkpoints
-    from .convert.doctor import doctor
-    from .convert.inspect import inspect
-    from .convert.synth import synth
     from .convert.to_hf import export_checkpoint
     from .convert.to_megatron import import_checkpoint
-    from .convert.verify import verify
     from .data.prepare import prepare_data
     from .live.auto_bridge import AutoBridge
     from .live.strategy import hf_as_megatron
@@ -35,15 +36,15 @@ _HOME = {
     "Olmo2ModelProvider32B": "models.olmo2.provider",
     "Olmo2ModelProvider7B": "models.olmo2.provider",
     "average_checkpoints": "convert.average",
-    "doctor": "convert.doctor",
+    "doctor": "tools.doctor",
     "export_checkpoint": "convert.to_hf",
     "hf_as_megatron": "live.strategy",
     "import_checkpoint": "convert.to_megatron",
-    "inspect": "convert.inspect",
+    "inspect": "tools.inspect",
     "prepare_data": "data.prepare",
-    "synth": "convert.synth",
+    "synth": "tools.synth",
     "train": "tasks.train",
-    "verify": "convert.verify",
+    "verify": "tools.verify",
 }
 
 __all__ = [

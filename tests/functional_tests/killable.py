@@ -17,9 +17,8 @@ from typing import Any
 
 from megatron_olmo_bridge.cli.app import app
 from megatron_olmo_bridge.convert import to_megatron
-from megatron_olmo_bridge.convert.stage import Stage
-from megatron_olmo_bridge.convert.transfer import Transfer
-from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
+from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER, Stage
+from megatron_olmo_bridge.storage.transfer import Transfer
 
 POINTS = {
     "allocated": "after all files were allocated, before the first tensor",

@@ -24,8 +24,8 @@ import pytest
 from trees import contents
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
-from megatron_olmo_bridge.convert.stage import Stage
 from megatron_olmo_bridge.errors import BridgeError
+from megatron_olmo_bridge.storage.stage import Stage
 
 FLIPS = 50
 ITEM = 2

@@ -15,8 +15,8 @@ from slow import slow_but
 from trees import tree_hash
 
 from megatron_olmo_bridge import import_checkpoint, synth
+from megatron_olmo_bridge.checkpoints.detect import Kind, detect
 from megatron_olmo_bridge.errors import BridgeError
-from megatron_olmo_bridge.formats.detect import Kind, detect
 
 IO_ERROR = {"errno": errno.EIO}
 SHARD = "model-00002-of-00005.safetensors"

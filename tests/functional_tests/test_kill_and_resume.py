@@ -19,8 +19,8 @@ from trees import tree_hash
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect, synth, verify
 from megatron_olmo_bridge.convert import to_megatron
-from megatron_olmo_bridge.convert.transfer import Transfer
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.storage.transfer import Transfer
 
 KILLS = int(os.environ.get("OLMO_BRIDGE_KILLS", "6"))
 """Kills spread over a run, for each direction."""
@@ -357,7 +357,7 @@ def test_ctrl_c_in_python_leaves_no_lock(
     """In a notebook the process lives on, and resumes what it was stopped in."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            "megatron_olmo_bridge.convert.execute._describe", lambda *_: signal.raise_signal(2)
+            "megatron_olmo_bridge.storage.execute._describe", lambda *_: signal.raise_signal(2)
         )
         with pytest.raises(KeyboardInterrupt):
             conversion.run(tmp_path / "dst")

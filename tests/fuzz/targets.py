@@ -41,9 +41,9 @@ def build(folder: Path) -> None:
     import numpy as np
     import torch
 
-    from megatron_olmo_bridge.convert.synth import synth
     from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
     from megatron_olmo_bridge.data.indexed import write_index
+    from megatron_olmo_bridge.tools.synth import synth
 
     for family in FAMILIES:
         synth(f"{family}-tiny", folder / family, layers=4 if family == "olmo3" else 1)
@@ -98,7 +98,7 @@ def plan_import(folder: Path) -> Any:
 
 
 def read_config(folder: Path) -> Any:
-    from megatron_olmo_bridge.convert.source import open_source
+    from megatron_olmo_bridge.checkpoints.source import open_source
     from megatron_olmo_bridge.convert.to_megatron import plan_import
 
     plan_import(folder)
@@ -133,7 +133,7 @@ def plan_export(folder: Path) -> Any:
 
 
 def read_run_config(folder: Path) -> Any:
-    from megatron_olmo_bridge.convert.source import open_source
+    from megatron_olmo_bridge.checkpoints.source import open_source
 
     plan_export(folder)
     numbers = open_source(folder / "megatron").bridge.numbers

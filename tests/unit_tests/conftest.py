@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 
-from megatron_olmo_bridge.convert.synth import synth
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
+from megatron_olmo_bridge.tools.synth import synth
 
 # Every number differs from the others, and nothing is a multiple of 64.
 SMALL: dict[str, Any] = {

@@ -75,41 +75,19 @@ def test_a_change_of_dtype_loads_torch_alone(tiny_hf: Path, tmp_path: Path) -> N
 
 # ------------------------------------------------------------------------- what depends on what
 
-BELOW = {
-    "mapping": set(),
-    "formats": {"mapping"},
-    "models": {"mapping", "formats", "nn", "runtime"},
-    "nn": {"runtime"},
+LAYERS = (
+    "mapping", "formats", "storage", "runtime", "nn", "models", "checkpoints", "convert", "tools",
+    "data", "live", "inference", "training", "classification", "tasks", "recipes", "cli",
+)  # fmt: skip
+"""The folders from the bottom up: each may import those before it."""
+LEANS_ON_LESS = {
     "runtime": set(),
-    "data": {"convert", "formats"},
-    "training": {"data", "formats", "models", "nn", "runtime", "convert", "live"},
-    "classification": {"data", "formats", "models", "nn", "runtime", "convert", "live", "training"},
-    "tasks": {
-        "data",
-        "formats",
-        "models",
-        "nn",
-        "runtime",
-        "convert",
-        "live",
-        "training",
-        "classification",
-    },
-    "recipes": {"models", "training"},
-    "convert": {"mapping", "formats", "models"},
-    "live": {"mapping", "formats", "models", "runtime", "convert"},
-    "inference": {"mapping", "formats", "models", "runtime", "convert", "live", "data"},
-    "cli": {
-        "mapping",
-        "formats",
-        "models",
-        "runtime",
-        "convert",
-        "inference",
-        "data",
-        "training",
-        "tasks",
-    },
+    "nn": {"runtime"},
+    "models": {"mapping", "formats", "runtime", "nn"},
+    "data": {"formats", "storage"},
+}
+BELOW = {
+    folder: LEANS_ON_LESS.get(folder, set(LAYERS[:place])) for place, folder in enumerate(LAYERS)
 }
 """Folders that each folder may import. All may import errors and the version."""
 

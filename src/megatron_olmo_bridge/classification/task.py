@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.formats.files import JSON_LIMIT, parse_json, read_small
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
+from megatron_olmo_bridge.storage.stage import sync
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.task import Score, Sums, Task
 from megatron_olmo_bridge.training.token_data import Batch

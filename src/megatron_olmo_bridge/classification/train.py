@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.bridge import bridge_for
@@ -22,6 +22,7 @@ from megatron_olmo_bridge.runtime.process_groups import (
     on_first,
     started_together,
 )
+from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.training.card import write_card
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.loop import Run, train_loop, whole_parameters

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_olmo_bridge.convert.plan import WORKERS
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.storage.plan import WORKERS
 
 from .command import DIFFERENT, Outcome, register
 from .completion import iterations
@@ -18,8 +18,8 @@ from .console import ProgressBar, Workers, human_bytes, say, table
 from .data import inspect_dataset
 
 if TYPE_CHECKING:
-    from megatron_olmo_bridge.convert.config_differences import Difference
-    from megatron_olmo_bridge.convert.inspect import Inspection
+    from megatron_olmo_bridge.checkpoints.differences import Difference
+    from megatron_olmo_bridge.tools.inspect import Inspection
 
 Heads = Annotated[
     int | None, typer.Option(min=1, help="Attention heads of OLM's step_N.pt, which doesn't say.")
@@ -57,7 +57,7 @@ def verify(
         olmo-bridge verify ./megatron
         olmo-bridge verify ./checkpoints/step_100.pt ./megatron --heads 4
     """
-    from megatron_olmo_bridge.convert.verify import verify as run
+    from megatron_olmo_bridge.tools.verify import verify as run
 
     with ProgressBar() as bar:
         result = run(first, second, heads=heads, workers=workers, reporter=bar)
@@ -115,8 +115,8 @@ def inspect(
         olmo-bridge inspect ./megatron --megatron-args
         olmo-bridge inspect ./hf --json --tensors
     """
-    from megatron_olmo_bridge.convert.inspect import inspect as run
     from megatron_olmo_bridge.data.prefix import is_indexed
+    from megatron_olmo_bridge.tools.inspect import inspect as run
 
     if is_indexed(path):
         return inspect_dataset(path)
@@ -195,7 +195,7 @@ def models(
 
 def doctor() -> Outcome:
     """Say what is installed here, and what works with it."""
-    from megatron_olmo_bridge.convert.doctor import doctor as run
+    from megatron_olmo_bridge.tools.doctor import doctor as run
 
     findings = run()
     rows = [["yes" if f.works else "no", f.what, f.found, f.means] for f in findings]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from megatron_olmo_bridge._version import __version__
-from megatron_olmo_bridge.convert.reporter import Reporter
 from megatron_olmo_bridge.errors import escape
+from megatron_olmo_bridge.storage.progress import Reporter
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

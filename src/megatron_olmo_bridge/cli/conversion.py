@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_olmo_bridge.convert.execute import check_output
-from megatron_olmo_bridge.convert.plan import WORKERS, CopyPlan
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
+from megatron_olmo_bridge.storage.execute import check_output
+from megatron_olmo_bridge.storage.plan import WORKERS, CopyPlan
 
 from .command import Outcome, register
 from .completion import dtypes, dtypes_or_keep, iterations, sizes
@@ -71,7 +71,7 @@ def synth(
         olmo-bridge synth olmo2-tiny ./tiny
         olmo-bridge synth olmo2-1b ./olmo2-1b --dtype float32
     """
-    from megatron_olmo_bridge.convert.synth import synth as run
+    from megatron_olmo_bridge.tools.synth import synth as run
 
     with ProgressBar() as bar:
         made = run(
@@ -122,8 +122,8 @@ def import_(
         olmo-bridge import ./hf ./megatron --dtype bfloat16 --workers 2
         olmo-bridge import ./checkpoints/step_100.pt ./megatron --heads 4
     """
+    from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER
     from megatron_olmo_bridge.convert import to_megatron
-    from megatron_olmo_bridge.convert.megatron_config import HF_SUBFOLDER
     from megatron_olmo_bridge.formats.hf_folder import read_config
     from megatron_olmo_bridge.models.bridge import bridge_for
 
@@ -245,7 +245,7 @@ def _check_push(
     repo: str | None, private: bool, revision: str | None, iteration: str | None
 ) -> None:
     """Before the export, which may take long: what is known to fail after it."""
-    from megatron_olmo_bridge.convert.hub import check_can_push
+    from megatron_olmo_bridge.storage.hub import check_can_push
 
     if repo is not None:
         if iteration == "all":
@@ -256,8 +256,8 @@ def _check_push(
 
 
 def _push(folder: Path, repo: str, private: bool, revision: str | None) -> str:
-    from megatron_olmo_bridge.convert.hub import push_to_hub
-    from megatron_olmo_bridge.convert.model_card import write_model_card
+    from megatron_olmo_bridge.storage.hub import push_to_hub
+    from megatron_olmo_bridge.tools.model_card import write_model_card
 
     write_model_card(folder, name=repo)
     try:

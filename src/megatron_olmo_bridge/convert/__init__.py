@@ -1,1 +1,1 @@
-"""Offline conversion: a plan of byte ranges from headers alone, carried out by the kernel."""
+"""Offline conversion: open a checkpoint, map its tensors, plan the copy, carry it out."""

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_olmo_bridge.checkpoints.differences import config_differences, name_differences
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.tensors import MeanView, TensorView
 from megatron_olmo_bridge.mapping.registry import bulleted
+from megatron_olmo_bridge.storage.execute import execute
+from megatron_olmo_bridge.storage.hub import fetch
+from megatron_olmo_bridge.storage.plan import WORKERS, CopyPlan
+from megatron_olmo_bridge.storage.progress import Reporter
+from megatron_olmo_bridge.storage.provenance import Provenance
+from megatron_olmo_bridge.storage.stage import refuse_overlap
 
-from .config_differences import config_differences
-from .execute import execute
-from .plan import WORKERS, CopyPlan
-from .provenance import Provenance
-from .reporter import Reporter
-from .source import Source, fetch, open_source
-from .stage import refuse_overlap
 from .to_hf import MAX_SHARD_SIZE, index_of, parse_size, shards, side_texts
-from .verify import name_differences
 
 if TYPE_CHECKING:
     import torch

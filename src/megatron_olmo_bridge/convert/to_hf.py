@@ -8,21 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_olmo_bridge.checkpoints.detect import Kind
+from megatron_olmo_bridge.checkpoints.source import (
+    Source,
+    config_with_dtype,
+    open_source,
+    recorded_dtypes,
+)
 from megatron_olmo_bridge.errors import BridgeError, InputError, SkippedError
-from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, side_files
 from megatron_olmo_bridge.formats.iterations import iteration_folders
 from megatron_olmo_bridge.formats.safetensors import write_header
 from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.mapping.registry import bulleted
-
-from .execute import execute
-from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
-from .provenance import Provenance
-from .reporter import Reporter
-from .source import Source, config_with_dtype, open_source, recorded_dtypes
-from .stage import refuse_overlap
+from megatron_olmo_bridge.storage.execute import execute
+from megatron_olmo_bridge.storage.plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
+from megatron_olmo_bridge.storage.progress import Reporter
+from megatron_olmo_bridge.storage.provenance import Provenance
+from megatron_olmo_bridge.storage.stage import refuse_overlap
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron_olmo_bridge.checkpoints.detect import Kind
+from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER, RUN_CONFIG
+from megatron_olmo_bridge.checkpoints.source import Source, config_with_dtype, open_source
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.dcp_metadata import (
     METADATA,
@@ -19,7 +22,6 @@ from megatron_olmo_bridge.formats.dcp_metadata import (
     Stored,
     encode_metadata,
 )
-from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
 from megatron_olmo_bridge.formats.inert import built
@@ -36,18 +38,11 @@ from megatron_olmo_bridge.mapping.mappings import WILDCARD
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
-
-from .execute import execute
-from .megatron_config import HF_SUBFOLDER, RUN_CONFIG
-from .plan import WORKERS, CopyPlan, Packer
-from .provenance import Provenance
-from .reporter import Reporter
-from .source import (
-    Source,
-    config_with_dtype,
-    fetch,
-    open_source,
-)
+from megatron_olmo_bridge.storage.execute import execute
+from megatron_olmo_bridge.storage.hub import fetch
+from megatron_olmo_bridge.storage.plan import WORKERS, CopyPlan, Packer
+from megatron_olmo_bridge.storage.progress import Reporter
+from megatron_olmo_bridge.storage.provenance import Provenance
 
 if TYPE_CHECKING:
     import torch

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.files import read_json
+from megatron_olmo_bridge.storage.stage import sync
 
 from .info import read_info
 from .parts import write_json

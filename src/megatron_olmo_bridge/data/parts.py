@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_olmo_bridge.convert.execute import sha256
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.files import read_json
+from megatron_olmo_bridge.storage.execute import sha256
 
 from .documents import Batch, Kind, Span, TextOptions, read_texts, split_name
 from .indexed import write_index

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from megatron_olmo_bridge._version import __version__
-from megatron_olmo_bridge.convert.identity import Identity, fingerprint
 from megatron_olmo_bridge.errors import InputError, ProcessError
 from megatron_olmo_bridge.formats.files import check_name
+from megatron_olmo_bridge.storage.identity import Identity, fingerprint
 
 from .documents import Kind, Span, TextOptions, split_name, text_spans
 from .info import DataInfo, read_info

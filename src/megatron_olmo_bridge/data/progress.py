@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_olmo_bridge.convert.reporter import Reporter
+from megatron_olmo_bridge.storage.progress import Reporter
 
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Processes by default: one for each core that this one may use."""

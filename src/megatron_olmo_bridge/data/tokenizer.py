@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.convert.execute import sha256
-from megatron_olmo_bridge.convert.source import is_on_hub
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.hf_folder import side_files
+from megatron_olmo_bridge.storage.execute import sha256
+from megatron_olmo_bridge.storage.hub import is_on_hub
 
 _FILE = "tokenizer.json"
 

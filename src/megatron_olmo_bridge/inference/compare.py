@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.checkpoints.detect import Kind
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
-from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
 from megatron_olmo_bridge.models.bridge import bridge_for
+from megatron_olmo_bridge.storage.hub import fetch
 
 from .difference import Comparison, States, difference
 from .jobs import EMBEDDING, FINAL_NORM, LOGITS, Job, Tell, read_states

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, quote
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.files import read_json
+from megatron_olmo_bridge.storage.hub import fetch
 
 from .compare import tokenizer_of
 from .jobs import STEP, TOKEN, Job, Tell

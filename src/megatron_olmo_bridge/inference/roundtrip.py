@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_olmo_bridge.convert.source import fetch, open_source
+from megatron_olmo_bridge.checkpoints.detect import Kind
+from megatron_olmo_bridge.checkpoints.source import open_source
 from megatron_olmo_bridge.convert.to_hf import export_checkpoint
-from megatron_olmo_bridge.convert.verify import Verification, verify
 from megatron_olmo_bridge.errors import InputError, OutputError
-from megatron_olmo_bridge.formats.detect import Kind
+from megatron_olmo_bridge.storage.hub import fetch
+from megatron_olmo_bridge.tools.verify import Verification, verify
 
 from .compare import comparison, random_tokens
 from .difference import Comparison

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_olmo_bridge.convert.megatron_config import RUN_CONFIG, model_section
-from megatron_olmo_bridge.convert.provenance import LIVE, read_provenance
-from megatron_olmo_bridge.convert.reporter import Reporter
-from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.checkpoints.detect import Kind, detect
+from megatron_olmo_bridge.checkpoints.megatron_config import RUN_CONFIG, model_section
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.convert.to_hf import MAX_SHARD_SIZE, export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError, quote
-from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE
@@ -31,6 +29,9 @@ from megatron_olmo_bridge.models.megatron_bridge import (
     taken,
 )
 from megatron_olmo_bridge.models.provider import GPTModelProvider
+from megatron_olmo_bridge.storage.hub import fetch
+from megatron_olmo_bridge.storage.progress import Reporter
+from megatron_olmo_bridge.storage.provenance import LIVE, read_provenance
 
 from .export import stream_weights
 from .load import load_weights

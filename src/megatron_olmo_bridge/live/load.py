@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_olmo_bridge.convert.reporter import Reporter
-from megatron_olmo_bridge.convert.source import Source
-from megatron_olmo_bridge.convert.transfer import BLOCK, Transfer
+from megatron_olmo_bridge.checkpoints.source import Source
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece
 from megatron_olmo_bridge.mapping.placement import Region
+from megatron_olmo_bridge.storage.progress import Reporter
+from megatron_olmo_bridge.storage.transfer import BLOCK, Transfer
 
 from .shards import LiveModel, Shard
 

@@ -14,13 +14,8 @@ import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
-from megatron_olmo_bridge.convert.execute import cleaning_up, finish
-from megatron_olmo_bridge.convert.megatron_config import HF_SUBFOLDER, RUN_CONFIG
-from megatron_olmo_bridge.convert.plan import CopyPlan, Literal
-from megatron_olmo_bridge.convert.provenance import LIVE, Provenance
-from megatron_olmo_bridge.convert.reporter import Reporter
-from megatron_olmo_bridge.convert.source import open_source
-from megatron_olmo_bridge.convert.stage import Stage, clear, is_vacant
+from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER, RUN_CONFIG
+from megatron_olmo_bridge.checkpoints.source import open_source
 from megatron_olmo_bridge.convert.to_hf import (
     MAX_SHARD_SIZE,
     index_of,
@@ -28,14 +23,18 @@ from megatron_olmo_bridge.convert.to_hf import (
     shards,
     side_texts,
 )
-from megatron_olmo_bridge.convert.transfer import write_all
 from megatron_olmo_bridge.errors import OutputError
-from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
+from megatron_olmo_bridge.storage.execute import cleaning_up, finish
+from megatron_olmo_bridge.storage.plan import CopyPlan, Literal
+from megatron_olmo_bridge.storage.progress import Reporter
+from megatron_olmo_bridge.storage.provenance import LIVE, Provenance
+from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER, Stage, clear, is_vacant
+from megatron_olmo_bridge.storage.transfer import write_all
 
 from .export import stream_weights
 from .shards import LiveModel
@@ -143,7 +142,7 @@ def save_megatron(
         OutputError: there is something at ``destination``.
     """
     root = Path(destination).expanduser().resolve()
-    # As in convert.stage: an empty folder stays the folder that it is.
+    # As in storage.stage: an empty folder stays the folder that it is.
     stage = root if root.is_dir() else root.with_name(root.name + ".partial")
     folder = stage / f"iter_{iteration:07d}"
     on_first(lambda: _begin(root, stage, folder))

@@ -18,13 +18,14 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import nested_values
 
-from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.checkpoints.detect import Kind
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.convert.to_megatron import common_state, extra_state_keys
-from megatron_olmo_bridge.convert.transfer import Transfer
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.torch_archive import object_archive
 from megatron_olmo_bridge.formats.torch_dist import COMMON, FORMAT, FORMAT_FILE
+from megatron_olmo_bridge.storage.hub import fetch
+from megatron_olmo_bridge.storage.transfer import Transfer
 
 from .load import fill
 from .shards import Finder

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_olmo_bridge.convert.source import Source, fetch, open_source
+from megatron_olmo_bridge.checkpoints.detect import Kind
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.data.info import DataInfo, read_info
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.nn.cross_entropy import vocab_parallel_cross_entropy
 from megatron_olmo_bridge.runtime.process_groups import started_together
+from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.loop import train_loop
 from megatron_olmo_bridge.training.monitor.records import NATS_PER_TOKEN

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.convert.model_card import write_model_card
-from megatron_olmo_bridge.convert.source import hub_repository
+from megatron_olmo_bridge.storage.hub import hub_repository
+from megatron_olmo_bridge.tools.model_card import write_model_card
 
 from .config import TrainingConfig
 from .recipes import as_dict

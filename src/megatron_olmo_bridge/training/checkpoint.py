@@ -30,15 +30,14 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.utils import nested_values
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats import iterations
-from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
 from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.live.save import megatron_state, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import gather, on_first
 from megatron_olmo_bridge.runtime.signals import sheltered
+from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER, sync
 
 from .checksums import recording, write_record
 from .naming import SUFFIX, clean, delete, take_name

@@ -16,9 +16,11 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from megatron_olmo_bridge.convert.execute import sha256
-from megatron_olmo_bridge.convert.plan import WORKERS
-from megatron_olmo_bridge.convert.provenance import (
+from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.runtime.process_groups import gather, on_first
+from megatron_olmo_bridge.storage.execute import sha256
+from megatron_olmo_bridge.storage.plan import WORKERS
+from megatron_olmo_bridge.storage.provenance import (
     LIVE,
     PROVENANCE,
     TRAIN,
@@ -26,9 +28,7 @@ from megatron_olmo_bridge.convert.provenance import (
     sealed,
     versions,
 )
-from megatron_olmo_bridge.errors import FormatError
-from megatron_olmo_bridge.formats.detect import PARTIAL_MARKER
-from megatron_olmo_bridge.runtime.process_groups import gather, on_first
+from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
 
 _OF_RANK = ".sha256-"
 """Begins the name of a file with what one process has recorded of its own files."""

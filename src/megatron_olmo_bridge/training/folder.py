@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from megatron_olmo_bridge.convert.stage import sync
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
+from megatron_olmo_bridge.storage.stage import sync
 
 from .config import TrainingConfig
 from .extension import Extension

@@ -9,7 +9,7 @@ import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_olmo_bridge.convert.source import Source
+from megatron_olmo_bridge.checkpoints.source import Source
 from megatron_olmo_bridge.errors import BridgeError, InputError, nearest
 from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
 

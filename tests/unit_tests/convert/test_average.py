@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_olmo_bridge import average_checkpoints, import_checkpoint, verify
-from megatron_olmo_bridge.convert import transfer
 from megatron_olmo_bridge.convert.average import plan_average
-from megatron_olmo_bridge.convert.provenance import read_provenance
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.storage import transfer
+from megatron_olmo_bridge.storage.provenance import read_provenance
 
 HFFactory = Callable[..., Path]
 

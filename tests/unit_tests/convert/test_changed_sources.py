@@ -9,8 +9,8 @@ import pytest
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
 from megatron_olmo_bridge.convert.average import average_checkpoints
-from megatron_olmo_bridge.convert.reporter import Reporter
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.storage.progress import Reporter
 
 
 class Once(Reporter):

@@ -233,7 +233,7 @@ def test_parts_of_one_tensor_may_differ_in_dtype_if_one_is_asked_for(
 def test_a_block_of_rows_may_hold_parts_of_several_dtypes(
     make_hf: HF, tmp_path: Path, reference: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_olmo_bridge.convert.transfer.BLOCK", 7 * 36 * 4)  # 7 rows
+    monkeypatch.setattr("megatron_olmo_bridge.storage.transfer.BLOCK", 7 * 36 * 4)  # 7 rows
     test_parts_of_one_tensor_may_differ_in_dtype_if_one_is_asked_for(
         make_hf, tmp_path, reference, "float32"
     )
@@ -275,7 +275,7 @@ def test_tensors_that_are_not_the_configs_are_refused(make_hf: HF, tmp_path: Pat
 
 
 def test_progress_ends_at_the_source_bytes(make_hf: HF, tmp_path: Path) -> None:
-    from megatron_olmo_bridge.convert.reporter import Reporter
+    from megatron_olmo_bridge.storage.progress import Reporter
 
     class Counter(Reporter):
         total = done = 0

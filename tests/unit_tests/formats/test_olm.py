@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_olmo_bridge.checkpoints.detect import Kind, detect
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsafePickleError
-from megatron_olmo_bridge.formats.detect import Kind, detect
 from megatron_olmo_bridge.formats.inert import built, inert
 from megatron_olmo_bridge.formats.olm import read_olm
 from megatron_olmo_bridge.formats.pickles import Persistent, dumps

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_olmo_bridge.convert.transfer import Transfer
 from megatron_olmo_bridge.errors import FormatError, MappingError, UnsafePickleError
 from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder, read_format, stacked_key
 from megatron_olmo_bridge.mapping.registry import ResolvedMapping
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
+from megatron_olmo_bridge.storage.transfer import Transfer
 
 Tensors = dict[str, torch.Tensor]
 Save = Callable[..., Path]

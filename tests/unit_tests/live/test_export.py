@@ -17,7 +17,7 @@ if torch.cuda.is_available():
 from safetensors.torch import load_file
 
 from megatron_olmo_bridge import AutoBridge
-from megatron_olmo_bridge.convert.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.errors import MappingError
 from megatron_olmo_bridge.live.export import stream_weights
 from megatron_olmo_bridge.live.load import load_weights

@@ -19,11 +19,11 @@ if torch.cuda.is_available():
 from safetensors.torch import load_file
 
 from megatron_olmo_bridge import import_checkpoint
-from megatron_olmo_bridge.convert.reporter import Reporter
-from megatron_olmo_bridge.convert.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.errors import FormatError, InputError, MappingError
 from megatron_olmo_bridge.live.load import load_weights
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
+from megatron_olmo_bridge.storage.progress import Reporter
 
 Build = Callable[..., list[torch.nn.Module]]
 HFFactory = Callable[..., Path]

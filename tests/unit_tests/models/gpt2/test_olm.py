@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_olmo_bridge.convert.source import Source, open_source
-from megatron_olmo_bridge.convert.transfer import Transfer
+from megatron_olmo_bridge.checkpoints.detect import Kind
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.errors import BridgeError, InputError, MappingError
-from megatron_olmo_bridge.formats.detect import Kind
 from megatron_olmo_bridge.formats.tensors import TensorView
 from megatron_olmo_bridge.models.gpt2 import olm
+from megatron_olmo_bridge.storage.transfer import Transfer
 
 VOCAB, POSITIONS, WIDTH, FFN, LAYERS, HEADS = 29, 14, 12, 40, 3, 2
 HEAD = "blocks.2.blocks.1.weight"

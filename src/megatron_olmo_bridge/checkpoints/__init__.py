@@ -1,0 +1,1 @@
+"""Checkpoints of every kind, opened with their model: tensors by Hugging Face names."""

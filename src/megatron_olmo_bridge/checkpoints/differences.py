@@ -1,0 +1,145 @@
+"""What two checkpoints say differently beside their weights: config files and tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_olmo_bridge.checkpoints.source import Source
+from megatron_olmo_bridge.errors import FormatError, quote
+from megatron_olmo_bridge.formats.files import parse_json
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
+from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.models.bridge import architectures_of
+
+# Keys that say nothing of the model, or whose meaning is compared as a number of the model.
+_NO_MEANING = {"transformers_version", "_name_or_path", "name_or_path"}
+_SPELLINGS = {
+    "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype", "architectures",
+    "model_type",
+}  # fmt: skip
+_GENERATION_CONFIG = "generation_config.json"
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same."""
+
+    kind: str
+    """missing, unexpected, shape, dtype, values, config, mapping, file or checksum."""
+    name: str
+    detail: str
+
+
+def config_differences(a: Source, b: Source) -> Iterator[Difference]:
+    """What the models' numbers, and their config.json where both have one, say differently."""
+    if a.bridge.family != b.bridge.family:
+        yield Difference("config", "family", f"{a.bridge.family} and {b.bridge.family}")
+        return
+    yield from _value_differences("config", "", a.bridge.numbers, b.bridge.numbers)
+    if a.config_from.name == b.config_from.name == CONFIG:
+        tasks = _task(a), _task(b)
+        if tasks[0] != tasks[1]:
+            yield Difference("config", "architectures", " and ".join(tasks))
+        skipped = _SPELLINGS | a.bridge.hf_keys | a.bridge.numbers.keys()
+        configs = [{k: v for k, v in s.hf_config.items() if k not in skipped} for s in (a, b)]
+        yield from _value_differences("config", "", *configs)
+
+
+def _task(source: Source) -> str:
+    """Return what a config's first architecture is for, whatever its spelling."""
+    bridge = source.bridge
+    name = str(next(iter(source.hf_config.get("architectures") or []), ""))
+    if bridge.num_labels is not None:
+        return "a classifier"
+    known = tuple(architectures_of(type(bridge)))
+    return "a language model" if not name or name.endswith(known) else name
+
+
+def side_differences(a: Source, b: Source) -> tuple[list[Difference], list[str]]:
+    """Compare generation config, tokenizer, chat templates and the like: JSON files by what they
+    say, others byte by byte.
+
+    Returns:
+        The differences, and notes on what only one of the two has, so that it wasn't compared.
+    """
+    files = [_side_files(a), _side_files(b)]
+    names = sorted(files[0].keys() | files[1].keys())
+    groups = (
+        (_GENERATION_CONFIG, [n for n in names if n == _GENERATION_CONFIG]),
+        ("tokenizer files", [n for n in names if n != _GENERATION_CONFIG]),
+    )
+    differences, notes = [], []
+    for what, group in groups:
+        lacking = [s.folder for s, f in zip((a, b), files, strict=True) if not f.keys() & {*group}]
+        if group and lacking:
+            notes.append(f"{lacking[0]}: has no {what}, so the other's were not compared")
+            continue
+        for name in group:
+            differences += _file_differences(name, files[0].get(name), files[1].get(name))
+    return differences, notes
+
+
+def _side_files(source: Source) -> dict[str, bytes]:
+    found = side_files(source.side_folder) if source.side_folder else {}
+    return {name: data for name, data in found.items() if name != CONFIG}
+
+
+def _file_differences(name: str, first: bytes | None, second: bytes | None) -> list[Difference]:
+    if first == second:
+        return []
+    if first is None or second is None:
+        side = "second" if first is None else "first"
+        return [Difference("file", name, f"only in the {side}")]
+    try:
+        is_json = name.endswith(".json")
+        values = [parse_json(data, name) for data in (first, second)] if is_json else []
+    except FormatError:  # then its bytes are compared
+        values = []
+    if [type(value) for value in values] == [dict, dict]:
+        return list(_value_differences("file", f"{name}: ", *values))
+    if values and _same(*values):
+        return []
+    return [Difference("file", name, f"other bytes: {len(first):,} and {len(second):,}")]
+
+
+def name_differences(a: dict[str, TensorView], b: dict[str, TensorView]) -> Iterator[Difference]:
+    """Names, shapes and dtypes that are not the same."""
+    for name in a:
+        if name not in b:
+            yield Difference("missing", name, "only in the first")
+    for name in b:
+        if name not in a:
+            yield Difference("unexpected", name, "only in the second")
+    for name in [n for n in a if n in b]:
+        if a[name].shape != b[name].shape:
+            yield Difference("shape", name, f"{list(a[name].shape)} and {list(b[name].shape)}")
+        elif a[name].dtype != b[name].dtype:
+            yield Difference("dtype", name, f"{a[name].dtype} and {b[name].dtype}")
+
+
+def _value_differences(
+    kind: str, prefix: str, a: dict[str, Any], b: dict[str, Any]
+) -> Iterator[Difference]:
+    for key in sorted((a.keys() | b.keys()) - _NO_MEANING):
+        values = a.get(key, _ABSENT), b.get(key, _ABSENT)
+        if not _same(*values):
+            detail = " and ".join(map(_shown, values))
+            yield Difference(kind, f"{prefix}{key}", detail)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Return whether two values of JSON files mean the same: NaN equals itself, true is not 1."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    return bool(a == b or (a != a and b != b))
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else quote(value)

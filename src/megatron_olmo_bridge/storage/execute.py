@@ -1,0 +1,266 @@
+"""Carry out a plan: share its files out over threads and processes, sync, and commit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
+
+from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
+from .processes import Processes
+from .progress import Reporter
+from .provenance import PROVENANCE, Provenance
+from .stage import Stage
+from .transfer import Interrupted, Transfer, naming, write_all
+
+_LOG = logging.getLogger(__name__)
+
+
+def execute(
+    plan: CopyPlan,
+    destination: Path,
+    provenance: Provenance,
+    *,
+    workers: int = WORKERS,
+    resume: bool = False,
+    overwrite: bool = False,
+    checksum: bool = False,
+    reporter: Reporter | None = None,
+) -> None:
+    """Write a plan's output to ``destination``, whole or not at all.
+
+    Under torchrun the processes share the files; each also uses ``workers`` threads.
+
+    Raises:
+        OutputError: the output exists, overlaps the source, the disk is full, or something else
+            changed what was written.
+        FormatError: a source file ends too soon.
+        InputError: a source changed while it was read.
+    """
+    reporter = reporter or Reporter()
+    processes = Processes()
+    stage = Stage(destination, plan, resume=resume, overwrite=overwrite)
+    # All have looked before the first one writes. Inodes may differ from machine to machine.
+    seen = [(i.size, i.mtime_ns) for i in plan.source_identities.values()]
+    if not processes.agree(f"{plan.digest} {seen}"):
+        raise InputError(
+            f"{plan.source}: the processes read different headers or files. Did it change "
+            "meanwhile? Run it again when nothing writes there."
+        )
+    if processes.first:
+        with cleaning_up(stage):
+            stage.open()
+    processes.wait_for_each_other()
+    if not stage.finished:
+        done_before = sum(
+            p.source_bytes for f in plan.files if f.name in stage.complete for p in f.payloads
+        )
+        reporter.begin(f"{plan.operation.removesuffix('e')}ing", plan.source_bytes)
+        reporter.advance(done_before)
+        todo = [f for f in plan.files if f.name not in stage.complete]
+        mine = share(todo, processes.count)[processes.index]
+        _LOG.info(
+            "%s of %s into %s: %d bytes in %d files, by %d threads of %d processes",
+            plan.operation, plan.source, stage.folder, plan.output_bytes, len(plan.files), workers,
+            processes.count,
+        )  # fmt: skip
+        with cleaning_up(stage):
+            _write_files(mine, stage, workers, reporter, record=processes.first)
+            processes.wait_for_each_other()
+            plan.check_sources_unchanged()  # after all have read
+            processes.wait_for_each_other()
+            if processes.first:
+                finish(stage, plan, provenance, checksum, workers)
+        reporter.end()
+    if processes.first:
+        stage.check_output()
+        _LOG.info("%s: complete", destination)
+    processes.wait_for_each_other()
+
+
+def check_output(plan: CopyPlan, destination: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse what :func:`execute` would refuse before it writes; arguments as there.
+
+    Raises:
+        OutputError: the output exists, overlaps the source, can't be written or the disk is full.
+    """
+    Stage(destination.expanduser(), plan, resume=resume, overwrite=overwrite)
+
+
+def finish(
+    stage: Stage,
+    plan: CopyPlan,
+    provenance: Provenance,
+    checksum: bool = False,
+    workers: int = WORKERS,
+) -> None:
+    """The weights are written: add the small files, and make the output a checkpoint."""
+    files = _describe(plan, stage.folder, checksum, workers)
+    for name, data in plan.texts.items():
+        stage.write_text(name, data)
+    stage.write_text(f"{plan.weights_folder}/{PROVENANCE}", provenance.encode(plan, files))
+    stage.commit()
+
+
+def share(files: Iterable[OutputFile], count: int) -> list[list[OutputFile]]:
+    """Share files out by bytes: each to whoever has least so far, the largest first."""
+    shares: list[list[OutputFile]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for file in sorted(files, key=lambda f: (-f.size, f.name)):
+        least = filled.index(min(filled))
+        shares[least].append(file)
+        filled[least] += file.size
+    return [sorted(s, key=lambda f: f.name) for s in shares]
+
+
+class _Work:
+    """Files yet to be written, handed out part by part to the threads that ask.
+
+    A thread keeps to one file, since a file takes one writer at a time; where no file is
+    untouched, it helps with the one that has most left, so that all end together.
+    """
+
+    def __init__(self, files: Iterable[OutputFile]) -> None:
+        self._lock = threading.Lock()
+        self._parts = {file.name: deque(file.parts) for file in files}
+        self._bytes_left = {file.name: file.size for file in files}
+        self._unwritten = {file.name: len(file.parts) for file in files}
+        self._untouched = deque(self._parts)
+
+    def take(self, name: str | None) -> tuple[str, Literal | Payload] | None:
+        """A part to write: of the file last worked at, while it has any."""
+        with self._lock:
+            if name is None or not self._parts[name]:
+                with_parts = (n for n, parts in self._parts.items() if parts)
+                name = (
+                    self._untouched.popleft()
+                    if self._untouched
+                    else max(with_parts, key=self._bytes_left.__getitem__, default=None)
+                )
+            if name is None:
+                return None
+            part = self._parts[name].popleft()
+            self._bytes_left[name] -= part.nbytes
+            return name, part
+
+    def written(self, name: str) -> bool:
+        """A part is in place: is the whole file?"""
+        with self._lock:
+            self._unwritten[name] -= 1
+            return not self._unwritten[name]
+
+
+def _write_files(
+    files: list[OutputFile], stage: Stage, workers: int, reporter: Reporter, record: bool
+) -> None:
+    """Write files with some threads; one more syncs each finished file while others are written.
+
+    Raises what the first failing thread raised, after the others have stopped.
+    """
+    stop = threading.Event()
+    work = _Work(files)
+
+    def sync(name: str) -> None:
+        with (stage.folder / name).open("rb+") as handle, naming(stage.folder / name):
+            os.fsync(handle.fileno())
+        _LOG.debug("%s: written and synced", name)
+        if record:
+            stage.record(name)
+
+    def write() -> list[Future[None]]:
+        name, syncs = None, []
+        with Transfer(reporter.advance, stop) as transfer, ExitStack() as open_files:
+            while taken := work.take(name):
+                if taken[0] != name:
+                    open_files.close()
+                    name = taken[0]
+                    # A descriptor of this thread's own: sendfile moves its position.
+                    fd = os.open(stage.folder / name, os.O_RDWR)
+                    open_files.callback(os.close, fd)
+                part = taken[1]
+                with naming(stage.folder / name):
+                    if isinstance(part, Literal):
+                        write_all(fd, part.data, part.offset)
+                    else:
+                        transfer.write(part.view, part.dtype, fd, part.offset)
+                if work.written(name):
+                    syncs.append(syncer.submit(sync, name))
+        return syncs
+
+    with ThreadPoolExecutor(1) as syncer, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(write) for _ in range(workers)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            if any(not f.done() or f.exception() for f in futures):
+                stop.set()
+        failed = [f.exception() for f in futures if f.exception()]
+        for error in failed:
+            if not isinstance(error, Interrupted):
+                raise error  # type: ignore[misc]
+        for future in futures:
+            for done in future.result():
+                done.result()
+
+
+def _describe(
+    plan: CopyPlan, folder: Path, checksum: bool, workers: int
+) -> dict[str, dict[str, int | str]]:
+    """Size, and SHA-256 if asked for, of each file of the checkpoint proper."""
+    sizes = {f.name: f.size for f in plan.files} | {n: len(d) for n, d in plan.texts.items()}
+    described: dict[str, dict[str, int | str]] = {n: {"bytes": sizes[n]} for n in sorted(sizes)}
+    if checksum:
+        weights = [f.name for f in plan.files]
+        with ThreadPoolExecutor(workers) as pool:
+            for name, digest in zip(weights, pool.map(sha256, (folder / n for n in weights)),
+                                    strict=True):  # fmt: skip
+                described[name]["sha256"] = digest
+        for name, data in plan.texts.items():
+            described[name]["sha256"] = hashlib.sha256(data).hexdigest()
+    prefix = "" if plan.weights_folder == "." else f"{plan.weights_folder}/"
+    return {name.removeprefix(prefix): value for name, value in described.items()}
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def cleaning_up(stage: Stage) -> Iterator[None]:
+    """After an error that would come again: nothing is left. After a full disk, or another error of
+    the system: what is complete, and an error that says so. After an interruption: all, to be
+    resumed."""
+    try:
+        yield
+    except BridgeError:
+        stage.discard()
+        raise
+    except OSError as error:
+        folder = stage.folder if stage.folder.exists() else stage.destination
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = folder if full else error.filename or folder
+        what = "the disk is full" if full else error.strerror or str(error)
+        kept = "Nothing was kept."
+        if stage.complete:
+            stage.close()
+            advice = "make room and pass --resume" if full else "pass --resume to continue"
+            kept = f"What is complete is kept in {folder}: {advice}."
+        else:
+            with contextlib.suppress(OSError):  # its marker goes last
+                stage.discard()
+        raise OutputError(f"{where}: {what}. {kept}") from error
+    except BaseException:
+        stage.close()
+        raise

@@ -1,0 +1,374 @@
+"""The folder that a conversion writes into until it is complete, and how it takes its name.
+
+Everything goes into ``DST.partial``, or into ``DST`` itself where that is an empty folder. A marker
+file there names the plan and journals each finished file; nothing in this package reads a folder
+that has the marker. When all is written and synced, ``DST.partial`` is renamed to ``DST``, the
+tracker is written, and last the marker is removed. Killed at any moment, it leaves a folder that is
+refused as a checkpoint and that ``--resume`` completes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import OutputError
+from megatron_olmo_bridge.formats.files import check_name
+from megatron_olmo_bridge.mapping.registry import bulleted
+
+from .identity import Identity
+from .plan import CopyPlan
+from .provenance import read_provenance
+from .transfer import naming
+
+PARTIAL_MARKER = ".olmo-bridge-partial"
+"""In a folder that is being written. Nothing here reads a folder that has it."""
+
+
+class Stage:
+    """A conversion's output while it is written."""
+
+    def __init__(self, destination: Path, plan: CopyPlan, *, resume: bool, overwrite: bool) -> None:
+        # Resolved, so that what a link points at is replaced, on its own disk; "." has a name then.
+        self.destination = destination = destination.resolve()
+        self.finished = False
+        """Whether an earlier run of the same plan wrote all of it: nothing is left to do."""
+        self.complete: set[str] = set()
+        """Files that are written and synced."""
+        self._partial = destination.parent / f"{destination.name}.partial"
+        self._replaced = destination.parent / f"{destination.name}.replaced"
+        self._plan, self._resume, self._overwrite = plan, resume and not overwrite, overwrite
+        self._header = {"plan": plan.digest, "source": plan.source_fingerprint}
+        self._lock = threading.Lock()
+        self._marker: int | None = None
+        self.folder = self._where_to_write()
+        """``DST.partial``; or ``DST``, if it is a folder without anything worth keeping."""
+        self._check()
+
+    def _where_to_write(self) -> Path:
+        # An empty folder stays the folder it is: it may be somebody's working directory, a mount
+        # point, have permissions of its own, or be in a place where no other can be made.
+        begun_before = self._resume and _started(self._partial) and not _started(self.destination)
+        in_place = self.destination.is_dir() and is_vacant(self.destination)
+        return self.destination if in_place and not begun_before else self._partial
+
+    def _check(self) -> None:
+        """Raise OutputError, before anything is written, if the output can't be written."""
+        check_name(self.destination)
+        if self._plan.source is not None:
+            refuse_overlap(self._plan.source, self.destination)
+        for folder in (self.destination, self._partial):
+            if folder.exists() and not folder.is_dir():
+                raise OutputError(f"{folder}: is a file; it is not overwritten")
+            if folder.exists() and not _empty(folder):
+                self._check_occupied(folder)
+        if self._resume and _started(self.folder):
+            self._complete_before()
+        begun = _started(self.destination) or _started(self._partial)
+        if self._replaced.exists() and not begun:
+            raise OutputError(
+                f"{self._replaced}: is in the way; --overwrite keeps here what it replaces until "
+                "it is done. Move it away."
+            )
+        if self.folder != self.destination and self.destination.is_mount():
+            raise OutputError(f"{self.destination}: is a mount point; name a folder in it")
+        if not self.finished:
+            self._check_disk()
+            self._check_size_limit()
+
+    def _check_size_limit(self) -> None:
+        sizes = self._sizes()
+        largest = max(sizes, key=sizes.__getitem__)
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY and sizes[largest] > limit:
+            raise OutputError(
+                f"{self.destination}: {largest} will have {sizes[largest]:,} bytes, but this "
+                f"process may write files of {limit:,} at most. Raise the limit (ulimit -f)."
+            )
+
+    def _check_occupied(self, folder: Path) -> None:
+        if _started(folder):
+            with _locked(folder, fcntl.LOCK_SH):
+                pass  # nobody is writing here right now
+            if not (self._resume or self._overwrite):
+                raise OutputError(
+                    f"{folder}: left by an interrupted {self._plan.operation}. Pass --resume "
+                    "to continue it, or --overwrite to discard it."
+                )
+        elif folder == self._partial:
+            raise OutputError(f"{folder}: is in the way, and no conversion's. Move it away.")
+        elif not self._overwrite:
+            if not (self._resume and self._made_by_this_plan()):
+                differs = " It isn't what --resume would complete." if self._resume else ""
+                raise OutputError(
+                    f"{folder}: exists already. Pass --overwrite to replace it.{differs}"
+                )
+            self.finished = not _started(self._partial)
+
+    def _check_disk(self) -> None:
+        parents = () if self.folder == self.destination else self.destination.parents
+        existing = next(p for p in (*parents, self.destination) if p.exists())
+        if not existing.is_dir():
+            raise OutputError(f"{self.destination}: {existing} is a file; name another folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise OutputError(f"{existing}: no permission to write here")
+        done = sum(f.size for f in self._plan.files if f.name in self.complete)
+        need = self._plan.output_bytes - done
+        free = shutil.disk_usage(existing).free + self._reclaimed()
+        if need > free:
+            raise OutputError(
+                f"{existing}: the disk is too small: {need:,} bytes needed, {free:,} free"
+            )
+
+    def _made_by_this_plan(self) -> bool:
+        """Whether the destination is what this run would write: then there is nothing to do."""
+        recorded = read_provenance(self.destination / self._plan.weights_folder) or {}
+        made_of = (recorded.get("plan_sha256"), recorded.get("source_fingerprint"))
+        same = made_of == (self._plan.digest, self._plan.source_fingerprint)
+        return same and not self._lacking(self.destination)
+
+    def _lacking(self, folder: Path) -> list[str]:
+        """What is absent, or of another size than planned."""
+        lacking = []
+        for name, size in self._sizes().items():
+            file = folder / name
+            if not file.is_file():
+                lacking.append(f"{name} is absent")
+            elif (found := file.stat().st_size) != size:
+                lacking.append(f"{name} has {found} bytes, not {size}")
+        return lacking
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of every planned file."""
+        texts = {name: len(data) for name, data in self._plan.texts.items()}
+        return {f.name: f.size for f in self._plan.files} | texts
+
+    def check_output(self, folder: Path | None = None) -> None:
+        """Raise OutputError unless every planned file is at the destination, or in ``folder``."""
+        folder = folder or self.destination
+        if lacking := self._lacking(folder):
+            raise OutputError(
+                f"{folder}: something else changed what was written here:\n{bulleted(lacking)}\n"
+                f"Run the {self._plan.operation} again with --overwrite."
+            )
+
+    def _reclaimed(self) -> int:
+        """Bytes that an interrupted run holds in files which are written anew."""
+        kept = {self.folder / name for name in self.complete}
+        files = (f for f in self.folder.rglob("*") if f not in kept and f.is_file())
+        return sum(f.stat().st_blocks * 512 for f in files)
+
+    def _complete_before(self) -> None:
+        """Read the journal of an interrupted run of the same plan."""
+        try:
+            lines = (self.folder / PARTIAL_MARKER).read_text().splitlines()
+            header = json.loads(lines[0])
+        except (OSError, ValueError, IndexError):
+            if list(self.folder.iterdir()) == [self.folder / PARTIAL_MARKER]:
+                return  # killed before the plan was on disk: nothing to continue from
+            header, lines = {}, []
+        if header != self._header:
+            plan = header.get("plan") == self._header["plan"]
+            what = "other source files, or they changed" if plan else "another plan"
+            raise OutputError(
+                f"{self.folder}: was begun with {what}, so it can't be resumed. Pass "
+                "--overwrite to discard it and start afresh."
+            )
+        sizes = {f.name: f.size for f in self._plan.files}
+        for line in lines[1:]:
+            try:
+                name, *then = json.loads(line)
+                now = Identity.of(self.folder / name)
+            except (ValueError, TypeError, OSError):  # a torn line, or its file is gone
+                continue
+            if now == Identity(*then) and now.size == sizes.get(name):
+                self.complete.add(name)
+
+    def open(self) -> None:
+        """Take the output: make the folder, or continue one, and allocate every file."""
+        if self.finished:
+            return
+        try:
+            if self.folder == self.destination and self._partial.exists():
+                with _locked(self._partial):
+                    _remove(self._partial)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take()
+            for file in self._plan.files:
+                if file.name not in self.complete:
+                    with naming(self.folder / file.name):
+                        self._allocate(self.folder / file.name, file.size)
+        except PermissionError as error:
+            raise OutputError(f"{error.filename}: no permission to write here") from error
+
+    def _take(self) -> None:
+        """Lock the folder, and empty it unless it is continued."""
+        begun = _started(self.folder)
+        marker = os.open(self.folder / PARTIAL_MARKER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        _take_lock(marker, self.folder)
+        if not (self.folder / PARTIAL_MARKER).exists():  # the one before us has just finished
+            os.close(marker)
+            raise OutputError(f"{self.folder}: another olmo-bridge was writing here just now")
+        if not begun and len(list(self.folder.iterdir())) > 1:
+            (self.folder / PARTIAL_MARKER).unlink()
+            os.close(marker)
+            raise OutputError(f"{self.folder}: exists already. Pass --overwrite to replace it.")
+        self._marker = marker  # now it is known to be ours
+        if not self.complete:
+            clear(self.folder)
+            os.truncate(marker, 0)
+            os.write(marker, json.dumps(self._header).encode() + b"\n")
+            os.fsync(marker)
+            sync(self.folder)
+
+    def _allocate(self, path: Path, size: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(fd, 0, size)
+            else:
+                os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def record(self, name: str) -> None:
+        """Journal a file that is written and synced, so that --resume knows it if it is changed."""
+        assert self._marker is not None
+        line = json.dumps([name, *Identity.of(self.folder / name)]).encode() + b"\n"
+        with self._lock:
+            self.complete.add(name)
+            os.write(self._marker, line)
+
+    def write_text(self, name: str, data: bytes) -> None:
+        """Write a small file, synced."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(path, data)
+
+    def commit(self) -> None:
+        """All is written: give the folder its name, make it a checkpoint."""
+        self.check_output(self.folder)
+        for folder in sorted({p.parent for p in self.folder.rglob("*")}, reverse=True):
+            sync(folder)
+        if self.folder != self.destination:
+            if self.destination.exists():
+                if _empty(self.destination):
+                    self.destination.rmdir()
+                else:
+                    self.destination.rename(self._replaced)
+            self.folder.rename(self.destination)
+            sync(self.destination.parent)
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._plan.tracker:
+            name, data = self._plan.tracker
+            _write_synced(self.destination / name, data)
+        if self._replaced.exists():
+            (self._replaced / PARTIAL_MARKER).touch()
+            _remove(self._replaced)
+        (self.destination / PARTIAL_MARKER).unlink()
+        sync(self.destination)
+        self.close()
+
+    def discard(self) -> None:
+        """Remove what was written, if this process writes here; a folder that was there stays."""
+        if self._marker is not None:
+            if self.folder == self.destination:
+                clear(self.folder)
+                (self.folder / PARTIAL_MARKER).unlink()
+            else:
+                _remove(self.folder)
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; what is written stays."""
+        if self._marker is not None:
+            os.close(self._marker)
+            self._marker = None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Keeps other runs out of a folder with a marker."""
+    if not _started(folder):
+        yield
+        return
+    fd = os.open(folder / PARTIAL_MARKER, os.O_RDWR)
+    try:
+        _take_lock(fd, folder, kind)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _take_lock(fd: int, folder: Path, kind: int = fcntl.LOCK_EX) -> None:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{folder}: another olmo-bridge is writing here right now") from None
+    except OSError:
+        return  # a file system without locks
+
+
+def refuse_overlap(source: Path, destination: Path) -> None:
+    """Raise OutputError if one of the two is the other, or is in it."""
+    dst, src = destination.resolve(), source.resolve()
+    if dst == src or dst in src.parents or src in dst.parents:
+        raise OutputError(
+            f"{destination}: the output may not be the source, in it, or around it ({source})"
+        )
+
+
+def _started(folder: Path) -> bool:
+    """Whether an interrupted run, or one still at work, left its marker there."""
+    return (folder / PARTIAL_MARKER).exists()
+
+
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing there is worth keeping: absent, empty, or left by an interrupted run."""
+    return not folder.exists() or (folder.is_dir() and (_empty(folder) or _started(folder)))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, its marker last: what a kill leaves of it is refused as a checkpoint."""
+    clear(folder)
+    shutil.rmtree(folder)
+
+
+def clear(folder: Path) -> None:
+    """Delete what is in a folder, but not its marker."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != PARTIAL_MARKER:
+            path.unlink()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with naming(path), path.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""What is done with checkpoints beside converting them: verify, inspect, synth, doctor."""

@@ -1,0 +1,187 @@
+"""Proof that two checkpoints hold the same model, bit for bit, and that files are as recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.checkpoints.detect import Kind, detect
+from megatron_olmo_bridge.checkpoints.differences import (
+    Difference,
+    config_differences,
+    name_differences,
+    side_differences,
+)
+from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.errors import InputError, MappingError
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
+from megatron_olmo_bridge.mapping.placement import Region
+from megatron_olmo_bridge.storage.execute import sha256
+from megatron_olmo_bridge.storage.hub import local_path
+from megatron_olmo_bridge.storage.plan import WORKERS
+from megatron_olmo_bridge.storage.progress import Reporter
+from megatron_olmo_bridge.storage.provenance import PROVENANCE, read_provenance
+from megatron_olmo_bridge.storage.transfer import Transfer
+
+from .model_card import MODEL_CARD
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and what differs."""
+
+    differences: list[Difference]
+    compared: int
+    """Tensors (or files) compared in full."""
+    nbytes: int
+    """Bytes compared."""
+    notes: list[str] = field(default_factory=list)
+    """What was not compared, and why."""
+    checked: str = "tensors"
+    """What equality rests on: ``tensors`` bit for bit, or of one checkpoint's files the recorded
+    ``checksums``, or the ``sizes`` only, which damaged bytes don't change."""
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences
+
+
+def verify(
+    first: str | Path,
+    second: str | Path | None = None,
+    *,
+    heads: int | None = None,
+    workers: int = WORKERS,
+    reporter: Reporter | None = None,
+) -> Verification:
+    """Compare two checkpoints of any kind, bit for bit and without tolerance.
+
+    Both are read as Hugging Face tensors through the placements; no more than a few MiB of a tensor
+    are in memory. With one path, compare its files with what was recorded when they were written.
+    ``heads`` are the attention heads of a checkpoint of OLM, which doesn't say.
+
+    Raises:
+        BridgeError: a path is no checkpoint, or is damaged.
+    """
+    reporter = reporter or Reporter()
+    first = local_path(first)
+    if second is None:
+        return _verify_recorded(Path(first).expanduser(), workers, reporter)
+    opened = []
+    for path in (first, local_path(second)):
+        try:
+            of_olm = detect(Path(path).expanduser())[0] is Kind.OLM
+            opened.append(open_source(path, heads=heads if of_olm else None, strict=False))
+        except MappingError as error:
+            return Verification([Difference("mapping", str(path), str(error))], 0, 0)
+    a, b = opened
+    differences = list(config_differences(a, b)) + list(name_differences(a.tensors, b.tensors))
+    differences += [
+        Difference("missing", name, "in neither, though the config asks for it")
+        for name in a.mapping.hf_shapes
+        if name not in a.tensors and name not in b.tensors
+    ]
+    found, notes = side_differences(a, b)
+    differences += found
+    pairs, untold = _pairs(a, b)
+    total = sum(view.nbytes for view, _ in pairs)
+    reporter.begin("verifying", total)
+
+    def compare(pair: tuple[TensorView, TensorView]) -> Difference | None:
+        with Transfer() as left, Transfer() as right:
+            return _compare(*pair, left, right, reporter)
+
+    with ThreadPoolExecutor(workers) as pool:
+        differences += [d for d in pool.map(compare, pairs) if d]
+    reporter.end()
+    for source in opened:
+        source.snapshot.check_unchanged()
+    return Verification(differences, len(pairs), total, notes + untold)
+
+
+def _pairs(a: Source, b: Source) -> tuple[list[tuple[TensorView, TensorView]], list[str]]:
+    """The tensors to compare, padding rows of a vocabulary among them, and what can't be."""
+    pairs = [(view, b.tensors[name]) for name, view in a.tensors.items() if name in b.tensors]
+    notes = []
+    for this, other in ((a, b), (b, a)):
+        for name, view in this.padding.items():
+            twin = other.padding.get(name)
+            if twin is not None and twin.shape == view.shape:
+                pairs += [(view, twin)] if this is a else []
+            elif (read_provenance(this.folder) or {}).get("operation") == "import":
+                block = Region.whole(view.shape)
+                pairs.append((view, dataclasses.replace(view, pieces=(Piece(None, block, block),))))
+            else:
+                notes.append(f"{this.folder}: {name} were not compared: trained, in no other model")
+    same = [(x, y) for x, y in pairs if x.shape == y.shape and x.dtype == y.dtype]
+    return same, notes
+
+
+def _compare(
+    a: TensorView, b: TensorView, left: Transfer, right: Transfer, reporter: Reporter
+) -> Difference | None:
+    wrong, example = 0, ""
+    for (top, _, mine), (_, _, theirs) in zip(left.blocks(a), right.blocks(b), strict=True):
+        reporter.advance(len(mine))
+        if bytearray(mine) == theirs:  # a bytearray compares as memory, a memoryview by item
+            continue
+        import torch
+
+        bits = torch.int32 if ITEM_SIZE[a.dtype] == 4 else torch.int16
+        x, y = torch.frombuffer(mine, dtype=bits), torch.frombuffer(theirs, dtype=bits)
+        places = (x != y).nonzero()
+        if not wrong:
+            at = int(places[0])
+            columns = Region.whole(a.shape).columns
+            values = [v.view(getattr(torch, a.dtype))[at].item() for v in (x, y)]
+            place = f"[{top + at // columns}, {at % columns}]"
+            example = f"first at {place}: {values[0]} and {values[1]}"
+        wrong += len(places)
+    if not wrong:
+        return None
+    size = Region.whole(a.shape).size
+    return Difference("values", a.name, f"{wrong} of {size} differ; {example}")
+
+
+def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verification:
+    _, folder = detect(path)
+    recorded = read_provenance(folder)
+    if recorded is None:
+        raise InputError(
+            f"{folder}: has no {PROVENANCE}: nothing was recorded to check it against. "
+            "Name a second checkpoint to compare it with."
+        )
+    differences = []
+    files: dict[str, dict[str, Any]] = recorded.get("files", {})
+    for name, entry in files.items():
+        file = folder / name
+        if not file.is_file():
+            differences.append(Difference("missing", name, "recorded, but not there"))
+        elif file.stat().st_size != entry["bytes"]:
+            detail = f"{file.stat().st_size} bytes, recorded were {entry['bytes']}"
+            differences.append(Difference("file", name, detail))
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    for name in sorted(present - files.keys() - {PROVENANCE, MODEL_CARD}):
+        differences.append(Difference("unexpected", name, "there, but not recorded"))
+    checkable = {n: e for n, e in files.items() if "sha256" in e and (folder / n).is_file()}
+    total = sum((folder / n).stat().st_size for n in checkable)
+    reporter.begin("verifying", total)
+    with ThreadPoolExecutor(workers) as pool:
+        digests = pool.map(sha256, [folder / n for n in checkable])
+        for (name, entry), digest in zip(checkable.items(), digests, strict=True):
+            reporter.advance(entry["bytes"])
+            if digest != entry["sha256"]:
+                differences.append(Difference("checksum", name, "SHA-256 is not the recorded one"))
+    reporter.end()
+    if not differences:
+        open_source(folder)  # headers and mapping are sound
+    if len(checkable) == len(files):
+        return Verification(differences, len(files), total, checked="checksums")
+    note = (
+        "no checksums were recorded: only names and sizes were compared, which damaged bytes don't "
+        "change. --checksum of import, export and average records them."
+    )
+    return Verification(differences, len(files), total, [note], checked="sizes")
