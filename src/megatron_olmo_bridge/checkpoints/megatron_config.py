@@ -53,7 +53,7 @@ def config_of(
     errors: list[Exception] = []
     for bridge in dict.fromkeys(published_sizes().values()):
         try:
-            return bridge.hf_config_from_megatron(values, vocab_size), where, None
+            return bridge.record_class.hf_config(values, vocab_size), where, None
         except (BridgeError, TypeError, ValueError) as error:
             errors.append(error)
     # A family that lacks something is nearer to it than one that it isn't.

@@ -143,7 +143,9 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
     objects = _pack_extra_states(source, packer)
     model_dtype = tensors[source.bridge.vocab_param].dtype
     common = common_state(source.bridge, padded_vocab, model_dtype)
-    run_config: dict[str, Any] = {"model": source.bridge.provider_fields(padded_vocab, model_dtype)}
+    run_config: dict[str, Any] = {
+        "model": source.bridge.megatron_record.run_config(padded_vocab, model_dtype)
+    }
     texts = {
         METADATA: encode_metadata(tensors, objects),
         FORMAT_FILE: json.dumps(FORMAT).encode(),
@@ -234,7 +236,7 @@ def extra_state_keys(bridge: ModelBridge) -> Iterator[str]:
 def common_state(bridge: ModelBridge, padded_vocab: int, dtype: str) -> dict[str, Any]:
     """What a checkpoint holds beside tensors; for :func:`formats.torch_archive.object_archive`."""
     return {
-        "args": built("argparse.Namespace", bridge.megatron_args(padded_vocab, dtype)),
+        "args": built("argparse.Namespace", bridge.megatron_record.args(padded_vocab, dtype)),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},

@@ -174,14 +174,14 @@ def megatron_state(
     dist.broadcast_object_list(padded, 0)
     rows = padded[0]
     state: dict[str, Any] = {
-        "args": Namespace(**bridge.megatron_args(rows, dtype)),
+        "args": Namespace(**bridge.megatron_record.args(rows, dtype)),
         "checkpoint_version": 3.0,
         "iteration": iteration,
         **model_states(chunks),
     }
     beside_it = side_texts(bridge.hf_config, dtype, beside)
     texts = {f"{HF_SUBFOLDER}/{name}": data for name, data in beside_it.items()}
-    run_config = {"model": bridge.provider_fields(rows, dtype)}
+    run_config = {"model": bridge.megatron_record.run_config(rows, dtype)}
     texts[RUN_CONFIG] = yaml.safe_dump(run_config, sort_keys=False).encode()
     return state, texts
 

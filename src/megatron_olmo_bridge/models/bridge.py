@@ -6,12 +6,10 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from collections.abc import Mapping as MappingABC
 from dataclasses import asdict
 from fnmatch import translate
 from functools import cache
 from importlib import import_module
-from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_olmo_bridge.errors import (
@@ -26,6 +24,7 @@ from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
 
 from .hf_values import MAX_LABELS, HFValues, is_count
+from .megatron_record import MegatronRecord
 from .recorded import DECODER_SETTINGS
 from .tables import EMBEDDING, HF_HEAD, HF_SCORE
 
@@ -40,7 +39,7 @@ _CONFIG = "config.json"
 
 
 class ModelBridge(ABC):
-    """One model family: its numbers, its mapping, and its way to stock Megatron-LM and back.
+    """One model family: its numbers and its mapping.
 
     A bridge holds numbers only; making one reads no weights. A family says what its table is, and
     names its classes; the rest follows.
@@ -55,6 +54,8 @@ class ModelBridge(ABC):
     ``from_hf`` reads them from a ``config.json``."""
     provider_class: ClassVar[str]
     """``module:Class`` of the provider, which needs megatron-core."""
+    record_class: ClassVar[type[MegatronRecord]] = MegatronRecord
+    """What Megatron's own files say of a model of the family."""
     layouts: ClassVar[str] = "TP, PP, SP"
     """Parallel layouts that logits and gradients were compared at with transformers'."""
     default_pad_token_id: ClassVar[int | None] = 1
@@ -175,49 +176,10 @@ class ModelBridge(ABC):
             if not module.endswith((".q_layernorm", ".k_layernorm", ".router")):
                 yield f"{module}.{last.removesuffix('weight')}_extra_state"
 
-    def megatron_args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-        """``args`` of the checkpoint, read by Megatron-LM's ``--use-checkpoint-args``."""
-        return self.numbers | {
-            "padded_vocab_size": padded_vocab_size,
-            "bf16": dtype == "bfloat16",
-            "fp16": dtype == "float16",
-            "no_save_optim": True,
-            "no_save_rng": True,
-        }
-
-    def megatron_flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
-        """What stock Megatron-LM must be told on the command line besides; nothing where that can't
-        say what this model is."""
-        return []
-
-    @classmethod
-    def hf_config_from_megatron(
-        cls, values: MappingABC[str, Any], vocab_size: int | None
-    ) -> dict[str, Any]:
-        """A ``config.json`` from Megatron-LM's ``args`` or Megatron-Bridge's ``model`` section.
-
-        Raises:
-            InputError: they lack something.
-            UnsupportedError: they are of another family, or don't say enough for this one.
-        """
-        raise UnsupportedError(
-            f"{cls.family} can't be told from these settings: pass --hf-config with a folder that "
-            "has the model's config.json"
-        )
-
-    def provider_fields(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-        """The ``model`` section of ``run_config.yaml``: ``_target_`` and its fields."""
-        rows, usual = self.vocab_size, gcd(padded_vocab_size, 128)
-        return {
-            "_target_": self.provider_class.replace(":", "."),
-            **self.numbers,
-            # A multiple that pads the vocabulary to just the checkpoint's rows.
-            "make_vocab_size_divisible_by":
-                usual if padded_vocab_size - rows < usual else padded_vocab_size,
-            "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
-            "bf16": dtype == "bfloat16",
-            "fp16": dtype == "float16",
-        }  # fmt: skip
+    @property
+    def megatron_record(self) -> MegatronRecord:
+        """What Megatron's own files say of this model."""
+        return self.record_class(self)
 
     def provider(self, **fields: Any) -> GPTModelProvider:
         """Builds the model in megatron-core; ``fields`` are any of the provider's.

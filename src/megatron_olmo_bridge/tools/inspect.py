@@ -113,7 +113,7 @@ def inspect(
 
 def _megatron_flags(source: Source) -> list[str]:
     dtype = source.tensors[next(iter(source.tensors))].dtype
-    flags = source.bridge.megatron_flags(source.padded_vocab_size, dtype)
+    flags = source.bridge.megatron_record.flags(source.padded_vocab_size, dtype)
     if not flags or source.kind is not Kind.MEGATRON:
         return flags
     folder = source.folder.resolve()

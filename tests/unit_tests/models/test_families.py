@@ -48,7 +48,7 @@ def test_the_providers_numbers_are_the_configs(size: str) -> None:
     family = bridge(size)
     provider = family.provider(params_dtype=__import__("torch").float32)
     assert {name: getattr(provider, name) for name in family.numbers} == family.numbers
-    module, _, name = family.provider_fields(1024, "float32")["_target_"].rpartition(".")
+    module, _, name = family.megatron_record.run_config(1024, "float32")["_target_"].rpartition(".")
     assert (type(provider).__module__, type(provider).__name__) == (module, name)
 
 

@@ -22,8 +22,8 @@ def bridge(size: str, **changes: Any) -> ModelBridge:
 
 def records(of: ModelBridge) -> dict[str, dict[str, Any]]:
     """What this package records of a model, as it is read again."""
-    run_config = yaml.safe_load(yaml.safe_dump(of.provider_fields(1152, "bfloat16")))
-    return {"args": of.megatron_args(1152, "bfloat16"), "run_config.yaml": run_config}
+    run_config = yaml.safe_load(yaml.safe_dump(of.megatron_record.run_config(1152, "bfloat16")))
+    return {"args": of.megatron_record.args(1152, "bfloat16"), "run_config.yaml": run_config}
 
 
 def said(of: ModelBridge, record: dict[str, Any]) -> list[str]:

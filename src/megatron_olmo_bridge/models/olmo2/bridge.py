@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingABC
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
@@ -18,8 +17,8 @@ from megatron_olmo_bridge.models.tables import (
     post_norm,
 )
 
-from . import megatron_lm
 from .config import Olmo2Config
+from .megatron_lm import Olmo2MegatronRecord
 
 
 def _published(*shape: int, vocab: int = 100352) -> dict[str, Any]:
@@ -58,28 +57,9 @@ class Olmo2Bridge(ModelBridge):
         "olmo2-13b": _published(40, 5120, 40, 40, 13824),
         "olmo2-32b": _published(64, 5120, 40, 8, 27648),
     }
+    record_class = Olmo2MegatronRecord
     layouts = "TP, PP, VPP, SP, DP"
     config_class = Olmo2Config
     provider_class = "megatron_olmo_bridge.models.olmo2.provider:Olmo2ModelProvider"
 
     table = olmo2_table
-
-    def megatron_args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-        if self.num_labels:
-            return super().megatron_args(padded_vocab_size, dtype)
-        return megatron_lm.checkpoint_args(
-            self.config, padded_vocab_size=padded_vocab_size, dtype=dtype
-        )
-
-    def megatron_flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
-        if self.num_labels:
-            return []
-        return megatron_lm.megatron_lm_flags(
-            self.config, padded_vocab_size=padded_vocab_size, dtype=dtype
-        )
-
-    @classmethod
-    def hf_config_from_megatron(
-        cls, values: MappingABC[str, Any], vocab_size: int | None
-    ) -> dict[str, Any]:
-        return megatron_lm.config_from_args(values, vocab_size=vocab_size)

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 from megatron_olmo_bridge.models.hf_values import MAX_HEADS, MAX_LAYERS, HFValues
+from megatron_olmo_bridge.models.megatron_record import MegatronRecord
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
 from megatron_olmo_bridge.models.recorded import DECODER_SETTINGS, differing
 
@@ -26,6 +27,29 @@ WITHOUT_TRANSFORMER_ENGINE = ("--no-rope-fusion", "--no-persist-layer-norm")
 """What stock Megatron-LM must be told besides where Transformer Engine isn't installed."""
 
 _DTYPE_FLAGS = {"float32": [], "bfloat16": ["--bf16"], "float16": ["--fp16"]}
+
+
+class Olmo2MegatronRecord(MegatronRecord):
+    """The record of an OLMo-2 model, which stock Megatron-LM can build.
+
+    It can't build a classifier: of that the numbers are recorded, as of every other model.
+    """
+
+    def args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+        if self.bridge.num_labels:
+            return super().args(padded_vocab_size, dtype)
+        config = self.bridge.config
+        return checkpoint_args(config, padded_vocab_size=padded_vocab_size, dtype=dtype)
+
+    def flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
+        if self.bridge.num_labels:
+            return []
+        config = self.bridge.config
+        return megatron_lm_flags(config, padded_vocab_size=padded_vocab_size, dtype=dtype)
+
+    @classmethod
+    def hf_config(cls, record: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
+        return config_from_args(record, vocab_size=vocab_size)
 
 
 def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) -> dict[str, Any]:

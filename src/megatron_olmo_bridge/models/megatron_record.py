@@ -1,0 +1,70 @@
+"""What Megatron's own files record of a model, and the way back to a ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+from megatron_olmo_bridge.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .bridge import ModelBridge
+
+
+class MegatronRecord:
+    """The record of a model: by default its numbers, by megatron-core's names.
+
+    A family that stock Megatron-LM can build says the rest in a subclass.
+    """
+
+    def __init__(self, bridge: ModelBridge) -> None:
+        self.bridge = bridge
+
+    def args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+        """Return ``args`` of a checkpoint, read by Megatron-LM's ``--use-checkpoint-args``."""
+        return self.bridge.numbers | {
+            "padded_vocab_size": padded_vocab_size,
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+            "no_save_optim": True,
+            "no_save_rng": True,
+        }
+
+    def flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
+        """Return what stock Megatron-LM needs on its command line beside ``--load``.
+
+        Nothing where no command line describes the model.
+        """
+        return []
+
+    def run_config(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+        """Return the ``model`` section of ``run_config.yaml``: ``_target_`` and its fields."""
+        rows, usual = self.bridge.vocab_size, gcd(padded_vocab_size, 128)
+        # A multiple that pads the vocabulary to just the checkpoint's rows.
+        multiple = usual if padded_vocab_size - rows < usual else padded_vocab_size
+        return {
+            "_target_": self.bridge.provider_class.replace(":", "."),
+            **self.bridge.numbers,
+            "make_vocab_size_divisible_by": multiple,
+            "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+        }
+
+    @classmethod
+    def hf_config(cls, record: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
+        """Return a ``config.json`` for Megatron-LM's ``args`` or a ``model`` section.
+
+        Args:
+            record: one of the two.
+            vocab_size: rows of the Hugging Face embedding; None takes those that are recorded.
+
+        Raises:
+            InputError: The record lacks something.
+            UnsupportedError: It is of another family, or does not say enough for this one.
+        """
+        raise UnsupportedError(
+            "the family can't be told from these settings: pass --hf-config with a folder that has "
+            "the model's config.json"
+        )
