@@ -1,24 +1,69 @@
 """What the package offers, by name."""
 
+import ast
 import importlib
 import importlib.resources
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import megatron_olmo_bridge
 
-FUNCTIONS = {"average_checkpoints", "doctor", "export_checkpoint", "hf_as_megatron",
-             "import_checkpoint", "inspect", "prepare_data", "synth", "train",
-             "verify"}  # fmt: skip
-CLASSES = {"AutoBridge", "Olmo2ModelProvider", "Olmo2ModelProvider1B", "Olmo2ModelProvider7B",
-           "Olmo2ModelProvider13B", "Olmo2ModelProvider32B"}  # fmt: skip
+FUNCTIONS = {
+    "average_checkpoints",
+    "compare",
+    "doctor",
+    "export_checkpoint",
+    "generate",
+    "hf_as_megatron",
+    "import_checkpoint",
+    "inspect",
+    "prepare_data",
+    "synth",
+    "train",
+    "verify",
+}
+CLASSES = {
+    "AutoBridge",
+    "BridgeError",
+    "Olmo2ModelProvider",
+    "Olmo2ModelProvider1B",
+    "Olmo2ModelProvider7B",
+    "Olmo2ModelProvider13B",
+    "Olmo2ModelProvider32B",
+    "TrainingConfig",
+}
+WITHOUT_MEGATRON = "import sys; sys.modules['megatron'] = None; import megatron_olmo_bridge\n"
+
+
+def run(code: str) -> str:
+    """Return what a fresh interpreter prints that runs some code."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_the_names_are_these() -> None:
     assert set(megatron_olmo_bridge.__all__) == FUNCTIONS | CLASSES | {"__version__"}
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert set(dir(megatron_olmo_bridge)) == set(megatron_olmo_bridge.__all__)
+
+
+def test_type_checkers_see_the_same_names_in_the_same_modules() -> None:
+    package = Path(str(megatron_olmo_bridge.__file__))
+    (block,) = [node for node in ast.parse(package.read_text()).body if isinstance(node, ast.If)]
+    imported = {
+        alias.asname: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == megatron_olmo_bridge._OFFLINE | megatron_olmo_bridge._WITH_MEGATRON
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
@@ -40,16 +85,32 @@ def test_each_class_is_documented(name: str) -> None:
     assert found.__name__ == name
 
 
-def test_without_megatron_core_a_live_name_says_what_to_install() -> None:
+def test_help_shows_the_public_names() -> None:
+    text = run("import megatron_olmo_bridge\nhelp(megatron_olmo_bridge)")
+    assert [name for name in FUNCTIONS if f"\n    {name}(" not in text] == []
+    assert [name for name in CLASSES if f"\n    class {name}(" not in text] == []
+
+
+def test_without_megatron_core_help_shows_the_others() -> None:
+    text = run(f"{WITHOUT_MEGATRON}help(megatron_olmo_bridge)")
+    assert "    verify(" in text
+    assert "AutoBridge" not in text
+
+
+def test_without_megatron_core_dir_leaves_out_what_needs_it() -> None:
+    names = run(f"{WITHOUT_MEGATRON}print(*dir(megatron_olmo_bridge))").split()
+    assert {"import_checkpoint", "verify", "BridgeError", "TrainingConfig"} <= set(names)
+    assert not {"AutoBridge", "train", "compare", "generate"} & set(names)
+
+
+@pytest.mark.parametrize("name", ["AutoBridge", "compare", "generate", "train"])
+def test_without_megatron_core_a_live_name_says_what_to_install(name: str) -> None:
     code = (
-        "import sys; sys.modules['megatron'] = None\n"
-        "import megatron_olmo_bridge\n"
-        "try: megatron_olmo_bridge.AutoBridge\n"
+        f"try: print(megatron_olmo_bridge.{name})\n"
         "except ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == (
-        "AutoBridge needs megatron-core: pip install 'megatron-olmo-bridge[megatron]' "
+    )  # fmt: skip
+    assert run(WITHOUT_MEGATRON + code) == (
+        f"{name} needs megatron-core: pip install 'megatron-olmo-bridge[megatron]' "
         "(in a clone: pip install -e '.[megatron]')"
     )
 
@@ -62,11 +123,12 @@ def test_another_name_is_an_attribute_error() -> None:
 def test_every_error_is_a_bridge_error() -> None:
     errors = importlib.import_module("megatron_olmo_bridge.errors")
     found = [
-        e for e in vars(errors).values()
-        if isinstance(e, type) and e.__module__ == errors.__name__
-    ]  # fmt: skip
+        error
+        for error in vars(errors).values()
+        if isinstance(error, type) and error.__module__ == errors.__name__
+    ]
     assert len(found) > 5
-    assert all(issubclass(e, errors.BridgeError) for e in found)
+    assert all(issubclass(error, errors.BridgeError) for error in found)
 
 
 def test_types_are_shipped() -> None:
