@@ -200,6 +200,114 @@ def test_no_arithmetic_over_a_parallel_layout(folder: str) -> None:
             pytest.fail(f"{relative(file)}:{node.lineno}: {ast.unparse(node)}")
 
 
+# ------------------------------------------------------------------------------- what tests which
+
+TESTS = Path(__file__).parents[1]
+TESTED_BY = {
+    "unit_tests/classification/test_baseline.py": ["classification/hf", "nn/problem_types"],
+    "unit_tests/classification/test_report.py": [
+        "classification/compare",
+        "classification/pictures",
+    ],
+    "functional_tests/test_classification.py": ["classification/train"],
+    "unit_tests/cli/test_command.py": ["cli/logs"],
+    "unit_tests/training/monitor/test_report.py": [
+        "cli/report",
+        "training/monitor/drawing",
+        "training/monitor/history",
+        "training/monitor/page",
+        "training/monitor/plots",
+        "training/monitor/style",
+    ],
+    "functional_tests/test_training_bad_input.py": [
+        "cli/training",
+        "training/config",
+        "training/train",
+    ],
+    "functional_tests/test_compare_everywhere.py": [
+        "cli/inference",
+        "inference/compare",
+        "inference/jobs",
+        "inference/roundtrip",
+        "inference/worker",
+    ],
+    "unit_tests/convert/test_verify.py": ["convert/config_differences"],
+    "unit_tests/convert/test_source.py": ["convert/hf_source", "convert/megatron_config"],
+    "unit_tests/convert/test_to_megatron.py": ["convert/reporter"],
+    "unit_tests/data/test_prepare.py": [
+        "data/info",
+        "data/partial",
+        "data/parts",
+        "data/progress",
+        "data/tokenizer",
+    ],
+    "unit_tests/data/test_indexed.py": ["data/prefix"],
+    "unit_tests/formats/test_pickles.py": ["formats/inert"],
+    "unit_tests/formats/test_pickle_machine.py": ["formats/pickle_opcodes"],
+    "functional_tests/test_generate.py": ["inference/generation", "inference/forward"],
+    "functional_tests/test_live_weights.py": ["live/save", "live/strategy"],
+    "functional_tests/te_on_cpu/test_te_doctor.py": ["models/attention_kernels"],
+    "unit_tests/models/test_families.py": [
+        "models/catalogue",
+        "models/flex_olmo/bridge",
+        "models/olmo/bridge",
+        "models/olmo3/bridge",
+        "models/olmoe/bridge",
+        "models/tables",
+    ],
+    "unit_tests/models/test_hf_defaults.py": ["models/config", "models/hf_values"],
+    "unit_tests/models/gpt2/test_bridge.py": ["models/gpt2/config"],
+    "functional_tests/test_families_live.py": [
+        "models/flex_olmo/provider",
+        "models/gpt2/provider",
+        "models/layer_specs",
+        "models/olmo/provider",
+        "models/olmo3/provider",
+        "nn/post_norm_moe",
+        "nn/self_attention",
+    ],
+    "unit_tests/models/test_provider.py": ["models/olmo2/layer_specs"],
+    "unit_tests/live/test_megatron_bridge_names.py": ["models/megatron_bridge"],
+    "functional_tests/te_on_cpu/test_te_models.py": ["nn/te_attention", "nn/te_post_norm"],
+    "functional_tests/test_training_resume.py": [
+        "runtime/signals",
+        "training/loop",
+        "training/restore",
+        "training/run",
+    ],
+    "functional_tests/test_training_damage.py": ["training/checksums"],
+    "unit_tests/training/monitor/test_run_log.py": [
+        "training/facts",
+        "training/monitor/gpu_peaks",
+        "training/monitor/human",
+        "training/monitor/log_file",
+        "training/monitor/trackers",
+    ],
+    "unit_tests/test_recipes.py": ["training/named_recipes"],
+    "functional_tests/test_training_layouts.py": ["training/task"],
+    "unit_tests/training/test_check.py": ["training/weight_decay"],
+}
+"""Modules without a test file of their own, by the file that tests them."""
+
+
+def mirrored(module: Path) -> Path:
+    """Return the test file that stands where a module stands."""
+    place = module.relative_to(PACKAGE)
+    return TESTS / "unit_tests" / place.parent / f"test_{place.stem}.py"
+
+
+def test_tests_mirror_the_tree_or_say_where_they_are() -> None:
+    elsewhere = {PACKAGE / f"{name}.py" for names in TESTED_BY.values() for name in names}
+    modules = {m for m in MODULES if not m.name.startswith("_")}
+    modules -= set((PACKAGE / "recipes").rglob("*.py"))  # read by test_recipes.py, all of them
+    assert [file for file in TESTED_BY if not (TESTS / file).exists()] == []
+    assert sorted(elsewhere - modules) == [], "TESTED_BY names modules that don't exist"
+    twice = [relative(m) for m in elsewhere if mirrored(m).exists()]
+    assert twice == [], "these have a test file of their own: take them out of TESTED_BY"
+    missing = [relative(m) for m in modules - elsewhere if not mirrored(m).exists()]
+    assert sorted(missing) == [], "write a test file beside the others, or a line in TESTED_BY"
+
+
 # ---------------------------------------------------------------------------------- documentation
 
 
