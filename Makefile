@@ -12,7 +12,7 @@ TE_VERSIONS := 2.6.0 2.20.2
 # Containers often set it; then each process that tests start would compile this package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo train-demo test test-slow test-latest test-te fuzz coverage lint bench clean
+.PHONY: help setup demo train-demo test test-slow test-latest test-te fuzz coverage lint wheel bench clean
 
 help:
 	@echo "make demo         set up, convert a 1B model both ways, and prove that nothing was lost"
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz         changed files to all readers, 2 minutes; FUZZ_SECONDS=3600 FUZZ_SEED=7 for more"
 	@echo "make coverage     the tests, and which lines they miss"
 	@echo "make lint         ruff and mypy --strict"
+	@echo "make wheel        build the package into dist/"
 	@echo "make bench        time import and export next to cp -r, live loading next to safetensors,"
 	@echo "                  training next to a PyTorch loop; BENCH='--size olmo2-7b' for more"
 	@echo "make clean        remove what these made"
@@ -82,10 +83,14 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy src
 
+wheel: $(VENV)/ready
+	rm -rf dist
+	$(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/bench.py $(BENCH)
 	$(VENV)/bin/python benchmarks/live.py
 	$(VENV)/bin/python benchmarks/train.py
 
 clean:
-	rm -rf $(VENV) $(LATEST) .te fuzz-findings demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) .te dist build fuzz-findings demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache

@@ -221,8 +221,7 @@ TESTED_BY = {
     ],
     "functional_tests/test_training_bad_input.py": [
         "cli/training",
-        "training/config",
-        "training/train",
+        "tasks/train",
     ],
     "functional_tests/test_compare_everywhere.py": [
         "cli/inference",
@@ -231,9 +230,12 @@ TESTED_BY = {
         "inference/roundtrip",
         "inference/worker",
     ],
-    "unit_tests/convert/test_verify.py": ["convert/config_differences"],
-    "unit_tests/convert/test_source.py": ["convert/hf_source", "convert/megatron_config"],
-    "unit_tests/convert/test_to_megatron.py": ["convert/reporter"],
+    "unit_tests/tools/test_verify.py": ["checkpoints/differences"],
+    "unit_tests/checkpoints/test_source.py": [
+        "checkpoints/hf_source",
+        "checkpoints/megatron_config",
+    ],
+    "unit_tests/convert/test_to_megatron.py": ["storage/progress"],
     "unit_tests/data/test_prepare.py": [
         "data/info",
         "data/partial",
@@ -257,6 +259,7 @@ TESTED_BY = {
     ],
     "unit_tests/models/test_hf_defaults.py": ["models/config", "models/hf_values"],
     "unit_tests/models/gpt2/test_bridge.py": ["models/gpt2/config"],
+    "unit_tests/models/test_recorded.py": ["models/megatron_record"],
     "functional_tests/test_families_live.py": [
         "models/flex_olmo/provider",
         "models/gpt2/provider",
@@ -273,19 +276,20 @@ TESTED_BY = {
         "runtime/signals",
         "training/loop",
         "training/restore",
-        "training/run",
+        "training/setup",
     ],
     "functional_tests/test_training_damage.py": ["training/checksums"],
     "unit_tests/training/monitor/test_run_log.py": [
-        "training/facts",
         "training/monitor/gpu_peaks",
         "training/monitor/human",
         "training/monitor/log_file",
+        "training/monitor/records",
         "training/monitor/trackers",
     ],
     "unit_tests/test_recipes.py": ["training/named_recipes"],
     "functional_tests/test_training_layouts.py": ["training/task"],
-    "unit_tests/training/test_check.py": ["training/weight_decay"],
+    "functional_tests/test_full_loop.py": ["training/card"],
+    "unit_tests/training/test_layout.py": ["models/layout"],
 }
 """Modules without a test file of their own, by the file that tests them."""
 
