@@ -26,9 +26,10 @@ LEFT_OUT = "CUDA's context, NCCL's buffers, workspaces, fragmentation: some GB o
 _COLUMN = ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")
 _ROW = ("linear_proj", "linear_fc2")
 _UNEVEN = (
-    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -281,12 +282,20 @@ class _Rank:
             optimizer = float(state * parameters)
         weights, gradients = self.value_bytes * parameters, 4 * parameters
         activations, logits = round(self.activations()), round(self.logits())
+        save, last_save = self.saves()
         return StageMemory(
-            self.stage, self.layers, parameters, weights, gradients, round(optimizer),
-            activations, logits,
-            weights + gradients + round(optimizer) + activations + logits,
-            *self.saves(),
-        )  # fmt: skip
+            stage=self.stage,
+            layers=self.layers,
+            parameters=parameters,
+            weights=weights,
+            gradients=gradients,
+            optimizer=round(optimizer),
+            activations=activations,
+            logits=logits,
+            total=weights + gradients + round(optimizer) + activations + logits,
+            save=save,
+            last_save=last_save,
+        )
 
     def saves(self) -> tuple[int, int]:
         """Host bytes of a checkpoint on the way and of the last one, in the first data-parallel

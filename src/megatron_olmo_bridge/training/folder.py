@@ -22,10 +22,20 @@ from .recipes import as_dict
 RUN_FILE = "run.yaml"
 """The resolved config, in the run's folder."""
 _MAY_CHANGE = {
-    "name", "sources", "parallel", "checkpoint", "export", "evaluation", "logging",
-    "train.micro_batch_size", "data.cache", "data.workers", "data.tokenizer",
-    "classification.baseline", "classification.baseline_lr",
-}  # fmt: skip
+    "name",
+    "sources",
+    "parallel",
+    "checkpoint",
+    "export",
+    "evaluation",
+    "logging",
+    "train.micro_batch_size",
+    "data.cache",
+    "data.workers",
+    "data.tokenizer",
+    "classification.baseline",
+    "classification.baseline_lr",
+}
 """Sections and fields in which a run that continues may differ from what it was."""
 _EXTENDS = {"train.steps", "schedule.end_step"}
 """Fields in which it may differ if there are more steps than before; see :mod:`.extension`."""

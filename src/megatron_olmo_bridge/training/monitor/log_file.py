@@ -25,11 +25,18 @@ _SHOWN = 8
 """Numbers of lines that a message has."""
 _NUMBERS = {
     "step": (
-        "tokens", "loss", "z_loss", "lr", "grad_norm", "seconds", "tokens_per_second",
-        "flops_per_second", "utilisation",
+        "tokens",
+        "loss",
+        "z_loss",
+        "lr",
+        "grad_norm",
+        "seconds",
+        "tokens_per_second",
+        "flops_per_second",
+        "utilisation",
     ),
     "evaluation": ("loss",),
-}  # fmt: skip
+}
 """What a line of measured values has, each a number or null."""
 
 

@@ -79,14 +79,23 @@ def _arrange(figure: Figure, axes: Axes) -> None:
     columns = int(width / 1.45)
     rows = math.ceil(len(labels) / columns) if len(labels) > 1 else 0
     figure.subplots_adjust(
-        left=0.62 / width, right=1 - 0.64 / width, bottom=0.5 / height,
+        left=0.62 / width,
+        right=1 - 0.64 / width,
+        bottom=0.5 / height,
         top=1 - (0.52 + 0.2 * rows) / height,
-    )  # fmt: skip
+    )
     if rows:
         figure.legend(
-            handles, labels, ncols=columns, loc="upper left", bbox_to_anchor=(0, 1),
-            borderaxespad=0, frameon=False, handlelength=1.4, columnspacing=1.4,
-        )  # fmt: skip
+            handles,
+            labels,
+            ncols=columns,
+            loc="upper left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0,
+            frameon=False,
+            handlelength=1.4,
+            columnspacing=1.4,
+        )
 
 
 def plots(history: RunHistory) -> list[Plot]:
@@ -119,8 +128,16 @@ def _draw_loss(axes: Axes, history: RunHistory, theme: Theme) -> None:
     _measured(axes, history, "loss", theme, "training")
     x, y = _curve(history, history.evaluations, "loss")
     if x.size:
-        axes.plot(x, y, color=theme.second, linewidth=1.6, marker="o", markersize=4,
-                  label="evaluation", zorder=4)  # fmt: skip
+        axes.plot(
+            x,
+            y,
+            color=theme.second,
+            linewidth=1.6,
+            marker="o",
+            markersize=4,
+            label="evaluation",
+            zorder=4,
+        )
     axes.set_ylabel(history.facts.loss_unit)
     _, losses = _curve(history, history.steps, "loss")
     skipped = losses.size // 20 if losses.size > FEW else 0
@@ -137,15 +154,28 @@ def _draw_quality(axes: Axes, history: RunHistory, theme: Theme) -> None:
     colours = (theme.main, theme.second, theme.mark, theme.bad)
     for number, name in enumerate(history.measures):
         x, y = _curve(history, history.evaluations, name)
-        axes.plot(x, y, color=colours[number % len(colours)], linewidth=1.6, marker="o",
-                  markersize=4, label=spoken(name))  # fmt: skip
+        axes.plot(
+            x,
+            y,
+            color=colours[number % len(colours)],
+            linewidth=1.6,
+            marker="o",
+            markersize=4,
+            label=spoken(name),
+        )
     axes.set_ylabel("on held-out texts")
 
 
 def _draw_rate(axes: Axes, history: RunHistory, theme: Theme) -> None:
     x, y = _curve(history, history.steps, "lr")
-    axes.plot(*_thin(x, y), color=theme.main, linewidth=1.8, label="learning rate",
-              marker="o" if x.size <= FEW else None, markersize=3.5)  # fmt: skip
+    axes.plot(
+        *_thin(x, y),
+        color=theme.main,
+        linewidth=1.8,
+        label="learning rate",
+        marker="o" if x.size <= FEW else None,
+        markersize=3.5,
+    )
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
 
@@ -192,18 +222,35 @@ def _marks(axes: Axes, history: RunHistory, theme: Theme) -> None:
         return [event["step"] * tokens for event in history.events if event["event"] == kind]
 
     for kind, marker, colour, height in (
-        ("checkpoint", "^", theme.muted, 0.02), ("skipped", "x", theme.bad, 0.05)
-    ):  # fmt: skip
+        ("checkpoint", "^", theme.muted, 0.02),
+        ("skipped", "x", theme.bad, 0.05),
+    ):
         if where := at(kind):
-            axes.plot(where, [height] * len(where), marker, color=colour, markersize=4.5,
-                      transform=below, label=kind, clip_on=False, zorder=5)  # fmt: skip
+            axes.plot(
+                where,
+                [height] * len(where),
+                marker,
+                color=colour,
+                markersize=4.5,
+                transform=below,
+                label=kind,
+                clip_on=False,
+                zorder=5,
+            )
     stopped = [history.end["step"] * tokens] if history.state == "stopped" else []
     for label, where, colour in (
-        ("resumed", at("resumed"), theme.mark), ("stopped", stopped, theme.bad)
-    ):  # fmt: skip
+        ("resumed", at("resumed"), theme.mark),
+        ("stopped", stopped, theme.bad),
+    ):
         for number, x in enumerate(where):
-            axes.axvline(x, color=colour, linewidth=1.1, linestyle="--", zorder=1,
-                         label=label if number == 0 else None)  # fmt: skip
+            axes.axvline(
+                x,
+                color=colour,
+                linewidth=1.1,
+                linestyle="--",
+                zorder=1,
+                label=label if number == 0 else None,
+            )
 
 
 def _logarithmic(axes: Axes, values: Curve, beyond: float) -> None:

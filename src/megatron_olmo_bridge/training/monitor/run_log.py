@@ -43,9 +43,14 @@ class RunLog:
     """
 
     def __init__(
-        self, facts: RunFacts, settings: LoggingConfig, folder: Path | None, *,
-        resumed_at: int | None = None, say: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+        self,
+        facts: RunFacts,
+        settings: LoggingConfig,
+        folder: Path | None,
+        *,
+        resumed_at: int | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self._facts, self._interval, self._folder, self._say = facts, settings.interval, folder, say
         self._trackers = list(trackers(settings, facts.name, facts.config, folder, resumed_at))
         self._file = LogFile(folder, resumed_at) if folder is not None else None
@@ -158,11 +163,17 @@ class _Table:
     def __init__(self, facts: RunFacts) -> None:
         self._steps = facts.steps
         self._widths = {
-            "step": max(9, 2 * len(str(facts.steps)) + 1), "tokens": 6, "loss": 7,
+            "step": max(9, 2 * len(str(facts.steps)) + 1),
+            "tokens": 6,
+            "loss": 7,
             **({"ppl": 6} if facts.has_perplexity else {}),
-            "lr": 8, "grad norm": 9, "tokens/s": 8, "FLOP/s": 6,
-            **({} if facts.peak_flops is None else {"util": 5}), "time left": 9,
-        }  # fmt: skip
+            "lr": 8,
+            "grad norm": 9,
+            "tokens/s": 8,
+            "FLOP/s": 6,
+            **({} if facts.peak_flops is None else {"util": 5}),
+            "time left": 9,
+        }
         self._printed = 0
 
     def lines(self, step: int, line: dict[str, Any], seconds_left: float) -> list[str]:

@@ -23,9 +23,12 @@ class Tracker(Protocol):
 
 
 def trackers(
-    settings: LoggingConfig, name: str, config: dict[str, Any], folder: Path | None,
+    settings: LoggingConfig,
+    name: str,
+    config: dict[str, Any],
+    folder: Path | None,
     resumed_at: int | None,
-) -> Iterator[Tracker]:  # fmt: skip
+) -> Iterator[Tracker]:
     """Those that the settings ask for.
 
     Raises:
@@ -71,9 +74,13 @@ class WeightsAndBiases:
     """A run on wandb.ai, or wherever WANDB_BASE_URL says; WANDB_MODE=offline keeps it here."""
 
     def __init__(
-        self, project: str, name: str, config: dict[str, Any], folder: Path | None,
+        self,
+        project: str,
+        name: str,
+        config: dict[str, Any],
+        folder: Path | None,
         resumed_at: int | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         try:
             import wandb
         except ImportError:
@@ -81,10 +88,13 @@ class WeightsAndBiases:
         known = folder / "wandb_id.txt" if folder is not None else None
         resumes = resumed_at is not None and known is not None and known.exists()
         self._run = wandb.init(
-            project=project, name=name, config=config, resume="allow",
+            project=project,
+            name=name,
+            config=config,
+            resume="allow",
             id=known.read_text().strip() if known is not None and resumes else None,
             dir=str(folder) if folder is not None else None,
-        )  # fmt: skip
+        )
         if known is not None:
             known.write_text(f"{self._run.id}\n")
         # W&B's own step only goes up; a run that was killed goes back to its checkpoint.
