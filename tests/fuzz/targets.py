@@ -73,7 +73,8 @@ def _weights(plan: Any) -> list[Any]:
     """The copy plan without literal bytes: which stored bytes go where."""
     return [
         [file.name, file.size, part.offset, part.dtype, [
-            [p.array and [p.array.file.name, p.array.offset, p.array.shape], p.source, p.target]
+            [p.array and [p.array.file.name, p.array.offset, p.array.shape],
+             p.array_region, p.tensor_region]
             for view in part.view.stored for p in view.pieces
         ]]
         for file in plan.files for part in file.payloads

@@ -28,7 +28,7 @@ from megatron_olmo_bridge.formats.hf_folder import (
 from megatron_olmo_bridge.formats.olm import read_olm
 from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
-from megatron_olmo_bridge.mapping.placement import Region, source_of
+from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import (
     ModelBridge,
@@ -83,35 +83,34 @@ class Source:
         views = {}
         for name, shape in self.mapping.hf_shapes.items():
             pieces: list[Piece] = []
-            for block in self.mapping.hf_blocks[name]:
-                pieces += self.megatron[block.parameter].within(
-                    block.target, block.source, block.transposed
-                )
+            for p in self.mapping.placements_by_hf_name[name]:
+                stored = self.megatron[p.megatron_name]
+                pieces += stored.pieces_of(p.megatron_region, p.hf_region, p.transposed)
             views[name] = TensorView.assembled(name, shape, pieces)
         return views
 
     def _zeros(self, name: str, held: dict[str, TensorView]) -> TensorView:
         shape = self.mapping.hf_shapes[name]
-        block, dtype = Region.whole(shape), next(iter(held.values())).dtype
-        return TensorView(name, shape, dtype, (Piece(None, block, block),))
+        dtype = next(iter(held.values())).dtype
+        return TensorView(name, shape, dtype, (Piece.zeros(Region.whole(shape)),))
 
     def pieces(self, parameter: Parameter, region: Region) -> Iterator[Piece]:
-        """Where the elements of one region of a Megatron parameter are stored.
+        """Yield where the elements of one region of a Megatron parameter are stored.
 
-        Pieces' targets are counted from the region's own first row and column.
+        The pieces are those of a tensor that is the region alone: row 0 is the region's first.
         """
-        at = region.moved(region, Region(0, 0, 0, 0))
+        origin = Region(0, 0, 0, 0)
         stored = self.megatron.get(parameter.name)
         for p in parameter.placements:
-            if part := p.target.intersect(region):
-                target = part.moved(region, at)
+            if part := p.megatron_region.intersect(region):
+                at = part.moved(region, origin)
                 if p.hf_name is not None:
-                    block = source_of(part, p.target, p.source, p.transposed)
-                    yield from self.tensors[p.hf_name].within(block, target, p.transposed)
+                    hf_tensor = self.tensors[p.hf_name]
+                    yield from hf_tensor.pieces_of(p.hf_region_of(part), at, p.transposed)
                 elif stored is not None and stored.shape == parameter.shape:
-                    yield from stored.within(part, target)
+                    yield from stored.pieces_of(part, at)
                 else:
-                    yield Piece(None, target, target)
+                    yield Piece.zeros(at)
 
     @cached_property
     def padding(self) -> dict[str, TensorView]:
@@ -121,8 +120,8 @@ class Source:
             for p in self.mapping.parameters[name].placements:
                 if p.hf_name is None:
                     label = f"{name} padding rows"
-                    shape = (p.target.rows, *view.shape[1:])
-                    views[label] = replace(view.region(p.target, shape), name=label)
+                    shape = (p.megatron_region.rows, *view.shape[1:])
+                    views[label] = replace(view.region(p.megatron_region, shape), name=label)
         return views
 
     @property

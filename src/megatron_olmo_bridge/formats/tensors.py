@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import FormatError
-from megatron_olmo_bridge.mapping.placement import Region, Shape, source_of, uncovered
+from megatron_olmo_bridge.mapping.placement import Region, Shape, uncovered
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element of the dtypes that weights are converted in, by torch's names."""
@@ -32,16 +32,19 @@ class StoredArray:
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor and where its elements are stored."""
+    """A region of a tensor and the region of a stored array that has its elements."""
 
     array: StoredArray | None
-    """None: the block is zeros."""
-    source: Region
-    """The block in the array."""
-    target: Region
-    """The block in the tensor; of the same extent."""
+    """None for a region of zeros; then ``array_region`` repeats ``tensor_region``."""
+    array_region: Region
+    tensor_region: Region
     transposed: bool = False
-    """Whether the rows of the one are the columns of the other."""
+    """The rows of one region are the columns of the other."""
+
+    @classmethod
+    def zeros(cls, region: Region) -> Piece:
+        """Return a piece of zeros, which no array stores."""
+        return cls(None, region, region)
 
 
 @dataclass(frozen=True)
@@ -81,32 +84,32 @@ class TensorView:
         Raises:
             FormatError: they don't cover the shape exactly once, or have more than one dtype.
         """
-        pieces = tuple(sorted(pieces, key=lambda p: p.target))
-        if why := uncovered(shape, (p.target for p in pieces)):
+        pieces = tuple(sorted(pieces, key=lambda p: p.tensor_region))
+        if why := uncovered(shape, (p.tensor_region for p in pieces)):
             raise FormatError(f"{name}: {why}")
         dtypes = {p.array.dtype for p in pieces if p.array} or {dtype}
         if len(dtypes) != 1:
             raise FormatError(f"{name}: its parts have different dtypes: {sorted(dtypes)}")
         return cls(name, shape, dtypes.pop(), pieces)
 
-    def within(self, region: Region, at: Region, transposed: bool = False) -> Iterator[Piece]:
-        """The pieces of one region, as pieces of another tensor where it stands at ``at``.
+    def pieces_of(self, region: Region, at: Region, transposed: bool = False) -> Iterator[Piece]:
+        """Yield the pieces of a region, as pieces of another tensor that has it at ``at``.
 
         Args:
-            transposed: rows of this tensor are columns of the other.
+            transposed: the rows of ``region`` are the columns of ``at``.
         """
         for piece in self.pieces:
-            if part := piece.target.intersect(region):
+            if part := piece.tensor_region.intersect(region):
                 yield Piece(
                     piece.array,
-                    source_of(part, piece.target, piece.source, piece.transposed),
-                    source_of(part, region, at, transposed),
+                    part.moved(piece.tensor_region, piece.array_region, piece.transposed),
+                    part.moved(region, at, transposed),
                     piece.transposed != transposed,
                 )
 
     def region(self, region: Region, shape: Shape) -> TensorView:
-        """One region of the tensor as a tensor of its own."""
-        return replace(self, shape=shape, pieces=tuple(self.within(region, Region.whole(shape))))
+        """Return one region as a tensor of its own, of the given shape."""
+        return replace(self, shape=shape, pieces=tuple(self.pieces_of(region, Region.whole(shape))))
 
 
 @dataclass(frozen=True)

@@ -198,10 +198,10 @@ def _pieces(
             skipped = (i - offset[0]) * (array.nbytes // max(1, array.shape[0]))
             array = StoredArray(array.file, array.offset + skipped, array.shape[1:], array.dtype)
             offset = offset[1:]
-        source = Region.whole(array.shape)
+        whole = Region.whole(array.shape)
         left = offset[1] if len(offset) > 1 else 0
-        at = Region(offset[0], offset[0] + source.rows, left, left + source.columns)
-        yield Piece(array, source, at.moved(Region(0, 0, 0, 0), region))
+        at = Region(offset[0], offset[0] + whole.rows, left, left + whole.columns)
+        yield Piece(array, whole, at.moved(Region(0, 0, 0, 0), region))
 
 
 def stacked_key(pattern: str) -> str:

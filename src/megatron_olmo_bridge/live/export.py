@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_olmo_bridge.errors import MappingError
-from megatron_olmo_bridge.mapping.placement import Region, Shape, source_of, uncovered
+from megatron_olmo_bridge.mapping.placement import Region, Shape, uncovered
 from megatron_olmo_bridge.models.bridge import ModelBridge
 
 from .load import cut
@@ -21,16 +21,16 @@ _ORIGIN = Region(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A block of a Hugging Face tensor, and the process that holds it."""
+class OwnedRegion:
+    """A region of a Hugging Face tensor, and which shard of which process has its elements."""
 
     owner: int
+    """Rank of the process."""
     shard: ShardKey
-    source: Region
-    """The block, in the owner's shard."""
-    target: Region
-    """The block, in the Hugging Face tensor."""
+    shard_region: Region
+    hf_region: Region
     transposed: bool
+    """The rows of one region are the columns of the other."""
 
 
 def stream_weights(
@@ -82,7 +82,7 @@ class _Assembly:
     device: torch.device
     cpu: bool
 
-    def tensor(self, shape: Shape, parts: list[Part]) -> torch.Tensor | None:
+    def tensor(self, shape: Shape, parts: list[OwnedRegion]) -> torch.Tensor | None:
         """One tensor, where it is wanted; all processes take part."""
         whole = None
         if self.to is None or self.to == dist.get_rank():
@@ -93,13 +93,13 @@ class _Assembly:
             blocks = self._exchange(theirs, owner, whole)
             if whole is not None:
                 for part, block in zip(theirs, blocks, strict=True):
-                    out = cut(whole.view(shape[0], -1), part.target)
+                    out = cut(whole.view(shape[0], -1), part.hf_region)
                     if out.data_ptr() != block.data_ptr():  # else it was received in its place
                         out.copy_(block.view_as(out))
         return whole
 
     def _exchange(
-        self, parts: list[Part], owner: int, whole: torch.Tensor | None
+        self, parts: list[OwnedRegion], owner: int, whole: torch.Tensor | None
     ) -> Sequence[torch.Tensor]:
         """What one process holds of a tensor, block by block, where it is wanted; else nothing."""
         rank, alone = dist.get_rank(), dist.get_world_size() == 1
@@ -107,7 +107,7 @@ class _Assembly:
             blocks = [
                 block.T if part.transposed else block
                 for part in parts
-                for block in [cut(self.mine[part.shard].matrix, part.source)]
+                for block in [cut(self.mine[part.shard].matrix, part.shard_region)]
             ]
             if self.to is None and not alone:
                 dist.broadcast(_packed(blocks), owner)
@@ -116,7 +116,7 @@ class _Assembly:
             return blocks
         if whole is None:
             return []
-        sizes = [part.target.size for part in parts]
+        sizes = [part.hf_region.size for part in parts]
         if sizes == [whole.numel()] and whole.device == self.device:
             packed = whole.view(-1)
         else:
@@ -135,7 +135,7 @@ def _packed(blocks: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([block.reshape(-1) for block in blocks])
 
 
-def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[Part]]:
+def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[OwnedRegion]]:
     """Which process holds which block of each Hugging Face tensor."""
     everybody: list[list[ShardKey]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everybody, held)
@@ -143,16 +143,20 @@ def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[Part]]:
     for owner, keys in enumerate(everybody):
         for parameter, region in keys:
             regions[parameter].append((owner, region))
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[OwnedRegion]] = {}
     for name, shape in live.mapping.hf_shapes.items():
         parts[name] = [
-            Part(owner, (block.parameter, region), found.moved(region, _ORIGIN),
-                 source_of(found, block.target, block.source, block.transposed),
-                 block.transposed)
-            for block in live.mapping.hf_blocks[name]
-            for owner, region in regions[block.parameter]
-            if (found := block.target.intersect(region))
-        ]  # fmt: skip
-        if why := uncovered(shape, (part.target for part in parts[name])):
+            OwnedRegion(
+                owner,
+                (p.megatron_name, region),
+                part.moved(region, _ORIGIN),
+                p.hf_region_of(part),
+                p.transposed,
+            )
+            for p in live.mapping.placements_by_hf_name[name]
+            for owner, region in regions[p.megatron_name]
+            if (part := p.megatron_region.intersect(region))
+        ]
+        if why := uncovered(shape, (part.hf_region for part in parts[name])):
             raise MappingError(f"the model's processes don't hold all of {name}: {why}")
     return parts

@@ -62,11 +62,11 @@ def fill(shard: Shard, source: Source, transfer: Transfer) -> int:
     out, read = shard.matrix, 0
     with torch.no_grad():
         for piece in source.pieces(shard.parameter, shard.region):
-            block = cut(out, piece.target)
+            block = cut(out, piece.tensor_region)
             if piece.array is None:
                 block.zero_()
                 continue
-            read += piece.target.size * ITEM_SIZE[piece.array.dtype]
+            read += piece.tensor_region.size * ITEM_SIZE[piece.array.dtype]
             if _fill_block(block.T if piece.transposed else block, piece, transfer):
                 raise InputError(
                     f"{piece.array.file}: values of {shard.parameter.name} are too large for "
@@ -81,7 +81,7 @@ def _fill_block(block: torch.Tensor, piece: Piece, transfer: Transfer) -> bool:
     The rows are read, not mapped into memory: a file that is truncated meanwhile would end the
     process with SIGBUS.
     """
-    array, region = piece.array, piece.source
+    array, region = piece.array, piece.array_region
     assert array is not None
     columns, dtype = Region.whole(array.shape).columns, getattr(torch, array.dtype)
     step = max(1, BLOCK // (columns * ITEM_SIZE[array.dtype]))

@@ -69,11 +69,11 @@ class DirectMapping(Mapping):
         return {self.hf_param: self.hf_shape}
 
     def placements(self) -> Iterator[Placement]:
-        block = Region.whole(self.hf_shape)
-        yield Placement(self.hf_param, block, block)
-        padding = Region.whole(self.shape)._replace(top=block.bottom)
+        rows = Region.whole(self.hf_shape)
+        yield Placement(self.hf_param, rows, self.megatron_param, rows)
+        padding = Region.whole(self.shape)._replace(top=rows.bottom)
         if padding.rows:
-            yield Placement(None, padding, padding)
+            yield Placement(None, padding, self.megatron_param, padding)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class TransposedMapping(Mapping):
         return {self.hf_param: self.hf_shape}
 
     def placements(self) -> Iterator[Placement]:
-        block = Region.whole(self.hf_shape)
-        yield Placement(self.hf_param, block, block.transposed, transposed=True)
+        hf = Region.whole(self.hf_shape)
+        yield Placement(self.hf_param, hf, self.megatron_param, hf.transposed, transposed=True)
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,14 @@ class QKVMapping(Mapping):
         q_rows = self.num_attention_heads // self.num_query_groups * self.kv_channels
         row = 0
         for group in range(self.num_query_groups):
-            for name, rows in ((self.q, q_rows), (self.k, self.kv_channels),
-                               (self.v, self.kv_channels)):  # fmt: skip
-                source = Region(group * rows, (group + 1) * rows, 0, self.hidden_size)
-                yield Placement(name, source, source._replace(top=row, bottom=row + rows))
+            for hf_name, rows in (
+                (self.q, q_rows),
+                (self.k, self.kv_channels),
+                (self.v, self.kv_channels),
+            ):
+                hf_region = Region(group * rows, (group + 1) * rows, 0, self.hidden_size)
+                megatron_region = Region(row, row + rows, 0, self.hidden_size)
+                yield Placement(hf_name, hf_region, self.megatron_param, megatron_region)
                 row += rows
 
 
@@ -149,8 +153,9 @@ class GatedMLPMapping(Mapping):
         return dict.fromkeys((self.gate, self.up), (self.ffn_hidden_size, self.hidden_size))
 
     def placements(self) -> Iterator[Placement]:
-        for name, target in zip((self.gate, self.up), self.chunks(), strict=True):
-            yield Placement(name, Region.whole((self.ffn_hidden_size, self.hidden_size)), target)
+        hf_region = Region.whole((self.ffn_hidden_size, self.hidden_size))
+        for hf_name, half in zip((self.gate, self.up), self.chunks(), strict=True):
+            yield Placement(hf_name, hf_region, self.megatron_param, half)
 
     def chunks(self) -> list[Region]:
         gate = Region.whole((self.ffn_hidden_size, self.hidden_size))
@@ -180,13 +185,16 @@ class FusedQKVMapping(Mapping):
 
     def placements(self) -> Iterator[Placement]:
         width, columns = self.num_attention_heads * self.kv_channels, self.hidden_size or 1
+        transposed = self.hidden_size is not None
         row = 0
         for head in range(self.num_attention_heads):
-            for part in range(3):
-                top = part * width + head * self.kv_channels
-                block = Region(top, top + self.kv_channels, 0, columns)
-                target = block._replace(top=row, bottom=row + self.kv_channels)
-                transposed = self.hidden_size is not None
-                source = block.transposed if transposed else block
-                yield Placement(self.hf_param, source, target, transposed)
+            for qkv in range(3):
+                top = qkv * width + head * self.kv_channels
+                hf_region = Region(top, top + self.kv_channels, 0, columns)
+                megatron_region = hf_region._replace(top=row, bottom=row + self.kv_channels)
+                if transposed:
+                    hf_region = hf_region.transposed
+                yield Placement(
+                    self.hf_param, hf_region, self.megatron_param, megatron_region, transposed
+                )
                 row += self.kv_channels

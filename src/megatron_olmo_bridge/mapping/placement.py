@@ -1,4 +1,4 @@
-"""Regions of tensors, and placements: "this block of that tensor stands here"."""
+"""Regions of tensors, and placements: which region of one tensor equals which of another."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Shape = tuple[int, ...]
 class Region(NamedTuple):
     """Rows ``top`` to ``bottom`` and columns ``left`` to ``right`` of a tensor, ends excluded.
 
-    Every tensor is seen as a matrix: a vector is one column, and dimensions past the first fold
-    into the columns. That is all that row-major memory distinguishes.
+    Every tensor is treated as a matrix in row-major order: a vector is one column, and dimensions
+    after the first are folded into the columns.
     """
 
     top: int
@@ -26,7 +26,7 @@ class Region(NamedTuple):
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Region:
-        """The region that covers a tensor of this shape."""
+        """Return the region that covers a tensor of this shape."""
         return cls(0, shape[0] if shape else 1, 0, math.prod(shape[1:]))
 
     @property
@@ -39,26 +39,32 @@ class Region(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Elements in the region."""
+        """Number of elements."""
         return self.rows * self.columns
 
     def intersect(self, other: Region) -> Region | None:
-        """What both cover, or None."""
+        """Return the region that both cover, or None."""
         top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
         left, right = max(self.left, other.left), min(self.right, other.right)
         return Region(top, bottom, left, right) if top < bottom and left < right else None
 
     def contains(self, other: Region) -> bool:
-        """Whether all of ``other``, which isn't empty, lies in this region."""
+        """Return whether ``other``, which must not be empty, lies entirely in this region."""
         return self.intersect(other) == other
 
     @property
     def transposed(self) -> Region:
-        """The same block of the transposed tensor."""
+        """The same region of the transposed tensor."""
         return Region(self.left, self.right, self.top, self.bottom)
 
-    def moved(self, origin: Region, to: Region) -> Region:
-        """This region, seen from ``to`` as it was seen from ``origin``."""
+    def moved(self, origin: Region, to: Region, transposed: bool = False) -> Region:
+        """Return the region that lies in ``to`` as this one lies in ``origin``.
+
+        Args:
+            transposed: the rows of ``origin`` are the columns of ``to``.
+        """
+        if transposed:
+            return self.moved(origin, to.transposed).transposed
         down, across = to.top - origin.top, to.left - origin.left
         return Region(self.top + down, self.bottom + down, self.left + across, self.right + across)
 
@@ -68,28 +74,27 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """The block ``source`` of the Hugging Face tensor ``hf_name`` stands at ``target``.
+    """Two regions with equal elements: one of a Hugging Face tensor, one of a Megatron parameter.
 
-    Both regions have the same extent; with ``transposed``, the rows of the one are the columns of
-    the other. Where ``hf_name`` is None the target region is zeros (padding rows of a vocabulary)
-    and ``source`` equals ``target``.
+    Both have the same rows and columns, unless the placement is ``transposed``.
     """
 
     hf_name: str | None
-    source: Region
-    target: Region
+    """None for padding rows of a vocabulary: zeros that no Hugging Face tensor has. Then
+    ``hf_region`` repeats ``megatron_region``."""
+    hf_region: Region
+    megatron_name: str
+    megatron_region: Region
     transposed: bool = False
+    """The rows of one region are the columns of the other."""
 
-
-def source_of(part: Region, target: Region, source: Region, transposed: bool) -> Region:
-    """Where a part of ``target`` comes from, of which all comes from ``source``."""
-    if transposed:
-        return part.moved(target, source.transposed).transposed
-    return part.moved(target, source)
+    def hf_region_of(self, part: Region) -> Region:
+        """Return where a part of ``megatron_region`` is in the Hugging Face tensor."""
+        return part.moved(self.megatron_region, self.hf_region, self.transposed)
 
 
 def uncovered(shape: Sequence[int], regions: Iterable[Region]) -> str | None:
-    """Why the regions don't cover a tensor of this shape exactly once; None if they do."""
+    """Return why the regions don't cover a tensor of this shape exactly once; None if they do."""
     whole = Region.whole(shape)
     ordered = sorted(regions)
     for region in ordered:
@@ -104,10 +109,10 @@ def uncovered(shape: Sequence[int], regions: Iterable[Region]) -> str | None:
 
 
 def _overlap(ordered: Iterable[Region]) -> Region | None:
-    """A block that two of the regions cover, which are sorted and not empty.
+    """Return a region that two of the sorted, non-empty regions cover, or None.
 
-    Goes down the rows. The regions that reach into a row are kept by their left ends: without an
-    overlap so far they are disjoint there, and the next one can only meet its two neighbors.
+    Sweep over the rows from the top. The regions that reach into the current row are disjoint
+    unless an overlap was found before, so a new one can only overlap its two neighbors by column.
     """
     lefts: list[int] = []
     by_left: dict[int, Region] = {}

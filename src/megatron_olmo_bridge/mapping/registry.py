@@ -45,16 +45,6 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A placement seen from the Hugging Face side: ``source`` is ``target`` of a parameter."""
-
-    parameter: str
-    source: Region
-    target: Region
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
 class ResolvedMapping:
     """What the registry says of one model. Built only if both sides are covered exactly once."""
 
@@ -65,27 +55,25 @@ class ResolvedMapping:
     """Hugging Face tensors in the order of the model's state dict."""
     ignored: dict[str, str]
     """Patterns of Hugging Face names that have no place in Megatron, each with its reason."""
-    hf_blocks: dict[str, list[Block]] = field(init=False)
-    """The placements read backwards: where each Hugging Face tensor's blocks are found."""
+    placements_by_hf_name: dict[str, list[Placement]] = field(init=False)
+    """The placements of all parameters once more, without padding."""
 
     def __post_init__(self) -> None:
-        blocks: dict[str, list[Block]] = defaultdict(list)
+        by_hf_name: dict[str, list[Placement]] = defaultdict(list)
         for parameter in self.parameters.values():
-            for p in parameter.placements:
-                if p.hf_name is not None:
-                    blocks[p.hf_name].append(
-                        Block(parameter.name, p.source, p.target, p.transposed)
-                    )
-        object.__setattr__(self, "hf_blocks", dict(blocks))
+            for placement in parameter.placements:
+                if placement.hf_name is not None:
+                    by_hf_name[placement.hf_name].append(placement)
+        object.__setattr__(self, "placements_by_hf_name", dict(by_hf_name))
         faults = [
-            f"{p.name}: {why}"
-            for p in self.parameters.values()
-            if (why := uncovered(p.shape, (x.target for x in p.placements)))
+            f"{name}: {why}"
+            for name, p in self.parameters.items()
+            if (why := uncovered(p.shape, (x.megatron_region for x in p.placements)))
         ]
         faults += [
             f"{name}: {why}"
             for name, shape in self.hf_shapes.items()
-            if (why := uncovered(shape, (b.source for b in blocks.get(name, ()))))
+            if (why := uncovered(shape, (p.hf_region for p in by_hf_name.get(name, ()))))
         ]
         if faults:
             raise MappingError("the mapping does not cover the model:\n" + bulleted(faults))

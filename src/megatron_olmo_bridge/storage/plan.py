@@ -139,7 +139,7 @@ class CopyPlan:
                 for piece in (p for view in part.view.stored for p in view.pieces):
                     array = piece.array
                     at = f"{names[array.file]} {array.offset} {array.shape}" if array else "zeros"
-                    sha.update(f" {at} {piece.source} {piece.target}".encode())
+                    sha.update(f" {at} {piece.array_region} {piece.tensor_region}".encode())
         for name, data in self.texts.items():
             sha.update(f"{name} ".encode() + hashlib.sha256(data).digest())
         return sha.hexdigest()

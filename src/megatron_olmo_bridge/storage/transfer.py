@@ -24,6 +24,7 @@ from megatron_olmo_bridge.formats.tensors import (
     StoredArray,
     TensorView,
 )
+from megatron_olmo_bridge.mapping.placement import Region
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +196,7 @@ class Transfer:
                 rows = _cast(rows, part.dtype, view.dtype, _where(part, top, bottom))
             values = torch.frombuffer(rows, dtype=whole.dtype).view(bottom - top, -1)
             for piece in part.pieces:
-                at = piece.target
+                at = piece.tensor_region
                 block = (
                     slice(max(at.top - top, 0), max(at.bottom - top, 0)),
                     slice(at.left, at.right),
@@ -230,12 +231,13 @@ class Transfer:
         self, piece: Piece, view: TensorView, top: int, bottom: int, out: memoryview
     ) -> None:
         """Put what a piece holds of some rows into place in ``out``."""
-        first, last = max(top, piece.target.top), min(bottom, piece.target.bottom)
+        region = piece.tensor_region
+        first, last = max(top, region.top), min(bottom, region.bottom)
         if first >= last:
             return
         self._check_stop()
         item = ITEM_SIZE[view.dtype]
-        width, left = piece.target.columns * item, piece.target.left * item
+        width, left = region.columns * item, region.left * item
         if piece.array is None:
             for row in range(first - top, last - top):
                 begin = row * view.row_bytes + left
@@ -245,13 +247,13 @@ class Transfer:
             self._read_transposed(piece, view, first, last, out[(first - top) * view.row_bytes :])
             return
         stride = _columns(piece.array.shape) * item
-        source_row = piece.source.top + first - piece.target.top
+        source_row = piece.array_region.top + first - region.top
         if width == stride == view.row_bytes:
             at = piece.array.offset + source_row * stride
             self._read(piece.array.file, at, out[(first - top) * width : (last - top) * width])
             return
         rows = self.rows(piece.array, source_row, source_row + last - first)
-        begin, source_left = (first - top) * view.row_bytes + left, piece.source.left * item
+        begin, source_left = (first - top) * view.row_bytes + left, piece.array_region.left * item
         for row in range(last - first):
             at_row = row * stride + source_left
             out[begin : begin + width] = rows[at_row : at_row + width]
@@ -273,12 +275,11 @@ class Transfer:
             data = bytearray(array.nbytes)
             self._read(array.file, array.offset, memoryview(data))
             self._matrices[array] = torch.frombuffer(data, dtype=dtype).view(array.shape)
-        left = piece.source.left + first - piece.target.top
-        block = self._matrices[array][
-            piece.source.top : piece.source.bottom, left : left + last - first
-        ]
+        stored, region = piece.array_region, piece.tensor_region
+        left = stored.left + first - region.top
+        block = self._matrices[array][stored.top : stored.bottom, left : left + last - first]
         rows = torch.frombuffer(out, dtype=dtype, count=(last - first) * _columns(view.shape))
-        rows.view(last - first, -1)[:, piece.target.left : piece.target.right] = block.T
+        rows.view(last - first, -1)[:, region.left : region.right] = block.T
 
     def rows(self, array: StoredArray, top: int, bottom: int) -> memoryview:
         """Bytes of some rows of an array. They are overwritten by the next call.
@@ -332,7 +333,7 @@ def _columns(shape: Sequence[int]) -> int:
 
 
 def _contiguous(piece: Piece, view: TensorView) -> bool:
-    width = piece.target.columns
+    width = piece.tensor_region.columns
     source = width if piece.array is None else _columns(piece.array.shape)
     return width == source == _columns(view.shape)
 
@@ -340,28 +341,30 @@ def _contiguous(piece: Piece, view: TensorView) -> bool:
 def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
     """(byte of the source file, byte of the tensor, bytes) for each contiguous run of a piece."""
     item = ITEM_SIZE[view.dtype]
+    stored, region = piece.array_region, piece.tensor_region
     base, stride = 0, 0
     if piece.array is not None:
         base, stride = piece.array.offset, _columns(piece.array.shape) * item
-    at = base + piece.source.top * stride + piece.source.left * item
-    target_at = piece.target.top * view.row_bytes + piece.target.left * item
+    at = base + stored.top * stride + stored.left * item
+    target_at = region.top * view.row_bytes + region.left * item
     if _contiguous(piece, view):
-        yield at, target_at, piece.target.size * item
+        yield at, target_at, region.size * item
         return
-    for row in range(piece.target.rows):
-        yield at + row * stride, target_at + row * view.row_bytes, piece.target.columns * item
+    for row in range(region.rows):
+        yield at + row * stride, target_at + row * view.row_bytes, region.columns * item
 
 
 def _worth_kernel_copies(view: TensorView) -> bool:
     if isinstance(view, MeanView | MixedView) or any(p.transposed for p in view.pieces):
         return False
-    runs = sum(1 if _contiguous(p, view) else p.target.rows for p in view.pieces)
+    runs = sum(1 if _contiguous(p, view) else p.tensor_region.rows for p in view.pieces)
     return runs == 1 or view.nbytes >= runs * SHORT_RUN
 
 
 def _where(view: TensorView, top: int, bottom: int) -> str:
     """Some rows of a tensor and the files that hold them, for messages."""
-    pieces = [p for p in view.pieces if p.target.top < bottom and top < p.target.bottom]
+    rows = Region.whole(view.shape)._replace(top=top, bottom=bottom)
+    pieces = [p for p in view.pieces if p.tensor_region.intersect(rows)]
     files = sorted({str(p.array.file) for p in pieces if p.array is not None})
     return f"{', '.join(files)}: {view.name}"
 

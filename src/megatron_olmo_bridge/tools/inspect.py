@@ -139,9 +139,15 @@ def mapping_rows(source: Source) -> list[dict[str, str]]:
         for p in parameter.placements:
             name = p.hf_name or "zeros"
             name = re.sub(r"\.0(?=\.)", f".{WILDCARD}", name, count=len(parameter.index))
-            rows.append({"megatron": parameter.pattern, "block": _block(p.target, parameter.shape),
-                         "hf": name, "hf_block": _block(p.source, parameter.shape)
-                         + (" transposed" if p.transposed else "")})  # fmt: skip
+            hf_block = _block(p.hf_region, parameter.shape)
+            rows.append(
+                {
+                    "megatron": parameter.pattern,
+                    "block": _block(p.megatron_region, parameter.shape),
+                    "hf": name,
+                    "hf_block": f"{hf_block} transposed" if p.transposed else hf_block,
+                }
+            )
     return rows + [
         {"megatron": "", "block": f"ignored: {reason}", "hf": pattern, "hf_block": ""}
         for pattern, reason in source.mapping.ignored.items()

@@ -112,8 +112,8 @@ def _pairs(a: Source, b: Source) -> tuple[list[tuple[TensorView, TensorView]], l
             if twin is not None and twin.shape == view.shape:
                 pairs += [(view, twin)] if this is a else []
             elif (read_provenance(this.folder) or {}).get("operation") == "import":
-                block = Region.whole(view.shape)
-                pairs.append((view, dataclasses.replace(view, pieces=(Piece(None, block, block),))))
+                zeros = Piece.zeros(Region.whole(view.shape))
+                pairs.append((view, dataclasses.replace(view, pieces=(zeros,))))
             else:
                 notes.append(f"{this.folder}: {name} were not compared: trained, in no other model")
     same = [(x, y) for x, y in pairs if x.shape == y.shape and x.dtype == y.dtype]

@@ -11,9 +11,9 @@ from megatron_olmo_bridge.mapping.placement import Region
 ARRAY = StoredArray(Path("f"), 100, (4, 6), "bfloat16")
 
 
-def piece(target: Region, dtype: str = "bfloat16") -> Piece:
-    array = StoredArray(Path("f"), 0, (target.rows, target.columns), dtype)
-    return Piece(array, Region.whole(array.shape), target)
+def piece(region: Region, dtype: str = "bfloat16") -> Piece:
+    array = StoredArray(Path("f"), 0, (region.rows, region.columns), dtype)
+    return Piece(array, Region.whole(array.shape), region)
 
 
 def test_sizes() -> None:
@@ -25,21 +25,21 @@ def test_sizes() -> None:
 def test_pieces_are_put_in_order() -> None:
     halves = [piece(Region(2, 4, 0, 6)), piece(Region(0, 2, 0, 6))]
     view = TensorView.assembled("t", (4, 6), halves)
-    assert [p.target.top for p in view.pieces] == [0, 2]
+    assert [p.tensor_region.top for p in view.pieces] == [0, 2]
     assert (view.shape, view.dtype) == ((4, 6), "bfloat16")
 
 
 @pytest.mark.parametrize(
-    ("targets", "says"),
+    ("regions", "says"),
     [
         ([Region(0, 2, 0, 6)], "t: 12 of 24 elements are not covered"),
         ([Region(0, 3, 0, 6), Region(2, 4, 0, 6)], r"t: block \[2:3, 0:6\] is covered twice"),
         ([Region(0, 5, 0, 6)], "t: block .* lies outside the shape"),
     ],
 )
-def test_pieces_that_do_not_cover_the_tensor_are_refused(targets: list[Region], says: str) -> None:
+def test_pieces_that_do_not_cover_the_tensor_are_refused(regions: list[Region], says: str) -> None:
     with pytest.raises(FormatError, match=says):
-        TensorView.assembled("t", (4, 6), map(piece, targets))
+        TensorView.assembled("t", (4, 6), map(piece, regions))
 
 
 def test_mixed_dtypes_are_refused() -> None:
@@ -56,10 +56,10 @@ def test_a_region_of_a_view_is_a_view_of_the_same_bytes() -> None:
 
 def test_within_moves_source_and_target_alike() -> None:
     stored = piece(Region(2, 4, 1, 6))
-    zeros = Piece(None, Region(0, 2, 0, 6), Region(0, 2, 0, 6))
+    zeros = Piece.zeros(Region(0, 2, 0, 6))
     left = piece(Region(2, 4, 0, 1))
     view = TensorView.assembled("t", (4, 6), [zeros, left, stored])
-    found = list(view.within(Region(1, 3, 1, 6), Region(10, 12, 20, 25)))
+    found = list(view.pieces_of(Region(1, 3, 1, 6), Region(10, 12, 20, 25)))
     assert found == [
         Piece(None, Region(1, 2, 1, 6), Region(10, 11, 20, 25)),
         Piece(stored.array, Region(0, 1, 0, 5), Region(11, 12, 20, 25)),

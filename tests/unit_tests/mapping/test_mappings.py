@@ -21,7 +21,8 @@ def apply(mapping: Mapping, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     out = torch.full(mapping.shape, torch.nan)
     matrix = out.view(mapping.shape[0], -1)
     for p in mapping.placements():
-        t, s = p.target, p.source
+        t, s = p.megatron_region, p.hf_region
+        assert p.megatron_name == mapping.megatron_param
         if p.hf_name is None:
             matrix[t.top : t.bottom, t.left : t.right] = 0
         else:
@@ -124,12 +125,12 @@ def test_no_padding_where_the_rows_suffice() -> None:
 )
 def test_both_sides_are_covered_once(mapping: Mapping) -> None:
     placements = list(mapping.placements())
-    assert all(p.source.rows == p.target.rows for p in placements)
-    assert all(p.source.columns == p.target.columns for p in placements)
-    assert uncovered(mapping.shape, (p.target for p in placements)) is None
+    assert all(p.hf_region.rows == p.megatron_region.rows for p in placements)
+    assert all(p.hf_region.columns == p.megatron_region.columns for p in placements)
+    assert uncovered(mapping.shape, (p.megatron_region for p in placements)) is None
     assert uncovered(mapping.shape, mapping.chunks()) is None
     for name, shape in mapping.hf_shapes().items():
-        assert uncovered(shape, (p.source for p in placements if p.hf_name == name)) is None
+        assert uncovered(shape, (p.hf_region for p in placements if p.hf_name == name)) is None
 
 
 def test_the_wildcard_becomes_the_layer_in_every_name() -> None:

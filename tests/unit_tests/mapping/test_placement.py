@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from megatron_olmo_bridge.mapping.placement import Region, uncovered
+from megatron_olmo_bridge.mapping.placement import Placement, Region, uncovered
 
 
 def random_region(rng: random.Random, rows: int, columns: int) -> Region:
@@ -76,6 +76,25 @@ def test_moved_keeps_extent_and_place_relative_to_the_origin() -> None:
             region.left - origin.left,
         )
         assert there.moved(to, origin) == region
+
+
+def test_the_hf_region_of_a_part_has_the_same_elements() -> None:
+    rng = random.Random(2)
+    hf = torch.arange(12 * 12).view(12, 12)
+    for transposed in (False, True):
+        for _ in range(50):
+            hf_region, part = random_region(rng, 12, 12), None
+            block = hf[hf_region.top : hf_region.bottom, hf_region.left : hf_region.right]
+            block = block.T if transposed else block
+            megatron_region = Region(3, 3 + block.shape[0], 5, 5 + block.shape[1])
+            megatron = torch.full((20, 20), -1)
+            megatron[3 : megatron_region.bottom, 5 : megatron_region.right] = block
+            while part is None:
+                part = random_region(rng, 20, 20).intersect(megatron_region)
+            found = Placement("h", hf_region, "m", megatron_region, transposed).hf_region_of(part)
+            elements = hf[found.top : found.bottom, found.left : found.right]
+            expected = megatron[part.top : part.bottom, part.left : part.right]
+            assert torch.equal(elements.T if transposed else elements, expected)
 
 
 def test_a_region_reads_as_a_slice() -> None:

@@ -9,7 +9,6 @@ from megatron_olmo_bridge.errors import MappingError
 from megatron_olmo_bridge.mapping.mappings import DirectMapping, GatedMLPMapping
 from megatron_olmo_bridge.mapping.placement import Placement, Region
 from megatron_olmo_bridge.mapping.registry import (
-    Block,
     MegatronMappingRegistry,
     ResolvedMapping,
     bulleted,
@@ -21,22 +20,24 @@ class Overlapping(DirectMapping):
 
     def placements(self) -> Iterator[Placement]:
         yield from super().placements()
-        yield Placement(self.hf_param, Region(0, 1, 0, 3), Region(0, 1, 0, 3))
+        first_row = Region(0, 1, 0, 3)
+        yield Placement(self.hf_param, first_row, self.megatron_param, first_row)
 
 
 class Gapped(DirectMapping):
     """Leaves its last row out."""
 
     def placements(self) -> Iterator[Placement]:
-        block = Region(0, self.hf_shape[0] - 1, 0, 3)
-        yield Placement(self.hf_param, block, block)
+        region = Region(0, self.hf_shape[0] - 1, 0, 3)
+        yield Placement(self.hf_param, region, self.megatron_param, region)
 
 
 class ReadsAnother(DirectMapping):
     """Takes its values from a tensor that it doesn't declare."""
 
     def placements(self) -> Iterator[Placement]:
-        yield Placement("elsewhere", Region.whole(self.hf_shape), Region.whole(self.hf_shape))
+        whole = Region.whole(self.hf_shape)
+        yield Placement("elsewhere", whole, self.megatron_param, whole)
 
 
 def small(num_layers: int = 2) -> ResolvedMapping:
@@ -65,11 +66,16 @@ def test_layers_are_written_out_in_the_order_of_the_model() -> None:
     assert mapping.parameters["final"].index == ()
 
 
-def test_the_placements_read_backwards() -> None:
-    blocks = small().hf_blocks
-    assert blocks["h.1.up"] == [Block("layers.1.fc1", Region(0, 5, 0, 3), Region(5, 10, 0, 3))]
-    assert blocks["embed"] == [Block("embedding", Region(0, 4, 0, 3), Region(0, 4, 0, 3))]
-    assert None not in blocks
+def test_the_placements_are_also_found_by_hf_name_without_padding() -> None:
+    mapping = small()
+    by_hf_name = mapping.placements_by_hf_name
+    assert list(by_hf_name) == list(mapping.hf_shapes)
+    _, up = mapping.parameters["layers.1.fc1"].placements
+    assert by_hf_name["h.1.up"] == [up]
+    assert up == Placement("h.1.up", Region(0, 5, 0, 3), "layers.1.fc1", Region(5, 10, 0, 3))
+    embedding, padding = mapping.parameters["embedding"].placements
+    assert by_hf_name["embed"] == [embedding]
+    assert (padding.hf_name, padding.megatron_region) == (None, Region(4, 6, 0, 3))
 
 
 def test_a_table_without_layers() -> None:

@@ -108,9 +108,9 @@ CHANGES: dict[str, Callable[[CopyPlan], CopyPlan]] = {
     "a source file": other_array(file=Path("/a/other")),
     "a source shape": other_array(shape=(5,)),
     "a dtype": with_view(lambda v: replace(v, dtype="float16")),
-    "zeros": with_view(lambda v: replace(v, pieces=(Piece(None, BLOCK, BLOCK),))),
+    "zeros": with_view(lambda v: replace(v, pieces=(Piece.zeros(BLOCK),))),
     "a block": with_view(
-        lambda v: replace(v, pieces=(replace(v.pieces[0], source=Region(1, 5, 0, 1)),))
+        lambda v: replace(v, pieces=(replace(v.pieces[0], array_region=Region(1, 5, 0, 1)),))
     ),
 }
 

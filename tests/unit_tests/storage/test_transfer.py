@@ -137,7 +137,7 @@ def test_a_view_of_a_transposed_view(tmp_path: Path) -> None:
     array = store(tmp_path / "array", tensor)
     whole = Region.whole((40, 20))
     turned = TensorView.assembled("t", (20, 40), [Piece(array, whole, whole.transposed, True)])
-    back = turned.within(whole.transposed, whole, transposed=True)
+    back = turned.pieces_of(whole.transposed, whole, transposed=True)
     assert list(back) == [Piece(array, whole, whole)]
     part = turned.region(Region(3, 9, 10, 25), (6, 15))
     assert torch.equal(written(tmp_path / "out", part, "float32"), tensor.T[3:9, 10:25])
@@ -148,7 +148,7 @@ def test_zeros_are_zeros_either_way(tmp_path: Path) -> None:
     tensor = torch.randn(30, 10)
     stored = Piece(store(tmp_path / "s", tensor), Region(0, 30, 0, 10), Region(0, 30, 0, 10))
     padding = Region(30, 35, 0, 10)
-    view = TensorView.assembled("t", (35, 10), [stored, Piece(None, padding, padding)])
+    view = TensorView.assembled("t", (35, 10), [stored, Piece.zeros(padding)])
     expected = torch.cat([tensor, torch.zeros(5, 10)])
     done: list[int] = []
     target = os.open(tmp_path / "t", os.O_RDWR | os.O_CREAT)

@@ -149,8 +149,8 @@ def hf_views(
     check_tensors(expected, {name: array.shape for name, array in used.items()}, file)
     return {
         hf_name: TensorView.assembled(hf_name, shape, [
-            Piece(arrays[name], Region.whole(expected[name]), target, transposed)
-            for name, target, transposed in places[hf_name]
+            Piece(arrays[name], Region.whole(expected[name]), region, transposed)
+            for name, region, transposed in places[hf_name]
         ])
         for hf_name, shape in hf_shapes.items()
     }  # fmt: skip

@@ -65,8 +65,12 @@ def test_post_norms_never_go_where_a_pre_norm_would() -> None:
     mapping = bridge().mapping_registry().resolve()
     assert not [n for n in mapping.parameters if "layer_norm_weight" in n]
     assert not [n for n in mapping.parameters if "input_layernorm" in n or "pre_mlp" in n]
-    placed = {b.parameter for n, blocks in mapping.hf_blocks.items() if "post_" in n
-              for b in blocks}  # fmt: skip
+    placed = {
+        p.megatron_name
+        for hf_name, placements in mapping.placements_by_hf_name.items()
+        if "post_" in hf_name
+        for p in placements
+    }
     layer = r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)"
     assert all(re.fullmatch(layer + r"\.post_layernorm\.weight", name) for name in placed)
     assert len(placed) == 2 * 4
@@ -94,7 +98,7 @@ def test_a_padded_vocabulary_is_zeros_in_embedding_and_head() -> None:
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert mapping.parameters[name].shape == (1024, 128)
         zeros = [p for p in mapping.parameters[name].placements if p.hf_name is None]
-        assert [(z.target.top, z.target.bottom) for z in zeros] == [(1000, 1024)]
+        assert [(z.megatron_region.top, z.megatron_region.bottom) for z in zeros] == [(1000, 1024)]
     assert mapping.hf_shapes["lm_head.weight"] == (1000, 128)
 
 
