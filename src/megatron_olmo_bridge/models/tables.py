@@ -22,7 +22,10 @@ HF_HEAD, HF_SCORE = "lm_head.weight", "score.weight"
 def embedding(c: DecoderConfig, padded_vocab_size: int | None) -> Mapping:
     """A row for each token, and zeros below up to the padded size."""
     return DirectMapping(
-        EMBEDDING, "model.embed_tokens.weight", (c.vocab_size, c.hidden_size), padded_vocab_size
+        megatron_param=EMBEDDING,
+        hf_param="model.embed_tokens.weight",
+        hf_shape=(c.vocab_size, c.hidden_size),
+        padded_rows=padded_vocab_size,
     )
 
 
@@ -30,43 +33,70 @@ def attention(c: DecoderConfig, *, qk_norm: bool) -> list[Mapping]:
     """``linear_qkv`` and ``linear_proj``; QK norm over the full width of the projections."""
     q_width, k_width = (n * c.kv_channels for n in (c.num_attention_heads, c.num_query_groups))
     norms: list[Mapping] = [
-        DirectMapping(f"{ATTENTION}.q_layernorm.weight", f"{HF_ATTENTION}.q_norm.weight",
-                      (q_width,)),
-        DirectMapping(f"{ATTENTION}.k_layernorm.weight", f"{HF_ATTENTION}.k_norm.weight",
-                      (k_width,)),
-    ]  # fmt: skip
+        DirectMapping(
+            megatron_param=f"{ATTENTION}.q_layernorm.weight",
+            hf_param=f"{HF_ATTENTION}.q_norm.weight",
+            hf_shape=(q_width,),
+        ),
+        DirectMapping(
+            megatron_param=f"{ATTENTION}.k_layernorm.weight",
+            hf_param=f"{HF_ATTENTION}.k_norm.weight",
+            hf_shape=(k_width,),
+        ),
+    ]
     return [
         QKVMapping(
-            f"{ATTENTION}.linear_qkv.weight", f"{HF_ATTENTION}.q_proj.weight",
-            f"{HF_ATTENTION}.k_proj.weight", f"{HF_ATTENTION}.v_proj.weight",
-            c.num_attention_heads, c.num_query_groups, c.kv_channels, c.hidden_size,
+            megatron_param=f"{ATTENTION}.linear_qkv.weight",
+            q=f"{HF_ATTENTION}.q_proj.weight",
+            k=f"{HF_ATTENTION}.k_proj.weight",
+            v=f"{HF_ATTENTION}.v_proj.weight",
+            num_attention_heads=c.num_attention_heads,
+            num_query_groups=c.num_query_groups,
+            kv_channels=c.kv_channels,
+            hidden_size=c.hidden_size,
         ),
         *(norms if qk_norm else []),
-        DirectMapping(f"{ATTENTION}.linear_proj.weight", f"{HF_ATTENTION}.o_proj.weight",
-                      (c.hidden_size, q_width)),
-    ]  # fmt: skip
+        DirectMapping(
+            megatron_param=f"{ATTENTION}.linear_proj.weight",
+            hf_param=f"{HF_ATTENTION}.o_proj.weight",
+            hf_shape=(c.hidden_size, q_width),
+        ),
+    ]
 
 
 def gated_mlp(c: DecoderConfig, megatron: str = MLP, hf: str = HF_MLP) -> list[Mapping]:
     """``linear_fc1`` is gate over up; of the layer's MLP, or of each expert."""
     return [
-        GatedMLPMapping(f"{megatron}.linear_fc1.weight", f"{hf}.gate_proj.weight",
-                        f"{hf}.up_proj.weight", c.ffn_hidden_size, c.hidden_size),
-        DirectMapping(f"{megatron}.linear_fc2.weight", f"{hf}.down_proj.weight",
-                      (c.hidden_size, c.ffn_hidden_size)),
-    ]  # fmt: skip
+        GatedMLPMapping(
+            megatron_param=f"{megatron}.linear_fc1.weight",
+            gate=f"{hf}.gate_proj.weight",
+            up=f"{hf}.up_proj.weight",
+            ffn_hidden_size=c.ffn_hidden_size,
+            hidden_size=c.hidden_size,
+        ),
+        DirectMapping(
+            megatron_param=f"{megatron}.linear_fc2.weight",
+            hf_param=f"{hf}.down_proj.weight",
+            hf_shape=(c.hidden_size, c.ffn_hidden_size),
+        ),
+    ]
 
 
 def experts(c: DecoderConfig, num_experts: int) -> list[Mapping]:
     """The router, and each expert's gated MLP."""
-    shape = (num_experts, c.hidden_size)
-    router = DirectMapping(f"{MLP}.router.weight", f"{HF_MLP}.gate.weight", shape)
+    router = DirectMapping(
+        megatron_param=f"{MLP}.router.weight",
+        hf_param=f"{HF_MLP}.gate.weight",
+        hf_shape=(num_experts, c.hidden_size),
+    )
     return [router, *gated_mlp(c, EXPERTS, HF_EXPERTS)]
 
 
 def norm(c: DecoderConfig, megatron: str, hf: str) -> Mapping:
     """A norm's gain, [hidden_size]; what is before ``weight`` in the names."""
-    return DirectMapping(f"{megatron}weight", f"{hf}weight", (c.hidden_size,))
+    return DirectMapping(
+        megatron_param=f"{megatron}weight", hf_param=f"{hf}weight", hf_shape=(c.hidden_size,)
+    )
 
 
 def post_norm(c: DecoderConfig, megatron: str, hf: str) -> Mapping:
