@@ -31,7 +31,7 @@ from megatron_olmo_bridge.storage.provenance import (
 from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
 
 _OF_RANK = ".sha256-"
-"""Begins the name of a file with what one process has recorded of its own files."""
+"""Prefix of the file in which one process records the checksums of its own files."""
 _SHOWN = 8
 """Damaged files that a message names."""
 Entries = dict[str, dict[str, Any]]

@@ -32,10 +32,10 @@ class StepsConfig:
     sequence_length: int = 4096
     """Tokens of a sequence."""
     precision: str = "bfloat16"
-    """Of parameters and activations: float32, or bfloat16 (the optimizer then keeps float32); bf16,
-    fp32 and torch dtypes are understood."""
+    """Dtype of parameters and activations: float32, or bfloat16 (the optimizer then keeps float32);
+    bf16, fp32 and torch dtypes are understood."""
     seed: int = 1234
-    """Of initial weights, of the data's order and of dropout."""
+    """Seed of initial weights, of the data's order and of dropout."""
 
     def __post_init__(self) -> None:
         self.precision = canonical_dtype(self.precision)
@@ -110,7 +110,7 @@ class StabilityConfig:
 
 @dataclass
 class ParallelConfig:
-    """How a model is shared out over processes; what is left over is data parallelism."""
+    """How a model is split over processes; what is left over is data parallelism."""
 
     tp: int = 1
     """Tensor parallel size: processes that share each layer."""
@@ -121,7 +121,7 @@ class ParallelConfig:
     ep: int = 1
     """Expert parallel size."""
     sp: bool = False
-    """Sequence parallelism: what tensor parallelism leaves whole is shared out by tokens."""
+    """Sequence parallelism: what tensor parallelism leaves whole is split by tokens."""
     distributed_optimizer: bool = True
     """Each data-parallel rank keeps a part of the optimizer's state (ZeRO-1)."""
     timeout_minutes: int = 60
@@ -161,7 +161,7 @@ class InitConfig:
     hf: str | None = None
     """A Hugging Face folder or hub id; the model is then this one's. Nothing is converted."""
     revision: str | None = None
-    """Of the hub."""
+    """Revision on the hub."""
     checkpoint: str | None = None
     """A Megatron checkpoint, of any run at any layout."""
     optimizer: bool = False

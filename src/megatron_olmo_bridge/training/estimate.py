@@ -48,7 +48,7 @@ class StageMemory:
     activations: int
     """What the forward pass keeps for the backward pass, of all micro-batches under way."""
     logits: int
-    """On the last stage: logits of one micro-batch, in float32 again, and their gradient."""
+    """The last stage's: logits of one micro-batch, in float32 again, and their gradient."""
     total: int
     """All of these: memory of the GPU."""
     save: int
@@ -64,9 +64,9 @@ class Estimate:
     processes: int
     data_parallel_size: int
     micro_batches: int
-    """Of each process, in one step."""
+    """Micro-batches of each process in one step."""
     parameters: int
-    """Of the Hugging Face model."""
+    """Elements of the Hugging Face model."""
     parameters_without_embeddings: int
     """Without the embeddings of tokens and positions; an untied output layer counts."""
     active_parameters: int
@@ -80,7 +80,7 @@ class Estimate:
     """Forward and backward; see :func:`flops_per_token`."""
     flops: float
     gpu_days: float
-    """Of an H100 at 40 % utilisation: an orientation."""
+    """Days of an H100 at 40 % utilisation: an orientation."""
     stages: list[StageMemory]
     """One for each pipeline stage."""
 
@@ -158,7 +158,7 @@ def padded_vocab_size(config: TrainingConfig, bridge: ModelBridge) -> int:
 
 
 def shards(name: str, tp: int) -> int:
-    """Into how many equal parts megatron-core cuts a parameter under tensor parallelism.
+    """Return the number of equal parts that tensor parallelism splits a parameter into.
 
     Column-parallel linears are cut with their biases, row-parallel ones without; norms, routers and
     the embedding of positions are whole on every rank.
@@ -322,7 +322,7 @@ class _Rank:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.config.train.micro_batch_size * self.config.train.sequence_length
 
     @property

@@ -16,7 +16,7 @@ from megatron_olmo_bridge.errors import InputError
 from .config import TrainingConfig
 
 _SURPLUS = 1.005
-"""megatron-core asks each of several data sets for so many times its share of the samples
+"""megatron-core asks each of several data sets for this multiple of its share of the samples
 (``mid_level_dataset_surplus``)."""
 _SEPARATE = 0.8
 """A last epoch of which less than this share is read is shuffled by itself

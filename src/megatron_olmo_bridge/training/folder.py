@@ -40,7 +40,7 @@ _MAY_CHANGE = {
 _EXTENDS = {"train.steps", "schedule.end_step"}
 """Fields in which it may differ if there are more steps than before; see :mod:`.extension`."""
 _DIFFERENCES = 8
-"""That a message shows."""
+"""Differences that a message lists at most."""
 
 
 def what_is_lost(config: TrainingConfig) -> str | None:

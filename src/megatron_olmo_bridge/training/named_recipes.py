@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-"""In a checkout a link to the folder recipes/."""
+"""The recipes; in a checkout, a link to the folder recipes/."""
 _FUNCTION = re.compile(r"^def ([a-z]\w*)\(\) -> TrainingConfig:", re.MULTILINE)
 
 

@@ -14,7 +14,7 @@ _REPLACED = f".replaced{SUFFIX}"
 the file system can't exchange the two."""
 _OLD = f".old{SUFFIX}"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-"""Of Linux's <fcntl.h> and <linux/fs.h>."""
+"""Values from Linux's <fcntl.h> and <linux/fs.h>."""
 
 
 def take_name(partial: Path, folder: Path) -> None:

@@ -55,7 +55,7 @@ class ResolvedRun:
     """A config that can be run, with all that follows from it before anything is built."""
 
     config: TrainingConfig
-    """With its model filled in."""
+    """The config with its model filled in."""
     source: Source | None
     """The checkpoint that the weights come from; None for random weights."""
     bridge: ModelBridge

@@ -17,7 +17,7 @@ from megatron_olmo_bridge.runtime.process_groups import on_first
 from .config import TrainingConfig
 
 LOCK = "run.lock"
-"""In a folder that a run writes into, while it does."""
+"""Name of the lock in a folder that a run is writing into."""
 _RUN, _NAME = 0, 1
 """Bytes of the file that are locked: for the run's life, and while its name is written or read."""
 _HELD = (errno.EAGAIN, errno.EACCES)

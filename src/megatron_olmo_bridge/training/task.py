@@ -14,7 +14,7 @@ Sums = dict[str, torch.Tensor]
 """Sums over what was scored; ``loss`` and ``weight`` are among them, and ``loss / weight`` is the
 mean. Any further tensors are added up over micro-batches and data-parallel ranks too."""
 Score = Callable[[torch.Tensor], tuple[torch.Tensor, Sums]]
-"""From the last stage's output to the loss to minimise (a mean over the micro-batch), and sums."""
+"""Takes the last stage's output; returns the loss to minimise (a mean), and sums."""
 
 
 class Task(Protocol):

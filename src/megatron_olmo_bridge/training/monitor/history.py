@@ -30,7 +30,7 @@ class RunHistory:
     events: list[Line]
     """All others."""
     last_time: float
-    """Of the last line, in seconds since 1970."""
+    """Time of the last line, in seconds since 1970."""
     damaged: list[int]
     """Numbers of the lines of the log that could not be read, and are left out."""
 

@@ -23,7 +23,7 @@ Curve = NDArray[np.float64]
 THIN = 800
 """Points of a curve; of more, the lowest and the highest of each stretch are drawn."""
 FEW = 60
-"""Up to so many points each gets a dot, and there is no smoothed curve."""
+"""With at most this many points, each gets a dot and there is no smoothed curve."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class StepRecord:
     """One optimizer step."""
 
     step: int
-    """From 1."""
+    """Number of the step, from 1."""
     tokens: int
     """Seen so far, in all."""
     loss: float
@@ -26,7 +26,7 @@ class StepRecord:
     grad_norm: float
     """Before clipping."""
     seconds: float
-    """That the step took."""
+    """Duration of the step."""
     skipped: bool = False
     """The optimizer did not take the step."""
 
@@ -37,11 +37,11 @@ class RunFacts:
 
     name: str
     steps: int
-    """Of the whole run."""
+    """Optimizer steps of the whole run."""
     tokens_per_step: int
     parameters: int
     flops_per_token: float
-    """Of the model, forward and backward; what recomputation adds does not count."""
+    """FLOPs of forward and backward pass, without what recomputation adds."""
     processes: int
     device: str
     """``CPU``, or the GPU's name as torch gives it."""

@@ -18,7 +18,7 @@ from .page import Tile, folded, page, picture, table, tiles
 
 NAME = "report.html"
 CLASSIFICATION = "classification.html"
-"""In the run's folder: the report on a fine-tuned classifier's quality and speed."""
+"""Name, in the run's folder, of the report on a fine-tuned classifier's quality and speed."""
 
 
 def write_report(folder: Path) -> Path:
