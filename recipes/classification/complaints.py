@@ -38,10 +38,7 @@ def config() -> TrainingConfig:
         stability=StabilityConfig(on_spike="ignore"),
         evaluation=EvaluationConfig(interval=250),
         checkpoint=CheckpointConfig(interval=250, keep_last=2),
-        classification=ClassificationConfig(
-            class_weights="balanced", patience=4, baseline="answerdotai/ModernBERT-base",
-            baseline_lr=5e-5,
-        ),
+        classification=ClassificationConfig(class_weights="balanced", patience=4),
         sources={
             "optimizer.lr": _SFT,
             "optimizer.weight_decay": _SFT,
@@ -50,8 +47,6 @@ def config() -> TrainingConfig:
             "train.global_batch_size": _SFT,
             "train.sequence_length": "ours: complaints are letters, most of them shorter",
             "train.steps": "ours: two epochs of 200,000 texts, less by early stopping",
-            "classification.baseline_lr": "BERT, arXiv 1810.04805, appendix A.3: 5e-5 is the "
-            "largest of those that work well across tasks",
             "stability": "ours: the loss of few classes is noisy, and begins at its highest",
         },
     )  # fmt: skip

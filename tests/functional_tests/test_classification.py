@@ -21,6 +21,7 @@ from launching import olmo_bridge, run_script
 from slow import slow_but
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples/classification"
 RECIPE = "complaints:tiny"
 CLASSES, CHANCE, REACHED = 10, 0.1, 0.9
 """Of the data: no model reaches more than 0.96, by what the texts are made of."""
@@ -28,12 +29,19 @@ LENGTH = 32
 """Tokens; some texts are longer, and are cut."""
 
 
+def example(script: str, *arguments: object) -> str:
+    """What one of the scripts in examples/classification printed."""
+    command = [sys.executable, str(EXAMPLE / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts, a tiny OLMo-2 and a tiny ModernBERT."""
     folder = tmp_path_factory.mktemp("classification") / "data"
-    script = ROOT / "examples/classification/make_synthetic.py"
-    subprocess.run([sys.executable, script, folder, "--classes", str(CLASSES)], check=True)
+    example("make_synthetic.py", folder, "--classes", CLASSES)
     return folder
 
 
@@ -63,10 +71,9 @@ def run(request: pytest.FixtureRequest, data: Path) -> tuple[Path, str, int]:
     tp = request.param
     folder = data.parent / f"run-tp{tp}"
     more = [f"parallel.tp={tp}", "checkpoint.keep_last=null"]
-    if tp == 1:
-        more.append(f"classification.baseline={data}/modernbert-tiny")
     said = train(*overrides(data, folder, *more), "--processes", str(tp))
-    return folder, said, tp
+    baseline = ["--baseline", data / "modernbert-tiny"] if tp == 1 else []
+    return folder, said + example("compare.py", folder, *baseline), tp
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -186,15 +193,16 @@ SCORES = {"multi_label_classification": "macro_f1", "regression": "r2"}
 def other_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of another problem type; its data stand beside it."""
     folder = tmp_path_factory.mktemp(request.param)
-    script = ROOT / "examples/classification/make_synthetic.py"
-    options = ["--problem-type", request.param, "--classes", "3", "--examples", "2000",
-               "--validation", "100"]  # fmt: skip
-    subprocess.run([sys.executable, script, folder, *options], check=True)
+    options = ["--problem-type", request.param, "--classes", 3]
+    example("make_synthetic.py", folder, *options, "--examples", 2000, "--validation", 100)
     train(
         *overrides(folder, folder / "run", f"classification.problem_type={request.param}"),
-        f"classification.baseline={folder}/modernbert-tiny", "classification.class_weights=none",
-        "train.steps=150", "evaluation.interval=75", "checkpoint.interval=75",
-    )  # fmt: skip
+        "classification.class_weights=none",
+        "train.steps=150",
+        "evaluation.interval=75",
+        "checkpoint.interval=75",
+    )
+    example("compare.py", folder / "run", "--baseline", folder / "modernbert-tiny")
     return folder / "run"
 
 
@@ -252,8 +260,7 @@ def test_a_head_of_another_problem_type_is_refused(other_run: Path) -> None:
 
 
 def fetch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = ROOT / "examples/classification/fetch_complaints.py"
-    command = [sys.executable, str(script), str(folder), *arguments]
+    command = [sys.executable, str(EXAMPLE / "fetch_complaints.py"), str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -298,6 +305,17 @@ def test_without_a_network_it_says_what_to_do(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("beside", [None, "classifier"])
+def test_a_folder_that_is_not_a_run_is_not_compared(tmp_path: Path, beside: str | None) -> None:
+    (tmp_path / (beside or "")).mkdir(exist_ok=True)
+    command = [sys.executable, str(EXAMPLE / "compare.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"compare.py: {tmp_path}: has no run.yaml and classifier/; name the run's folder\n"
+    )
 
 
 def changed(data: Path, tmp_path: Path, file: str, **values: object) -> str:

@@ -204,11 +204,7 @@ def test_no_arithmetic_over_a_parallel_layout(folder: str) -> None:
 
 TESTS = Path(__file__).parents[1]
 TESTED_BY = {
-    "unit_tests/classification/test_baseline.py": ["classification/hf", "nn/problem_types"],
-    "unit_tests/classification/test_report.py": [
-        "classification/compare",
-        "classification/pictures",
-    ],
+    "unit_tests/classification/test_data.py": ["nn/problem_types"],
     "functional_tests/test_classification.py": ["classification/train"],
     "unit_tests/cli/test_command.py": ["cli/logs"],
     "unit_tests/training/monitor/test_report.py": [

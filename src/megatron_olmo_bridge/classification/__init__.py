@@ -1,1 +1,1 @@
-"""Fine-tuning a classifier of texts: data, a baseline beside it, figures, and a report."""
+"""Fine-tuning a classifier of texts: data, problem types, measures, the task."""

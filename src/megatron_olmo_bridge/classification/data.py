@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.files import open_regular, parse_json
+from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
 from .problems import Problem, SingleLabel, problem_of, some
@@ -171,6 +173,31 @@ def balanced_weights(labels: Integers, classes: int) -> npt.NDArray[np.float32]:
     """
     counts = np.bincount(labels, minlength=classes)
     return (len(labels) / (classes * counts)).astype(np.float32)
+
+
+def class_weights(task: ClassificationConfig, train: Examples) -> torch.Tensor | None:
+    """Return the weight of each class in the loss, [classes] of float32; None if all are equal.
+
+    The loss is the plain mean of the weighted losses. The weights' mean over the data is 1, so the
+    loss does not depend on how a batch is split, as it would if it were divided by the sum of the
+    batch's own weights.
+
+    Raises:
+        InputError: ``classification.class_weights`` is neither none nor balanced, or is balanced
+            for a problem type that has no classes.
+    """
+    if task.class_weights == "none":
+        return None
+    if task.class_weights != "balanced":
+        raise InputError(
+            f"classification.class_weights is {task.class_weights!r}, neither none nor balanced"
+        )
+    if task.problem_type != SINGLE_LABEL:
+        raise InputError(
+            f"classification.class_weights=balanced is for {SINGLE_LABEL}, and "
+            f"classification.problem_type is {task.problem_type}: set class_weights to none"
+        )
+    return torch.from_numpy(balanced_weights(train.labels, len(train.classes)))
 
 
 # ------------------------------------------------------------------------------------------ tokens

@@ -49,8 +49,6 @@ class Problem(ABC):
     loss_unit: ClassVar[str]
     score: ClassVar[str]
     """The measure by which the best weights are chosen; higher is better."""
-    bounded: ClassVar[tuple[str, ...]]
-    """The measures that a report gives confidence intervals for."""
 
     @abstractmethod
     def read(self, value: Any, name: str, where: str) -> Any:
@@ -83,10 +81,6 @@ class Problem(ABC):
         """
 
     @abstractmethod
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return probabilities, or the values of a regression, [n, outputs], from logits."""
-
-    @abstractmethod
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
         """Return what is predicted from logits [n, outputs], encoded as labels are."""
 
@@ -99,15 +93,6 @@ class Problem(ABC):
         """Return the quality from the sums of all texts, on the CPU."""
 
     @abstractmethod
-    def words(self, label: Any, names: Sequence[str]) -> str:
-        """Return an encoded label, or a prediction, for people."""
-
-    @abstractmethod
-    def distance(self, label: npt.NDArray[Any], scores: npt.NDArray[Any]) -> float:
-        """Return how far off the scores [outputs] of a wrong prediction are: the probability of
-        what is wrong, or the largest absolute error."""
-
-    @abstractmethod
     def describe(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
         """Return what the labels of the training file are, in words."""
 
@@ -118,7 +103,6 @@ class SingleLabel(Problem):
     problem_type = SINGLE_LABEL
     loss_unit = "nats per text"
     score = "macro_f1"
-    bounded = ("accuracy", "macro_f1")
 
     def read(self, value: Any, name: str, where: str) -> str:
         return _class_name(value, name, where)
@@ -136,9 +120,6 @@ class SingleLabel(Problem):
             raise ValueError(_unknown([label], names))
         return names.index(label)
 
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.softmax(-1)
-
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.argmax(-1)
 
@@ -149,12 +130,6 @@ class SingleLabel(Problem):
     def quality(self, counts: Counts, names: Sequence[str]) -> Quality:
         matrix = counts["confusion"].numpy().astype(np.int64)
         return quality_of(matrix.reshape(len(names), -1), names)
-
-    def words(self, label: Any, names: Sequence[str]) -> str:
-        return names[int(label)]
-
-    def distance(self, label: npt.NDArray[Any], scores: npt.NDArray[Any]) -> float:
-        return float(scores.max())
 
     def describe(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
         return (
@@ -168,7 +143,6 @@ class MultiLabel(Problem):
     problem_type = MULTI_LABEL
     loss_unit = "nats per label"
     score = "macro_f1"
-    bounded = ("micro_f1", "macro_f1")
 
     def read(self, value: Any, name: str, where: str) -> list[str]:
         if isinstance(value, str):
@@ -191,9 +165,6 @@ class MultiLabel(Problem):
             raise ValueError(_unknown(unknown, names))
         return [float(name in label) for name in names]
 
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.sigmoid()
-
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
         # The sigmoid of 0 is 0.5. Not "from 0 on": a new head of zeros would predict every class.
         return (logits > 0).float()
@@ -210,12 +181,6 @@ class MultiLabel(Problem):
     def quality(self, counts: Counts, names: Sequence[str]) -> MultiLabelQuality:
         return multi_label_quality({k: v.numpy() for k, v in counts.items()}, names)
 
-    def words(self, label: Any, names: Sequence[str]) -> str:
-        return ", ".join(n for n, on in zip(names, label, strict=True) if on) or "none"
-
-    def distance(self, label: npt.NDArray[Any], scores: npt.NDArray[Any]) -> float:
-        return float(np.abs(label - scores).max())
-
     def describe(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
         return (
             f"{len(names)} labels, {labels.sum(1).mean():.1f} a text, "
@@ -229,7 +194,6 @@ class Regression(Problem):
     problem_type = REGRESSION
     loss_unit = "squared error"
     score = "r2"
-    bounded = ("mae", "r2")
 
     def read(self, value: Any, name: str, where: str) -> list[float]:
         if isinstance(value, str):
@@ -259,9 +223,6 @@ class Regression(Problem):
             raise ValueError(f"{len(label)} values, the first text to train on has {len(names)}")
         return label
 
-    def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits
-
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
 
@@ -281,12 +242,6 @@ class Regression(Problem):
 
     def quality(self, counts: Counts, names: Sequence[str]) -> RegressionQuality:
         return regression_quality({k: v.numpy() for k, v in counts.items()}, names)
-
-    def words(self, label: Any, names: Sequence[str]) -> str:
-        return ", ".join(f"{value:.4g}" for value in label)
-
-    def distance(self, label: npt.NDArray[Any], scores: npt.NDArray[Any]) -> float:
-        return float(np.abs(label - scores).max())
 
     def describe(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
         spans = zip(names, labels.min(0), labels.max(0), labels.mean(0), strict=True)
@@ -310,6 +265,15 @@ def problem_of(config: ClassificationConfig) -> Problem:
             f"{', '.join(PROBLEM_TYPES)}"
         )
     return _PROBLEMS[config.problem_type]
+
+
+def head_labels(classes: Sequence[str], problem_type: str) -> dict[str, Any]:
+    """Return what ``config.json`` says of a classification head."""
+    return {
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "problem_type": problem_type,
+    }
 
 
 def some(names: Sequence[str]) -> str:

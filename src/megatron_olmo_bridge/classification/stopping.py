@@ -1,9 +1,18 @@
-"""Which evaluation was the best, and when to stop hoping for a better one."""
+"""The evaluations of a run: which was the best, when to stop, and how they are kept."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.formats.files import JSON_LIMIT, parse_json, read_small
+from megatron_olmo_bridge.storage.stage import sync
+
+HISTORY = "evaluations.json"
+"""In the run's folder: the evaluations so far."""
 
 
 class Evaluation(NamedTuple):
@@ -24,3 +33,32 @@ def out_of_patience(history: Sequence[Evaluation], patience: int | None) -> bool
     if patience is None or not history:
         return False
     return len(history) - 1 - history.index(best(history)) >= patience
+
+
+def write_history(file: Path, history: list[Evaluation]) -> None:
+    """Keep the evaluations for when the run is resumed."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps([e._asdict() for e in history]))
+    sync(partial)
+    partial.replace(file)
+
+
+def read_history(file: Path) -> list[Evaluation]:
+    """Return the evaluations of the run so far, if there are any.
+
+    Raises:
+        FormatError: The file is damaged, or of an older version.
+    """
+    if not file.is_file():
+        return []
+    try:
+        values = parse_json(read_small(file, JSON_LIMIT), file)
+        history = [Evaluation(**value) for value in values]
+        if not all(type(e.step) is int and isinstance(e.score, int | float) for e in history):
+            raise TypeError("not the step and score of evaluations")
+        return history
+    except (FormatError, TypeError) as error:
+        raise FormatError(
+            f"{file}: is damaged, or was written by an older version, so that the best step of the "
+            "run is not known. Name another folder as checkpoint.save."
+        ) from error

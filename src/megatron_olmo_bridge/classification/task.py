@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,10 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_olmo_bridge.errors import FormatError
-from megatron_olmo_bridge.formats.files import JSON_LIMIT, parse_json, read_small
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
-from megatron_olmo_bridge.storage.stage import sync
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.task import Score, Sums, Task
 from megatron_olmo_bridge.training.token_data import Batch
@@ -143,32 +139,3 @@ class Classification(Task):
         multiple = math.lcm(_MULTIPLE, parallel.tp)
         longest = max(len(data.row(i)) for i in indices)
         return min(full, math.ceil(longest / multiple) * multiple)
-
-
-def write_history(file: Path, history: list[Evaluation]) -> None:
-    """Keep the evaluations for when the run is resumed."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps([e._asdict() for e in history]))
-    sync(partial)
-    partial.replace(file)
-
-
-def read_history(file: Path) -> list[Evaluation]:
-    """Return the evaluations of the run so far, if there are any.
-
-    Raises:
-        FormatError: The file is damaged, or of an older version.
-    """
-    if not file.is_file():
-        return []
-    try:
-        values = parse_json(read_small(file, JSON_LIMIT), file)
-        history = [Evaluation(**value) for value in values]
-        if not all(type(e.step) is int and isinstance(e.score, int | float) for e in history):
-            raise TypeError("not the step and score of evaluations")
-        return history
-    except (FormatError, TypeError) as error:
-        raise FormatError(
-            f"{file}: is damaged, or was written by an older version, so that the best step of the "
-            "run is not known. Name another folder as checkpoint.save."
-        ) from error

@@ -1,8 +1,7 @@
-"""Fine-tune a classifier, keep the best of it, and report it beside a baseline."""
+"""Fine-tune a classifier, and keep the best of it."""
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,38 +16,30 @@ from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.bridge import bridge_for
 from megatron_olmo_bridge.nn.problem_types import REGRESSION
-from megatron_olmo_bridge.runtime.process_groups import (
-    destroy_process_groups,
-    on_first,
-    started_together,
-)
+from megatron_olmo_bridge.runtime.process_groups import on_first, started_together
 from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.training.card import write_card
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.loop import Run, train_loop, whole_parameters
 from megatron_olmo_bridge.training.monitor.human import spoken
-from megatron_olmo_bridge.training.monitor.report import write_report
 from megatron_olmo_bridge.training.resolve import ResolvedRun, resolve
 from megatron_olmo_bridge.training.setup import started
 
-from .baseline import class_weights
-from .compare import Job
-from .data import Examples, Tokenised, load_examples, tokenise
-from .hf import label_names
-from .problems import Problem, problem_of
-from .stopping import best, out_of_patience
-from .task import Classification, read_history, write_history
+from .data import Examples, Tokenised, class_weights, load_examples, tokenise
+from .problems import Problem, head_labels, problem_of
+from .stopping import HISTORY, best, out_of_patience, read_history, write_history
+from .task import Classification
 
-CLASSIFIER, TOKENIZER, HISTORY = "classifier", "tokenizer", "evaluations.json"
-"""In the run's folder: the best weights as a Hugging Face checkpoint, the tokenizer that goes with
-every checkpoint, and the evaluations so far."""
+CLASSIFIER, TOKENIZER = "classifier", "tokenizer"
+"""In the run's folder: the best weights as a Hugging Face checkpoint, and the tokenizer that goes
+with every checkpoint."""
 
 
 def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float]:
     """Fine-tune as ``config.classification`` says; every process of the layout calls it.
 
     The run's folder gets ``classifier/``, the best weights as a Hugging Face checkpoint that
-    ``pipeline("text-classification")`` serves, ``classification.html`` and ``results.json``.
+    ``pipeline("text-classification")`` serves.
 
     Returns:
         Figures of the last step, and the best score with its step: ``best_macro_f1`` (``best_r2``
@@ -69,16 +60,9 @@ def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float
         top = best(run.task.history)  # type: ignore[attr-defined]
         score = classifier.problem.score
         figures = run.figures | {f"best_{score}": top.score, "best_step": top.step}
-        del run
-        destroy_process_groups()
-        gc.collect()
-        torch.cuda.empty_cache()
         if first:
             say(f">> best: {spoken(score)} {top.score:.4f} at step {top.step}")
-            folder = classifier.folder
             classifier.write_card(figures)
-            Job(classifier.config, str(folder / CLASSIFIER), str(folder), top.score).run(say)
-            write_report(folder)  # again, now that it can link the classifier's
         return figures
 
 
@@ -230,7 +214,7 @@ def with_head(config: TrainingConfig, classes: tuple[str, ...]) -> tuple[Trainin
             f"(it says {pad!r}). Say which token of its tokenizer is to pad: "
             "provider.pad_token_id=ID"
         )
-    hf = hf | label_names(classes, problem_type) | {"pad_token_id": pad}
+    hf = hf | head_labels(classes, problem_type) | {"pad_token_id": pad}
     bridge = bridge_for(hf, source.config_from)
     return replace(config, model=bridge.hf_config), replace(source, bridge=bridge)
 

@@ -207,7 +207,7 @@ class ClassificationConfig:
     train: str = ""
     """A .jsonl or .csv file."""
     validation: str = ""
-    """The same, held out; early stopping and the report look at it."""
+    """The same, held out; early stopping looks at it."""
     text: str = "text"
     """Name of the field or column with the text."""
     label: str = "label"
@@ -220,10 +220,6 @@ class ClassificationConfig:
     patience: int | None = None
     """Stop after so many evaluations without a better macro-F1 (R2 of a regression), and keep the
     best."""
-    baseline: str | None = None
-    """An encoder to train on the same data and to report beside: a folder or a hub id."""
-    baseline_lr: float | None = None
-    """Its peak learning rate; by default ``optimizer.lr``."""
 
 
 @dataclass
@@ -277,7 +273,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 0": (lambda value: 0 <= value < math.inf, (
         "optimizer.lr", "optimizer.weight_decay", "optimizer.clip_grad", "optimizer.z_loss",
         "schedule.warmup_steps", "schedule.wsd_decay_steps", "data.workers",
-        "classification.baseline_lr", "provider.init_method_std",
+        "provider.init_method_std",
     )),
     "more than 0": (lambda value: value > 0, (
         "optimizer.eps", "stability.sigma", "provider.init_truncation",

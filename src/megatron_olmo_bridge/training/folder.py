@@ -33,8 +33,6 @@ _MAY_CHANGE = {
     "data.cache",
     "data.workers",
     "data.tokenizer",
-    "classification.baseline",
-    "classification.baseline_lr",
 }
 """Sections and fields in which a run that continues may differ from what it was."""
 _EXTENDS = {"train.steps", "schedule.end_step"}

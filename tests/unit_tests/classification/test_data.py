@@ -7,21 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.utils.class_weight import compute_class_weight
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from megatron_olmo_bridge.classification.data import (
     Examples,
     balanced_weights,
+    class_weights,
     load_examples,
     samples,
     tokenise,
 )
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
+from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
 
@@ -144,6 +149,26 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     assert weights.tolist() == pytest.approx(expected.tolist())
     assert weights[labels].mean() == pytest.approx(1)
+
+
+def test_losses_are_weighted_and_do_not_depend_on_how_a_batch_is_cut() -> None:
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
+    weights = torch.from_numpy(balanced_weights(labels.numpy(), 3))
+    whole = sequence_losses(logits, labels, SINGLE_LABEL, weights)
+    parts = [
+        sequence_losses(logits[i], labels[i], SINGLE_LABEL, weights)
+        for i in (slice(4), slice(4, 6))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    # Over data that the weights were made from, this is the usual weighted mean.
+    assert whole.mean() == pytest.approx(cross_entropy(logits, labels, weight=weights).item())
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_only_single_labels_can_be_balanced(problem_type: str, train_examples: Examples) -> None:
+    task = ClassificationConfig(problem_type=problem_type, class_weights="balanced")
+    with pytest.raises(InputError, match=f"problem_type is {problem_type}: set class_weights"):
+        class_weights(task, train_examples)
 
 
 # ---------------------------------------------------------------------------------------- tokens

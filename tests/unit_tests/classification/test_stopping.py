@@ -1,8 +1,19 @@
-"""When training stops early."""
+"""When training stops early, and how its evaluations are kept."""
 
 from __future__ import annotations
 
-from megatron_olmo_bridge.classification.stopping import Evaluation, best, out_of_patience
+from pathlib import Path
+
+import pytest
+
+from megatron_olmo_bridge.classification.stopping import (
+    Evaluation,
+    best,
+    out_of_patience,
+    read_history,
+    write_history,
+)
+from megatron_olmo_bridge.errors import FormatError
 
 
 def history(*scores: float) -> list[Evaluation]:
@@ -22,3 +33,23 @@ def test_patience_counts_evaluations_since_the_best() -> None:
 def test_without_patience_it_never_stops() -> None:
     assert not out_of_patience(history(0.5, *[0.1] * 50), None)
     assert not out_of_patience([], 1)
+
+
+def test_the_history_comes_back(tmp_path: Path) -> None:
+    assert read_history(tmp_path / "none.json") == []
+    history = [Evaluation(10, 0.5), Evaluation(20, 1 / 3)]
+    write_history(tmp_path / "history.json", history)
+    assert read_history(tmp_path / "history.json") == history
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"step": 10, "macro_f1": 0.5}]', '[{"step": "10", "score": 0.5}]',
+        '[{"step": 10, "score": null}]', "[{", "[1]", "3", "", "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_history_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "history.json").write_text(text)
+    with pytest.raises(FormatError, match=r"history\.json: is damaged.*another folder"):
+        read_history(tmp_path / "history.json")

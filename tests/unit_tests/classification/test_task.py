@@ -15,8 +15,7 @@ pytest.importorskip("megatron.core")
 from megatron_olmo_bridge import AutoBridge
 from megatron_olmo_bridge.classification.data import Examples, samples, tokenise
 from megatron_olmo_bridge.classification.stopping import Evaluation
-from megatron_olmo_bridge.classification.task import Classification, read_history, write_history
-from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.classification.task import Classification
 from megatron_olmo_bridge.training.config import (
     ClassificationConfig,
     StepsConfig,
@@ -144,23 +143,3 @@ def test_a_resumed_run_evaluates_a_step_again_and_not_twice(task: Classification
     task.history = [Evaluation(10, 0.5), Evaluation(20, 0.7), Evaluation(30, 0.6)]
     task.evaluated(20, sums_with(7))
     assert task.history == [Evaluation(10, 0.5), Evaluation(20, pytest.approx(0.7))]
-
-
-def test_the_history_comes_back(tmp_path: Path) -> None:
-    assert read_history(tmp_path / "none.json") == []
-    history = [Evaluation(10, 0.5), Evaluation(20, 1 / 3)]
-    write_history(tmp_path / "history.json", history)
-    assert read_history(tmp_path / "history.json") == history
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '[{"step": 10, "macro_f1": 0.5}]', '[{"step": "10", "score": 0.5}]',
-        '[{"step": 10, "score": null}]', "[{", "[1]", "3", "", "[" * 100_000,
-    ],
-)  # fmt: skip
-def test_a_history_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "history.json").write_text(text)
-    with pytest.raises(FormatError, match=r"history\.json: is damaged.*another folder"):
-        read_history(tmp_path / "history.json")

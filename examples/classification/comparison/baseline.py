@@ -1,4 +1,4 @@
-"""An encoder trained on the same data by a plain PyTorch loop, to report beside."""
+"""Train an encoder on the same texts, in a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -9,51 +9,54 @@ from typing import Any
 
 import torch
 
-from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
+from megatron_olmo_bridge.classification.data import Examples, class_weights, samples
+from megatron_olmo_bridge.classification.problems import AnyQuality, Problem, problem_of
+from megatron_olmo_bridge.classification.stopping import Evaluation, best, out_of_patience
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
-from megatron_olmo_bridge.training.config import ClassificationConfig, TrainingConfig
+from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.monitor.human import spoken
 
-from .data import Examples, balanced_weights, samples
 from .hf import HFClassifier, device
-from .problems import AnyQuality, Problem, problem_of
-from .stopping import Evaluation, best, out_of_patience
 
 Say = Callable[[str], None]
 
 
-def train_baseline(
-    config: TrainingConfig, train: Examples, held_out: Examples, folder: Path, say: Say
-) -> None:
-    """Train ``classification.baseline`` and write it as a Hugging Face checkpoint.
+Data = tuple[Examples, Examples]
+"""Texts to train on, and texts held out."""
 
-    As many steps, of the same examples in the same order, as the model that it is compared with;
-    AdamW, the learning rate up linearly in the warm-up and down linearly to 0 after it, which is
-    usual for encoders. The state with the best score is kept; ``patience`` ends it early.
+
+def train_baseline(
+    encoder: str, lr: float | None, config: TrainingConfig, data: Data, folder: Path, say: Say
+) -> None:
+    """Train an encoder as long as the classifier, and write it as a Hugging Face checkpoint.
+
+    It sees the same examples in the same order. AdamW; the learning rate rises linearly in the
+    warm-up and falls linearly to 0, as is usual for encoders. The state with the best score is
+    kept; ``classification.patience`` ends the training early.
 
     Args:
-        config: of the run.
-        train, held_out: the data.
-        folder: to make, or to replace.
-        say: told a line of each evaluation.
+        encoder: Folder or hub id.
+        lr: Peak learning rate; None for that of the classifier.
+        config: Config of the classifier's run.
+        data: Of the same run.
+        folder: Folder to write to; replaced if it exists.
+        say: Called with a line for each evaluation.
 
     Raises:
-        InputError: transformers can't load it, or the run has no baseline.
+        InputError: transformers can't load the encoder.
     """
-    task = config.classification
-    if task is None or task.baseline is None:
-        raise InputError("classification.baseline is not set: name an encoder's folder or hub id")
+    task, (train, held_out) = config.classification, data
+    assert task is not None
     problem = problem_of(task)
-    torch.manual_seed(config.train.seed)  # of the head and of dropout
+    torch.manual_seed(config.train.seed)  # for the head and dropout
     classifier = HFClassifier.load(
-        task.baseline,
+        encoder,
         config.train.sequence_length,
         classes=train.classes,
         problem_type=task.problem_type,
     )
     model = classifier.model
-    optimizer = _optimizer(model, config, task.baseline_lr or config.optimizer.lr)
+    optimizer = _optimizer(model, config, lr or config.optimizer.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, config))
     weights = class_weights(task, train)
     weights = None if weights is None else weights.to(device())
@@ -83,29 +86,6 @@ def measure(problem: Problem, examples: Examples, logits: torch.Tensor) -> AnyQu
     return problem.quality(counts, examples.classes)
 
 
-def class_weights(task: ClassificationConfig, train: Examples) -> torch.Tensor | None:
-    """Return [classes] of float32, as ``classification.class_weights`` says; None for none.
-
-    The mean of the weighted losses is the loss: the weights' mean over the data is 1, and so it
-    doesn't depend on how a batch is cut up, which dividing by the batch's own weights would.
-
-    Raises:
-        InputError: it is neither none nor balanced, or the problem type has no such weights.
-    """
-    if task.class_weights == "none":
-        return None
-    if task.class_weights != "balanced":
-        raise InputError(
-            f"classification.class_weights is {task.class_weights!r}, neither none nor balanced"
-        )
-    if task.problem_type != SINGLE_LABEL:
-        raise InputError(
-            f"classification.class_weights=balanced is for {SINGLE_LABEL}, and "
-            f"classification.problem_type is {task.problem_type}: set class_weights to none"
-        )
-    return torch.from_numpy(balanced_weights(train.labels, len(train.classes)))
-
-
 def _step(
     classifier: HFClassifier,
     optimizer: torch.optim.Optimizer,
@@ -114,7 +94,7 @@ def _step(
     weights: torch.Tensor | None,
     step: int,
 ) -> float:
-    """One optimizer step; its loss."""
+    """Take an optimizer step, and return its loss."""
     size, at_once = config.train.global_batch_size, config.train.micro_batch_size
     batch = samples(config.train.seed, len(train), step * size, size)
     half = config.train.precision == "bfloat16"
@@ -137,7 +117,7 @@ def _step(
 
 
 def _optimizer(model: Any, config: TrainingConfig, lr: float) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, norms and biases don't."""
+    """Return AdamW with weight decay on matrices, and none on norms and biases."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     o = config.optimizer
@@ -148,7 +128,7 @@ def _optimizer(model: Any, config: TrainingConfig, lr: float) -> torch.optim.Opt
 
 
 def _share(step: int, config: TrainingConfig) -> float:
-    """Of the peak learning rate, in a step from 0."""
+    """Return a step's share of the peak learning rate; steps count from 0."""
     warmup, steps = config.schedule.warmup_steps, config.train.steps
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""The results of a comparison: a table, ``results.json`` and ``classification.html``."""
+"""Write the results of a comparison: a table, ``results.json``, ``classification.html``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_olmo_bridge.classification.metrics import Quality, RegressionQuality
+from megatron_olmo_bridge.classification.problems import AnyQuality, Problem
 from megatron_olmo_bridge.training.monitor.human import heading, short, spoken
 from megatron_olmo_bridge.training.monitor.page import Tile, folded, page, picture, table, tiles
 from megatron_olmo_bridge.training.monitor.report import NAME as TRAINING_REPORT
 
 from .intervals import Interval
-from .metrics import Quality, RegressionQuality, Speed
 from .pictures import confusion_sizes, confusion_svg, tradeoff_svg
-from .problems import AnyQuality, Problem
+from .speed import Speed
 
 RESULTS, PAGE = "results.json", "classification.html"
 _PAIRS = 15

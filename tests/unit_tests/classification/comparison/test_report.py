@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from megatron_olmo_bridge.classification.intervals import Interval, wilson
-from megatron_olmo_bridge.classification.metrics import Speed, quality
-from megatron_olmo_bridge.classification.problems import MultiLabel, Regression, SingleLabel
-from megatron_olmo_bridge.classification.report import (
+from comparison.intervals import Interval, wilson
+from comparison.report import (
     Misread,
     Report,
     Result,
@@ -19,6 +16,10 @@ from megatron_olmo_bridge.classification.report import (
     rows,
     write_report,
 )
+from comparison.speed import Speed
+
+from megatron_olmo_bridge.classification.metrics import quality
+from megatron_olmo_bridge.classification.problems import MultiLabel, Regression, SingleLabel
 
 WIDTHS_AND_THEMES = 4
 SINGLE, MULTI, REGRESSION = SingleLabel(), MultiLabel(), Regression()

@@ -1,4 +1,4 @@
-"""A classifier in transformers: loaded from a folder, or made from an encoder; labels texts."""
+"""A text classifier in transformers, loaded from a folder or made from an encoder."""
 
 from __future__ import annotations
 
@@ -9,29 +9,21 @@ from typing import Any
 
 import torch
 
+from megatron_olmo_bridge.classification.problems import head_labels
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
 
 BATCH = 32
-"""Texts that are labelled at once, where their number isn't asked for."""
-
-
-def label_names(classes: Sequence[str], problem_type: str) -> dict[str, Any]:
-    """Return what ``config.json`` says of the head."""
-    return {
-        "id2label": {str(i): name for i, name in enumerate(classes)},
-        "label2id": {name: i for i, name in enumerate(classes)},
-        "problem_type": problem_type,
-    }
+"""Texts labelled at once by default."""
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name() -> str:
-    """The device in words, for a report."""
+    """Return the device in words, for a report."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -46,7 +38,7 @@ class HFClassifier:
     """``AutoModelForSequenceClassification``."""
     tokenizer: Any
     length: int
-    """Tokens of which longer texts are cut."""
+    """Longest text, in tokens; longer ones are cut."""
 
     @classmethod
     def load(
@@ -58,23 +50,23 @@ class HFClassifier:
         classes: Sequence[str] | None = None,
         problem_type: str = SINGLE_LABEL,
     ) -> HFClassifier:
-        """From a folder or hub id.
+        """Load a checkpoint from a folder or the hub.
 
         Args:
-            path: of the checkpoint.
-            length: of the longest text, in tokens; less if the model's own limit is less.
-            dtype: of the weights.
-            classes: names of a new head's outputs, for an encoder without a head.
-            problem_type: of the new head.
+            path: Folder or hub id.
+            length: Longest text, in tokens; the model's own limit where that is less.
+            dtype: Dtype of the weights.
+            classes: Names of a new head's outputs, for an encoder without a head.
+            problem_type: Problem type of the new head.
 
         Raises:
-            InputError: it can't be loaded, or it has no token to pad with.
+            InputError: The checkpoint can't be loaded, or has no token to pad with.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         head: dict[str, Any] = {}
         if classes is not None:
-            head = label_names(classes, problem_type) | {"id2label": dict(enumerate(classes))}
+            head = head_labels(classes, problem_type) | {"id2label": dict(enumerate(classes))}
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -94,7 +86,7 @@ class HFClassifier:
         return sum(p.numel() for p in self.model.parameters())
 
     def logits(self, texts: Sequence[str]) -> torch.Tensor:
-        """[len(texts), classes], of one batch, padded to its longest text."""
+        """Return the logits of one batch, padded to its longest text: [len(texts), classes]."""
         batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from megatron_olmo_bridge.classification.intervals import bootstrap, wilson
+from comparison.intervals import bootstrap, wilson
 
 
 @pytest.mark.parametrize(

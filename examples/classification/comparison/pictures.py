@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 
+from megatron_olmo_bridge.classification.metrics import Quality
 from megatron_olmo_bridge.training.monitor.drawing import Size, Theme, draw_svg
-
-from .metrics import Quality
 
 MOST_WITH_NAMES = 25
 """Classes up to which a confusion matrix shows names and numbers."""
