@@ -10,7 +10,7 @@ divide 480.
 
 from __future__ import annotations
 
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import (
     EvaluationConfig,
     OptimizerConfig,

@@ -8,7 +8,7 @@ The layout fits one node of 8 GPUs of 80 GB, or any number of such nodes.
 
 from __future__ import annotations
 
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import (
     CheckpointConfig,
     EvaluationConfig,

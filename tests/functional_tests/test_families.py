@@ -23,7 +23,7 @@ from transformers import (
 from trees import tree_hash
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect, synth, verify
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 
 SIZES = [name for name in published_sizes() if name.endswith("-tiny")]
 CLASSIFIERS = ["olmo-tiny", "olmo2-tiny", "olmo3-tiny"]

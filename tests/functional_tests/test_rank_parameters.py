@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from launching import run_script
 
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import ParallelConfig, StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.estimate import estimate
 from megatron_olmo_bridge.training.layout import Layout

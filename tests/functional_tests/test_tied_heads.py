@@ -20,7 +20,8 @@ from megatron_olmo_bridge import (
     synth,
     verify,
 )
-from megatron_olmo_bridge.models.bridge import ModelBridge, published_sizes
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import published_sizes
 
 SIZES = [name for name in published_sizes() if name.endswith("-tiny")]
 ONE, HEAD = "model.safetensors", "lm_head.weight"

@@ -21,7 +21,8 @@ from transformers import (
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, synth, verify
 from megatron_olmo_bridge.errors import MappingError
-from megatron_olmo_bridge.models.bridge import ModelBridge, as_classifier, published_sizes
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import as_classifier, published_sizes
 
 SIZES = [name for name in published_sizes() if name.endswith("-tiny")]
 QUICK = ["gpt2-tiny", "olmo2-tiny", "olmoe-tiny"]

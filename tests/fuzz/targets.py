@@ -340,7 +340,7 @@ def functions(side: str) -> dict[str, Function]:
     import megatron_olmo_bridge.convert.to_hf
     import megatron_olmo_bridge.convert.to_megatron
     import megatron_olmo_bridge.data.info  # noqa: F401
-    from megatron_olmo_bridge.models.bridge import published_sizes
+    from megatron_olmo_bridge.models.families import published_sizes
 
     published_sizes()  # imports the families
     return found | {t.name: t.read for t in TARGETS}

@@ -15,8 +15,8 @@ def test_the_diff_of_adding_a_family_is_the_files() -> None:
     for file, lines in new:
         shown = "".join(line.removeprefix("+") + "\n" for line in lines.splitlines())
         assert shown == (ROOT / file).read_text(), f"{file} has changed: show it anew"
-    (families,) = re.findall(r"\+(FAMILIES = .*)\n", text)
-    assert families in (ROOT / "src/megatron_olmo_bridge/models/bridge.py").read_text()
+    (line,) = re.findall(r'\+(    "\w+": "\w+Bridge",\n)', text)
+    assert line in (ROOT / "src/megatron_olmo_bridge/models/families.py").read_text()
 
 
 def test_the_limits_are_those_of_the_code() -> None:

@@ -11,7 +11,6 @@ from megatron_olmo_bridge.errors import FormatError, quote
 from megatron_olmo_bridge.formats.files import parse_json
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
 from megatron_olmo_bridge.formats.tensors import TensorView
-from megatron_olmo_bridge.models.bridge import architectures_of
 
 # Keys that say nothing of the model, or whose meaning is compared as a number of the model.
 _NO_MEANING = {"transformers_version", "_name_or_path", "name_or_path"}
@@ -54,7 +53,7 @@ def _task(source: Source) -> str:
     name = str(next(iter(source.hf_config.get("architectures") or []), ""))
     if bridge.num_labels is not None:
         return "a classifier"
-    known = tuple(architectures_of(type(bridge)))
+    known = bridge.architectures
     return "a language model" if not name or name.endswith(known) else name
 
 

@@ -14,13 +14,8 @@ from megatron_olmo_bridge.errors import (
 )
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, HFFolder
 from megatron_olmo_bridge.formats.tensors import StoredArray, TensorView
-from megatron_olmo_bridge.models.bridge import (
-    ModelBridge,
-    as_classifier,
-    bridge_for,
-    is_buffer,
-    may_be_tied,
-)
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import as_classifier, bridge_for, is_buffer, may_be_tied
 from megatron_olmo_bridge.models.tables import HF_HEAD, HF_SCORE
 from megatron_olmo_bridge.storage.transfer import Transfer
 

@@ -11,7 +11,8 @@ from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config, refuse_o
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.mapping.registry import bulleted
-from megatron_olmo_bridge.models.bridge import ModelBridge, published_sizes
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import bridges
 from megatron_olmo_bridge.models.recorded import contradictions
 
 HF_SUBFOLDER = "hf"
@@ -51,7 +52,7 @@ def config_of(
             "the model's config.json."
         )
     errors: list[Exception] = []
-    for bridge in dict.fromkeys(published_sizes().values()):
+    for bridge in bridges():
         try:
             return bridge.record_class.hf_config(values, vocab_size), where, None
         except (BridgeError, TypeError, ValueError) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from megatron_olmo_bridge.models.bridge import ModelBridge, published_sizes
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import bridges
 from megatron_olmo_bridge.models.tables import HF_HEAD, HF_SCORE
 
 WRAPPERS = {
@@ -70,7 +71,7 @@ def families_with(names: Collection[str]) -> list[str]:
     heads = {HF_HEAD, HF_SCORE, "output_layer.weight"}
     found = {re.sub(r"\.\d+(?=\.)", "", name) for name in names} - heads
     families = []
-    for bridge in dict.fromkeys(published_sizes().values()):
+    for bridge in bridges():
         mappings = bridge(next(iter(bridge.sizes.values()))).mapping_registry().mappings
         hf = {name for m in mappings for name in m.hf_shapes()}
         megatron = {m.megatron_param for m in mappings}

@@ -30,10 +30,8 @@ from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
-from megatron_olmo_bridge.models.bridge import (
-    ModelBridge,
-    bridge_for,
-)
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.models.gpt2 import olm
 from megatron_olmo_bridge.storage.identity import Snapshot
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_olmo_bridge.checkpoints.source import Source, open_source
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.live.save import save_hf
-from megatron_olmo_bridge.models.bridge import bridge_for
+from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.nn.problem_types import REGRESSION
 from megatron_olmo_bridge.runtime.process_groups import on_first, started_together
 from megatron_olmo_bridge.storage.hub import fetch

@@ -27,7 +27,7 @@ dtypes_or_keep = one_of(KEEP, *ITEM_SIZE)
 
 def sizes(incomplete: str) -> list[str]:
     """Complete the name of a published size."""
-    from megatron_olmo_bridge.models.bridge import published_sizes
+    from megatron_olmo_bridge.models.families import published_sizes
 
     return [name for name in published_sizes() if name.startswith(incomplete)]
 

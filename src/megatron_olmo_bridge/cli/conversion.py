@@ -125,7 +125,7 @@ def import_(
     from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER
     from megatron_olmo_bridge.convert import to_megatron
     from megatron_olmo_bridge.formats.hf_folder import read_config
-    from megatron_olmo_bridge.models.bridge import bridge_for
+    from megatron_olmo_bridge.models.families import bridge_for
 
     options: dict[str, Any] = {
         "dtype": dtype, "revision": revision, "release": release,

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
-from megatron_olmo_bridge.models.bridge import ModelBridge, published_sizes
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.estimate import LEFT_OUT, UTILISATION, Estimate
 from megatron_olmo_bridge.training.folder import what_is_lost

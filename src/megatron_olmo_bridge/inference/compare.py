@@ -17,7 +17,7 @@ from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
-from megatron_olmo_bridge.models.bridge import bridge_for
+from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.storage.hub import fetch
 
 from .difference import Comparison, States, difference

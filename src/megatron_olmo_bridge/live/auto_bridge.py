@@ -20,7 +20,8 @@ from megatron_olmo_bridge.errors import BridgeError, InputError, quote
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE
-from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, known_architectures
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import bridge_for, known_architectures
 from megatron_olmo_bridge.models.megatron_bridge import (
     BRIDGE_NAMES,
     LOADING,

@@ -10,7 +10,7 @@ from megatron_olmo_bridge.runtime.te_import import (
     why_no_transformer_engine as why_no_transformer_engine,
 )
 
-from .bridge import published_sizes
+from .families import published_sizes
 
 _SEQUENCE = 4 * 1024
 """Tokens, for the kernels that ask for the length."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .bridge import architectures_of, published_sizes
+from .families import bridges
 
 VERIFIED = "transformers 5.23; megatron-core 0.16.1, 0.19.2"
 
@@ -30,7 +30,7 @@ def catalogue() -> list[Family]:
     return [
         Family(
             bridge.family,
-            [name for name in architectures_of(bridge) if name[0].isupper()],
+            [name for name in bridge.architectures if name[0].isupper()],
             {
                 name: sum(math.prod(s) for s in bridge(c).mapping_registry().resolve_hf().values())
                 for name, c in bridge.sizes.items()
@@ -38,7 +38,7 @@ def catalogue() -> list[Family]:
             bridge.layouts,
             VERIFIED,
         )
-        for bridge in dict.fromkeys(published_sizes().values())
+        for bridge in bridges()
     ]
 
 

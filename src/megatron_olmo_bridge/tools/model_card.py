@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
-from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.storage.hub import HUB_ID
 from megatron_olmo_bridge.storage.provenance import LIVE, read_provenance
 

@@ -16,7 +16,7 @@ from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.models.hf_values import MAX_LAYERS, is_count
 from megatron_olmo_bridge.storage.plan import Literal, OutputFile
 from megatron_olmo_bridge.storage.progress import Reporter

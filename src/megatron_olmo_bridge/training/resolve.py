@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.checkpoints.source import Source
 from megatron_olmo_bridge.errors import BridgeError, InputError, nearest
-from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import bridge_for
 
 from .config import TrainingConfig, check_values
 from .layout import Layout

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_olmo_bridge import synth
 from megatron_olmo_bridge.models.attention_kernels import attention_kernels
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.nn.classification import padding_mask
 
 Build = Callable[..., list[torch.nn.Module]]

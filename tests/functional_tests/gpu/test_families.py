@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_olmo_bridge import AutoBridge, import_checkpoint, synth
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 
 Build = Callable[..., list[torch.nn.Module]]
 Record = Callable[..., None]

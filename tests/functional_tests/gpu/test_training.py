@@ -14,7 +14,7 @@ pytest.importorskip("megatron.core")
 
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.tasks.train import train
 from megatron_olmo_bridge.training.checkpoint import Checkpointer
 from megatron_olmo_bridge.training.config import (

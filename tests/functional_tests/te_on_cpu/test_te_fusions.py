@@ -17,7 +17,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.utils import unwrap_model
 
 from megatron_olmo_bridge import AutoBridge
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 
 Checkpoint = Callable[..., Path]
 Build = Callable[..., list[torch.nn.Module]]

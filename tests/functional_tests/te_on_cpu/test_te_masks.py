@@ -12,7 +12,7 @@ from transformer_engine.pytorch.attention.dot_product_attention import backends
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.nn.classification import padding_mask
 
 Chunks = list[torch.nn.Module]

@@ -26,7 +26,7 @@ from megatron_olmo_bridge import (
 )
 from megatron_olmo_bridge.inference.forward import forward
 from megatron_olmo_bridge.inference.generate import generate
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 
 Chunks = list[torch.nn.Module]
 Build = Callable[..., Chunks]

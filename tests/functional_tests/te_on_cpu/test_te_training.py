@@ -13,7 +13,7 @@ import torch
 from training_runs import TRACKER, write_data
 
 from megatron_olmo_bridge import export_checkpoint
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 from megatron_olmo_bridge.tasks.train import train
 from megatron_olmo_bridge.training.config import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_olmo_bridge.checkpoints.name_hints import families_with
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 
 
 @pytest.mark.parametrize("size", [name for name in published_sizes() if name.endswith("-tiny")])

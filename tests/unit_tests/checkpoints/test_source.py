@@ -12,7 +12,7 @@ import yaml
 from megatron_olmo_bridge.checkpoints.source import open_source
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, MappingError
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.storage.hub import hub_repository
 from megatron_olmo_bridge.tools.model_card import write_model_card
 from megatron_olmo_bridge.tools.synth import synth

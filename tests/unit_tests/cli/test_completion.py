@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 
 MAIN = """
 import sys

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from megatron_olmo_bridge.cli.app import app
 from megatron_olmo_bridge.cli.dry_run import dry_run_result, print_dry_run, shown_settings
 from megatron_olmo_bridge.data.prepare import prepare_data
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
     ParallelConfig,

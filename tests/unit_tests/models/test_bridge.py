@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
-from megatron_olmo_bridge.models.bridge import (
+from megatron_olmo_bridge.models.families import (
     as_classifier,
     bridge_for,
     known_architectures,

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from megatron_olmo_bridge.errors import InputError, UnsupportedError
-from megatron_olmo_bridge.models.bridge import (
-    ModelBridge,
+from megatron_olmo_bridge.errors import UnsupportedError
+from megatron_olmo_bridge.models import families
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.catalogue import catalogue, markdown
+from megatron_olmo_bridge.models.families import (
     as_classifier,
     bridge_for,
+    known_architectures,
     published_sizes,
 )
-from megatron_olmo_bridge.models.catalogue import catalogue, markdown
 
 PARAMETERS = {
     "olmo-1b": 1_176_764_416, "olmo-7b": 6_888_095_744, "olmo3-7b": 7_298_011_136,
@@ -28,6 +30,17 @@ TINY = [name for name in published_sizes() if name.endswith("-tiny")]
 
 def bridge(size: str, **changes: Any) -> ModelBridge:
     return bridge_for(published_sizes()[size].sizes[size] | changes, "config.json")
+
+
+def test_each_folder_is_a_family_by_its_line_in_the_list() -> None:
+    folder = Path(families.__file__).parent
+    assert {file.parent.name for file in folder.glob("*/bridge.py")} == families.FAMILIES.keys()
+    assert [bridge.family for bridge in families.bridges()] == list(families.FAMILIES)
+
+
+def test_no_two_families_handle_the_same_architecture() -> None:
+    names = [name for bridge in families.bridges() for name in bridge.architectures]
+    assert names == known_architectures()
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
@@ -76,40 +89,6 @@ def test_a_classifier_has_a_score_instead_of_a_head(size: str) -> None:
     assert "lm_head.weight" not in shapes
 
 
-def test_without_labels_a_classifier_has_two() -> None:
-    """As in transformers."""
-    assert bridge("olmo2-tiny", architectures=["Olmo2ForSequenceClassification"]).num_labels == 2
-
-
 def test_a_head_that_transformers_has_not_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="GPT2LMHeadModel has no classification head"):
         as_classifier(published_sizes()["gpt2-tiny"].sizes["gpt2-tiny"], 2)
-
-
-@pytest.mark.parametrize("labels", [-1, 2.5, "many"])
-def test_labels_that_are_no_count_are_refused(labels: object) -> None:
-    with pytest.raises(InputError, match="num_labels"):
-        bridge("olmo2-tiny", architectures=["Olmo2ForSequenceClassification"], num_labels=labels)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"problem_type": "regresion"}, "'regresion', not one of regression, single_label_class"),
-        ({"problem_type": "single_label_classification", "num_labels": 1}, "at least 2 labels"),
-        (
-            {"num_labels": 3, "id2label": {"0": "a", "1": "b"}},
-            "num_labels is 3, but id2label has 2",
-        ),
-    ],
-)
-def test_a_head_that_contradicts_itself_is_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        bridge("olmo2-tiny", architectures=["Olmo2ForSequenceClassification"], **values)
-
-
-def test_the_problem_type_goes_with_the_head() -> None:
-    values = {"problem_type": "regression", "num_labels": 1}
-    head = bridge("olmo2-tiny", architectures=["Olmo2ForSequenceClassification"], **values)
-    assert head.numbers["problem_type"] == "regression"
-    assert "problem_type" not in bridge("olmo2-tiny", problem_type="regression").numbers

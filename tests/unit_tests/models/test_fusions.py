@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import CudaGraphScope
 
 from megatron_olmo_bridge.errors import UnsupportedError
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.models.fusions import refuse_unsupported
 
 FIELDS = {field.name for field in fields(TransformerConfig)}

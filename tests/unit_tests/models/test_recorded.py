@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_olmo_bridge.models.bridge import ModelBridge, bridge_for, published_sizes
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import bridge_for, published_sizes
 from megatron_olmo_bridge.models.olmo2 import megatron_lm
 from megatron_olmo_bridge.models.recorded import contradictions
 

@@ -14,7 +14,7 @@ pytest.importorskip("megatron.core")
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.tasks.language_modelling import check_prepared, with_model
 from megatron_olmo_bridge.training.config import (
     DataConfig,

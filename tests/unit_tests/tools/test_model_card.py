@@ -14,7 +14,7 @@ from megatron_olmo_bridge import average_checkpoints, export_checkpoint, import_
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.convert import to_megatron
 from megatron_olmo_bridge.errors import UnsupportedError
-from megatron_olmo_bridge.models.bridge import as_classifier, published_sizes
+from megatron_olmo_bridge.models.families import as_classifier, published_sizes
 from megatron_olmo_bridge.tools.model_card import model_card, write_model_card
 
 HFFactory = Callable[..., Path]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_olmo_bridge.errors import UnsupportedError
-from megatron_olmo_bridge.models.bridge import ModelBridge, as_classifier, bridge_for
-from megatron_olmo_bridge.models.bridge import published_sizes as sizes
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import as_classifier, bridge_for
+from megatron_olmo_bridge.models.families import published_sizes as sizes
 from megatron_olmo_bridge.training.config import ParallelConfig, StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.estimate import (
     Estimate,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.layout import Layout, minimum_processes
 from megatron_olmo_bridge.training.recipes import apply_overrides

@@ -13,7 +13,7 @@ if torch.cuda.is_available():
     pytest.skip("written for the CPU runtime", allow_module_level=True)
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import (
     OptimizerConfig,
     ScheduleConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.models.bridge import published_sizes
+from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import StepsConfig, TrainingConfig
 from megatron_olmo_bridge.training.layout import Layout
 from megatron_olmo_bridge.training.recipes import apply_overrides

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
-from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.bridge import DecoderBridge
 from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.olmoe.config import MoEConfig
 from megatron_olmo_bridge.models.tables import (
@@ -38,11 +38,11 @@ def _published(*shape: int, experts: int = 7, top: int = 5, vocab: int = 100352)
     )  # fmt: skip
 
 
-@register_bridge("FlexOlmoForCausalLM", "flex_olmo")
-class FlexOlmoBridge(ModelBridge):
+class FlexOlmoBridge(DecoderBridge):
     """FlexOlmo: OLMo-2's post-norm blocks, with experts."""
 
     family = "flex_olmo"
+    architectures = ("FlexOlmoForCausalLM", "flex_olmo")
     hf_base = "FlexOlmoModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "flex-olmo-tiny": _published(2, 128, 8, 4, 96, experts=4, top=3, vocab=1024),

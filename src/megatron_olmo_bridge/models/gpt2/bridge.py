@@ -10,7 +10,7 @@ from megatron_olmo_bridge.mapping.mappings import (
     Mapping,
     TransposedMapping,
 )
-from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.bridge import ModelBridge
 
 from .config import GPT2Config
 
@@ -31,11 +31,11 @@ def _published(layers: int, hidden: int, heads: int, vocab: int = 50257,
     }  # fmt: skip
 
 
-@register_bridge("GPT2LMHeadModel", "gpt2")
 class GPT2Bridge(ModelBridge):
     """GPT-2: pre-norm blocks with biases, learned positions, ``Conv1D`` weights [in, out]."""
 
     family = "gpt2"
+    architectures = ("GPT2LMHeadModel", "gpt2")
     hf_base = "GPT2Model"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "gpt2-tiny": _published(4, 128, 8, vocab=1024, positions=128),

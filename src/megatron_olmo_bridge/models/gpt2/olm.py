@@ -18,7 +18,7 @@ from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
 from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import bulleted, check_tensors
-from megatron_olmo_bridge.models.bridge import bridge_for
+from megatron_olmo_bridge.models.families import bridge_for
 
 from .bridge import HF, GPT2Bridge
 

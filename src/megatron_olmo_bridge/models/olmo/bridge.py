@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
-from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.bridge import DecoderBridge
 from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.recorded import DECODER_SETTINGS
 from megatron_olmo_bridge.models.tables import attention, embedding, gated_mlp
@@ -21,11 +21,11 @@ def _published(*shape: int, tied: bool, clip: float | None = None,
     )  # fmt: skip
 
 
-@register_bridge("OlmoForCausalLM", "OlmoForSequenceClassification", "olmo")
-class OlmoBridge(ModelBridge):
+class OlmoBridge(DecoderBridge):
     """OLMo: pre-norm blocks, norms without weights."""
 
     family = "olmo"
+    architectures = ("OlmoForCausalLM", "OlmoForSequenceClassification", "olmo")
     hf_base = "OlmoModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "olmo-tiny": _published(4, 128, 8, 4, 384, tied=False, clip=0.4, vocab=1024),

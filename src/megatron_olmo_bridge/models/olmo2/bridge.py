@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
-from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.bridge import DecoderBridge, ModelBridge
 from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.tables import (
     ATTENTION,
@@ -41,14 +41,17 @@ def olmo2_table(bridge: ModelBridge, padded_vocab_size: int | None) -> list[Mapp
     ]
 
 
-@register_bridge(
-    "Olmo2ForCausalLM", "Olmo1124ForCausalLM", "Olmo2ForSequenceClassification", "olmo2",
-    "olmo_1124",
-)  # fmt: skip
-class Olmo2Bridge(ModelBridge):
+class Olmo2Bridge(DecoderBridge):
     """OLMo-2: post-norm blocks, QK norm over the full projection width."""
 
     family = "olmo2"
+    architectures = (
+        "Olmo2ForCausalLM",
+        "Olmo1124ForCausalLM",
+        "Olmo2ForSequenceClassification",
+        "olmo2",
+        "olmo_1124",
+    )
     hf_base = "Olmo2Model"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "olmo2-tiny": _published(4, 128, 8, 4, 384, vocab=1024),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.bridge import DecoderBridge
 from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.olmo2.bridge import olmo2_table
 
@@ -25,11 +25,11 @@ def _published(layers: int, *shape: int, vocab: int = 100278, window: int = 4096
     )  # fmt: skip
 
 
-@register_bridge("Olmo3ForCausalLM", "Olmo3ForSequenceClassification", "olmo3")
-class Olmo3Bridge(ModelBridge):
+class Olmo3Bridge(DecoderBridge):
     """OLMo-3: OLMo-2 with windows, and YaRN in the layers without one."""
 
     family = "olmo3"
+    architectures = ("Olmo3ForCausalLM", "Olmo3ForSequenceClassification", "olmo3")
     hf_base = "Olmo3Model"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "olmo3-tiny": _published(4, 128, 8, 4, 384, vocab=1022, window=16, original=32),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
-from megatron_olmo_bridge.models.bridge import ModelBridge, register_bridge
+from megatron_olmo_bridge.models.bridge import DecoderBridge
 from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.tables import ATTENTION, attention, embedding, experts, norm
 
@@ -22,11 +22,11 @@ def _published(*shape: int, experts: int = 64, top: int = 8, clip: float | None 
     )  # fmt: skip
 
 
-@register_bridge("OlmoeForCausalLM", "olmoe")
-class OlmoeBridge(ModelBridge):
+class OlmoeBridge(DecoderBridge):
     """OLMoE: pre-norm blocks, QK norm over the full projection width, experts."""
 
     family = "olmoe"
+    architectures = ("OlmoeForCausalLM", "olmoe")
     hf_base = "OlmoeModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "olmoe-tiny": _published(2, 128, 8, 4, 96, experts=8, top=3, clip=0.5, vocab=1024),

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_olmo_bridge.models.bridge import bridge_for, published_sizes
+from megatron_olmo_bridge.models.families import bridge_for, published_sizes
 
 
 @pytest.mark.parametrize(("size", "z_loss"), [("olmoe-tiny", 0.001), ("flex-olmo-tiny", None)])
