@@ -265,7 +265,7 @@ TESTED_BY = {
         "nn/post_norm_moe",
         "nn/self_attention",
     ],
-    "unit_tests/models/test_provider.py": ["models/olmo2/layer_specs"],
+    "unit_tests/models/test_provider.py": ["models/layout", "models/olmo2/layer_specs"],
     "unit_tests/live/test_megatron_bridge_names.py": ["models/megatron_bridge"],
     "functional_tests/te_on_cpu/test_te_models.py": ["nn/te_attention", "nn/te_post_norm"],
     "functional_tests/test_training_resume.py": [
@@ -285,7 +285,6 @@ TESTED_BY = {
     "unit_tests/test_recipes.py": ["training/named_recipes"],
     "functional_tests/test_training_layouts.py": ["training/task"],
     "functional_tests/test_full_loop.py": ["training/card"],
-    "unit_tests/training/test_layout.py": ["models/layout"],
 }
 """Modules without a test file of their own, by the file that tests them."""
 
