@@ -55,22 +55,22 @@ _POSITIONS = "embedding.position_embeddings.weight"
 
 
 def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a record says otherwise, by the names it has there.
+    """Return the recorded values that are not the settings', by the names they have there.
 
     Args:
         record: Megatron-LM's args, or a run_config's model section.
         settings: by TransformerConfig's names; None for those that must be absent, false, zero or
             null.
     """
-    found: dict[str, Any] = {}
+    different: dict[str, Any] = {}
     for setting, expected in settings.items():
         names = _SPELLINGS.get(setting, (setting,))
-        said = {name: record[name] for name in names if _is_plain(record.get(name))}
+        recorded = {name: record[name] for name in names if _is_plain(record.get(name))}
         if expected is None:
-            found |= {name: value for name, value in said.items() if value}
-        elif not (setting in _EITHER and expected in said.values()):
-            found |= {name: value for name, value in said.items() if value != expected}
-    return found
+            different |= {name: value for name, value in recorded.items() if value}
+        elif not (setting in _EITHER and expected in recorded.values()):
+            different |= {name: value for name, value in recorded.items() if value != expected}
+    return different
 
 
 def contradictions(
@@ -148,8 +148,8 @@ def _families(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterator[str]:
     for name in ("_target_", "spec"):
         value = record.get(name)
         module = value[0] if isinstance(value, list | tuple) and value else value
-        found = _FAMILY.match(f"{module}.") if isinstance(module, str) else None
-        if found and expected and found[1] != expected[1]:
+        recorded = _FAMILY.match(f"{module}.") if isinstance(module, str) else None
+        if recorded and expected and recorded[1] != expected[1]:
             yield f"{name} is {module} in the checkpoint, the config is of {bridge.family}"
 
 

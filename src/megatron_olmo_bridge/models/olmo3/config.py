@@ -35,16 +35,16 @@ class Olmo3Config(DecoderConfig):
 
     @classmethod
     def read(cls, hf: HFValues) -> dict[str, Any]:
-        found = super().read(hf)
-        layers = found["num_layers"]
+        decoder = super().read(hf)
+        layers = decoder["num_layers"]
         windowed = _windowed(hf, layers)
         _check_ropes(hf, windowed)
         usual = windowed == [kind == SLIDING for kind in layer_types(layers)]
         window = hf.count("sliding_window") if any(windowed) else None
-        return found | {
+        return decoder | {
             "window_size": (window - 1, 0) if window is not None else None,
             "window_attn_skip_freq": EVERY if usual else [int(w) for w in windowed],
-            "full_attention_rope": _full_attention_rope(hf, found),
+            "full_attention_rope": _full_attention_rope(hf, decoder),
         }
 
     @classmethod
@@ -67,9 +67,9 @@ def rope_notes(config: dict[str, Any]) -> list[str]:
     """What some version of transformers would read otherwise from this spelling of rope."""
     notes = []
     hf = HFValues(config, Olmo3Config.hf_defaults)
-    found = ropes(hf)
-    flat = bool(hf.table("rope_parameters")) and len(found) == 1
-    if flat and found.get("", {}).get("rope_type") != "default":
+    by_type = ropes(hf)
+    flat = bool(hf.table("rope_parameters")) and len(by_type) == 1
+    if flat and by_type.get("", {}).get("rope_type") != "default":
         notes.append(
             "rope_parameters is not nested by layer type: read here as OLMo-3 was trained, YaRN in "
             "full-attention layers alone; transformers 5.23 drops YaRN, 5.0 to 5.12 have it in "
@@ -100,20 +100,20 @@ def _windowed(hf: HFValues, layers: int) -> list[bool]:
 
 def _check_ropes(hf: HFValues, windowed: list[bool]) -> None:
     """Raise InputError if ropes are given by layer type, and that of some layers is not."""
-    found = ropes(hf)
+    by_type = ropes(hf)
     for kind in dict.fromkeys(SLIDING if window else FULL for window in windowed):
-        if kind not in found and "" not in found:
+        if kind not in by_type and "" not in by_type:
             raise InputError(f"rope_parameters lacks {kind}, which some of the layers are")
 
 
 def _rope_of(hf: HFValues, kind: str) -> Rope:
-    found = ropes(hf)
+    by_type = ropes(hf)
     plain = {"rope_type": "default", "rope_theta": hf.number("rope_theta")}
-    return found[kind] if kind in found else found.get("", plain)
+    return by_type[kind] if kind in by_type else by_type.get("", plain)
 
 
-def _full_attention_rope(hf: HFValues, found: dict[str, Any]) -> dict[str, Any] | None:
-    """YaRN of the layers without a window; ``found`` are the numbers of every decoder."""
+def _full_attention_rope(hf: HFValues, decoder: dict[str, Any]) -> dict[str, Any] | None:
+    """YaRN of the layers without a window; ``decoder`` has the fields of every decoder."""
     rope = _rope_of(hf, FULL)
     kind, theta = rope["rope_type"], float(rope["rope_theta"])
     if kind not in ("default", "yarn"):
@@ -121,7 +121,7 @@ def _full_attention_rope(hf: HFValues, found: dict[str, Any]) -> dict[str, Any] 
             f"the config asks for rope of type {quote(kind)}; OLMo-3 uses plain rope and YaRN"
         )
     if kind == "default":
-        if theta == found["rotary_base"]:
+        if theta == decoder["rotary_base"]:
             return None
         rope = {"factor": 1.0}  # YaRN that changes nothing
     odd = [key for key in ("mscale", "mscale_all_dim", "truncate") if rope.get(key) is not None]
@@ -129,7 +129,7 @@ def _full_attention_rope(hf: HFValues, found: dict[str, Any]) -> dict[str, Any] 
         raise UnsupportedError(f"the config sets {', '.join(odd)} of YaRN; OLMo-3 has the defaults")
     # What transformers takes where the config doesn't say (modeling_rope_utils.py).
     defaults = {
-        "original_max_position_embeddings": found["max_position_embeddings"],
+        "original_max_position_embeddings": decoder["max_position_embeddings"],
         "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None,
     }  # fmt: skip
     yarn = HFValues(rope, defaults, where=" of YaRN")
