@@ -18,11 +18,11 @@ from comparison.measure import TIMED, measure
 from comparison.report import PAGE, Report, columns, rows, write_report
 from transformers.utils import logging
 
-from megatron_olmo_bridge.classification.data import load_examples
-from megatron_olmo_bridge.classification.problems import problem_of
-from megatron_olmo_bridge.classification.stopping import HISTORY, best, read_history
 from megatron_olmo_bridge.errors import BridgeError, InputError
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
+from megatron_olmo_bridge.tasks.classification.data import load_examples
+from megatron_olmo_bridge.tasks.classification.problems import problem_of
+from megatron_olmo_bridge.tasks.classification.stopping import HISTORY, best, read_history
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.folder import RUN_FILE
 from megatron_olmo_bridge.training.monitor.human import spoken

@@ -77,7 +77,7 @@ def test_a_change_of_dtype_loads_torch_alone(tiny_hf: Path, tmp_path: Path) -> N
 
 LAYERS = (
     "mapping", "formats", "storage", "runtime", "nn", "models", "checkpoints", "convert", "tools",
-    "data", "live", "inference", "training", "classification", "tasks", "recipes", "cli",
+    "data", "live", "inference", "training", "tasks", "recipes", "cli",
 )  # fmt: skip
 """The folders from the bottom up: each may import those before it."""
 LEANS_ON_LESS = {
@@ -204,8 +204,8 @@ def test_no_arithmetic_over_a_parallel_layout(folder: str) -> None:
 
 TESTS = Path(__file__).parents[1]
 TESTED_BY = {
-    "unit_tests/classification/test_data.py": ["nn/problem_types"],
-    "functional_tests/test_classification.py": ["classification/train"],
+    "unit_tests/tasks/classification/test_data.py": ["nn/problem_types"],
+    "functional_tests/test_classification.py": ["tasks/classification/train"],
     "unit_tests/cli/test_command.py": ["cli/logs"],
     "unit_tests/training/monitor/test_report.py": [
         "cli/report",

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_olmo_bridge.classification.data import Examples, class_weights, samples
-from megatron_olmo_bridge.classification.problems import AnyQuality, Problem, problem_of
-from megatron_olmo_bridge.classification.stopping import Evaluation, best, out_of_patience
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
+from megatron_olmo_bridge.tasks.classification.data import Examples, class_weights, samples
+from megatron_olmo_bridge.tasks.classification.problems import AnyQuality, Problem, problem_of
+from megatron_olmo_bridge.tasks.classification.stopping import Evaluation, best, out_of_patience
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.monitor.human import spoken
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_olmo_bridge.classification.problems import head_labels
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
+from megatron_olmo_bridge.tasks.classification.problems import head_labels
 
 BATCH = 32
 """Texts labelled at once by default."""

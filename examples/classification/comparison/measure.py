@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_olmo_bridge.classification.data import Examples
-from megatron_olmo_bridge.classification.problems import Problem, problem_of
+from megatron_olmo_bridge.tasks.classification.data import Examples
+from megatron_olmo_bridge.tasks.classification.problems import Problem, problem_of
 from megatron_olmo_bridge.training.config import TrainingConfig
 
 from .baseline import measure as measure_quality

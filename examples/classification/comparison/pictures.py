@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 
-from megatron_olmo_bridge.classification.metrics import Quality
+from megatron_olmo_bridge.tasks.classification.metrics import Quality
 from megatron_olmo_bridge.training.monitor.drawing import Size, Theme, draw_svg
 
 MOST_WITH_NAMES = 25

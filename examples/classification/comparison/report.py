@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.classification.metrics import Quality, RegressionQuality
-from megatron_olmo_bridge.classification.problems import AnyQuality, Problem
+from megatron_olmo_bridge.tasks.classification.metrics import Quality, RegressionQuality
+from megatron_olmo_bridge.tasks.classification.problems import AnyQuality, Problem
 from megatron_olmo_bridge.training.monitor.human import heading, short, spoken
 from megatron_olmo_bridge.training.monitor.page import Tile, folded, page, picture, table, tiles
 from megatron_olmo_bridge.training.monitor.report import NAME as TRAINING_REPORT

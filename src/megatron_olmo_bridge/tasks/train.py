@@ -12,7 +12,7 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
     """Train a model as a config says; every process of the layout calls it.
 
     With a section ``classification`` a classifier is fine-tuned: see
-    :func:`megatron_olmo_bridge.classification.train.train`.
+    :func:`megatron_olmo_bridge.tasks.classification.train.train`.
 
     Args:
         config: as a recipe returns it.
@@ -26,7 +26,7 @@ def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict
         BridgeError: an impossible config, or something that it names is missing or damaged.
     """
     if config.classification is not None:
-        from megatron_olmo_bridge.classification.train import train as train_classifier
+        from .classification.train import train as train_classifier
 
         return train_classifier(config, say)
     from .language_modelling import train as train_language_model
@@ -41,8 +41,8 @@ def resolve_run(config: TrainingConfig, processes: int) -> ResolvedRun:
         BridgeError: as :func:`train`.
     """
     if config.classification is not None and config.classification.train:
-        from megatron_olmo_bridge.classification.data import load_examples
-        from megatron_olmo_bridge.classification.train import with_head
+        from .classification.data import load_examples
+        from .classification.train import with_head
 
         train, _ = load_examples(config.classification)
         return resolve(*with_head(config, train.classes), processes)

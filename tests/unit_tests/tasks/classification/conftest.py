@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, set_seed
 
-from megatron_olmo_bridge.classification.data import Examples
+from megatron_olmo_bridge.tasks.classification.data import Examples
 
 CLASSES = ("first", "second", "third")
 WORDS = ["[UNK]", "[PAD]", *CLASSES, *(f"noise{i}" for i in range(11))]

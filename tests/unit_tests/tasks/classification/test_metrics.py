@@ -7,7 +7,7 @@ import random
 import pytest
 from sklearn import metrics
 
-from megatron_olmo_bridge.classification.metrics import quality
+from megatron_olmo_bridge.tasks.classification.metrics import quality
 
 
 @pytest.mark.parametrize("seed", range(3))

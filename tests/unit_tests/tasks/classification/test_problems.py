@@ -12,14 +12,14 @@ import torch
 from scipy.stats import pearsonr
 from sklearn import metrics
 
-from megatron_olmo_bridge.classification.data import Examples, load_examples
-from megatron_olmo_bridge.classification.problems import (
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.tasks.classification.data import Examples, load_examples
+from megatron_olmo_bridge.tasks.classification.problems import (
     MultiLabel,
     Regression,
     SingleLabel,
     problem_of,
 )
-from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
 MULTI, REGRESSION = "multi_label_classification", "regression"

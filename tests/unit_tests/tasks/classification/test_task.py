@@ -13,9 +13,9 @@ from transformers import Olmo2Config, Olmo2ForSequenceClassification, PreTrained
 pytest.importorskip("megatron.core")
 
 from megatron_olmo_bridge import AutoBridge
-from megatron_olmo_bridge.classification.data import Examples, samples, tokenise
-from megatron_olmo_bridge.classification.stopping import Evaluation
-from megatron_olmo_bridge.classification.task import Classification
+from megatron_olmo_bridge.tasks.classification.data import Examples, samples, tokenise
+from megatron_olmo_bridge.tasks.classification.stopping import Evaluation
+from megatron_olmo_bridge.tasks.classification.task import Classification
 from megatron_olmo_bridge.training.config import (
     ClassificationConfig,
     StepsConfig,

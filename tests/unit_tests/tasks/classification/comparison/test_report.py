@@ -18,8 +18,8 @@ from comparison.report import (
 )
 from comparison.speed import Speed
 
-from megatron_olmo_bridge.classification.metrics import quality
-from megatron_olmo_bridge.classification.problems import MultiLabel, Regression, SingleLabel
+from megatron_olmo_bridge.tasks.classification.metrics import quality
+from megatron_olmo_bridge.tasks.classification.problems import MultiLabel, Regression, SingleLabel
 
 WIDTHS_AND_THEMES = 4
 SINGLE, MULTI, REGRESSION = SingleLabel(), MultiLabel(), Regression()

@@ -11,8 +11,8 @@ from comparison.baseline import train_baseline
 from comparison.hf import HFClassifier
 from transformers import pipeline
 
-from megatron_olmo_bridge.classification.data import Examples
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.tasks.classification.data import Examples
 from megatron_olmo_bridge.training.config import (
     ClassificationConfig,
     EvaluationConfig,

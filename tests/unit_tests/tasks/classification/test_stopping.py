@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_olmo_bridge.classification.stopping import (
+from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.tasks.classification.stopping import (
     Evaluation,
     best,
     out_of_patience,
     read_history,
     write_history,
 )
-from megatron_olmo_bridge.errors import FormatError
 
 
 def history(*scores: float) -> list[Evaluation]:

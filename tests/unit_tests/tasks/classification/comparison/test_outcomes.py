@@ -7,8 +7,8 @@ import pytest
 import torch
 from comparison.outcomes import OUTCOMES
 
-from megatron_olmo_bridge.classification.problems import problem_of
 from megatron_olmo_bridge.nn.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from megatron_olmo_bridge.tasks.classification.problems import problem_of
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
 NAMES = ("a", "b", "c")

@@ -16,7 +16,10 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from megatron_olmo_bridge.classification.data import (
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
+from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
+from megatron_olmo_bridge.tasks.classification.data import (
     Examples,
     balanced_weights,
     class_weights,
@@ -24,9 +27,6 @@ from megatron_olmo_bridge.classification.data import (
     samples,
     tokenise,
 )
-from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
-from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
 
