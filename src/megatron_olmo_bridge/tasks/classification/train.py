@@ -27,7 +27,7 @@ from megatron_olmo_bridge.training.setup import started
 
 from .data import Examples, Tokenised, class_weights, load_examples, tokenise
 from .problems import Problem, head_labels, problem_of
-from .stopping import HISTORY, best, out_of_patience, read_history, write_history
+from .stopping import HISTORY, Evaluation, best, out_of_patience, read_history, write_history
 from .task import Classification
 
 CLASSIFIER, TOKENIZER = "classifier", "tokenizer"
@@ -55,9 +55,9 @@ def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float
         if first:
             for line in classifier.describe_data():
                 say(line)
-        classifier.keep_the_best_of(run, say)
+        history = classifier.keep_the_best_of(run, say)
         train_loop(run)
-        top = best(run.task.history)  # type: ignore[attr-defined]
+        top = best(history)
         score = classifier.problem.score
         figures = run.figures | {f"best_{score}": top.score, "best_step": top.step}
         if first:
@@ -141,8 +141,12 @@ class Classifier:
             history=history[0] or [],
         )
 
-    def keep_the_best_of(self, run: Run, say: Callable[[str], None]) -> None:
-        """Have the run write ``classifier/`` after each evaluation that is the best so far."""
+    def keep_the_best_of(self, run: Run, say: Callable[[str], None]) -> list[Evaluation]:
+        """Have the run write ``classifier/`` after each evaluation that is the best so far.
+
+        Returns:
+            The evaluations so far; those to come are added to it.
+        """
         task, target = run.task, self.folder / CLASSIFIER
         assert isinstance(task, Classification)
         history = task.history
@@ -167,6 +171,7 @@ class Classifier:
                 say(f">> the best {score} so far: kept as {target}")
 
         task.on_evaluated = evaluated
+        return history
 
     def write_card(self, figures: dict[str, float]) -> None:
         """Write the model card of ``classifier/``."""
