@@ -95,6 +95,9 @@ def inspect(
     megatron_args: Annotated[
         bool, typer.Option("--megatron-args", help="Print Megatron-LM's flags, ready to paste.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with the mapping in pictures.")
+    ] = None,
     iteration: Annotated[
         str | None, typer.Option(help="A number or 'release'.", autocompletion=iterations)
     ] = None,
@@ -114,16 +117,34 @@ def inspect(
         olmo-bridge inspect ./megatron
         olmo-bridge inspect ./megatron --megatron-args
         olmo-bridge inspect ./hf --json --tensors
+        olmo-bridge inspect ./hf --html mapping.html
     """
+    from megatron_olmo_bridge.checkpoints.source import open_source
     from megatron_olmo_bridge.data.prefix import is_indexed
     from megatron_olmo_bridge.tools.inspect import inspect as run
 
+    from .pages import check_page, mapping_page, write_page
+
     if is_indexed(path):
         return inspect_dataset(path)
+    check_page(html)
     found = run(
-        path, iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, heads=heads,
+        path,
+        iteration=iteration,
+        hf_config=hf_config,
+        vocab_size=vocab_size,
+        heads=heads,
         revision=revision,
-    )  # fmt: skip
+    )
+    if html is not None:
+        source = open_source(
+            found.folder,
+            iteration=iteration,
+            hf_config=hf_config,
+            vocab_size=vocab_size,
+            heads=heads,
+        )
+        write_page(html, mapping_page(source))
     result = asdict(found)
     for name, wanted in (("tensors", tensors), ("mapping", mapping)):
         if not wanted:  # these are long

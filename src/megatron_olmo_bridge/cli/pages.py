@@ -1,0 +1,157 @@
+"""The page that ``inspect --html`` writes: one file, which needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+from megatron_olmo_bridge.checkpoints.source import Source
+from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.mapping.mappings import WILDCARD
+from megatron_olmo_bridge.mapping.placement import Placement, Region
+from megatron_olmo_bridge.mapping.registry import Parameter
+from megatron_olmo_bridge.training.monitor.human import short
+from megatron_olmo_bridge.training.monitor.page import page, tiles
+
+COLORS = 6
+"""Colors of a legend; a parameter is made of at most four tensors."""
+OUTLINED = 24
+"""Regions of a picture that are told apart by lines; more would hide what they enclose."""
+_STYLE = """<style>
+:root { --c0: #2557c7; --c1: #d97706; --c2: #0f8a5f; --c3: #7a3fc0; --c4: #c4262e; --c5: #667085 }
+@media (prefers-color-scheme: dark) {
+  :root { --c0: #84abff; --c1: #ffb45c; --c2: #5fd3a4; --c3: #c59bff; --c4: #ff8b85; --c5: #97a1b3 }
+}
+.parameters { display: grid; gap: 1.5rem 1.25rem; margin-top: .9rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
+article { min-width: 0; }
+h3 { font: 600 .85rem ui-monospace, monospace; margin: 0; overflow-wrap: anywhere; }
+article p, article li { color: var(--muted); font-size: .82rem; }
+svg { display: block; width: 100%; height: 11rem; margin: .5rem 0; }
+svg.whole { height: 3rem; }
+svg.vector { height: 1rem; }
+rect { vector-effect: non-scaling-stroke; }
+svg.outlined rect { stroke: var(--card); stroke-width: 1px; }
+rect:hover { opacity: .7; }
+ul { list-style: none; margin: 0; padding: 0; }
+li { display: flex; align-items: baseline; gap: .45em; overflow-wrap: anywhere; }
+i { flex: none; width: .8em; height: .8em; border-radius: 2px; }
+</style>"""
+
+
+def write_page(file: Path, text: str) -> None:
+    """Write a page whole, in place of one of the same name.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
+    partial = file.with_name(f".{file.name}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{file}: can't be written: {error.strerror}") from error
+
+
+def check_page(file: Path | None) -> None:
+    """Refuse a page's name before any work is done.
+
+    Raises:
+        InputError: The name doesn't end in ``.html``: a checkpoint's file is not to be replaced.
+        OutputError: There is no such folder.
+    """
+    if file is None:
+        return
+    if file.suffix != ".html":
+        raise InputError(f"--html {file}: a page's name ends in .html")
+    if not file.parent.is_dir():
+        raise OutputError(f"--html {file}: no such folder: {file.parent}")
+
+
+def mapping_page(source: Source) -> str:
+    """Return the page of a checkpoint's mapping: which Hugging Face tensor stands where.
+
+    All layers and all experts are mapped alike, so the first ones are shown.
+    """
+    bridge = source.bridge
+    name = bridge.size_name() or f"{bridge.family} model"
+    parameters = [p for p in source.mapping.parameters.values() if not any(p.index)]
+    numbers, padded = bridge.numbers, source.padded_vocab_size
+    padding = f"padded to {padded:,}" if padded != bridge.vocab_size else "not padded"
+    figures = [
+        ("Parameters", short(source.parameters), f"{source.parameters:,}"),
+        ("Layers", f"{numbers['num_layers']}", f"hidden size {numbers['hidden_size']:,}"),
+        (
+            "Attention heads",
+            f"{numbers['num_attention_heads']}",
+            f"{numbers.get('num_query_groups', numbers['num_attention_heads'])} query groups",
+        ),
+        ("Vocabulary", f"{bridge.vocab_size:,}", padding),
+    ]
+    if experts := numbers.get("num_moe_experts"):
+        figures.append(("Experts", f"{experts}", f"{numbers['moe_router_topk']} for each token"))
+    groups = {
+        "Before the layers": [p for p in parameters if p.name.startswith("embedding.")],
+        f"Each of {numbers['num_layers']} layers": [p for p in parameters if p.index],
+    }
+    groups["After the layers"] = [
+        p for p in parameters if not any(p in shown for shown in groups.values())
+    ]
+    return page(
+        f"{name} · mapping",
+        [
+            _STYLE,
+            f'<header><p class="eyebrow">Mapping</p><h1>{escape(name)}</h1><p class="about">Each '
+            "picture is a Megatron parameter, rows from top to bottom; its colors are the Hugging "
+            "Face tensors that its regions equal. Point at a region to see which.</p></header>",
+            tiles(figures),
+            *(
+                f'<section><h2>{title}</h2><div class="parameters">'
+                f"{''.join(map(_parameter, shown))}</div></section>"
+                for title, shown in groups.items()
+                if shown
+            ),
+        ],
+    )
+
+
+def _parameter(parameter: Parameter) -> str:
+    whole = Region.whole(parameter.shape)
+    colors: dict[str, int] = {}
+    for placement in parameter.placements:
+        colors.setdefault(_hf_name(placement, parameter), len(colors) % COLORS)
+    legend = "".join(
+        f'<li><i style="background: var(--c{color})"></i>{escape(name)}</li>'
+        for name, color in colors.items()
+    )
+    count = len(parameter.placements)
+    kind = "" if count > 1 else "vector" if len(parameter.shape) == 1 else "whole"
+    if count <= OUTLINED:
+        kind += " outlined"
+    shape = " x ".join(f"{size:,}" for size in parameter.shape)
+    return (
+        f"<article><h3>{escape(parameter.pattern)}</h3><p>{shape}</p>"
+        f'<svg class="{kind.strip()}" viewBox="0 0 {whole.right} {whole.bottom}" '
+        f'preserveAspectRatio="none" role="img" aria-label="{escape(parameter.pattern)}">'
+        f"{''.join(_rectangles(parameter, colors))}</svg><ul>{legend}</ul></article>"
+    )
+
+
+def _rectangles(parameter: Parameter, colors: dict[str, int]) -> Iterator[str]:
+    for placement in parameter.placements:
+        name, region = _hf_name(placement, parameter), placement.megatron_region
+        transposed = ", transposed" if placement.transposed else ""
+        yield (
+            f'<rect x="{region.left}" y="{region.top}" width="{region.columns}" '
+            f'height="{region.rows}" style="fill: var(--c{colors[name]})">'
+            f"<title>{region} = {escape(name)} {placement.hf_region}{transposed}</title></rect>"
+        )
+
+
+def _hf_name(placement: Placement, parameter: Parameter) -> str:
+    """Return the tensor's name with ``*`` for the first layer and expert, as the pattern has it."""
+    if placement.hf_name is None:
+        return "padding: zeros"
+    return placement.hf_name.replace(".0.", f".{WILDCARD}.", len(parameter.index))
