@@ -4,6 +4,7 @@ PYTHON_LATEST ?= $(shell for p in python3.12 $(wildcard $(HOME)/.pyenv/versions/
 	do $$p -c "" 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 LATEST := .venv-latest
+DOCS := .venv-docs
 BENCH ?=
 FUZZ_SECONDS ?= 120
 FUZZ_SEED ?= 0
@@ -12,7 +13,7 @@ TE_VERSIONS := 2.6.0 2.20.2
 # Containers often set it; then each process that tests start would compile this package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo train-demo test test-slow test-latest test-te fuzz coverage lint wheel bench clean
+.PHONY: help setup demo train-demo test test-slow test-latest test-te fuzz coverage lint docs wheel bench clean
 
 help:
 	@echo "make demo         set up, convert a 1B model both ways, and prove that nothing was lost"
@@ -24,6 +25,7 @@ help:
 	@echo "make fuzz         changed files to all readers, 2 minutes; FUZZ_SECONDS=3600 FUZZ_SEED=7 for more"
 	@echo "make coverage     the tests, and which lines they miss"
 	@echo "make lint         ruff and mypy --strict"
+	@echo "make docs         build the documentation site into site/"
 	@echo "make wheel        build the package into dist/"
 	@echo "make bench        time import and export next to cp -r, live loading next to safetensors,"
 	@echo "                  training next to a PyTorch loop; BENCH='--size olmo2-7b' for more"
@@ -40,6 +42,14 @@ $(LATEST)/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON_LATEST)" || { echo "no python3.12 found; set PYTHON_LATEST"; exit 1; }
 	$(PYTHON_LATEST) -m venv $(LATEST)
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+# The extra alone: the site is made from the source without importing torch.
+$(DOCS)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/requirements.txt
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r $(DOCS)/requirements.txt
 	touch $@
 
 demo: $(VENV)/ready
@@ -83,6 +93,9 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy src
 
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 wheel: $(VENV)/ready
 	rm -rf dist
 	$(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
@@ -93,4 +106,4 @@ bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/train.py
 
 clean:
-	rm -rf $(VENV) $(LATEST) .te dist build fuzz-findings demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(DOCS) .te dist build site fuzz-findings demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache
