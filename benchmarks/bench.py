@@ -149,12 +149,27 @@ def main() -> None:
     for name, row in summary.items():
         print(f"{name:8}{row['seconds']:9.2f}{row['ratio_to_cp']:9.2f}{row['peak_mib']:10.0f}")
     out = args.json or args.work / f"{args.size}-{args.dtype}-{args.to}-{args.cache}.json"
-    machine = {"cpus": os.cpu_count(), "platform": platform.platform(),
-               "memory_bytes": psutil.virtual_memory().total}  # fmt: skip
-    out.write_text(json.dumps(
-        {"size": args.size, "dtype": args.dtype, "to": args.to, "cache": args.cache,
-         "bytes": nbytes,
-         "machine": machine, "summary": summary, "rounds": results}, indent=2) + "\n")  # fmt: skip
+    machine = {
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    out.write_text(
+        json.dumps(
+            {
+                "size": args.size,
+                "dtype": args.dtype,
+                "to": args.to,
+                "cache": args.cache,
+                "bytes": nbytes,
+                "machine": machine,
+                "summary": summary,
+                "rounds": results,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     print(f"written to {out}")
 
 

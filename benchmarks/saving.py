@@ -23,9 +23,13 @@ from pathlib import Path
 from typing import Any
 
 MODEL = {
-    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
-    "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 4096,
-}  # fmt: skip
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 4096,
+}
 FORMATS = {
     # fully_reshardable; gathered on the first data-parallel rank only
     "fully_reshardable, gathered on every rank": (True, False),
@@ -41,9 +45,11 @@ def main() -> None:
     for name in FORMATS:
         parameters, grown = measured(name, processes)
         each = ", ".join(f"{value / 1e6:.0f}" for value in grown)
-        print(f"{name}: {each} MB in ranks 0 to {processes - 1}; {sum(grown) / 1e6:.0f} MB in all, "
-              f"{max(grown) / parameters:.1f} and {min(grown) / parameters:.1f} bytes a parameter",
-              flush=True)  # fmt: skip
+        print(
+            f"{name}: {each} MB in ranks 0 to {processes - 1}; {sum(grown) / 1e6:.0f} MB in all, "
+            f"{max(grown) / parameters:.1f} and {min(grown) / parameters:.1f} bytes a parameter",
+            flush=True,
+        )
 
 
 def measured(name: str, processes: int) -> tuple[int, list[int]]:
@@ -66,17 +72,18 @@ def measured(name: str, processes: int) -> tuple[int, list[int]]:
     return answers[0][0], [grown for _, grown in answers]
 
 
-def save(
-    answer: Connection, name: str, rank: int, processes: int, port: int, folder: str
-) -> None:  # fmt: skip
+def save(answer: Connection, name: str, rank: int, processes: int, port: int, folder: str) -> None:
     """Take a step, save, and answer with the parameters and the growth of memory."""
     import warnings
 
     warnings.simplefilter("ignore")
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     from megatron_olmo_bridge.tasks.language_modelling import LanguageModelling
     from megatron_olmo_bridge.training import checkpoint
     from megatron_olmo_bridge.training.estimate import parameter_count

@@ -22,11 +22,17 @@ SIZES = {
     # config.json's differences from olmo2-tiny; sequences, micro-batch, tokens of a sequence
     "tiny": ({}, (8, 8, 256)),
     "100m": (
-        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
-         "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 16384},
+        {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "vocab_size": 16384,
+        },
         (4, 4, 256),
     ),
-}  # fmt: skip
+}
 LR, CLIP, DECAY = 3e-4, 1.0, 0.1
 
 
@@ -60,8 +66,10 @@ def measure(size: str, rounds: int, steps: int) -> None:
     tokens = SIZES[size][1][0] * SIZES[size][1][2]
     for name, took in seconds.items():
         middle = statistics.median(took)
-        print(f"{size} {name}: {middle * 1e3:.0f} ms a step, {tokens / middle:,.0f} tokens/s, "
-              f"loss {losses[name]:.5f}")  # fmt: skip
+        print(
+            f"{size} {name}: {middle * 1e3:.0f} ms a step, {tokens / middle:,.0f} tokens/s, "
+            f"loss {losses[name]:.5f}"
+        )
     print(
         f"{size} ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, "
         f"{rounds} rounds of {steps} steps)"
@@ -133,8 +141,9 @@ def plain_side(connection: Connection, size: str, folder: Path, steps: int) -> N
     model.train()
     embedding = {"params": [model.get_input_embeddings().weight], "weight_decay": 0.0}
     others = [p for p in model.parameters() if p is not embedding["params"][0]]
-    optimizer = torch.optim.AdamW([embedding, {"params": others}], lr=LR, betas=(0.9, 0.95),
-                                  eps=1e-8, weight_decay=DECAY)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        [embedding, {"params": others}], lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY
+    )
     data, micro = iter(batches(size, steps)), SIZES[size][1][1]
 
     def step() -> float:

@@ -40,9 +40,12 @@ TEXT_WORDS = (8, 40)
 MISLEADING = 0.04
 """Share of the texts that have the words of another class."""
 SHAPE = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "max_position_embeddings": 512,
-}  # fmt: skip
+}
 
 
 def make_words(rng: random.Random, count: int) -> list[str]:
@@ -101,17 +104,25 @@ def make_models(out: Path, texts: list[str]) -> None:
     """Tiny random models with their tokenizers."""
     tokenizer = make_tokenizer(texts, with_cls=False)
     config = Olmo2Config(
-        **SHAPE, num_key_value_heads=2, vocab_size=_rows(tokenizer),
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
+        **SHAPE,
+        num_key_value_heads=2,
+        vocab_size=_rows(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     Olmo2ForCausalLM(config).save_pretrained(out / "olmo2-tiny")
     tokenizer.save_pretrained(out / "olmo2-tiny")
     tokenizer = make_tokenizer(texts, with_cls=True)
     encoder = ModernBertConfig(
-        **SHAPE, vocab_size=_rows(tokenizer), pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id, sep_token_id=tokenizer.sep_token_id,
-        bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id,
-    )  # fmt: skip
+        **SHAPE,
+        vocab_size=_rows(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+    )
     ModernBertForMaskedLM(encoder).save_pretrained(out / "modernbert-tiny")
     tokenizer.save_pretrained(out / "modernbert-tiny")
 

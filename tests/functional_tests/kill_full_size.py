@@ -108,8 +108,9 @@ def main() -> int:
     begin, failures = time.monotonic(), 0
     try:
         for operation, source, whole in (
-            ("import", options.source, megatron), ("export", megatron, hf)
-        ):  # fmt: skip
+            ("import", options.source, megatron),
+            ("export", megatron, hf),
+        ):
             for line in kills(operation, source, options.work / "dst", whole, options.kills):
                 print(line, flush=True)
     except FailureError as error:

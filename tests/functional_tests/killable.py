@@ -37,8 +37,13 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def before(owner: Any, name: str, then: Callable[[], None], nth: int = 1,
-           only: Callable[..., bool] = lambda *_: True) -> None:  # fmt: skip
+def before(
+    owner: Any,
+    name: str,
+    then: Callable[[], None],
+    nth: int = 1,
+    only: Callable[..., bool] = lambda *_: True,
+) -> None:
     """Call something before the n-th call of a function, of those calls that count."""
     original, count = getattr(owner, name), itertools.count(1)
 

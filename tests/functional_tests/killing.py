@@ -27,9 +27,11 @@ def start(
         command = [sys.executable, str(KILLABLE), point or "none", str(file_bytes)]
     return subprocess.Popen(
         [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -42,8 +42,13 @@ def ended(name: str, *arguments: object, processes: int = 1) -> tuple[list[int],
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        job = {"script": name, "arguments": [str(a) for a in arguments],
-               "processes": processes, "log": str(log), "folder": str(Path.cwd())}  # fmt: skip
+        job = {
+            "script": name,
+            "arguments": [str(a) for a in arguments],
+            "processes": processes,
+            "log": str(log),
+            "folder": str(Path.cwd()),
+        }
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
@@ -69,9 +74,13 @@ def with_hub(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as a process of its own, for which the hub is at another address."""
     environment = {
-        "HF_ENDPOINT": url, "HF_HOME": str(cwd / "cache"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
-    } | environment  # fmt: skip
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(cwd / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "no_proxy": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1",
+    } | environment
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     command = [sys.executable, "-m", "megatron_olmo_bridge", *map(str, arguments)]
     return subprocess.run(

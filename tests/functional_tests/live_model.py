@@ -416,16 +416,30 @@ def make_optimizer(
 ) -> tuple[Any, OptimizerParamScheduler]:
     """AdamW as OLMo has it, at a constant learning rate."""
     config = OptimizerConfig(
-        optimizer="adam", lr=LEARNING_RATE, min_lr=LEARNING_RATE, weight_decay=DECAY,
-        adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPSILON, clip_grad=CLIP,
+        optimizer="adam",
+        lr=LEARNING_RATE,
+        min_lr=LEARNING_RATE,
+        weight_decay=DECAY,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_eps=EPSILON,
+        clip_grad=CLIP,
         use_distributed_optimizer=distributed,
-    )  # fmt: skip
+    )
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=olmo_weight_decay())
     scheduler = OptimizerParamScheduler(
-        optimizer, init_lr=LEARNING_RATE, max_lr=LEARNING_RATE, min_lr=LEARNING_RATE,
-        lr_warmup_steps=0, lr_decay_steps=STEPS, lr_decay_style="constant", start_wd=DECAY,
-        end_wd=DECAY, wd_incr_steps=STEPS, wd_incr_style="constant",
-    )  # fmt: skip
+        optimizer,
+        init_lr=LEARNING_RATE,
+        max_lr=LEARNING_RATE,
+        min_lr=LEARNING_RATE,
+        lr_warmup_steps=0,
+        lr_decay_steps=STEPS,
+        lr_decay_style="constant",
+        start_wd=DECAY,
+        end_wd=DECAY,
+        wd_incr_steps=STEPS,
+        wd_incr_style="constant",
+    )
     return optimizer, scheduler
 
 
@@ -451,8 +465,9 @@ def decays(step: Step) -> None:
     """The weight decay of every parameter, by megatron-core's names, on each rank."""
     _, _, chunks = build(step, DistributedDataParallelConfig())
     optimizer, _ = make_optimizer(chunks)
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups
-             for p in group["params"]}  # fmt: skip
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     (chunk,) = unwrap_model(chunks)
     listed = {name: decay[id(parameter)] for name, parameter in chunk.named_parameters()}
     save(step, "decays.json", everyone(listed))

@@ -75,9 +75,14 @@ def make_models(root: Path) -> None:
     # The largest two tensors, 64 MiB each, follow each other in the file. The others are half as
     # large or small, but there are several: all are five times the largest.
     wide = Olmo2Config(
-        vocab_size=131072, hidden_size=128, intermediate_size=65536, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=131072,
+        hidden_size=128,
+        intermediate_size=65536,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
     Olmo2ForCausalLM(wide).save_pretrained(root / "wide")
 
 
@@ -124,10 +129,15 @@ def with_2(models: Path, shared: Path) -> Path:
 def with_4(models: Path, shared: Path) -> Path:
     # First: memory that other steps have left behind could be used again, uncounted.
     memory = ["export_memory"] if sys.platform == "linux" else []
-    return launch(4, models, shared, lambda root: [
-        *(step(action, models / "wide", "tp2-pp2", root / "export") for action in memory),
-        step("export", models / "plain", "tp2-pp2", root / "export"),
-    ])  # fmt: skip
+    return launch(
+        4,
+        models,
+        shared,
+        lambda root: [
+            *(step(action, models / "wide", "tp2-pp2", root / "export") for action in memory),
+            step("export", models / "plain", "tp2-pp2", root / "export"),
+        ],
+    )
 
 
 @pytest.fixture(params=LAYOUTS)

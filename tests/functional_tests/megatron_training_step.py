@@ -31,11 +31,17 @@ from megatron_olmo_bridge.runtime.cpu import cpu_runtime
 def step_flags(tokens: list[list[int]]) -> list[str]:
     """One step on all of the tokens; AdamW as ``stock_megatron.py`` has it."""
     options = {
-        "micro-batch-size": len(tokens), "global-batch-size": len(tokens),
-        "train-iters": 1, "save-interval": 1,
-        "lr": 1e-2, "min-lr": 1e-3, "lr-decay-iters": 100, "lr-decay-style": "cosine",
-        "weight-decay": 0.1, "clip-grad": 1.0,
-    }  # fmt: skip
+        "micro-batch-size": len(tokens),
+        "global-batch-size": len(tokens),
+        "train-iters": 1,
+        "save-interval": 1,
+        "lr": 1e-2,
+        "min-lr": 1e-3,
+        "lr-decay-iters": 100,
+        "lr-decay-style": "cosine",
+        "weight-decay": 0.1,
+        "clip-grad": 1.0,
+    }
     return ["--exit-on-missing-checkpoint", *(f"--{k}={v}" for k, v in options.items())]
 
 
@@ -90,9 +96,15 @@ def train(flags: list[str], tokens: torch.Tensor) -> None:
     for chunk in model:
         chunk.train()
     losses, skipped, *_ = train_step(
-        forward_step, RerunDataIterator(iter([tokens])), model, optimizer, scheduler, config,
-        get_forward_backward_func(), iteration=args.iteration,
-    )  # fmt: skip
+        forward_step,
+        RerunDataIterator(iter([tokens])),
+        model,
+        optimizer,
+        scheduler,
+        config,
+        get_forward_backward_func(),
+        iteration=args.iteration,
+    )
     assert not skipped
     print(f"loss {float(losses['lm loss']):.6f}")
     save_checkpoint(args.iteration + 1, model, optimizer, scheduler, 0)

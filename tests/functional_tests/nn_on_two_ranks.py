@@ -22,9 +22,15 @@ HEADS, GROUPS, HEAD_DIM, HIDDEN = 8, 4, 16, 32
 
 def config(**changes: bool) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS,
-        kv_channels=HEAD_DIM, layernorm_epsilon=1e-6, tensor_model_parallel_size=RANKS, **changes,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        kv_channels=HEAD_DIM,
+        layernorm_epsilon=1e-6,
+        tensor_model_parallel_size=RANKS,
+        **changes,
+    )
 
 
 def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
@@ -60,9 +66,14 @@ def check_qk_norm(rank: int) -> None:
 
 def check_post_norm(rank: int, sequence_parallel: bool) -> None:
     linear = RowParallelLinearPostLN(
-        HIDDEN, HIDDEN, config=config(sequence_parallel=sequence_parallel),
-        init_method=torch.nn.init.normal_, bias=False, input_is_parallel=True, skip_bias_add=True,
-    )  # fmt: skip
+        HIDDEN,
+        HIDDEN,
+        config=config(sequence_parallel=sequence_parallel),
+        init_method=torch.nn.init.normal_,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=True,
+    )
     torch.manual_seed(3)
     weight, gain = torch.randn(HIDDEN, HIDDEN), torch.rand(HIDDEN) + 0.5
     x, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN)

@@ -286,10 +286,18 @@ def train_one_step(
         wrapped,
     )
     scheduler = OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=1e-2, min_lr=1e-3, lr_warmup_steps=0, lr_decay_steps=100,
-        lr_decay_style="cosine", start_wd=0.1, end_wd=0.1, wd_incr_steps=100,
+        optimizer,
+        init_lr=0.0,
+        max_lr=1e-2,
+        min_lr=1e-3,
+        lr_warmup_steps=0,
+        lr_decay_steps=100,
+        lr_decay_style="cosine",
+        start_wd=0.1,
+        end_wd=0.1,
+        wd_incr_steps=100,
         wd_incr_style="constant",
-    )  # fmt: skip
+    )
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -456,9 +464,11 @@ def load(args: argparse.Namespace) -> None:
     batch = tokens(args, config).to(torch.cuda.current_device())
     with torch.no_grad():
         outputs = run_schedule(chunks, batch, provider, train=False)
-        logits = tensor_parallel.gather_from_tensor_model_parallel_region(
-            outputs[0]["logits"]
-        ) if outputs else None  # fmt: skip
+        logits = (
+            tensor_parallel.gather_from_tensor_model_parallel_region(outputs[0]["logits"])
+            if outputs
+            else None
+        )
     everyone = on_rank_0(logits.cpu() if logits is not None else None)
     if everyone is not None:
         whole = next(logits for logits in everyone if logits is not None)

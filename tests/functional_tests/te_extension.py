@@ -27,11 +27,25 @@ from te_kernels import KERNELS, fused_attention
 
 EXTENSION = "transformer_engine_torch"
 _OTHER_STUBS = (
-    "triton", "triton.language", "triton.language.core", "triton.language.standard",
-    "onnx", "onnx.defs", "onnxscript", "onnx_ir",
-)  # fmt: skip
-_DTYPES = ("kByte", "kInt32", "kFloat32", "kFloat16", "kBFloat16", "kFloat8E4M3", "kFloat8E5M2",
-           "kFloat4E2M1")  # fmt: skip
+    "triton",
+    "triton.language",
+    "triton.language.core",
+    "triton.language.standard",
+    "onnx",
+    "onnx.defs",
+    "onnxscript",
+    "onnx_ir",
+)
+_DTYPES = (
+    "kByte",
+    "kInt32",
+    "kFloat32",
+    "kFloat16",
+    "kBFloat16",
+    "kFloat8E4M3",
+    "kFloat8E5M2",
+    "kFloat4E2M1",
+)
 """Source: ``DType`` of transformer_engine/pytorch/constants.py, in this order."""
 
 

@@ -20,10 +20,24 @@ def _product(a: Tensor, transa: bool, b: Tensor, transb: bool) -> Tensor:
 
 
 def generic_gemm(
-    a: Tensor, transa: bool, b: Tensor, transb: bool, out: Tensor | None, quantizer: Any,
-    out_dtype: Any, bias: Tensor | None, bias_dtype: Any, gelu: bool, gelu_in: Any, grad: bool,
-    workspace: Tensor, workspace_size: int, accumulate: bool, *rest: Any, **overlap: Any,
-) -> tuple[Tensor, Tensor | None, None, None]:  # fmt: skip
+    a: Tensor,
+    transa: bool,
+    b: Tensor,
+    transb: bool,
+    out: Tensor | None,
+    quantizer: Any,
+    out_dtype: Any,
+    bias: Tensor | None,
+    bias_dtype: Any,
+    gelu: bool,
+    gelu_in: Any,
+    grad: bool,
+    workspace: Tensor,
+    workspace_size: int,
+    accumulate: bool,
+    *rest: Any,
+    **overlap: Any,
+) -> tuple[Tensor, Tensor | None, None, None]:
     assert quantizer is None
     assert not gelu
     product = _product(a, transa, b, transb)
@@ -39,10 +53,23 @@ def generic_gemm(
 
 
 def te_general_grouped_gemm(
-    a: list[Tensor], transa: bool, b: list[Tensor], transb: bool, out: list[Tensor],
-    out_dtype: Any, m_splits: list[int], bias: list[Tensor], bias_dtype: Any, single_output: bool,
-    gelu_in: Any, grad: bool, workspaces: Any, workspace_size: int, accumulate: bool, *rest: Any,
-) -> list[Tensor]:  # fmt: skip
+    a: list[Tensor],
+    transa: bool,
+    b: list[Tensor],
+    transb: bool,
+    out: list[Tensor],
+    out_dtype: Any,
+    m_splits: list[int],
+    bias: list[Tensor],
+    bias_dtype: Any,
+    single_output: bool,
+    gelu_in: Any,
+    grad: bool,
+    workspaces: Any,
+    workspace_size: int,
+    accumulate: bool,
+    *rest: Any,
+) -> list[Tensor]:
     outputs = out[0].split(list(m_splits)) if single_output else out
     for output, left, right in zip(outputs, a, b, strict=True):
         _write(output, _product(left, transa, right, transb), accumulate)
@@ -71,9 +98,15 @@ def rmsnorm_bwd(
 
 
 def layernorm_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Any, quantizer: Any, dtype: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Any,
+    quantizer: Any,
+    dtype: Any,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.float()
     mean = wide.mean(-1)
     scale = torch.rsqrt(wide.var(-1, correction=0) + eps)
@@ -109,9 +142,19 @@ def _rotated(t: Tensor, freqs: Tensor, sign: float) -> Tensor:
 
 
 def multi_tensor_adam(
-    chunk: int, skip: Tensor, lists: list[list[Tensor]], lr: float, beta1: float, beta2: float,
-    eps: float, step: int, mode: int, bias_correction: int, weight_decay: float, *rest: Any,
-) -> None:  # fmt: skip
+    chunk: int,
+    skip: Tensor,
+    lists: list[list[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    *rest: Any,
+) -> None:
     assert mode == 1, "decoupled weight decay"
     first = 1 - beta1 ** int(step) if bias_correction else 1.0
     second = 1 - beta2 ** int(step) if bias_correction else 1.0
@@ -156,9 +199,16 @@ def get_fused_attn_backend(*args: Any, **kwargs: Any) -> Any:
 
 
 def fused_attention(
-    self: Any, query: Tensor, key: Tensor, value: Tensor, *, qkv_layout: str, attn_mask_type: str,
-    window_size: tuple[int, int], **unused: Any,
-) -> Tensor:  # fmt: skip
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    qkv_layout: str,
+    attn_mask_type: str,
+    window_size: tuple[int, int],
+    **unused: Any,
+) -> Tensor:
     """``FusedAttention.forward``: causal, in a window or not. cuDNN's kernel takes no mask, so
     that an ``attention_mask`` is ignored, as it is on a GPU."""
     assert query.dtype in (torch.bfloat16, torch.float16)
@@ -185,8 +235,20 @@ def get_cublasLt_version() -> int:  # noqa: N802
 
 
 KERNELS = (
-    generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd,
-    fused_rope_forward, fused_rope_backward, multi_tensor_adam, multi_tensor_l2norm,
-    multi_tensor_scale, scaled_masked_softmax_forward, scaled_masked_softmax_backward,
-    get_fused_attn_backend, get_cudnn_version, get_cublasLt_version,
-)  # fmt: skip
+    generic_gemm,
+    te_general_grouped_gemm,
+    rmsnorm_fwd,
+    rmsnorm_bwd,
+    layernorm_fwd,
+    layernorm_bwd,
+    fused_rope_forward,
+    fused_rope_backward,
+    multi_tensor_adam,
+    multi_tensor_l2norm,
+    multi_tensor_scale,
+    scaled_masked_softmax_forward,
+    scaled_masked_softmax_backward,
+    get_fused_attn_backend,
+    get_cudnn_version,
+    get_cublasLt_version,
+)

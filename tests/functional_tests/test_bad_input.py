@@ -611,9 +611,16 @@ OPTIONS = [
 ]  # fmt: skip
 
 CASES = [
-    *HEADERS, *INDEXES, *TENSORS, *CONFIGS, *OTHER_FORMATS, *MEGATRON, *HOSTILE, *DESTINATIONS,
+    *HEADERS,
+    *INDEXES,
+    *TENSORS,
+    *CONFIGS,
+    *OTHER_FORMATS,
+    *MEGATRON,
+    *HOSTILE,
+    *DESTINATIONS,
     *OPTIONS,
-]  # fmt: skip
+]
 
 
 def every_command() -> Iterator[Any]:
@@ -634,9 +641,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(("case", "command"), every_command())
 def test_is_refused(
-    case: Case, command: str, tmp_path: Path, request: pytest.FixtureRequest,
+    case: Case,
+    command: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     src, dst = tmp_path / "in" / "src", tmp_path / "out" / "dst"
     (tmp_path / "out").mkdir()
     if case.start:
@@ -705,8 +715,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB: room for one import of the tiny model, not for two."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder],
-                      capture_output=True).returncode:  # fmt: skip
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], capture_output=True
+    ).returncode:
         pytest.skip("a small file system can't be mounted here: needs root")
     yield folder
     subprocess.run(["umount", folder], check=True)

@@ -47,10 +47,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(data: Path, run: Path, *more: str) -> list[str]:
     return [
-        f"init.hf={data}/olmo2-tiny", f"classification.train={data}/train.jsonl",
-        f"classification.validation={data}/validation.jsonl", f"checkpoint.save={run}",
-        f"train.sequence_length={LENGTH}", *more,
-    ]  # fmt: skip
+        f"init.hf={data}/olmo2-tiny",
+        f"classification.train={data}/train.jsonl",
+        f"classification.validation={data}/validation.jsonl",
+        f"checkpoint.save={run}",
+        f"train.sequence_length={LENGTH}",
+        *more,
+    ]
 
 
 COMMAND = [sys.executable, "-m", "megatron_olmo_bridge", "train", RECIPE]
@@ -173,9 +176,13 @@ def test_killed_and_resumed_it_becomes_the_same_classifier(
 def test_it_stops_early_and_remembers(data: Path, tmp_path: Path) -> None:
     """Without a learning rate no evaluation is better than the one before."""
     arguments = overrides(
-        data, tmp_path / "run", "optimizer.lr=0", "evaluation.interval=2",
-        "classification.patience=2", "schedule.warmup_steps=0",
-    )  # fmt: skip
+        data,
+        tmp_path / "run",
+        "optimizer.lr=0",
+        "evaluation.interval=2",
+        "classification.patience=2",
+        "schedule.warmup_steps=0",
+    )
     said = train(*arguments)
     assert ">> checkpoint at step 4" in said and ">> evaluation at step 6" not in said
     assert ">> best: macro-F1" in said and "at step 0" in said
@@ -250,9 +257,14 @@ def test_a_head_of_another_problem_type_is_refused(other_run: Path) -> None:
         lines = [json.dumps({"text": "a text", "label": label}) for label in labels]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     message = refused(
-        overrides(folder, data / "again", f"init.hf={other_run}/classifier",
-                  f"classification.problem_type={other}", "classification.class_weights=none")
-    )  # fmt: skip
+        overrides(
+            folder,
+            data / "again",
+            f"init.hf={other_run}/classifier",
+            f"classification.problem_type={other}",
+            "classification.class_weights=none",
+        )
+    )
     assert f"is a classifier of problem_type {problem_type}" in message
 
 

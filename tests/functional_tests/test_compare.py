@@ -31,10 +31,19 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "mha"
     torch.manual_seed(3)
     model = Olmo2ForCausalLM(
-        Olmo2Config(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-                    num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-6,
-                    rope_theta=500000.0, initializer_range=0.08, pad_token_id=None)
-    )  # fmt: skip
+        Olmo2Config(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            rms_norm_eps=1e-6,
+            rope_theta=500000.0,
+            initializer_range=0.08,
+            pad_token_id=None,
+        )
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -81,8 +90,14 @@ def test_no_mistake(hf: Path, tmp_path: Path) -> None:
     assert found.kl_divergence < 1e-9
     assert abs(found.loss[0] - found.loss[1]) < 1e-5
     assert [layer.name for layer in found.layers] == [
-        "embedding", "layer 0", "layer 1", "layer 2", "layer 3", "final norm", "logits"
-    ]  # fmt: skip
+        "embedding",
+        "layer 0",
+        "layer 1",
+        "layer 2",
+        "layer 3",
+        "final norm",
+        "logits",
+    ]
 
 
 @pytest.mark.usefixtures("warm_jobs")
@@ -113,8 +128,11 @@ def test_a_mistake_in_the_config(hf: Path, tmp_path: Path, mistake: str, dtype: 
     assert not found.equal
     assert found.parts_at == "layer 0"
     (line,) = found.config_differences
-    assert line.startswith({"eps": "layernorm_epsilon: 1e-06 and 1e-05",
-                            "theta": "rotary_base: 500000.0 and 10000.0"}[mistake])  # fmt: skip
+    assert line.startswith(
+        {"eps": "layernorm_epsilon: 1e-06 and 1e-05", "theta": "rotary_base: 500000.0 and 10000.0"}[
+            mistake
+        ]
+    )
 
 
 @pytest.mark.usefixtures("warm_jobs")

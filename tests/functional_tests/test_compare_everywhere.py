@@ -27,15 +27,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 MIXTURES = ("olmoe-tiny", "flex-olmo-tiny")
 MODELS = ("olmo-tiny", "olmo2-tiny", "olmo3-tiny", "gpt2-tiny", *MIXTURES)
 DTYPES = ("float32", "bfloat16", "float16")
-FAST = {
-    ("olmo2-tiny", "bfloat16", "tp2-sp"), ("olmoe-tiny", "bfloat16", "ep2"),
-}  # fmt: skip
+FAST = {("olmo2-tiny", "bfloat16", "tp2-sp"), ("olmoe-tiny", "bfloat16", "ep2")}
 CASES = [
     pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(case))
-    for model in MODELS for dtype in DTYPES for layout in LAYOUTS
+    for model in MODELS
+    for dtype in DTYPES
+    for layout in LAYOUTS
     if layout != "ep2" or model in MIXTURES
     for case in [(model, dtype, layout)]
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

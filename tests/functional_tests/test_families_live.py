@@ -54,8 +54,12 @@ FAMILY_LAYOUTS = {name: LAYOUTS[name] for name in ("tp1", "tp2", "tp2-sp", "pp2"
 }
 MIXTURES = ("olmoe-tiny", "flex-olmo-tiny")
 FAMILIES = ("olmo-tiny", "olmo3-tiny", *MIXTURES, "gpt2-tiny")
-CASES = [(family, layout) for family in FAMILIES for layout in FAMILY_LAYOUTS
-         if "ep2" not in layout or family in MIXTURES]  # fmt: skip
+CASES = [
+    (family, layout)
+    for family in FAMILIES
+    for layout in FAMILY_LAYOUTS
+    if "ep2" not in layout or family in MIXTURES
+]
 UNTRAINED = [(family, "tp2") for family in MIXTURES]
 """megatron-core refuses to train experts at tensor parallelism without sequence parallelism."""
 
@@ -184,18 +188,26 @@ def language_model(family: str, layout: str, families: Path, root: Path) -> Step
         # transformers' loss has no such parts either
         fields |= {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
     return {
-        "action": "language_model", "hf": families / family, "fields": fields,
-        "out": root / family / layout, "tokens": tokens().tolist(), "saves": saves(family, layout),
+        "action": "language_model",
+        "hf": families / family,
+        "fields": fields,
+        "out": root / family / layout,
+        "tokens": tokens().tolist(),
+        "saves": saves(family, layout),
         "trains": (family, layout) not in UNTRAINED,
-    }  # fmt: skip
+    }
 
 
 def classifier(model: str, layout: str, families: Path, root: Path, labels: torch.Tensor) -> Step:
     return {
-        "action": "classifier", "hf": families / model,
-        "fields": FAMILY_LAYOUTS[layout].fields, "out": root / model / layout,
-        "tokens": padded().tolist(), "labels": labels.tolist(), "saves": layout == "tp2-sp",
-    }  # fmt: skip
+        "action": "classifier",
+        "hf": families / model,
+        "fields": FAMILY_LAYOUTS[layout].fields,
+        "out": root / model / layout,
+        "tokens": padded().tolist(),
+        "labels": labels.tolist(),
+        "saves": layout == "tp2-sp",
+    }
 
 
 def saves(family: str, layout: str) -> bool:
@@ -208,16 +220,36 @@ def families_with_1(families: Path, shared: Path) -> Path:
     def step(action: str, model: str, out: Path, **options: Any) -> Step:
         return {"action": action, "hf": families / model, "fields": {}, "out": out, **options}
 
-    return launch(1, families, shared, lambda root: [
-        *(step("mutants", family, root / family / "mutants", tokens=tokens().tolist(),
-               mutants=mutants)
-          for family, mutants in MUTANTS.items()),
-        *(step("no_padding", f"{family}-classifier", root / f"{family}-no-padding",
-               tokens=tokens().tolist())
-          for family in CLASSIFIERS),
-        *(step("new_head", size, root / f"{family}-new-head", num_labels=NEW_CLASSES)
-          for family, size in CLASSIFIERS.items()),
-    ])  # fmt: skip
+    return launch(
+        1,
+        families,
+        shared,
+        lambda root: [
+            *(
+                step(
+                    "mutants",
+                    family,
+                    root / family / "mutants",
+                    tokens=tokens().tolist(),
+                    mutants=mutants,
+                )
+                for family, mutants in MUTANTS.items()
+            ),
+            *(
+                step(
+                    "no_padding",
+                    f"{family}-classifier",
+                    root / f"{family}-no-padding",
+                    tokens=tokens().tolist(),
+                )
+                for family in CLASSIFIERS
+            ),
+            *(
+                step("new_head", size, root / f"{family}-new-head", num_labels=NEW_CLASSES)
+                for family, size in CLASSIFIERS.items()
+            ),
+        ],
+    )
 
 
 @pytest.fixture(scope="session")

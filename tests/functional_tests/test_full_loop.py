@@ -21,11 +21,19 @@ ROOT = Path(__file__).parents[2]
 STEPS, BELOW = 80, 3.5
 """The loss in nats a token after so many steps. Random weights have 6.9, unigrams 4.7."""
 OVERRIDES = [
-    "olmo2_tiny", f"train.steps={STEPS}", "train.sequence_length=64",
-    "train.micro_batch_size=16", "optimizer.lr=3e-3", "schedule.warmup_steps=10",
-    "data.path=data/train", "data.validation=data/held-out", "evaluation.interval=40",
-    "checkpoint.save=run", "checkpoint.interval=20", "parallel.tp=2",
-]  # fmt: skip
+    "olmo2_tiny",
+    f"train.steps={STEPS}",
+    "train.sequence_length=64",
+    "train.micro_batch_size=16",
+    "optimizer.lr=3e-3",
+    "schedule.warmup_steps=10",
+    "data.path=data/train",
+    "data.validation=data/held-out",
+    "evaluation.interval=40",
+    "checkpoint.save=run",
+    "checkpoint.interval=20",
+    "parallel.tp=2",
+]
 
 
 def script(name: str, *arguments: object) -> None:
@@ -68,12 +76,20 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         script("recipes/text/make_text.py", "text", "--megabytes", 0.5)
-        script("recipes/text/train_tokenizer.py", "tokenizer", "text/train-1.jsonl",
-               "text/train-3.txt")  # fmt: skip
+        script(
+            "recipes/text/train_tokenizer.py", "tokenizer", "text/train-1.jsonl", "text/train-3.txt"
+        )
         parts = ["text/train-1.jsonl", "text/train-2.jsonl.gz", "text/train-3.txt"]
         command("prepare-data", *parts, "data/train", "--tokenizer", "tokenizer", "--workers", 2)
-        command("prepare-data", "text/held-out.jsonl", "data/held-out", "--tokenizer", "tokenizer",
-                "--workers", 1)  # fmt: skip
+        command(
+            "prepare-data",
+            "text/held-out.jsonl",
+            "data/held-out",
+            "--tokenizer",
+            "tokenizer",
+            "--workers",
+            1,
+        )
         # After a first checkpoint: what megatron-core has started by then must outlive the signal.
         code, said = stopped_after(30)
         assert code == 75, said

@@ -63,8 +63,9 @@ def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
     checkpoint, expected = model
     tokens = ",".join(map(str, PROMPT))
     sampling = ("--temperature", 1.5, "--top-p", 0.9, "--seed", 1)
-    done = olmo_bridge("generate", checkpoint, "--tokens", tokens, *sampling,
-                       "--max-new-tokens", 12, "--json")  # fmt: skip
+    done = olmo_bridge(
+        "generate", checkpoint, "--tokens", tokens, *sampling, "--max-new-tokens", 12, "--json"
+    )
     found = json.loads(done.stdout)["result"]
 
     assert found["prompt"] == PROMPT
@@ -83,8 +84,15 @@ def test_another_tokenizer(model: tuple[Path, list[int]], tmp_path: Path) -> Non
     assert "has no tokenizer" in refused.stderr
     assert "--tokenizer" in refused.stderr
 
-    done = olmo_bridge("generate", bare, *prompt, "--tokenizer", checkpoint / "iter_0000000/hf",
-                       "--max-new-tokens", 8)  # fmt: skip
+    done = olmo_bridge(
+        "generate",
+        bare,
+        *prompt,
+        "--tokenizer",
+        checkpoint / "iter_0000000/hf",
+        "--max-new-tokens",
+        8,
+    )
 
     assert done.stdout.split() == [f"w{token}" for token in expected[:8]]
 

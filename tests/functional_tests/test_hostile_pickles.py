@@ -232,12 +232,25 @@ def real_args() -> argparse.Namespace:
     """``args`` as a training run saves them: real objects of the classes that occur there."""
     enums = pytest.importorskip("megatron.core.transformer.enums")
     return argparse.Namespace(
-        num_layers=4, hidden_size=128, ffn_hidden_size=384, num_attention_heads=8,
-        group_query_attention=True, num_query_groups=4, kv_channels=16,
-        max_position_embeddings=4096, norm_epsilon=1e-6, rotary_base=500000,
-        position_embedding_type="rope", normalization="RMSNorm", swiglu=True, qk_layernorm=True,
-        untie_embeddings_and_output_weights=True, padded_vocab_size=1024, vocab_size=1024,
-        bf16=True, fp16=False,
+        num_layers=4,
+        hidden_size=128,
+        ffn_hidden_size=384,
+        num_attention_heads=8,
+        group_query_attention=True,
+        num_query_groups=4,
+        kv_channels=16,
+        max_position_embeddings=4096,
+        norm_epsilon=1e-6,
+        rotary_base=500000,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        swiglu=True,
+        qk_layernorm=True,
+        untie_embeddings_and_output_weights=True,
+        padded_vocab_size=1024,
+        vocab_size=1024,
+        bf16=True,
+        fp16=False,
         **OTHER_TYPES,
         attention_backend=enums.AttnBackend.auto,
         attn_mask_type=enums.AttnMaskType.causal,
@@ -254,7 +267,7 @@ def real_args() -> argparse.Namespace:
         known=frozenset({"x"}),
         blend=(None, {"k": slice(1, 2)}),
         a_tensor=torch.arange(4.0),
-    )  # fmt: skip
+    )
 
 
 def test_the_args_of_a_real_run_are_read(copy: Path, tmp_path: Path, sharded: Path) -> None:

@@ -75,9 +75,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"id": REPO, "sha": commit, "siblings": siblings})
         if what == "tree":
             return self.answer(
-                [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": tag(p)}
-                 for p in files]
-            )  # fmt: skip
+                [
+                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": tag(p)}
+                    for p in files
+                ]
+            )
         if not (folder / what).is_file():
             return self.fail("EntryNotFound", commit)
         return self.send(200, (folder / what).read_bytes(), commit, etag=tag(folder / what))
@@ -93,14 +95,24 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, b"{}", commit, code=code, message=message)
 
     def send(
-        self, status: int, body: bytes, commit: str | None, etag: str = "", code: str = "",
-        kind: str = "application/octet-stream", message: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        status: int,
+        body: bytes,
+        commit: str | None,
+        etag: str = "",
+        code: str = "",
+        kind: str = "application/octet-stream",
+        message: str = "",
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", kind)
-        for name, value in (("X-Repo-Commit", commit), ("ETag", etag and f'"{etag}"'),
-                            ("X-Error-Code", code), ("X-Error-Message", message)):  # fmt: skip
+        for name, value in (
+            ("X-Repo-Commit", commit),
+            ("ETag", etag and f'"{etag}"'),
+            ("X-Error-Code", code),
+            ("X-Error-Message", message),
+        ):
             if value:
                 self.send_header(name, value)
         self.end_headers()

@@ -89,9 +89,22 @@ def test_stock_megatron_core_trains_an_import(
     hf: Path, imported: Path, tmp_path: Path, processes: int, optimizer: str
 ) -> None:
     run, exported = tmp_path / "run", tmp_path / "hf"
-    stock("save", "--hf", hf, "--checkpoint", imported / "iter_0000000", "--out", run,
-          "--optimizer", optimizer, "--tokens", tokens_argument(), "--tp", processes,
-          processes=processes)  # fmt: skip
+    stock(
+        "save",
+        "--hf",
+        hf,
+        "--checkpoint",
+        imported / "iter_0000000",
+        "--out",
+        run,
+        "--optimizer",
+        optimizer,
+        "--tokens",
+        tokens_argument(),
+        "--tp",
+        processes,
+        processes=processes,
+    )
     done = olmo_bridge("export", run, exported, "--hf-config", hf)
     assert done.exit_code == 0, done.output
 
@@ -115,8 +128,17 @@ def test_stock_megatron_lm_trains_an_import(
     """With the flags that `inspect` prints; `export` needs no config from elsewhere."""
     flags = [*inspect(imported).megatron_flags, "--tensor-model-parallel-size", processes]
     flags += ["--use-distributed-optimizer"] if distributed else []
-    run_script("megatron_training_step", imported, "--tokens", tokens_argument(),
-               "--out", tmp_path / "run", "--", *flags, processes=processes)  # fmt: skip
+    run_script(
+        "megatron_training_step",
+        imported,
+        "--tokens",
+        tokens_argument(),
+        "--out",
+        tmp_path / "run",
+        "--",
+        *flags,
+        processes=processes,
+    )
     done = olmo_bridge("export", tmp_path / "run", tmp_path / "hf")
     assert done.exit_code == 0, done.output
     assert_one_step(hf, tmp_path / "hf")

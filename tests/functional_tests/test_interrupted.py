@@ -37,9 +37,11 @@ class Running:
         ours, theirs = os.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatron_olmo_bridge", *map(str, arguments)],
-            stdout=subprocess.DEVNULL, stderr=theirs, start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=theirs,
+            start_new_session=True,
             env=os.environ | {"TMPDIR": str(temporary)},
-        )  # fmt: skip
+        )
         os.close(theirs)
         self._terminal = os.fdopen(ours, newline="\n")
         self.shown: list[str] = []

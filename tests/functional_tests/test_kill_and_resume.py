@@ -71,10 +71,14 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversio
     hf = synth("olmo2-tiny", root / "hf", layers=12, max_shard_size="1MB")
     found = {}
     for operation, source, options, arguments in (
-        ("import", hf, {"make_vocab_size_divisible_by": 1280},
-         ("--make-vocab-size-divisible-by", "1280")),
+        (
+            "import",
+            hf,
+            {"make_vocab_size_divisible_by": 1280},
+            ("--make-vocab-size-divisible-by", "1280"),
+        ),
         ("export", root / "import", {"max_shard_size": "1MB"}, ("--max-shard-size", "1MB")),
-    ):  # fmt: skip
+    ):
         conversion = Conversion(operation, source, options, arguments, {}, 0)
         with pytest.MonkeyPatch.context() as patch:
             writes = counted(patch, Transfer, "write")

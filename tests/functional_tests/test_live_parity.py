@@ -74,8 +74,10 @@ def test_bfloat16_errs_no_more_than_transformers(models: Path, layout: str, resu
     theirs = (hf_logits(models / "half", HALF_BATCH, torch.bfloat16) - exact).abs()
     ours = (torch.load(results / f"half-{layout}" / "logits.pt")[0] - exact).abs()
     mean, largest = float(ours.mean() / theirs.mean()), float(ours.max() / theirs.max())
-    print(f"{layout}: error of theirs, mean {theirs.mean():.2e}, max {theirs.max():.2e}; "
-          f"ratio of ours, mean {mean:.3f}, max {largest:.3f}")  # fmt: skip
+    print(
+        f"{layout}: error of theirs, mean {theirs.mean():.2e}, max {theirs.max():.2e}; "
+        f"ratio of ours, mean {mean:.3f}, max {largest:.3f}"
+    )
     assert theirs.mean() > 0
     assert mean <= 1.2
     assert largest <= 1.2

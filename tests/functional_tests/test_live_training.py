@@ -42,9 +42,12 @@ def plain_run(folder: Path) -> dict:
     others = [p for name, p in model.named_parameters() if name != EMBEDDING]
     embedding = {"params": [model.model.embed_tokens.weight], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(
-        [embedding, {"params": others}], lr=LEARNING_RATE, betas=BETAS, eps=EPSILON,
+        [embedding, {"params": others}],
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=EPSILON,
         weight_decay=DECAY,
-    )  # fmt: skip
+    )
     losses, norms = [], []
     for tokens in training_tokens():
         loss = cross_entropy(model(tokens).logits.flatten(0, 1), labels_of(tokens).flatten())
@@ -83,8 +86,10 @@ def test_training_is_that_of_transformers(
         for name, start in before.items()
     }
     name, error = worst(moved)
-    print(f"{layout}{optimizer}: losses differ by {losses[1]:.1e}, norms by {norms[1]:.1e}, "
-          f"updates by {error:.1e} ({name})")  # fmt: skip
+    print(
+        f"{layout}{optimizer}: losses differ by {losses[1]:.1e}, norms by {norms[1]:.1e}, "
+        f"updates by {error:.1e} ({name})"
+    )
     assert losses[1] <= 1e-4, losses[0]
     assert norms[1] <= 1e-3, norms[0]
     assert error <= 0.01, name

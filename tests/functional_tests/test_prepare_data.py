@@ -58,11 +58,23 @@ def start(
     if stopped:
         command = [str(Path(__file__).with_name("prepare_stopped.py")), str(out)]
     return subprocess.Popen(
-        [sys.executable, *command, folder / "corpus.jsonl", out,
-         "--tokenizer", folder / "tokenizer", "--workers", "2", *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [
+            sys.executable,
+            *command,
+            folder / "corpus.jsonl",
+            out,
+            "--tokenizer",
+            folder / "tokenizer",
+            "--workers",
+            "2",
+            *options,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=before,
-    )  # fmt: skip
+    )
 
 
 def nobody_left(session: int) -> bool:
@@ -139,9 +151,10 @@ def test_a_worker_that_dies_is_told_of(folder: Path, tmp_path: Path) -> None:
 def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     limit = (folder / "one.bin").stat().st_size // 2  # enough for parts, not for all of them
     process = start(
-        folder, tmp_path / "out",
+        folder,
+        tmp_path / "out",
         before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    )
     _, said = process.communicate()
     assert process.returncode == 2
     assert said.endswith(

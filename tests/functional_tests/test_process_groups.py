@@ -116,10 +116,15 @@ def free_job() -> str:
 def srun_tasks(count: int) -> list[dict[str, str]]:
     job = free_job()
     return [
-        {"SLURM_STEP_NUM_TASKS": str(count), "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
-         "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": job}
+        {
+            "SLURM_STEP_NUM_TASKS": str(count),
+            "SLURM_PROCID": str(i),
+            "SLURM_LOCALID": str(i),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_JOB_ID": job,
+        }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -69,19 +69,40 @@ class Handler(BaseHTTPRequestHandler):
                 branches.setdefault(branch, dict(branches["main"]))
                 self.answer({}, 201 if new else 409)
             case ["api", "models", _, _, "preupload", _]:
-                self.answer({"files": [
-                    {"path": f["path"], "shouldIgnore": False,
-                     "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
-                    for f in json.loads(data)["files"]
-                ]})  # fmt: skip
+                self.answer(
+                    {
+                        "files": [
+                            {
+                                "path": f["path"],
+                                "shouldIgnore": False,
+                                "uploadMode": "lfs"
+                                if f["path"].endswith(".safetensors")
+                                else "regular",
+                            }
+                            for f in json.loads(data)["files"]
+                        ]
+                    }
+                )
             case [_, _, "info", "lfs", "objects", "batch"]:
-                self.answer({"transfer": "basic", "objects": [
-                    {"oid": o["oid"], "size": o["size"]} | (
-                        {} if o["oid"] in self.hub.objects
-                        else {"actions": {"upload": {"href": f"{self.hub.url}/store/{o['oid']}"}}}
-                    )
-                    for o in json.loads(data)["objects"]
-                ]}, kind="application/vnd.git-lfs+json")  # fmt: skip
+                self.answer(
+                    {
+                        "transfer": "basic",
+                        "objects": [
+                            {"oid": o["oid"], "size": o["size"]}
+                            | (
+                                {}
+                                if o["oid"] in self.hub.objects
+                                else {
+                                    "actions": {
+                                        "upload": {"href": f"{self.hub.url}/store/{o['oid']}"}
+                                    }
+                                }
+                            )
+                            for o in json.loads(data)["objects"]
+                        ],
+                    },
+                    kind="application/vnd.git-lfs+json",
+                )
             case ["api", "models", owner, name, "commit", branch]:
                 self.commit(self.hub.repos[f"{owner}/{name}"][branch], data)
             case _:
@@ -105,8 +126,9 @@ class Handler(BaseHTTPRequestHandler):
                 data = self.hub.objects[value["oid"]]
                 assert hashlib.sha256(data).hexdigest() == value["oid"]
                 branch[value["path"]] = data
-        self.answer({"commitUrl": f"{self.hub.url}/{REPO}/commit/{'c' * 40}",
-                     "commitOid": "c" * 40})  # fmt: skip
+        self.answer(
+            {"commitUrl": f"{self.hub.url}/{REPO}/commit/{'c' * 40}", "commitOid": "c" * 40}
+        )
 
     def read(self) -> bytes:
         self.hub.asked.append(f"{self.command} {self.path}")

@@ -73,8 +73,11 @@ def vocabulary_files() -> set[str]:
     for source in Path(transformers.__file__).parent.rglob("tokenization_*.py"):
         for node in ast.parse(source.read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VOCAB_FILES_NAMES":
-                found |= {c.value for c in ast.walk(node.value)
-                          if isinstance(c, ast.Constant) and "." in str(c.value)}  # fmt: skip
+                found |= {
+                    c.value
+                    for c in ast.walk(node.value)
+                    if isinstance(c, ast.Constant) and "." in str(c.value)
+                }
     return found
 
 
@@ -82,12 +85,21 @@ def test_every_name_that_transformers_has_a_constant_for(hf: Path) -> None:
     vocabularies = vocabulary_files()
     assert {"vocab.json", "merges.txt", "spiece.model", "source.spm"} <= vocabularies
     names = vocabularies | {
-        ADDED_TOKENS_FILE, AUDIO_TOKENIZER_NAME, CHAT_TEMPLATE_FILE, FEATURE_EXTRACTOR_NAME,
-        FULL_TOKENIZER_FILE, GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME,
-        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, MODEL_CARD_NAME, PROCESSOR_NAME,
-        SPECIAL_TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE, VIDEO_PROCESSOR_NAME,
+        ADDED_TOKENS_FILE,
+        AUDIO_TOKENIZER_NAME,
+        CHAT_TEMPLATE_FILE,
+        FEATURE_EXTRACTOR_NAME,
+        FULL_TOKENIZER_FILE,
+        GENERATION_CONFIG_NAME,
+        IMAGE_PROCESSOR_NAME,
+        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        MODEL_CARD_NAME,
+        PROCESSOR_NAME,
+        SPECIAL_TOKENS_MAP_FILE,
+        TOKENIZER_CONFIG_FILE,
+        VIDEO_PROCESSOR_NAME,
         f"{CHAT_TEMPLATE_DIR}/tool_use.jinja",
-    }  # fmt: skip
+    }
     for name in names:
         (hf / name).parent.mkdir(exist_ok=True)
         (hf / name).write_text(f"of {name}")
@@ -119,10 +131,15 @@ def processor(folder: Path) -> Any:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda _: fast(), byte_pairs(GPT2Tokenizer), byte_pairs(CTRLTokenizer), processor,
-     lambda _: GenerationConfig(temperature=0.5, do_sample=True)],
+    [
+        lambda _: fast(),
+        byte_pairs(GPT2Tokenizer),
+        byte_pairs(CTRLTokenizer),
+        processor,
+        lambda _: GenerationConfig(temperature=0.5, do_sample=True),
+    ],
     ids=["fast", "byte-level BPE", "slow BPE", "processor", "generation config"],
-)  # fmt: skip
+)
 def test_what_save_pretrained_writes(hf: Path, tmp_path: Path, make: Any) -> None:
     before = files(hf)
     (tmp_path / "parts").mkdir()
@@ -134,8 +151,9 @@ def test_what_save_pretrained_writes(hf: Path, tmp_path: Path, make: Any) -> Non
 def test_several_chat_templates_are_read_again(hf: Path) -> None:
     fast().save_pretrained(hf)
     assert AutoTokenizer.from_pretrained(there_and_back(hf)).chat_template == {
-        "default": "D", "tool_use": "T",
-    }  # fmt: skip
+        "default": "D",
+        "tool_use": "T",
+    }
 
 
 CODE = """
@@ -163,9 +181,16 @@ def test_a_models_own_code(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     own.OwnOlmo2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     shutil.rmtree(hf)
     own.OwnOlmo2ForCausalLM(
-        own.OwnConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                      num_attention_heads=4, pad_token_id=None, eos_token_id=None)
-    ).save_pretrained(hf)  # fmt: skip
+        own.OwnConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            pad_token_id=None,
+            eos_token_id=None,
+        )
+    ).save_pretrained(hf)
     assert {"modeling_own.py", "helper_of_own.py"} <= files(hf).keys()
     assert files(there_and_back(hf)) == files(hf)
 

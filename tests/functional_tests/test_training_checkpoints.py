@@ -34,9 +34,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def whole(place: Place) -> Run:
     """A run at TP 2 that nothing happens to, and its exports."""
     return place.run(
-        "whole", "parallel.tp=2", f"export.hf={place.folder}/exports", "export.interval=4",
+        "whole",
+        "parallel.tp=2",
+        f"export.hf={place.folder}/exports",
+        "export.interval=4",
         processes=2,
-    ).done()  # fmt: skip
+    ).done()
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +82,21 @@ def test_exports_while_training_are_the_checkpoints(place: Place, whole: Run) ->
 def test_checkpoints_load_in_stock_megatron(place: Place, whole: Run, tp: int) -> None:
     hf, logits = place.folder / "exports/step_14", place.folder / f"logits-{tp}.pt"
     stock(
-        "load", "--hf", hf, "--checkpoint", whole.folder / "iter_0000014", "--strict",
-        "raise_unexpected", "--tokens", tokens_argument(), "--logits", logits, "--tp", tp,
+        "load",
+        "--hf",
+        hf,
+        "--checkpoint",
+        whole.folder / "iter_0000014",
+        "--strict",
+        "raise_unexpected",
+        "--tokens",
+        tokens_argument(),
+        "--logits",
+        logits,
+        "--tp",
+        tp,
         processes=tp,
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor(TOKENS)).logits
@@ -148,8 +162,9 @@ def test_saved_while_training_goes_on(place: Place, whole: Run) -> None:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 20 MiB: room for one checkpoint of 12 MB, not for two."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", tmp_path],
-                      capture_output=True).returncode:  # fmt: skip
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "none", tmp_path], capture_output=True
+    ).returncode:
         pytest.skip("a small file system can't be mounted here: needs root")
     yield tmp_path
     subprocess.run(["umount", tmp_path], check=True)
@@ -235,9 +250,15 @@ def test_moments_of_another_run(place: Place) -> None:
     second = place.run("second", *settings, "train.steps=6", init, "init.optimizer=true").done()
     weights = place.run("weights", *settings, "train.steps=6", init).done()
     slower = place.run(
-        "slower", *settings, "train.steps=6", init, "init.optimizer=true", "optimizer.lr=1e-4",
-        "parallel.tp=2", processes=2,
-    ).done()  # fmt: skip
+        "slower",
+        *settings,
+        "train.steps=6",
+        init,
+        "init.optimizer=true",
+        "optimizer.lr=1e-4",
+        "parallel.tp=2",
+        processes=2,
+    ).done()
 
     later = {step - 6: values for step, values in long.curve.items() if step > 6}
     assert second.curve == later
@@ -278,9 +299,14 @@ def test_runs_are_not_mixed(place: Place, alone: Run, whole: Run) -> None:
 def test_a_loss_that_is_no_number_stops_the_run(place: Place, overrides: tuple[str, ...]) -> None:
     name = "-".join(["nan", *overrides])
     run = place.run(
-        name, "optimizer.lr=1e9", "schedule.warmup_steps=0", "checkpoint.interval=1",
-        "parallel.tp=2", *overrides, processes=2,
-    )  # fmt: skip
+        name,
+        "optimizer.lr=1e9",
+        "schedule.warmup_steps=0",
+        "checkpoint.interval=1",
+        "parallel.tp=2",
+        *overrides,
+        processes=2,
+    )
 
     assert "the loss of step 2 is nan. The weights were not changed by it." in refused(run)
     assert run.events("stopped")[0]["step"] == 2

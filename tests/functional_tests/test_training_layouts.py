@@ -101,10 +101,15 @@ def sequences(place: Place, count: int) -> torch.Tensor:
 
 
 def plain_loop(
-    source: Path, texts: torch.Tensor, *, embedding_decay: float = 0.0,
-    weight_decay: float = HARSH["weight_decay"], z_loss: float = HARSH["z_loss"],
-    clip: float = CLIP, late: int = 0,
-) -> Curve:  # fmt: skip
+    source: Path,
+    texts: torch.Tensor,
+    *,
+    embedding_decay: float = 0.0,
+    weight_decay: float = HARSH["weight_decay"],
+    z_loss: float = HARSH["z_loss"],
+    clip: float = CLIP,
+    late: int = 0,
+) -> Curve:
     """Loss and gradient norm of AdamW with a linear warmup and a cosine to a tenth."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).train()
     embedding = model.get_input_embeddings().weight

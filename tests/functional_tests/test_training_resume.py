@@ -49,9 +49,13 @@ def uninterrupted(place: Place) -> Uninterrupted:
 
 
 def train(
-    place: Place, name: str, layout: str, *overrides: str, fate: str = "lives",
+    place: Place,
+    name: str,
+    layout: str,
+    *overrides: str,
+    fate: str = "lives",
     recipe: str = "olmo2",
-) -> Run:  # fmt: skip
+) -> Run:
     overrides = (*LAYOUTS[layout], *overrides)
     return place.run(name, *overrides, processes=PROCESSES[layout], fate=fate, recipe=recipe)
 
@@ -96,9 +100,11 @@ def test_killed_ten_times(place: Place, uninterrupted: Uninterrupted, chain: int
     fates = random.Random(f"chain {chain}")
     runs, kills = [f"chain-{chain}"], 0
     while kills < 10:
-        fate = "saving:1" if kills == 4 else fates.choice(
-            [f"event:{fates.randint(1, 60)}", f"killed:{fates.randint(1, 13)}:0"]
-        )  # fmt: skip
+        fate = (
+            "saving:1"
+            if kills == 4
+            else fates.choice([f"event:{fates.randint(1, 60)}", f"killed:{fates.randint(1, 13)}:0"])
+        )
         run = train(place, runs[-1], "one", fate=fate)
         if run.codes == [0]:
             runs.append(f"chain-{chain}-{len(runs)}")
@@ -140,13 +146,24 @@ def test_ctrl_c_stops_all_processes_of_the_command(
     """``--processes 2``. The terminal sends it to all of them at once."""
     folder = place.folder / "command"
     command = [
-        sys.executable, "-m", "megatron_olmo_bridge", "train", f"{place.folder}/olmo2.py",
-        "--processes", "2", f"checkpoint.save={folder}", "parallel.tp=2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "megatron_olmo_bridge",
+        "train",
+        f"{place.folder}/olmo2.py",
+        "--processes",
+        "2",
+        f"checkpoint.save={folder}",
+        "parallel.tp=2",
+    ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
     run = Run(folder, [], "")
     wait_until(lambda: ((folder / "log.jsonl").exists() and len(run.log) > 3) or process.poll())
     os.killpg(process.pid, signal.SIGINT)
@@ -192,18 +209,24 @@ def test_bf16_resumes_exactly(place: Place, uninterrupted: Uninterrupted) -> Non
 
 
 OTHER_LAYOUTS = [
-    ("tp", "pp", ()), ("pp", "tp", ()), ("tp", "dp", ()),
-    ("tp", "pp", (PLAIN_OPTIMIZER,)), ("tp", "pp", (BF16,)),
-]  # fmt: skip
+    ("tp", "pp", ()),
+    ("pp", "tp", ()),
+    ("tp", "dp", ()),
+    ("tp", "pp", (PLAIN_OPTIMIZER,)),
+    ("tp", "pp", (BF16,)),
+]
 
 
 @pytest.mark.parametrize(
     ("before", "after", "overrides"), slow_but(OTHER_LAYOUTS[:1], OTHER_LAYOUTS)
 )
 def test_resumed_at_another_layout(
-    place: Place, uninterrupted: Uninterrupted, before: str, after: str,
+    place: Place,
+    uninterrupted: Uninterrupted,
+    before: str,
+    after: str,
     overrides: tuple[str, ...],
-) -> None:  # fmt: skip
+) -> None:
     """The ten steps after it. Measured: 4e-7, and in bfloat16 7e-4."""
     whole = uninterrupted(before, *overrides)
     name = "-".join([before, "to", after, *overrides])

@@ -111,8 +111,13 @@ def test_an_installed_wheel_trains_as_documented(
     assert "olmo2_tiny" in run("olmo-bridge recipes", tmp_path, environment)
     commands = documented("The first run")
     assert [c.split()[1] for c in commands if c.startswith("olmo-bridge")] == [
-        "recipes", "recipes", "prepare-data", "train", "export", "generate",
-    ]  # fmt: skip
+        "recipes",
+        "recipes",
+        "prepare-data",
+        "train",
+        "export",
+        "generate",
+    ]
     for command in commands:
         shorter = " train.steps=20 schedule.warmup_steps=5" if " train " in command else ""
         run(command + shorter, tmp_path, environment)

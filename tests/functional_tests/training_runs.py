@@ -80,22 +80,31 @@ class Place:
             each = [random.integers((0, 1, 20), (900, 7, 300)) for _ in range(count)]
             write_data(folder / name, [(a + b * np.arange(n)) % 1000 for a, b, n in each])
         for family, bridge, size in (
-            ("olmo2", "Olmo2Bridge", "olmo2-tiny"), ("gpt2", "GPT2Bridge", "gpt2-tiny"),
-        ):  # fmt: skip
+            ("olmo2", "Olmo2Bridge", "olmo2-tiny"),
+            ("gpt2", "GPT2Bridge", "gpt2-tiny"),
+        ):
             text = RECIPE.format(family=family, bridge=bridge, size=size, data=folder)
             (folder / f"{family}.py").write_text(text)
         return cls(folder)
 
     def run(
-        self, name: str, *overrides: str, processes: int = 1, fate: str = "lives",
+        self,
+        name: str,
+        *overrides: str,
+        processes: int = 1,
+        fate: str = "lives",
         recipe: str = "olmo2",
-    ) -> Run:  # fmt: skip
+    ) -> Run:
         """Train, in the run's folder of that name; goes on where one is there."""
         save = f"checkpoint.save={self.folder / name}"
         codes, said = ended(
-            "training_runs", fate, self.folder / f"{recipe}.py", save, *overrides,
+            "training_runs",
+            fate,
+            self.folder / f"{recipe}.py",
+            save,
+            *overrides,
             processes=processes,
-        )  # fmt: skip
+        )
         return Run(self.folder / name, codes, said)
 
     def back_at(self, run: Run, step: int, name: str) -> None:

@@ -61,9 +61,12 @@ def become(job: dict[str, Any], rank: int, port: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if job["processes"] > 1:
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"]),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(job["processes"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     sys.argv = [job["script"], *job["arguments"]]
     importlib.import_module(job["script"]).main()
     multiprocessing.util._exit_function()  # ends the helper of megatron-core's checkpoint writer

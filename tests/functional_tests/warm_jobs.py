@@ -15,9 +15,10 @@ from megatron_olmo_bridge.inference.jobs import Job
 def run(job: Job, tell: Any = None) -> None:
     """Do a job with the worker's own code."""
     run_script(
-        "megatron_olmo_bridge.inference.worker", json.dumps(asdict(job)),
+        "megatron_olmo_bridge.inference.worker",
+        json.dumps(asdict(job)),
         processes=job.tp * job.pp * job.ep,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -119,10 +119,15 @@ class Fuzzer:
 
         @seed(number)
         @settings(
-            max_examples=cases, deadline=None, database=None, derandomize=False,
+            max_examples=cases,
+            deadline=None,
+            database=None,
+            derandomize=False,
             suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate], print_blob=False, report_multiple_bugs=False,
-        )  # fmt: skip
+            phases=[Phase.generate],
+            print_blob=False,
+            report_multiple_bugs=False,
+        )
         @given(getattr(mutations, target.change)(sound))
         def holds(data: bytes) -> None:
             counts["cases"] += 1
@@ -146,8 +151,11 @@ class Fuzzer:
         self._findings.mkdir(parents=True, exist_ok=True)
         file = self._findings / f"{target.name}-{hashlib.sha256(data).hexdigest()[:12]}"
         file.write_bytes(data)
-        print(f"\nFINDING {target.name}: {finding}\n"
-              f"  run it again: python {Path(__file__)} --replay {file}", flush=True)  # fmt: skip
+        print(
+            f"\nFINDING {target.name}: {finding}\n"
+            f"  run it again: python {Path(__file__)} --replay {file}",
+            flush=True,
+        )
 
 
 def _kind(target: Target, finding: Finding) -> str:
@@ -172,8 +180,10 @@ def _difference(value: Any, expected: Any) -> str:
 
 
 def _print_table(fuzzer: Fuzzer) -> None:
-    print(f"\n{'target':20}{'cases':>8}{'refused':>9}{'accepted':>9}{'findings':>9}"
-          f"{'most s':>8}{'most MiB':>9}")  # fmt: skip
+    print(
+        f"\n{'target':20}{'cases':>8}{'refused':>9}{'accepted':>9}{'findings':>9}"
+        f"{'most s':>8}{'most MiB':>9}"
+    )
     for name, counts in fuzzer.counts.items():
         seconds, nbytes = fuzzer.worst[name]
         columns = "".join(f"{counts[k]:9,}" for k in ("refused", "accepted", "findings"))

@@ -49,9 +49,12 @@ class Worker:
 
     def __init__(self, side: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, side], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
-        )  # fmt: skip
+            [sys.executable, "-W", "ignore", __file__, side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+        )
 
     def run(self, target: str, folder: Path) -> Outcome:
         """Run a case."""

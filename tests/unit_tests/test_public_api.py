@@ -105,10 +105,7 @@ def test_without_megatron_core_dir_leaves_out_what_needs_it() -> None:
 
 @pytest.mark.parametrize("name", ["AutoBridge", "compare", "generate", "train"])
 def test_without_megatron_core_a_live_name_says_what_to_install(name: str) -> None:
-    code = (
-        f"try: print(megatron_olmo_bridge.{name})\n"
-        "except ImportError as error: print(error)"
-    )  # fmt: skip
+    code = f"try: print(megatron_olmo_bridge.{name})\nexcept ImportError as error: print(error)"
     assert run(WITHOUT_MEGATRON + code) == (
         f"{name} needs megatron-core: pip install 'megatron-olmo-bridge[megatron]' "
         "(in a clone: pip install -e '.[megatron]')"

@@ -25,61 +25,92 @@ from megatron_olmo_bridge.training.resolve import bridge_of, resolve
 README = Path(__file__).parents[2] / "recipes" / "README.md"
 
 ADAMW = {
-    "optimizer.beta1": 0.9, "optimizer.beta2": 0.95, "optimizer.eps": 1e-8,
-    "optimizer.weight_decay": 0.1, "optimizer.clip_grad": 1.0,
-}  # fmt: skip
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.95,
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip_grad": 1.0,
+}
 OLMO = ADAMW | {
-    "optimizer.decayed": "all_but_embeddings", "optimizer.z_loss": 1e-5,
-    "provider.init_method_std": 0.02, "train.precision": "bfloat16",
-}  # fmt: skip
+    "optimizer.decayed": "all_but_embeddings",
+    "optimizer.z_loss": 1e-5,
+    "provider.init_method_std": 0.02,
+    "train.precision": "bfloat16",
+}
 COSINE = {"schedule.decay": "cosine", "schedule.min_lr_ratio": 0.1, "init.optimizer": False}
 TO_ZERO = {
-    "schedule.decay": "linear", "schedule.min_lr_ratio": 0.0, "schedule.warmup_steps": 0,
+    "schedule.decay": "linear",
+    "schedule.min_lr_ratio": 0.0,
+    "schedule.warmup_steps": 0,
     "init.optimizer": True,
-}  # fmt: skip
+}
 SKIPS = {"stability.on_spike": "skip", "stability.sigma": 6.0, "stability.window": 128}
 
 
 def olmo2(lr: float, batch: int, steps: int, end: int, seed: int) -> dict[str, Any]:
     return OLMO | {
-        "optimizer.lr": lr, "train.global_batch_size": batch, "train.steps": steps,
-        "schedule.end_step": end, "train.seed": seed, "train.sequence_length": 4096,
-    }  # fmt: skip
+        "optimizer.lr": lr,
+        "train.global_batch_size": batch,
+        "train.steps": steps,
+        "schedule.end_step": end,
+        "train.seed": seed,
+        "train.sequence_length": 4096,
+    }
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "olmo2_1b": COSINE | olmo2(4e-4, 512, 1907359, 2384186, 6198)
-    | {"schedule.warmup_steps": 4000},
+    "olmo2_1b": COSINE | olmo2(4e-4, 512, 1907359, 2384186, 6198) | {"schedule.warmup_steps": 4000},
     "olmo2_1b:stage2": TO_ZERO | olmo2(7.4487e-5, 512, 23852, 23842, 42),
-    "olmo2_7b": COSINE | olmo2(3e-4, 1024, 928646, 1192093, 6198)
-    | {"schedule.warmup_steps": 2000},
+    "olmo2_7b": COSINE | olmo2(3e-4, 1024, 928646, 1192093, 6198) | {"schedule.warmup_steps": 2000},
     "olmo2_7b:stage2": TO_ZERO | olmo2(6.1499e-5, 1024, 11931, 11921, 42),
-    "olmo2_13b": COSINE | olmo2(9e-4, 2048, 596057, 596047, 6198)
-    | {"schedule.warmup_steps": 1000},
+    "olmo2_13b": COSINE | olmo2(9e-4, 2048, 596057, 596047, 6198) | {"schedule.warmup_steps": 1000},
     "olmo2_13b:stage2": TO_ZERO | olmo2(9e-5, 2048, 11931, 11921, 1110),
     "olmo2_13b:stage2_300b": TO_ZERO | olmo2(9e-5, 2048, 35773, 35763, 2662),
-    "olmo2_32b": COSINE | SKIPS | olmo2(6e-4, 2048, 721901, 774861, 34521)
+    "olmo2_32b": COSINE
+    | SKIPS
+    | olmo2(6e-4, 2048, 721901, 774861, 34521)
     | {"schedule.warmup_steps": 2000},
     "olmo2_32b:stage2": TO_ZERO | SKIPS | olmo2(6.6232e-5, 2048, 11921, 11921, 1110),
-    "olmo2_32b:stage2_300b": TO_ZERO | SKIPS
-    | olmo2(6.6232e-5, 2048, 35763, 35763, 2662),
-    "olmo3_7b": COSINE | SKIPS | olmo2(3e-4, 512, 597046, 1192093, 34521)
-    | {"train.sequence_length": 8192, "schedule.warmup_steps": 2000,
-       "provider.make_vocab_size_divisible_by": 128},
-    "olmo3_7b:stage2": TO_ZERO | SKIPS
+    "olmo2_32b:stage2_300b": TO_ZERO | SKIPS | olmo2(6.6232e-5, 2048, 35763, 35763, 2662),
+    "olmo3_7b": COSINE
+    | SKIPS
+    | olmo2(3e-4, 512, 597046, 1192093, 34521)
+    | {
+        "train.sequence_length": 8192,
+        "schedule.warmup_steps": 2000,
+        "provider.make_vocab_size_divisible_by": 128,
+    },
+    "olmo3_7b:stage2": TO_ZERO
+    | SKIPS
     | olmo2(2.0712352850360292e-4, 256, 47684, 47684, 1337)
     | {"train.sequence_length": 8192, "provider.make_vocab_size_divisible_by": 128},
-    "olmoe_1b_7b": COSINE | olmo2(4e-4, 1024, 1_200_000, 1192093, 6198)
-    | {"schedule.warmup_steps": 2500, "optimizer.decayed": "all", "optimizer.z_loss": 0.0,
-       "provider.moe_aux_loss_coeff": 0.01, "provider.moe_z_loss_coeff": 0.001},
-    "gpt2_124m": COSINE | ADAMW | {
-        "optimizer.lr": 6e-4, "optimizer.decayed": "matrices", "optimizer.z_loss": 0.0,
-        "train.global_batch_size": 480, "train.steps": 600_000, "train.sequence_length": 1024,
-        "train.micro_batch_size": 12, "train.seed": 1337, "train.precision": "bfloat16",
-        "schedule.warmup_steps": 2000, "schedule.end_step": 600_000,
-        "provider.init_method_std": 0.02, "provider.make_vocab_size_divisible_by": 64,
+    "olmoe_1b_7b": COSINE
+    | olmo2(4e-4, 1024, 1_200_000, 1192093, 6198)
+    | {
+        "schedule.warmup_steps": 2500,
+        "optimizer.decayed": "all",
+        "optimizer.z_loss": 0.0,
+        "provider.moe_aux_loss_coeff": 0.01,
+        "provider.moe_z_loss_coeff": 0.001,
     },
-}  # fmt: skip
+    "gpt2_124m": COSINE
+    | ADAMW
+    | {
+        "optimizer.lr": 6e-4,
+        "optimizer.decayed": "matrices",
+        "optimizer.z_loss": 0.0,
+        "train.global_batch_size": 480,
+        "train.steps": 600_000,
+        "train.sequence_length": 1024,
+        "train.micro_batch_size": 12,
+        "train.seed": 1337,
+        "train.precision": "bfloat16",
+        "schedule.warmup_steps": 2000,
+        "schedule.end_step": 600_000,
+        "provider.init_method_std": 0.02,
+        "provider.make_vocab_size_divisible_by": 64,
+    },
+}
 """OLMo-2 1B, 7B and 13B: allenai/OLMo ``configs/official-0425``, ``configs/official-1124``, of 13B
 the peak from the launch scripts; 32B and Olmo-3: allenai/OLMo-core ``src/scripts/official``; OLMoE:
 allenai/OLMo ``configs/official/OLMoE-1B-7B-0824.yml``; GPT-2: nanoGPT. Steps: revisions on the hub,
@@ -240,7 +271,10 @@ def test_the_readmes_table() -> None:
         found = estimated(config, int(cells[3]))
         parallel = config.parallel
         assert cells == [
-            human_count(found.parameters), short(found.tokens), f"{found.steps:,}", cells[3],
+            human_count(found.parameters),
+            short(found.tokens),
+            f"{found.steps:,}",
+            cells[3],
             f"{parallel.tp} x {parallel.pp} x {found.data_parallel_size}",
             f"{found.worst.total / 1e9:.1f}",
-        ]  # fmt: skip
+        ]

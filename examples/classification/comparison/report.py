@@ -84,11 +84,15 @@ def rows(report: Report) -> list[list[str]]:
     """Return the rows for :func:`columns`."""
     return [
         [
-            r.name, f"{r.parameters:,}", *_measures(r),
-            f"{r.speed.p50_ms:.2f}", f"{r.speed.p95_ms:.2f}", f"{r.speed.texts_per_s:.1f}",
+            r.name,
+            f"{r.parameters:,}",
+            *_measures(r),
+            f"{r.speed.p50_ms:.2f}",
+            f"{r.speed.p95_ms:.2f}",
+            f"{r.speed.texts_per_s:.1f}",
         ]
         for r in report.results
-    ]  # fmt: skip
+    ]
 
 
 def _measures(result: Result) -> list[str]:

@@ -84,10 +84,14 @@ def prepare_data(
     from megatron_olmo_bridge.data.prepare import prepare_data as run
 
     options: dict[str, Any] = {
-        "tokenizer": tokenizer, "text_field": text_field, "txt_documents": txt_documents,
-        "token_dtype": token_dtype, "skip_bad_lines": skip_bad_lines, "resume": resume,
+        "tokenizer": tokenizer,
+        "text_field": text_field,
+        "txt_documents": txt_documents,
+        "token_dtype": token_dtype,
+        "skip_bad_lines": skip_bad_lines,
+        "resume": resume,
         "overwrite": overwrite,
-    }  # fmt: skip
+    }
     if dry_run:
         return _show_plan(plan_data(inputs, out, **options))
     begin = time.monotonic()
@@ -116,11 +120,16 @@ def _show_plan(plan: DataPlan) -> Outcome:
         f"{plan.writer.dtype} by {plan.tokenizer.name} (vocabulary of "
         f"{plan.tokenizer.vocab_size:,}). Nothing was written."
     )
-    return Outcome({
-        "prefix": plan.partial.prefix, "inputs": plan.files, "bytes_read": size,
-        "dtype": plan.writer.dtype, "tokenizer": plan.tokenizer.name,
-        "vocab_size": plan.tokenizer.vocab_size,
-    })  # fmt: skip
+    return Outcome(
+        {
+            "prefix": plan.partial.prefix,
+            "inputs": plan.files,
+            "bytes_read": size,
+            "dtype": plan.writer.dtype,
+            "tokenizer": plan.tokenizer.name,
+            "vocab_size": plan.tokenizer.vocab_size,
+        }
+    )
 
 
 class _TokenBar(ProgressBar, PrepareReporter):
@@ -154,8 +163,12 @@ def inspect_dataset(path: Path) -> Outcome:
     if info.inputs:
         size = human_bytes(sum(file["bytes"] for file in info.inputs))
         rows.append(["prepared from", f"{size} in {len(info.inputs)} file(s)"])
-        rows.append(["left out", f"{info.bad_lines:,} bad lines, {info.empty_documents:,} "
-                                 "documents without text"])  # fmt: skip
+        rows.append(
+            [
+                "left out",
+                f"{info.bad_lines:,} bad lines, {info.empty_documents:,} documents without text",
+            ]
+        )
     rows.append(["begins with", " ".join(map(str, found.first_tokens[:12])) + " ..."])
     if found.first_text is not None:
         rows.append(["which is", repr(found.first_text)])

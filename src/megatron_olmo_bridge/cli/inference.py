@@ -101,9 +101,18 @@ def compare(
     from megatron_olmo_bridge.inference.compare import compare as run
 
     found = run(
-        hf, other, tp=tp, pp=pp, sp=sp, ep=ep, dtype=dtype, prompt=prompt, tokens=tokens,
-        threshold=threshold, tell=_show_step,
-    )  # fmt: skip
+        hf,
+        other,
+        tp=tp,
+        pp=pp,
+        sp=sp,
+        ep=ep,
+        dtype=dtype,
+        prompt=prompt,
+        tokens=tokens,
+        threshold=threshold,
+        tell=_show_step,
+    )
     _print_comparison(found)
     return Outcome(
         {"equal": found.equal, "parts_at": found.parts_at} | asdict(found),
@@ -129,10 +138,15 @@ def _print_comparison(found: Comparison) -> None:
     )
     say("")
     rows = [
-        [x.name, f"{x.max_error:.3g}", f"{x.magnitude:.3g}", f"{x.share:.3g}",
-         "differs" if x.parts else ""]
+        [
+            x.name,
+            f"{x.max_error:.3g}",
+            f"{x.magnitude:.3g}",
+            f"{x.share:.3g}",
+            "differs" if x.parts else "",
+        ]
         for x in _shown(found.layers)
-    ]  # fmt: skip
+    ]
     table(["after", "largest error", "largest value", "error / allowed", ""], rows)
     say("")
     if found.equal:
@@ -212,13 +226,21 @@ def generate(
     if (prompt is None) == (tokens is None):
         raise InputError("give either --prompt TEXT or --tokens 1,2,3")
     run = Generation(
-        checkpoint, prompt=prompt, tokens=_ids(tokens), tokenizer=tokenizer, dtype=dtype, tp=tp,
+        checkpoint,
+        prompt=prompt,
+        tokens=_ids(tokens),
+        tokenizer=tokenizer,
+        dtype=dtype,
+        tp=tp,
         pp=pp,
-    )  # fmt: skip
+    )
     for piece in run.stream(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
         tell=_show_step,
-    ):  # fmt: skip
+    ):
         if not output.silent:
             typer.echo(piece, nl=False)
     say("")

@@ -38,8 +38,13 @@ class Kind(Enum):
     TOKENS = "token ids"
 
 
-_KINDS = {".jsonl": Kind.JSON, ".json": Kind.JSON, ".txt": Kind.TXT, ".parquet": Kind.PARQUET,
-          ".npy": Kind.TOKENS}  # fmt: skip
+_KINDS = {
+    ".jsonl": Kind.JSON,
+    ".json": Kind.JSON,
+    ".txt": Kind.TXT,
+    ".parquet": Kind.PARQUET,
+    ".npy": Kind.TOKENS,
+}
 _SPLITTABLE = (Kind.JSON, Kind.TXT)
 
 
@@ -278,8 +283,9 @@ def _row_groups(path: str, size: int, column: str) -> list[Span]:
         )
     kind = schema.field(column).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(is_text(kind) for is_text in (types.is_string, types.is_large_string,
-                                             types.is_string_view)):  # fmt: skip
+    if not any(
+        is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view)
+    ):
         raise InputError(f"{path}: column {column!r} is {kind}, not text")
     groups = range(file.num_row_groups)
     ends = [0, *accumulate(file.metadata.row_group(i).total_byte_size for i in groups)]

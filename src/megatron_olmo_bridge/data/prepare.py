@@ -98,9 +98,16 @@ def prepare_data(
     """
     reporter = reporter or PrepareReporter()
     plan = plan_data(
-        inputs, out, tokenizer=tokenizer, text_field=text_field, txt_documents=txt_documents,
-        token_dtype=token_dtype, skip_bad_lines=skip_bad_lines, resume=resume, overwrite=overwrite,
-    )  # fmt: skip
+        inputs,
+        out,
+        tokenizer=tokenizer,
+        text_field=text_field,
+        txt_documents=txt_documents,
+        token_dtype=token_dtype,
+        skip_bad_lines=skip_bad_lines,
+        resume=resume,
+        overwrite=overwrite,
+    )
     writer, partial = plan.writer, plan.partial
     with partial.opened():
         if not partial.finished:

@@ -228,10 +228,11 @@ def encode_metadata(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, S
             (inert(f"torch.{tensor.dtype}"), layout, False, memory, False),
         )
         chunks = [
-            built(f"{_DCP}.ChunkStorageMetadata",
-                  {"offsets": size(c.offset), "sizes": size(c.shape)})
+            built(
+                f"{_DCP}.ChunkStorageMetadata", {"offsets": size(c.offset), "sizes": size(c.shape)}
+            )
             for c in tensor.chunks
-        ]  # fmt: skip
+        ]
         return built(
             f"{_DCP}.TensorStorageMetadata",
             {"properties": properties, "size": size(tensor.shape), "chunks": chunks},

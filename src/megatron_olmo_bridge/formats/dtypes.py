@@ -9,8 +9,12 @@ from .tensors import ITEM_SIZE
 KEEP = "keep"
 """In place of a dtype: that of the source."""
 _ALIASES = {
-    "fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16",
-}  # fmt: skip
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
 
 
 def canonical_dtype(dtype: object) -> str:

@@ -46,9 +46,11 @@ which a clone has in the place of a large file that was not downloaded."""
 _LARGEST_POINTER = 1 << 10
 """Bytes, by the same specification."""
 _KINDS = {
-    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-}  # fmt: skip
+}
 
 
 def check_name(path: Path) -> None:

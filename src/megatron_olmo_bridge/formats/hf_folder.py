@@ -21,15 +21,34 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"
 SIDE_FILES = (
-    CONFIG, "generation_config.json", "modelcard.json",
+    CONFIG,
+    "generation_config.json",
+    "modelcard.json",
     # Tokenizers: what all have, and the vocabulary files of transformers' classes.
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
-    f"{CHAT_TEMPLATES}/*.jinja", "*vocab*.json", "vocab.txt", "merges.txt", "*.model", "*.spm",
-    "*.tiktoken", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json",
-    "prophetnet.tokenizer", "tekken.json", "word_pronunciation.json", "word_shape.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    f"{CHAT_TEMPLATES}/*.jinja",
+    "*vocab*.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "bpe.codes",
+    "byte_maps.json",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "prophetnet.tokenizer",
+    "tekken.json",
+    "word_pronunciation.json",
+    "word_shape.json",
     # Processors.
-    "*processor_config.json", "audio_tokenizer_config.json",
-)  # fmt: skip
+    "*processor_config.json",
+    "audio_tokenizer_config.json",
+)
 """Patterns of the small files that ``save_pretrained`` of a model, its tokenizer and its processor
 writes beside the weights; from transformers 5.23's constants."""
 _SETTINGS = "config.json"

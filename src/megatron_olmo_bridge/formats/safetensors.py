@@ -20,10 +20,27 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _QUANTISED = {"I8", "U8", "I32", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"}
 _BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "I8": 8, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
-    "F8_E8M0": 8, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F32": 32, "I32": 32, "U32": 32,
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
-}  # fmt: skip
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "BOOL": 8,
+    "I8": 8,
+    "U8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+}
 """Bits an element, of every dtype of the format."""
 MAX_DIMENSIONS = 8
 MAX_NAME = 500
@@ -144,8 +161,10 @@ def write_header(tensors: Mapping[str, tuple[str, Shape]]) -> bytes:
     for name, (dtype, shape) in tensors.items():
         end = position + math.prod(shape) * ITEM_SIZE[dtype]
         entries[name] = {
-            "dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]
-        }  # fmt: skip
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

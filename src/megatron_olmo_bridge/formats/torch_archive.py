@@ -56,10 +56,11 @@ def object_archive(value: Any) -> bytes:
 def _archive(pickled: bytes, payload: int | None) -> tuple[bytes, bytes]:
     """The bytes before and after the payload; with none, all of them and nothing."""
     records: list[tuple[str, bytes | None]] = [
-        ("archive/data.pkl", pickled), ("archive/byteorder", b"little"),
+        ("archive/data.pkl", pickled),
+        ("archive/byteorder", b"little"),
         *([("archive/data/0", None)] if payload is not None else []),
         ("archive/version", b"3\n"),
-    ]  # fmt: skip
+    ]
     before, after, directory = bytearray(), bytearray(), bytearray()
     part, position = before, 0
     for name, data in records:
@@ -70,14 +71,40 @@ def _archive(pickled: bytes, payload: int | None) -> tuple[bytes, bytes]:
         padding = -(position + 30 + len(encoded) + len(zip64) + 4) % ALIGNMENT
         extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         header = struct.pack(
-            "<IHHHHHIIIHH", 0x04034B50, 45, 0, 0, 0, 0, crc, 2**32 - 1, 2**32 - 1,
-            len(encoded), len(extra),
-        )  # fmt: skip
+            "<IHHHHHIIIHH",
+            0x04034B50,
+            45,
+            0,
+            0,
+            0,
+            0,
+            crc,
+            2**32 - 1,
+            2**32 - 1,
+            len(encoded),
+            len(extra),
+        )
         central = struct.pack("<HHQQQ", 1, 24, size, size, position)
         directory += struct.pack(
-            "<IHHHHHHIIIHHHHHII", 0x02014B50, 45, 45, 0, 0, 0, 0, crc, 2**32 - 1, 2**32 - 1,
-            len(encoded), len(central), 0, 0, 0, 0, 2**32 - 1,
-        )  # fmt: skip
+            "<IHHHHHHIIIHHHHHII",
+            0x02014B50,
+            45,
+            45,
+            0,
+            0,
+            0,
+            0,
+            crc,
+            2**32 - 1,
+            2**32 - 1,
+            len(encoded),
+            len(central),
+            0,
+            0,
+            0,
+            0,
+            2**32 - 1,
+        )
         directory += encoded + central
         part += header + encoded + extra
         position += len(header) + len(encoded) + len(extra) + size
@@ -88,9 +115,18 @@ def _archive(pickled: bytes, payload: int | None) -> tuple[bytes, bytes]:
     end = position + len(directory)
     part += directory
     part += struct.pack(
-        "<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, len(records), len(records),
-        len(directory), position,
-    )  # fmt: skip
+        "<IQHHIIQQQQ",
+        0x06064B50,
+        44,
+        45,
+        45,
+        0,
+        0,
+        len(records),
+        len(records),
+        len(directory),
+        position,
+    )
     part += struct.pack("<IIQI", 0x07064B50, 0, end, 1)
     part += struct.pack(
         "<IHHHHIIH", 0x06054B50, 0, 0, len(records), len(records), len(directory), 2**32 - 1, 0
@@ -217,9 +253,12 @@ def array_of(value: Any, file: Path, where: str) -> StoredArray:
 def _calls(value: Any, name: str) -> bool:
     """Whether a value read from a pickle is the call of this global, and was not changed since."""
     return (
-        isinstance(value, Inert) and value.global_name == name
-        and value.state is None and not value.items and not value.members
-    )  # fmt: skip
+        isinstance(value, Inert)
+        and value.global_name == name
+        and value.state is None
+        and not value.items
+        and not value.members
+    )
 
 
 def _kind(value: Any) -> str:

@@ -31,9 +31,11 @@ from .torch_archive import read_archive, read_tensor
 FORMAT_FILE = "metadata.json"
 COMMON = "common.pt"
 FORMAT = {
-    "sharded_backend": "torch_dist", "sharded_backend_version": 1,
-    "common_backend": "torch", "common_backend_version": 1,
-}  # fmt: skip
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 # Optimizer, scheduler, RNG and loop state: no part of the model.
 _NOT_WEIGHTS = re.compile(
     r"(chained_\d+\.)?optimizer\b.*|.*rng_state.*|rerun_state_machine.*|opt_param_scheduler.*"

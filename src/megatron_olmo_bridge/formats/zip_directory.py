@@ -130,9 +130,24 @@ def _entry(directory: bytes, position: int) -> tuple[str, int, int, int, int]:
     """Name, place of the header, size and CRC of a record, and where the next entry begins."""
     fields = _ENTRY.unpack_from(directory, position)
     (
-        signature, _, _, flags, method, _, _, crc, packed, size, name, extra, comment, disk, _,
-        attributes, header,
-    ) = fields  # fmt: skip
+        signature,
+        _,
+        _,
+        flags,
+        method,
+        _,
+        _,
+        crc,
+        packed,
+        size,
+        name,
+        extra,
+        comment,
+        disk,
+        _,
+        attributes,
+        header,
+    ) = fields
     if signature != 0x02014B50:
         raise ValueError("its directory is damaged")
     position += _ENTRY.size

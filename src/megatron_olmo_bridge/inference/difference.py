@@ -158,11 +158,14 @@ def difference(
         kl_divergence=_kl(a, b),
         loss=None if classifier else (_loss(a, ids), _loss(b, ids)),
         layers=layers,
-        measure="largest error / largest value" if own is None
-        else "median token's mean error" if mixture else "mean error",
+        measure="largest error / largest value"
+        if own is None
+        else "median token's mean error"
+        if mixture
+        else "mean error",
         bound="fixed" if own is None else f"{factor:g} x transformers' own in {dtype}",
         config_differences=config_differences or [],
-    )  # fmt: skip
+    )
 
 
 def _max_error(a: torch.Tensor, b: torch.Tensor) -> float:

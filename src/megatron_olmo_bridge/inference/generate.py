@@ -47,9 +47,13 @@ def generate(
     """
     config = get_model_config(chunks[0])
     check_request(
-        prompt, vocab_size=vocab_size, positions=getattr(config, "max_position_embeddings", None),
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-    )  # fmt: skip
+        prompt,
+        vocab_size=vocab_size,
+        positions=getattr(config, "max_position_embeddings", None),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    )
     if len(chunks) > 1 or config.sequence_parallel:
         raise UnsupportedError("generation takes neither virtual pipelining nor sequence_parallel")
     room = len(prompt) + max_new_tokens

@@ -27,10 +27,18 @@ from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
 
 _BEYOND_SHAPES = (
-    "num_layers", "num_attention_heads", "num_query_groups", "kv_channels", "layernorm_epsilon",
-    "clip_qkv", "window_size", "window_attn_skip_freq", "moe_router_topk",
-    "moe_router_pre_softmax", "activation",
-)  # fmt: skip
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "layernorm_epsilon",
+    "clip_qkv",
+    "window_size",
+    "window_attn_skip_freq",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "activation",
+)
 """Numbers in which two models can differ though every tensor of the one fits the other."""
 
 

@@ -118,8 +118,11 @@ class QKVMapping(Mapping):
 
     def hf_shapes(self) -> dict[str, Shape]:
         kv = (self.num_query_groups * self.kv_channels, self.hidden_size)
-        return {self.q: (self.num_attention_heads * self.kv_channels, self.hidden_size),
-                self.k: kv, self.v: kv}  # fmt: skip
+        return {
+            self.q: (self.num_attention_heads * self.kv_channels, self.hidden_size),
+            self.k: kv,
+            self.v: kv,
+        }
 
     def placements(self) -> Iterator[Placement]:
         q_rows = self.num_attention_heads // self.num_query_groups * self.kv_channels

@@ -142,9 +142,13 @@ class MegatronMappingRegistry:
             if name in parameters:
                 raise MappingError(f"two mappings write the Megatron parameter {name}")
             parameters[name] = Parameter(
-                name, pattern, index, mapping.shape,
-                tuple(mapping.placements()), tuple(mapping.chunks()),
-            )  # fmt: skip
+                name,
+                pattern,
+                index,
+                mapping.shape,
+                tuple(mapping.placements()),
+                tuple(mapping.chunks()),
+            )
             for hf_name, shape in mapping.hf_shapes().items():
                 if hf_shapes.setdefault(hf_name, shape) != shape:
                     raise MappingError(f"two mappings give {hf_name} different shapes")
@@ -182,8 +186,11 @@ def check_tensors(
         if n in found and found[n] != expected[n]
     ]
     faults = []
-    for title, names in (("missing", missing), ("unexpected", unexpected),
-                         ("wrong shape", misshapen)):  # fmt: skip
+    for title, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("wrong shape", misshapen),
+    ):
         if names:
             faults.append(f"{title} ({len(names)}):\n{bulleted(names, SHOWN_OF_EACH_KIND)}")
     if faults:

@@ -142,8 +142,11 @@ class ModelBridge(ABC):
         names = {}
         if any(name == embedding or name.startswith(layers) for name in stored):
             heads = (HF_HEAD, HF_SCORE)
-            names = {n: f"{prefix}.{n}" for n in stored if n not in heads and
-                     not n.startswith(f"{prefix}.")}  # fmt: skip
+            names = {
+                n: f"{prefix}.{n}"
+                for n in stored
+                if n not in heads and not n.startswith(f"{prefix}.")
+            }
         known = {names.get(name, name) for name in stored}
         has_layers = any(name.startswith(self.hf_layers) for name in known)
         if self.is_tied and has_layers and HF_HEAD in known and self.hf_embedding not in known:

@@ -23,12 +23,20 @@ class DecoderConfig:
     label: ClassVar[str]
     """The family's name in messages."""
     hf_defaults: ClassVar[dict[str, Any]] = {
-        "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
-        "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None,
-        "vocab_size": 50304, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "vocab_size": 50304,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
         "hidden_act": "silu",
-    }  # fmt: skip
+    }
     """Keys of ``config.json`` that are read, with the defaults of transformers' config class."""
     hf_aliases: ClassVar[dict[str, str]] = {}
     """Other names of keys: ``attribute_map`` of transformers' config class."""
@@ -50,8 +58,15 @@ class DecoderConfig:
     share_embeddings_and_output_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-                     "num_query_groups", "kv_channels", "vocab_size"):  # fmt: skip
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "vocab_size",
+        ):
             check_count(name, getattr(self, name))
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
@@ -166,8 +181,10 @@ def ropes(hf: HFValues) -> dict[str, Rope]:
     if parameters and scaling and parameters != scaling:
         raise InputError("rope_parameters and rope_scaling contradict each other: remove one")
     if parameters and all(isinstance(value, dict) for value in parameters.values()):
-        return {kind: _rope(value, hf, f" in rope_parameters.{kind}") for kind, value in
-                parameters.items()}  # fmt: skip
+        return {
+            kind: _rope(value, hf, f" in rope_parameters.{kind}")
+            for kind, value in parameters.items()
+        }
     if any(isinstance(value, dict) for value in parameters.values()):
         raise InputError(
             "rope_parameters must be an object for each layer type, or the values of one rope; it "

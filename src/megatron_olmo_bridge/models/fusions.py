@@ -12,9 +12,13 @@ from megatron.core.transformer.moe import moe_utils
 from megatron_olmo_bridge.errors import UnsupportedError
 
 _CUDA_GRAPHS = (
-    "enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl", "cuda_graph_scope",
-    "cuda_graph_modules", "inference_cuda_graph_scope",
-)  # fmt: skip
+    "enable_cuda_graph",
+    "external_cuda_graph",
+    "cuda_graph_impl",
+    "cuda_graph_scope",
+    "cuda_graph_modules",
+    "inference_cuda_graph_scope",
+)
 """Fields of megatron-core 0.16.1 and 0.19.2 that turn CUDA graphs on."""
 _OFF: tuple[Any, ...] = (None, False, "none", "full", [])
 """What they are set to where they turn nothing on; scopes are "full", and then [], by default."""

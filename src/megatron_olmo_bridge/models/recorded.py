@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
 NEVER = dict.fromkeys(
     (
-        "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm",
-        "rotary_interleaved", "use_rope_scaling", "rope_scaling", "seq_len_interpolation_factor",
-        "no_rope_freq", "window_size", "softmax_scale", "qk_l2_norm", "squared_relu", "quick_geglu",
-        "num_moe_experts", "moe_router_topk_scaling_factor",
+        "layernorm_zero_centered_gamma",
+        "apply_residual_connection_post_layernorm",
+        "rotary_interleaved",
+        "use_rope_scaling",
+        "rope_scaling",
+        "seq_len_interpolation_factor",
+        "no_rope_freq",
+        "window_size",
+        "softmax_scale",
+        "qk_l2_norm",
+        "squared_relu",
+        "quick_geglu",
+        "num_moe_experts",
+        "moe_router_topk_scaling_factor",
     )
-)  # fmt: skip
+)
 """Settings that must be absent, false, zero or null, unless they are numbers of the family."""
 DECODER_SETTINGS: dict[str, Any] = NEVER | {
     "normalization": "RMSNorm",
@@ -44,8 +54,15 @@ _SPELLINGS = {
 """Names of one setting: TransformerConfig's, and the one that Megatron-LM's args have or had."""
 _EITHER = ("layernorm_epsilon",)
 """Settings of which one spelling is enough: the other may be a default that was never used."""
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-          "num_query_groups", "kv_channels", "num_moe_experts")  # fmt: skip
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_moe_experts",
+)
 _NOT_COMPARED = frozenset({"max_position_embeddings", "moe_aux_loss_coeff", "vocab_size"})
 """Numbers that don't change what the weights compute, or that are compared in their own way."""
 _OWN = frozenset({"clip_qkv", "full_attention_rope"})

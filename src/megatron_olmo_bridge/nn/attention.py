@@ -98,9 +98,15 @@ class ScaledDotProductAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout and not self.sequence_parallel else _NOTHING:
             out = scaled_dot_product_attention(
-                q, k, v, attn_mask=allowed, dropout_p=dropout, scale=self.scale,
-                is_causal=allowed is None and length > 1, enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                attn_mask=allowed,
+                dropout_p=dropout,
+                scale=self.scale,
+                is_causal=allowed is None and length > 1,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _seen(self, length: int, past: int, device: torch.device) -> torch.Tensor | None:

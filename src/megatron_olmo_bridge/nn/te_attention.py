@@ -49,6 +49,12 @@ class MaskedTEDotProductAttention(TEDotProductAttention):  # type: ignore[misc]
             else:
                 attn_mask_type = AttnMaskType.arbitrary
         return super().forward(  # type: ignore[no-any-return]
-            query, key, value, attention_mask, attn_mask_type,
-            attention_bias, packed_seq_params, **kwargs,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type,
+            attention_bias,
+            packed_seq_params,
+            **kwargs,
+        )

@@ -108,10 +108,14 @@ class _Store:
         if self._count == 1:
             return {}
         return {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self._count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self._count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
 
 
 class _Group:
@@ -139,10 +143,15 @@ class _Group:
         for env in environments:
             self._running.append(
                 subprocess.Popen(
-                    command, stdin=theirs, stdout=self._pipe, stderr=stderr, text=True, env=env,
+                    command,
+                    stdin=theirs,
+                    stdout=self._pipe,
+                    stderr=stderr,
+                    text=True,
+                    env=env,
                     process_group=self._running[0].pid if self._running else 0,
                 )
-            )  # fmt: skip
+            )
         os.close(theirs)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()

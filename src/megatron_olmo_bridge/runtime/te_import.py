@@ -19,8 +19,12 @@ from typing import Any
 
 TRANSFORMER_ENGINE = "transformer_engine"
 NO_CUDA = "Transformer Engine needs CUDA, and there is none here"
-_DISTRIBUTIONS = ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu12",
-                  "transformer-engine-cu13")  # fmt: skip
+_DISTRIBUTIONS = (
+    "transformer-engine",
+    "transformer-engine-torch",
+    "transformer-engine-cu12",
+    "transformer-engine-cu13",
+)
 _hidden: str | None = None
 """Why it was hidden."""
 

@@ -30,8 +30,9 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
     on_hub = None if path.exists() else _HUB_ID_AT.fullmatch(source)
     if on_hub is None:
         if revision is not None:
-            raise InputError(f"{source}: is a path; --revision is for a hub id such as "
-                             "allenai/OLMo-2-0425-1B")  # fmt: skip
+            raise InputError(
+                f"{source}: is a path; --revision is for a hub id such as allenai/OLMo-2-0425-1B"
+            )
         if not path.exists():
             raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
         return path, str(path.resolve()), None
@@ -121,9 +122,12 @@ def push_to_hub(
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         api.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, ignore_patterns=[PROVENANCE],
+            repo_id=repo,
+            folder_path=folder,
+            revision=revision,
+            ignore_patterns=[PROVENANCE],
             commit_message=f"Upload {folder.resolve().name}",
-        )  # fmt: skip
+        )
     except Exception as error:  # of the HTTP library, which differs from version to version
         raise OutputError(f"{repo}: {_reason(error, api.endpoint)}") from error
     return f"{url}/tree/{revision}" if revision is not None else str(url)

@@ -154,8 +154,9 @@ class Packer:
         self._parts: list[Literal | Payload] = []
         self._size = 0
 
-    def add(self, before: bytes, payload: TensorView | None, dtype: str,
-            after: bytes) -> tuple[str, int, int]:  # fmt: skip
+    def add(
+        self, before: bytes, payload: TensorView | None, dtype: str, after: bytes
+    ) -> tuple[str, int, int]:
         """Add a payload between two literals; returns file, offset and length of the three."""
         nbytes = Payload(0, payload, dtype).nbytes if payload else 0
         length = len(before) + nbytes + len(after)

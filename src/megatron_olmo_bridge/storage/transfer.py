@@ -38,9 +38,14 @@ OPEN_FILES = 16
 SHORT_RUN = 64 << 10
 """Runs shorter than this are cheaper through memory than as a kernel call each."""
 FALL_BACK = {
-    errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EPERM,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOTSOCK,
+    errno.EPERM,
     errno.EBADF,
-}  # fmt: skip
+}
 """Errors that say "not this way": other file systems, kernels and seccomp filters."""
 
 _LOG = logging.getLogger(__name__)

@@ -80,10 +80,14 @@ def _attention() -> list[Finding]:
         sdpa = "torch's scaled_dot_product_attention"
         return [Finding("attention", sdpa, True, "of all families, with windows and masks")]
     return [
-        Finding(f"attention, {kernel.size}", kernel.kernel, not kernel.kernel.startswith("not"),
-                f"{kernel.layers}, causal, in bfloat16; with another mask the unfused one")
+        Finding(
+            f"attention, {kernel.size}",
+            kernel.kernel,
+            not kernel.kernel.startswith("not"),
+            f"{kernel.layers}, causal, in bfloat16; with another mask the unfused one",
+        )
         for kernel in kernels
-    ]  # fmt: skip
+    ]
 
 
 def _devices() -> list[Finding]:
@@ -110,5 +114,12 @@ def _machine() -> list[Finding]:
             Finding("memory", f"{memory / 2**30:.1f} GiB", True, "conversion needs under 0.4 GiB")
         )
     free = shutil.disk_usage(Path()).free
-    return [*findings, Finding("disk here", f"{free / 1e9:.1f} GB free", True,
-                               "a conversion needs the size of its output")]  # fmt: skip
+    return [
+        *findings,
+        Finding(
+            "disk here",
+            f"{free / 1e9:.1f} GB free",
+            True,
+            "a conversion needs the size of its output",
+        ),
+    ]

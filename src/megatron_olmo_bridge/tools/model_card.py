@@ -92,9 +92,13 @@ def write_model_card(
         return False
     recorded, made_from = _origin(folder)
     text = model_card(
-        read_config(folder), name=name or folder.resolve().name, base=base or recorded,
-        license=license, training=training, made_from=made_from,
-    )  # fmt: skip
+        read_config(folder),
+        name=name or folder.resolve().name,
+        base=base or recorded,
+        license=license,
+        training=training,
+        made_from=made_from,
+    )
     file.write_text(text, encoding="utf-8")
     return True
 
@@ -152,8 +156,10 @@ def _usage(bridge: ModelBridge, name: str) -> str:
     auto, task, text = "AutoModelForCausalLM", "text-generation", "Language models are"
     if bridge.num_labels:
         auto, task, text = (
-            "AutoModelForSequenceClassification", "text-classification", "A text to classify",
-        )  # fmt: skip
+            "AutoModelForSequenceClassification",
+            "text-classification",
+            "A text to classify",
+        )
     return (
         f"from transformers import {auto}, AutoTokenizer, pipeline\n\n"
         f'model = {auto}.from_pretrained("{name}")\n'

@@ -19,9 +19,10 @@ from megatron_olmo_bridge.nn.classification import padding_mask
 
 Build = Callable[..., list[torch.nn.Module]]
 SIZES = [
-    name for name in published_sizes() if name.endswith("-tiny") and "moe" not in name
-    and "flex" not in name
-]  # fmt: skip
+    name
+    for name in published_sizes()
+    if name.endswith("-tiny") and "moe" not in name and "flex" not in name
+]
 PAD = 0
 
 

@@ -115,8 +115,12 @@ def test_stock_megatron_loads_an_import_into_transformer_engine(
     # megatron-core saves no state of the attention, and Transformer Engine may do without.
     assert all(n.endswith("core_attention._extra_state") for n in left.missing_keys)
     assert_holds(chunks, checkpoint)
-    layer = ("self_attention.linear_qkv", "self_attention.linear_proj.post_layernorm",
-             "mlp.linear_fc2", "mlp.linear_fc2.post_layernorm")  # fmt: skip
+    layer = (
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj.post_layernorm",
+        "mlp.linear_fc2",
+        "mlp.linear_fc2.post_layernorm",
+    )
     assert {f"decoder.layers.3.{name}._extra_state" for name in layer} <= extra_states(model)
 
 

@@ -104,9 +104,13 @@ def test_the_norm_has_olmos_order_of_operations(build: Build, hf_bfloat16: Path)
     from megatron.core.transformer import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=512, num_attention_heads=8, normalization="RMSNorm",
-        params_dtype=torch.bfloat16, bf16=True,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=512,
+        num_attention_heads=8,
+        normalization="RMSNorm",
+        params_dtype=torch.bfloat16,
+        bf16=True,
+    )
     ours = backend_named("transformer_engine").norm(config, 512, eps=1e-6)
     theirs = Olmo2RMSNorm(512, eps=1e-6).to(torch.bfloat16).cuda()
     torch.manual_seed(0)

@@ -53,9 +53,11 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True,
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
         env=env | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    )
 
 
 def test_megatron_core_alone_cannot_be_imported_beside_such_a_one() -> None:

@@ -73,9 +73,10 @@ def test_what_is_on(size: str, checkpoint: Checkpoint, build: Build) -> None:
 def test_losses_and_gradients(size: str, checkpoint: Checkpoint, build: Build) -> None:
     function = "WeightedSwiGLUFunction" if size in MIXTURES else "SwiGLUFunction"
     with patch.object(
-        getattr(fused_bias_swiglu, function), "forward",
+        getattr(fused_bias_swiglu, function),
+        "forward",
         wraps=getattr(fused_bias_swiglu, function).forward,
-    ) as fused:  # fmt: skip
+    ) as fused:
         found = losses_and_gradients(build(checkpoint(size))[0])
         assert fused.called == (size != "gpt2-tiny")
         fused.reset_mock()

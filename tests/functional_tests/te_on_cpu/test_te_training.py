@@ -42,16 +42,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(
-    folder: Path, data: Path, size: str, *, precision: str = "bfloat16", distributed: bool = True,
-    backend: str = "transformer_engine", start: Path | None = None,
-) -> list[float]:  # fmt: skip
+    folder: Path,
+    data: Path,
+    size: str,
+    *,
+    precision: str = "bfloat16",
+    distributed: bool = True,
+    backend: str = "transformer_engine",
+    start: Path | None = None,
+) -> list[float]:
     """Of a run in a folder, which goes on where one is there."""
     config = TrainingConfig(
         name="te",
         model={} if start else dict(published_sizes()[size].sizes[size]),
         provider={"init_method_std": 0.02, "init_truncation": 3.0, "backend": backend},
         train=StepsConfig(
-            steps=STEPS, global_batch_size=4, micro_batch_size=2, sequence_length=32,
+            steps=STEPS,
+            global_batch_size=4,
+            micro_batch_size=2,
+            sequence_length=32,
             precision=precision,
         ),
         data=DataConfig(path=[str(data)]),
@@ -61,7 +70,7 @@ def losses(
         logging=LoggingConfig(interval=1),
         parallel=ParallelConfig(distributed_optimizer=distributed),
         init=InitConfig(hf=str(start) if start else None),
-    )  # fmt: skip
+    )
     train(config, say=lambda *_: None)
     destroy_process_groups()
     return [line["loss"] for line in RunHistory.read(folder).steps]
@@ -88,9 +97,15 @@ def test_float32_losses_are_those_of_the_local_backend(
     size: str, data: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     ours, local = (
-        losses(tmp_path / backend, data, size, precision="float32", backend=backend,
-               start=checkpoint(size))
+        losses(
+            tmp_path / backend,
+            data,
+            size,
+            precision="float32",
+            backend=backend,
+            start=checkpoint(size),
+        )
         for backend in ("transformer_engine", "local")
-    )  # fmt: skip
+    )
     assert local[-1] < local[0] - 0.02
     torch.testing.assert_close(ours, local, rtol=0, atol=2e-5)

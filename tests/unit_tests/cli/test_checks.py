@@ -31,9 +31,13 @@ def test_equal(tiny_hf: Path, tiny_megatron: Path) -> None:
     assert result.stdout == "Equal: 47 tensors, 2.10 MB compared bit for bit.\n"
     said = result_of(run("verify", tiny_hf, tiny_megatron, "--json"))
     assert said == {
-        "equal": True, "differences": [], "compared": 47, "nbytes": 2_100_992, "notes": [],
+        "equal": True,
+        "differences": [],
+        "compared": 47,
+        "nbytes": 2_100_992,
+        "notes": [],
         "checked": "tensors",
-    }  # fmt: skip
+    }
     assert run("verify", tiny_hf, tiny_megatron, "--quiet").output == ""
 
 
@@ -42,8 +46,13 @@ def test_not_equal(make_hf: HF) -> None:
     a, b = make_hf("a"), make_hf("b", change=lambda t: t[name][4].zero_())
     result = run("verify", a, b)
     assert result.exit_code == 1
-    for text in ("differs", "values", name, "36 of 1800 differ; first at [4, 0]: ",
-                 "NOT equal: 1 difference(s). 36 tensors"):  # fmt: skip
+    for text in (
+        "differs",
+        "values",
+        name,
+        "36 of 1800 differ; first at [4, 0]: ",
+        "NOT equal: 1 difference(s). 36 tensors",
+    ):
         assert text in result.stdout
     result = run("verify", a, b, "--json")
     assert result.exit_code == 1
@@ -86,9 +95,14 @@ def test_inspect(tiny_hf: Path, tiny_megatron: Path) -> None:
     result = run("inspect", tiny_megatron)
     assert result.exit_code == 0
     for text in (
-        "Megatron torch_dist, layers stacked in one key", "olmo2, olmo2-tiny", "1,050,496",
-        "bfloat16", "iter_0000000", str(tiny_hf), "num_query_groups",
-    ):  # fmt: skip
+        "Megatron torch_dist, layers stacked in one key",
+        "olmo2, olmo2-tiny",
+        "1,050,496",
+        "bfloat16",
+        "iter_0000000",
+        str(tiny_hf),
+        "num_query_groups",
+    ):
         assert text in result.stdout, text
     assert "linear_qkv" not in result.stdout
     assert run("inspect", tiny_megatron, "--quiet").output == ""
@@ -101,8 +115,10 @@ def test_inspect_tensors_and_mapping(tiny_megatron: Path) -> None:
     mapping = run("inspect", tiny_megatron, "--mapping").stdout
     line = next(li for li in mapping.splitlines() if "linear_qkv" in li and "k_proj" in li)
     assert line.split()[:3] == [
-        "decoder.layers.*.self_attention.linear_qkv.weight", "[32:48,", "0:128]"
-    ]  # fmt: skip
+        "decoder.layers.*.self_attention.linear_qkv.weight",
+        "[32:48,",
+        "0:128]",
+    ]
     assert "ignored: computed from rope_theta" in mapping
 
 
@@ -112,8 +128,10 @@ def test_inspect_json_has_the_long_lists_only_on_request(tiny_hf: Path) -> None:
     said = result_of(run("inspect", tiny_hf, "--json", "--tensors", "--mapping"))
     assert short.items() <= said.items()
     assert (said["kind"], said["size"], said["dtypes"]) == (
-        "Hugging Face", "olmo2-tiny", ["bfloat16"]
-    )  # fmt: skip
+        "Hugging Face",
+        "olmo2-tiny",
+        ["bfloat16"],
+    )
     assert len(said["tensors"]) == 47
     assert said["mapping"]
     assert said["megatron_flags"]

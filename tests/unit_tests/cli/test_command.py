@@ -61,8 +61,11 @@ def test_json_prints_the_envelope_and_nothing_else() -> None:
     assert done.exit_code == 0
     assert done.stderr == ""
     assert json.loads(done.stdout) == {
-        "command": "look", "ok": True, "error": None, "result": {"at": "here"},
-    }  # fmt: skip
+        "command": "look",
+        "ok": True,
+        "error": None,
+        "result": {"at": "here"},
+    }
 
 
 def test_people_read_lines_and_quiet_has_none() -> None:
@@ -88,8 +91,9 @@ def test_what_json_has_no_word_for() -> None:
     found = Found(Path("a/b"), (2, 3), math.nan)
     done = run_command(lambda: Outcome({"found": [found], "largest": math.inf}), "--json")
     assert json.loads(done.stdout)["result"] == {
-        "found": [{"path": "a/b", "shape": [2, 3], "error": None}], "largest": None,
-    }  # fmt: skip
+        "found": [{"path": "a/b", "shape": [2, 3], "error": None}],
+        "largest": None,
+    }
 
 
 def test_what_a_library_prints_goes_to_standard_error() -> None:
@@ -152,9 +156,11 @@ def test_an_error_as_json_has_the_same_exit_code(
     done = run_command(failing(error), "--json")
     assert (done.exit_code, done.stderr) == (code, "")
     assert json.loads(done.stdout) == {
-        "command": "look", "ok": False, "error": {"type": kind, "message": message},
+        "command": "look",
+        "ok": False,
+        "error": {"type": kind, "message": message},
         "result": None,
-    }  # fmt: skip
+    }
 
 
 def test_after_an_interrupt_resume_is_named_where_there_is_such_an_option() -> None:

@@ -15,9 +15,15 @@ from megatron_olmo_bridge.errors import FormatError
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (2_970_000, "2.97 MB"),
-     (14_600_000_000, "14.60 GB"), (5_000_000_000_000, "5000.00 GB")],
-)  # fmt: skip
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (2_970_000, "2.97 MB"),
+        (14_600_000_000, "14.60 GB"),
+        (5_000_000_000_000, "5000.00 GB"),
+    ],
+)
 def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
 

@@ -36,8 +36,19 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def test_synth(tmp_path: Path) -> None:
-    out = done("synth", "olmo2-tiny", tmp_path / "hf", "--layers", 1, "--seed", 3,
-               "--dtype", "float16", "--max-shard-size", "200KB")  # fmt: skip
+    out = done(
+        "synth",
+        "olmo2-tiny",
+        tmp_path / "hf",
+        "--layers",
+        1,
+        "--seed",
+        3,
+        "--dtype",
+        "float16",
+        "--max-shard-size",
+        "200KB",
+    )
     assert out.startswith(f"{tmp_path / 'hf'}: olmo2-tiny with random weights, float16, ")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     assert done("synth", "olmo2-tiny", tmp_path / "quiet", "--layers", 1, "--quiet") == ""
@@ -87,12 +98,19 @@ def test_json(tiny_hf: Path, tmp_path: Path) -> None:
 
 
 def test_options_of_import(tiny_hf: Path, tmp_path: Path) -> None:
-    done("import", tiny_hf, tmp_path / "m", "--dtype", "float32", "--release", "--checksum",
-         "--make-vocab-size-divisible-by", 1000)  # fmt: skip
+    done(
+        "import",
+        tiny_hf,
+        tmp_path / "m",
+        "--dtype",
+        "float32",
+        "--release",
+        "--checksum",
+        "--make-vocab-size-divisible-by",
+        1000,
+    )
     recorded = json.loads((tmp_path / "m/release/olmo_bridge.json").read_text())
-    assert recorded["options"] == {
-        "dtype": "float32", "padded_vocab_size": 2000, "release": True
-    }  # fmt: skip
+    assert recorded["options"] == {"dtype": "float32", "padded_vocab_size": 2000, "release": True}
     assert all("sha256" in entry for entry in recorded["files"].values())
     result = run("import", tiny_hf, tmp_path / "m")
     assert result.exit_code == 2
@@ -106,8 +124,10 @@ def test_names_of_a_dtype_make_the_same_files(
     name: str, tiny_hf: Path, tiny_megatron: Path, tmp_path: Path
 ) -> None:
     for command, *sources in (
-        ("import", tiny_hf), ("export", tiny_megatron), ("average", tiny_hf, tiny_hf),
-    ):  # fmt: skip
+        ("import", tiny_hf),
+        ("export", tiny_megatron),
+        ("average", tiny_hf, tiny_hf),
+    ):
         arguments = (command, *sources, tmp_path / "x", "--dry-run", "--dtype")
         plan, usual = (result_of(*arguments, dtype)["plans"][0] for dtype in (name, "bfloat16"))
         assert plan["plan_sha256"] == usual["plan_sha256"]
@@ -160,8 +180,10 @@ def test_a_dry_run_refuses_what_the_run_would(
     file.write_text("precious")
     before = tree(tmp_path)
     for command, *sources in (
-        ("import", tiny_hf), ("export", tiny_megatron), ("average", tiny_hf, tiny_hf),
-    ):  # fmt: skip
+        ("import", tiny_hf),
+        ("export", tiny_megatron),
+        ("average", tiny_hf, tiny_hf),
+    ):
         for destination, says in ((existing, "exists already"), (file, "is a file")):
             planned = run(command, *sources, destination, "--dry-run")
             real = run(command, *sources, destination)
@@ -265,9 +287,13 @@ def test_other_processes_of_torchrun_say_nothing(
     ],
 )  # fmt: skip
 def test_bad_usage_and_bad_input_exit_with_2(
-    args: tuple[str, ...], says: str, tiny_hf: Path, tiny_megatron: Path, tmp_path: Path,
+    args: tuple[str, ...],
+    says: str,
+    tiny_hf: Path,
+    tiny_megatron: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(*(a.format(hf=tiny_hf, megatron=tiny_megatron) for a in args))
     assert result.exit_code == 2

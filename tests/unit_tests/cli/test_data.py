@@ -30,8 +30,18 @@ def run(*args: object) -> Result:
 
 
 def prepare(folder: Path, out: str, *options: str) -> Result:
-    return run("prepare-data", folder / "corpus.jsonl", folder / out, "--tokenizer",
-               folder / "tokenizer", "--text-field", "body", "-j", 1, *options)  # fmt: skip
+    return run(
+        "prepare-data",
+        folder / "corpus.jsonl",
+        folder / out,
+        "--tokenizer",
+        folder / "tokenizer",
+        "--text-field",
+        "body",
+        "-j",
+        1,
+        *options,
+    )
 
 
 def test_what_was_done_is_said(folder: Path) -> None:
@@ -70,10 +80,15 @@ def test_inspect(folder: Path, suffix: str) -> None:
     done = run("inspect", f"{folder / 'train'}{suffix}")
     assert done.exit_code == 0
     for words in (
-        "Megatron indexed dataset", "documents 40", "dtype uint16", "vocabulary 400, largest",
-        "1 bad lines, 1 documents without text", "eos 0", f"Bad line: {folder / 'corpus.jsonl'}:42",
+        "Megatron indexed dataset",
+        "documents 40",
+        "dtype uint16",
+        "vocabulary 400, largest",
+        "1 bad lines, 1 documents without text",
+        "eos 0",
+        f"Bad line: {folder / 'corpus.jsonl'}:42",
         str(folder / "tokenizer"),
-    ):  # fmt: skip
+    ):
         assert words in " ".join(done.stdout.split()), words
     line = next(li for li in done.stdout.splitlines() if li.startswith("which is"))
     assert texts(1)[0][:20] in line.encode().decode("unicode_escape", "ignore") or (
@@ -109,7 +124,13 @@ def test_a_dry_run_checks_and_writes_nothing(folder: Path) -> None:
     refused, real = prepare(folder, "train", "--dry-run"), prepare(folder, "train")
     assert "exists already. Pass --overwrite" in refused.stderr
     assert (refused.exit_code, refused.stderr) == (real.exit_code, real.stderr)
-    absent = run("prepare-data", folder / "absent.txt", folder / "x", "--tokenizer",
-                 folder / "tokenizer", "--dry-run")  # fmt: skip
+    absent = run(
+        "prepare-data",
+        folder / "absent.txt",
+        folder / "x",
+        "--tokenizer",
+        folder / "tokenizer",
+        "--dry-run",
+    )
     assert (absent.exit_code, "absent.txt: no such file" in absent.stderr) == (2, True)
     assert sorted(folder.rglob("*")) == before

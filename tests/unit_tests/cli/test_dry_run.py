@@ -51,10 +51,15 @@ def estimated(config: TrainingConfig) -> tuple[ResolvedRun, Estimate]:
 
 def test_settings_that_are_set_or_cited_are_shown(config: TrainingConfig) -> None:
     assert dict(shown_settings(config, bridge_of(config))) == {
-        "model": "olmo2-7b", "provider.init_method_std": 0.02, "train.steps": 1000,
-        "train.global_batch_size": 1024, "optimizer.lr": 4e-4, "optimizer.beta2": 0.95,
-        "parallel.tp": 2, "parallel.pp": 2,
-    }  # fmt: skip
+        "model": "olmo2-7b",
+        "provider.init_method_std": 0.02,
+        "train.steps": 1000,
+        "train.global_batch_size": 1024,
+        "optimizer.lr": 4e-4,
+        "optimizer.beta2": 0.95,
+        "parallel.tp": 2,
+        "parallel.pp": 2,
+    }
 
 
 def test_another_model_is_shown_by_its_family(config: TrainingConfig) -> None:
@@ -124,8 +129,11 @@ def test_the_folder_of_a_run_with_the_end_token_of_its_data(tmp_path: Path) -> N
     texts.write_text(json.dumps({"text": "a river and a bridge " * 200}) + "\n")
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     data = prepare_data([texts], tmp_path / "data", tokenizer=tokenizer, workers=1)
-    words = [f"data.path={data.prefix}", f"checkpoint.save={tmp_path / 'run'}",
-             "train.sequence_length=32"]  # fmt: skip
+    words = [
+        f"data.path={data.prefix}",
+        f"checkpoint.save={tmp_path / 'run'}",
+        "train.sequence_length=32",
+    ]
     config = apply_overrides(load_recipe("olmo2_tiny"), words)
     claim(replace(config, model=config.model | {"eos_token_id": data.eos_id}))
 

@@ -52,8 +52,9 @@ def test_each_kind_of_parameter_is_drawn_with_all_its_regions(model: str, tmp_pa
 
 def test_query_groups_are_interleaved(tiny_hf: Path, tmp_path: Path) -> None:
     inspect(tiny_hf, "--html", tmp_path / "a.html")
-    pictures = {name: inside for name, _, _, inside, _ in
-                PICTURE.findall((tmp_path / "a.html").read_text())}  # fmt: skip
+    pictures = {
+        name: inside for name, _, _, inside, _ in PICTURE.findall((tmp_path / "a.html").read_text())
+    }
     qkv = RECTANGLE.findall(pictures["decoder.layers.*.self_attention.linear_qkv.weight"])
     assert [color for *_, color, _ in qkv] == ["var(--c0)", "var(--c1)", "var(--c2)"] * 4
     fc1 = RECTANGLE.findall(pictures["decoder.layers.*.mlp.linear_fc1.weight"])

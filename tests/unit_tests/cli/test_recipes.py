@@ -40,16 +40,23 @@ def test_every_recipe_is_listed_with_what_it_takes() -> None:
     listed = {recipe["name"]: recipe for recipe in result_of("recipes")["recipes"]}
     assert list(listed) == [recipe.name for recipe in named_recipes()]
     assert listed["olmo2_7b:stage2"] == {
-        "name": "olmo2_7b:stage2", "file": str(FOLDER / "olmo2" / "olmo2_7b.py"),
-        "model": "olmo2-7b", "stage": 2, "tokens": 11_931 * 1024 * 4096, "gpus": 4,
-        "memory": listed["olmo2_7b"]["memory"], "settings": ["init.checkpoint", "data.path"],
-    }  # fmt: skip
+        "name": "olmo2_7b:stage2",
+        "file": str(FOLDER / "olmo2" / "olmo2_7b.py"),
+        "model": "olmo2-7b",
+        "stage": 2,
+        "tokens": 11_931 * 1024 * 4096,
+        "gpus": 4,
+        "memory": listed["olmo2_7b"]["memory"],
+        "settings": ["init.checkpoint", "data.path"],
+    }
     assert listed["olmo2_7b"]["settings"] == ["data.path"]
     assert all(r["memory"] < 75e9 for r in listed.values() if r["gpus"])
     assert listed["complaints:tiny"]["model"] is None
     assert listed["complaints:tiny"]["settings"] == [
-        "init.hf", "classification.train", "classification.validation",
-    ]  # fmt: skip
+        "init.hf",
+        "classification.train",
+        "classification.validation",
+    ]
 
 
 def test_the_list_for_people() -> None:
@@ -75,8 +82,12 @@ def test_scripts_have_names_too_and_what_python_compiled_has_none(
     assert compileall.compile_dir(installed, quiet=1)
     monkeypatch.setattr(f"{other_files.__module__}.FOLDER", installed)
     assert list(other_files()) == [
-        "slurm.sbatch", "torchrun.sh", "olmo2_common.py", "make_text.py", "train_tokenizer.py",
-    ]  # fmt: skip
+        "slurm.sbatch",
+        "torchrun.sh",
+        "olmo2_common.py",
+        "make_text.py",
+        "train_tokenizer.py",
+    ]
 
 
 @pytest.mark.parametrize("name", list(other_files()))

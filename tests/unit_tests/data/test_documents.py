@@ -18,8 +18,10 @@ from megatron_olmo_bridge.data.documents import BadLine, Kind, Span, TextOptions
 from megatron_olmo_bridge.errors import FormatError, InputError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes, ".gz": gzip.compress, ".zst": zstandard.compress,
-}  # fmt: skip
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+}
 
 
 def read(
@@ -143,8 +145,9 @@ def test_bad_rows_of_parquet(tmp_path: Path) -> None:
     got, bad, _ = read(path)
     assert got == ["a", "c", "d"]
     assert [(b.line, b.why) for b in bad] == [
-        (2, "not UTF-8: invalid start byte (0xff)"), (5, "null, not a text")
-    ]  # fmt: skip
+        (2, "not UTF-8: invalid start byte (0xff)"),
+        (5, "null, not a text"),
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -50,9 +50,7 @@ def test_a_written_index_is_read_by_megatron(tmp_path: Path) -> None:
     np.arange(9, dtype="uint16").tofile(tmp_path / "own.bin")
     write_index(tmp_path / "own.idx", np.array([4, 5], np.int32), np.dtype("uint16"))
     stock = IndexedDataset(str(tmp_path / "own"))  # its arrays die with it
-    assert [s.tolist() for s in stock[:]] == [
-        [0, 1, 2, 3], [4, 5, 6, 7, 8]
-    ]  # fmt: skip
+    assert [s.tolist() for s in stock[:]] == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

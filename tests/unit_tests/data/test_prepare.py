@@ -109,16 +109,24 @@ def test_the_record(
     tokens = [t for one in expected(tokenizer_folder, texts(40)) for t in one]
     digests = {"tokenizer_sha256": None, "plan": None, "input_state": None}
     assert dataclasses.replace(info, **digests) == DataInfo(  # type: ignore[arg-type]
-        prefix=str(tmp_path / "folder" / "out.v1"), documents=40, tokens=len(tokens),
-        dtype="uint16", tokenizer=str(tokenizer_folder), vocab_size=400, eos_id=0,
-        max_token_id=max(tokens), inputs=[{"path": str(corpus), "bytes": corpus.stat().st_size}],
+        prefix=str(tmp_path / "folder" / "out.v1"),
+        documents=40,
+        tokens=len(tokens),
+        dtype="uint16",
+        tokenizer=str(tokenizer_folder),
+        vocab_size=400,
+        eos_id=0,
+        max_token_id=max(tokens),
+        inputs=[{"path": str(corpus), "bytes": corpus.stat().st_size}],
         version=__version__,
-    )  # fmt: skip
+    )
     assert [len(getattr(info, name)) for name in digests] == [64, 64, 64]
     assert read_info(tmp_path / "folder" / "out.v1.bin") == info
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [
-        "out.v1.bin", "out.v1.idx", "out.v1.json"
-    ]  # fmt: skip
+        "out.v1.bin",
+        "out.v1.idx",
+        "out.v1.json",
+    ]
 
 
 def test_a_large_vocabulary_takes_int32(corpus: Path, tmp_path: Path) -> None:
@@ -152,10 +160,20 @@ def test_a_tokenizer_that_truncates_is_kept_from_it(corpus: Path, tmp_path: Path
     tokenizer = make_tokenizer(tmp_path / "cut")
     file = tokenizer / "tokenizer.json"
     value = json.loads(file.read_text())
-    value["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0,
-                           "direction": "Right"}  # fmt: skip
-    value["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0,
-                        "pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": EOS}  # fmt: skip
+    value["truncation"] = {
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
+    value["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_id": 0,
+        "pad_to_multiple_of": None,
+        "pad_type_id": 0,
+        "pad_token": EOS,
+    }
     file.write_text(json.dumps(value))
     prepare_data([corpus], tmp_path / "out", tokenizer=tokenizer, workers=1)
     assert documents(tmp_path / "out") == expected(tokenizer, texts(40))
@@ -378,11 +396,19 @@ def test_another_plan_is_not_continued(
 ) -> None:
     other = make_tokenizer(tmp_path / "other", vocab_size=300)
     for what, options in (
-        ("tokenizer", {"tokenizer": other}), ("txt documents", {"txt_documents": "file"}),
+        ("tokenizer", {"tokenizer": other}),
+        ("txt documents", {"txt_documents": "file"}),
         ("token dtype", {"token_dtype": "uint32"}),
-    ):  # fmt: skip
-        refused(OutputError, f"begun with another {what}", prepared, corpus, interrupted,
-                resume=True, **options)  # fmt: skip
+    ):
+        refused(
+            OutputError,
+            f"begun with another {what}",
+            prepared,
+            corpus,
+            interrupted,
+            resume=True,
+            **options,
+        )
     os.utime(corpus, (1, 1))
     refused(OutputError, "another input state", prepared, corpus, interrupted, resume=True)
     corpus.write_text(corpus.read_text() + '{"text": "more"}\n')
@@ -411,9 +437,13 @@ def test_bad_lines_may_be_skipped_on_resuming_but_not_forgotten(
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("renames", [0, 1, 2, 3])
 def test_stopped_while_files_get_their_names(
-    prepared: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    renames: int, replaced: bool,
-) -> None:  # fmt: skip
+    prepared: Prepare,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    renames: int,
+    replaced: bool,
+) -> None:
     out = tmp_path / "out"
     want = prepared(corpus, tmp_path / "whole")
     if replaced:
@@ -479,9 +509,15 @@ def test_a_description_shows_how_the_text_begins(
 
 @pytest.mark.parametrize(
     "change",
-    [{"tokenizer": 3}, {"eos_id": "1"}, {"bad_lines": None}, {"first_bad_lines": "a"},
-     {"inputs": [1]}, {"inputs": [{"path": "a", "bytes": "1"}]}],
-)  # fmt: skip
+    [
+        {"tokenizer": 3},
+        {"eos_id": "1"},
+        {"bad_lines": None},
+        {"first_bad_lines": "a"},
+        {"inputs": [1]},
+        {"inputs": [{"path": "a", "bytes": "1"}]},
+    ],
+)
 def test_a_record_of_other_types(
     prepared: Prepare, corpus: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:

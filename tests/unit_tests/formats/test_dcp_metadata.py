@@ -50,10 +50,13 @@ def test_torch_reads_the_metadata_that_is_written(tmp_path: Path) -> None:
     assert {tuple(c.sizes) for c in layers.chunks} == {(1, 2, 3)}
     assert isinstance(described["layers._extra_state/shard_0_2"], BytesStorageMetadata)
     stored = {
-        (index.fqn, index.offset and tuple(index.offset)):
-            (info.relative_path, info.offset, info.length)
+        (index.fqn, index.offset and tuple(index.offset)): (
+            info.relative_path,
+            info.offset,
+            info.length,
+        )
         for index, info in metadata.storage_data.items()
-    }  # fmt: skip
+    }
     assert stored == {
         ("layers.w", (0, 0, 0)): ("__0_0.distcp", 0, 900),
         ("layers.w", (1, 0, 0)): ("__0_1.distcp", 2**40, 900),
@@ -75,9 +78,10 @@ def test_a_chunk_or_object_without_a_place_is_refused(tmp_path: Path) -> None:
     path = tmp_path / ".metadata"
     chunk = Chunk((0,), (5,), Stored("x.distcp", 0, 800))
     path.write_bytes(
-        encode_metadata({"w": GlobalTensor("float32", (5,), (chunk,))},
-                        {"o": Stored("x.distcp", 0, 8)})
-    )  # fmt: skip
+        encode_metadata(
+            {"w": GlobalTensor("float32", (5,), (chunk,))}, {"o": Stored("x.distcp", 0, 8)}
+        )
+    )
     real = pickle.loads(path.read_bytes())
     for key, says in (("w", "where w at \\[0\\] is stored"), ("o", "where o is stored")):
         kept = {i: info for i, info in real.storage_data.items() if i.fqn != key}

@@ -169,9 +169,18 @@ def test_bin_files_are_refused_but_not_beside_safetensors(tmp_path: Path, sharde
 
 
 def test_side_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
-    ours = ["added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json",
-            "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
-            "tokenizer_config.json", "vocab.json"]  # fmt: skip
+    ours = [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
     for name in [*ours, "README.md", "model.safetensors", "training_args.bin", "notes.txt"]:
         (tmp_path / name).write_text("x")
     (tmp_path / "tokenizer").mkdir()
@@ -202,9 +211,13 @@ def test_code_is_a_models_own_where_a_config_names_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("config.json", True), ("a.safetensors", True), ("model.safetensors.index.json", True),
-     ("README.md", False)],
-)  # fmt: skip
+    [
+        ("config.json", True),
+        ("a.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("README.md", False),
+    ],
+)
 def test_is_hf_folder(tmp_path: Path, name: str, expected: bool) -> None:
     (tmp_path / name).write_text("{}")
     assert is_hf_folder(tmp_path) is expected
@@ -265,9 +278,12 @@ def test_links_inside_the_folder_and_to_the_folder_are_followed(folder: Path) ->
 
 @pytest.mark.parametrize(
     ("blob", "says"),
-    [("models--a--b/blobs/1", None), ("models--a--c/blobs/1", "outside of its folder"),
-     ("blobs/1", "outside of its folder")],
-)  # fmt: skip
+    [
+        ("models--a--b/blobs/1", None),
+        ("models--a--c/blobs/1", "outside of its folder"),
+        ("blobs/1", "outside of its folder"),
+    ],
+)
 def test_links_into_the_blobs_of_the_same_model_in_the_hubs_cache_are_followed(
     tmp_path: Path, blob: str, says: str | None
 ) -> None:

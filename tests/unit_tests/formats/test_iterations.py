@@ -51,9 +51,12 @@ def test_all_iterations_in_the_order_of_their_numbers(root: Path) -> None:
     (root / "iter_0000007").touch()
     found = [(folder.name, iteration_number(folder)) for folder in iteration_folders(root)]
     assert found == [
-        ("iter_0000003", 3), ("iter_0000020", 20), ("iter_9999999", 9_999_999),
-        ("iter_10000000", 10_000_000), ("release", None),
-    ]  # fmt: skip
+        ("iter_0000003", 3),
+        ("iter_0000020", 20),
+        ("iter_9999999", 9_999_999),
+        ("iter_10000000", 10_000_000),
+        ("release", None),
+    ]
 
 
 THERE = (

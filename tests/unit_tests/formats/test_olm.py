@@ -26,8 +26,14 @@ def saved(tmp_path: Path, model: Any, key: str = "model_state_dict", **options: 
     parameter.sum().backward()
     optimizer.step()
     file = tmp_path / "step_3.pt"
-    value = {"step": 3, "epoch": 0, key: model, "optimizer_state_dict": optimizer.state_dict(),
-             "scaler_state_dict": {}, "losses": [1.0, 0.5]}  # fmt: skip
+    value = {
+        "step": 3,
+        "epoch": 0,
+        key: model,
+        "optimizer_state_dict": optimizer.state_dict(),
+        "scaler_state_dict": {},
+        "losses": [1.0, 0.5],
+    }
     torch.save(value, file, **options)
     return file
 

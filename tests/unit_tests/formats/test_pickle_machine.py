@@ -136,11 +136,12 @@ COSTLY = {
     "objects": name("torch.Size") + b"(" + b"2)\x81" * MANY,
     "calls": name("torch.Size") + b"q\0(" + b"h\0)R" * MANY,
     "copies of a set": (
-        b"(" + b"J\1\1\0\0" * 4000 + b"lq\0" + name("builtins.set") + b"q\1"
-        + b"h\1h\0\x85R" * MANY),
+        b"(" + b"J\1\1\0\0" * 4000 + b"lq\0" + name("builtins.set") + b"q\1" + b"h\1h\0\x85R" * MANY
+    ),
     "copies of an argument": (
-        b"(" + b"N" * MANY + b"tq\0" + name("torch.Size") + b"q\1" + b"h\1h\0\x81" * (MANY // 8)),
-}  # fmt: skip
+        b"(" + b"N" * MANY + b"tq\0" + name("torch.Size") + b"q\1" + b"h\1h\0\x81" * (MANY // 8)
+    ),
+}
 
 
 @pytest.mark.parametrize("what", COSTLY)
@@ -207,10 +208,33 @@ def test_an_ordered_dict_with_attributes(protocol: int) -> None:
 def test_what_python_pickles_by_any_protocol(protocol: int) -> None:
     shared = [1]
     value = [
-        shared, shared, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, {"k": {}}, None, True, False,
-        0, 255, 256, 65536, -1, 2**31, 2**70, -(2**70), 0.1, "", "näme", "x" * 300, "\ud800",
+        shared,
+        shared,
+        (),
+        (1,),
+        (1, 2),
+        (1, 2, 3),
+        (1, 2, 3, 4),
+        {},
+        {"k": {}},
+        None,
+        True,
+        False,
+        0,
+        255,
+        256,
+        65536,
+        -1,
+        2**31,
+        2**70,
+        -(2**70),
+        0.1,
+        "",
+        "näme",
+        "x" * 300,
+        "\ud800",
         [[], [1], [1, 2]],
-    ]  # fmt: skip
+    ]
     read = loads(pickle.dumps(value, protocol), "file")
     assert read == value
     assert repr(read) == repr(value)

@@ -41,10 +41,35 @@ from megatron_olmo_bridge.formats.inert import Inert, built, inert
 from megatron_olmo_bridge.formats.pickles import Persistent, dumps, loads
 
 PLAIN: list[Any] = [
-    None, True, False, 0, 1, -1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63, -(2**63),
-    2**200, -(2**200), 0.0, -0.0, 1e-300, float("inf"), "", "text", "näme \N{SNOWMAN}", "x" * 300,
-    (), (1, "a", (2.5,)), [], [[1], [2, 3]], {}, {"a": 1, (1, 2): {"b": [None]}},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    -(2**31) - 1,
+    2**63,
+    -(2**63),
+    2**200,
+    -(2**200),
+    0.0,
+    -0.0,
+    1e-300,
+    float("inf"),
+    "",
+    "text",
+    "näme \N{SNOWMAN}",
+    "x" * 300,
+    (),
+    (1, "a", (2.5,)),
+    [],
+    [[1], [2, 3]],
+    {},
+    {"a": 1, (1, 2): {"b": [None]}},
+]
 
 
 @pytest.mark.parametrize("value", PLAIN, ids=repr)
@@ -90,8 +115,10 @@ def test_a_placeholder_with_a_state_is_an_object() -> None:
 
 def real_metadata() -> Metadata:
     properties = TensorProperties(dtype=torch.bfloat16)
-    chunks = [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 3])),
-              ChunkStorageMetadata(torch.Size([2, 0]), torch.Size([1, 3]))]  # fmt: skip
+    chunks = [
+        ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 3])),
+        ChunkStorageMetadata(torch.Size([2, 0]), torch.Size([1, 3])),
+    ]
     return Metadata(
         state_dict_metadata={
             "weight": TensorStorageMetadata(properties, torch.Size([3, 3]), chunks),

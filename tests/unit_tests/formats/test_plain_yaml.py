@@ -19,10 +19,16 @@ def read(folder: Path, text: str) -> Any:
 
 def test_what_a_safe_dump_wrote(tmp_path: Path) -> None:
     value = {
-        "none": None, "flags": [True, False], "whole": [0, -3, 10**20], "eps": 1e-06,
-        "infinite": math.inf, "empty": [[], {}, ""], "text": ["1", "null", "yes", "a: b", "\u00e4"],
-        "long": "word " * 40, "nested": {"a": {"b": [{"c": 1}]}},
-    }  # fmt: skip
+        "none": None,
+        "flags": [True, False],
+        "whole": [0, -3, 10**20],
+        "eps": 1e-06,
+        "infinite": math.inf,
+        "empty": [[], {}, ""],
+        "text": ["1", "null", "yes", "a: b", "\u00e4"],
+        "long": "word " * 40,
+        "nested": {"a": {"b": [{"c": 1}]}},
+    }
     assert read(tmp_path, yaml.safe_dump(value)) == value
 
 

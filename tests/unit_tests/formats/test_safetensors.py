@@ -34,8 +34,9 @@ def values(array: StoredArray) -> torch.Tensor:
 def raw(tmp_path: Path, header: Any, payload: int = 0, length: int | None = None) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file = tmp_path / "raw.safetensors"
-    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text
-                     + bytes(payload))  # fmt: skip
+    file.write_bytes(
+        struct.pack("<Q", len(text) if length is None else length) + text + bytes(payload)
+    )
     return file
 
 
@@ -57,8 +58,9 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
-    described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape))
-                 for n, t in TENSORS.items()}  # fmt: skip
+    described = {
+        n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in TENSORS.items()
+    }
     payload = b"".join(
         t.flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b""
         for t in (t.reshape(-1) for t in TENSORS.values())

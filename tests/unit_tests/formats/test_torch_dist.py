@@ -59,9 +59,13 @@ LAYOUTS: dict[str, Callable[[Tensors, SimpleNamespace], Tensors]] = {
 @pytest.mark.parametrize("seed", [None, 0, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_in_any_chunks_gives_the_parameters(
-    layout: str, seed: int | None, parameters: Tensors, mapping: ResolvedMapping,
-    save_torch_dist: Save, reference: SimpleNamespace,
-) -> None:  # fmt: skip
+    layout: str,
+    seed: int | None,
+    parameters: Tensors,
+    mapping: ResolvedMapping,
+    save_torch_dist: Save,
+    reference: SimpleNamespace,
+) -> None:
     # seed: cut at random in every dimension; None: each tensor whole
     folder = save_torch_dist("ckpt", LAYOUTS[layout](parameters, reference), seed)
     views = TorchDistFolder.read(folder).views(mapping)
@@ -73,8 +77,10 @@ def test_every_layout_in_any_chunks_gives_the_parameters(
 
 
 def test_only_the_weights_are_asked_for(
-    parameters: Tensors, mapping: ResolvedMapping, save_torch_dist: Save,
-) -> None:  # fmt: skip
+    parameters: Tensors,
+    mapping: ResolvedMapping,
+    save_torch_dist: Save,
+) -> None:
     others = {
         "optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(36),
         "chained_0.optimizer.state.fp32_param": torch.zeros(3),
@@ -111,9 +117,14 @@ def drop(name: str) -> Callable[[Tensors], object]:
     ],
 )  # fmt: skip
 def test_tensors_that_are_not_the_mappings_are_named(
-    layout: str, change: Callable[[Tensors], object], says: str, parameters: Tensors,
-    mapping: ResolvedMapping, save_torch_dist: Save, reference: SimpleNamespace,
-) -> None:  # fmt: skip
+    layout: str,
+    change: Callable[[Tensors], object],
+    says: str,
+    parameters: Tensors,
+    mapping: ResolvedMapping,
+    save_torch_dist: Save,
+    reference: SimpleNamespace,
+) -> None:
     tensors = LAYOUTS[layout](parameters, reference)
     change(tensors)
     folder = TorchDistFolder.read(save_torch_dist("ckpt", tensors))
@@ -190,9 +201,14 @@ def test_no_metadata_is_an_incomplete_save(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{", "not sound JSON"), ("[]", "holds no JSON object"), ("3", "holds no JSON object"),
-     ('{"a": 1}', "does not name a format"), ('{"sharded_backend": 1}', "does not name a format")],
-)  # fmt: skip
+    [
+        ("{", "not sound JSON"),
+        ("[]", "holds no JSON object"),
+        ("3", "holds no JSON object"),
+        ('{"a": 1}', "does not name a format"),
+        ('{"sharded_backend": 1}', "does not name a format"),
+    ],
+)
 def test_a_format_file_that_names_no_format(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "metadata.json").write_text(text)
     with pytest.raises(FormatError, match=rf"metadata\.json: {says}"):

@@ -175,8 +175,9 @@ def test_a_directory_larger_than_any_real_one_is_not_read(tmp_path: Path) -> Non
         out.write(record)
         out.truncate(len(record) + LARGEST_DIRECTORY + 1)
         out.seek(0, io.SEEK_END)
-        out.write(struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1, 1, LARGEST_DIRECTORY + 1,
-                              len(record), 0))  # fmt: skip
+        out.write(
+            struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1, 1, LARGEST_DIRECTORY + 1, len(record), 0)
+        )
     with file.open("rb") as opened, pytest.raises(ValueError, match="a directory of 4194305 bytes"):
         read_directory(Window(opened, 0, file.stat().st_size))
 

@@ -13,9 +13,11 @@ TOKENS, HIDDEN, VOCAB = 32, 16, 50
 def states(seed: int, **logits: Any) -> States:
     generator = torch.Generator().manual_seed(seed)
     shapes = {
-        "embedding": (1, TOKENS, HIDDEN), "layer 0": (1, TOKENS, HIDDEN),
-        "final norm": (1, TOKENS, HIDDEN), "logits": logits.get("shape", (1, TOKENS, VOCAB)),
-    }  # fmt: skip
+        "embedding": (1, TOKENS, HIDDEN),
+        "layer 0": (1, TOKENS, HIDDEN),
+        "final norm": (1, TOKENS, HIDDEN),
+        "logits": logits.get("shape", (1, TOKENS, VOCAB)),
+    }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 

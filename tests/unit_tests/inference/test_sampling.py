@@ -92,16 +92,25 @@ def test_the_temperature_comes_before_top_p() -> None:
 # ------------------------------------------------------------------------------ what is asked for
 
 REQUEST: dict[str, Any] = {
-    "prompt": [5, 100], "vocab_size": 101, "positions": 128, "max_new_tokens": 126,
-    "temperature": 0.0, "top_p": 1.0,
-}  # fmt: skip
+    "prompt": [5, 100],
+    "vocab_size": 101,
+    "positions": 128,
+    "max_new_tokens": 126,
+    "temperature": 0.0,
+    "top_p": 1.0,
+}
 
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"temperature": 100.0, "top_p": 1e-9}, {"positions": None, "max_new_tokens": 10**6},
-     {"prompt": [0]}, {"max_new_tokens": 0}],
-)  # fmt: skip
+    [
+        {},
+        {"temperature": 100.0, "top_p": 1e-9},
+        {"positions": None, "max_new_tokens": 10**6},
+        {"prompt": [0]},
+        {"max_new_tokens": 0},
+    ],
+)
 def test_a_sound_request_is_taken(change: dict[str, Any]) -> None:
     check_request(**REQUEST | change)
 

@@ -28,19 +28,42 @@ from megatron_olmo_bridge.models.megatron_bridge import (
 PAGE = (Path(__file__).parents[3] / "docs/megatron-bridge.md").read_text()
 PUBLIC_0_3_1 = {
     "AutoBridge": {
-        "can_handle", "export_adapter_weights", "export_ckpt", "export_hf_weights",
-        "from_hf_config", "from_hf_pretrained", "get_conversion_tasks",
-        "get_hf_model_id_from_checkpoint", "hf_pretrained", "import_ckpt", "list_supported_models",
-        "load_hf_weights", "load_megatron_model", "mla_transformer_config", "push_to_hub",
-        "save_hf_pretrained", "save_hf_weights", "save_megatron_model", "supports",
-        "to_megatron_model", "to_megatron_provider", "transformer_config",
+        "can_handle",
+        "export_adapter_weights",
+        "export_ckpt",
+        "export_hf_weights",
+        "from_hf_config",
+        "from_hf_pretrained",
+        "get_conversion_tasks",
+        "get_hf_model_id_from_checkpoint",
+        "hf_pretrained",
+        "import_ckpt",
+        "list_supported_models",
+        "load_hf_weights",
+        "load_megatron_model",
+        "mla_transformer_config",
+        "push_to_hub",
+        "save_hf_pretrained",
+        "save_hf_weights",
+        "save_megatron_model",
+        "supports",
+        "to_megatron_model",
+        "to_megatron_provider",
+        "transformer_config",
     },
     "Providers": {
-        "from_hf_pretrained", "initialize_model_parallel", "meta_model", "post_wrap_hook",
-        "pre_wrap_hook", "provide", "provide_distributed_model", "register_post_wrap_hook",
-        "register_pre_wrap_hook", "save_hf_pretrained",
+        "from_hf_pretrained",
+        "initialize_model_parallel",
+        "meta_model",
+        "post_wrap_hook",
+        "pre_wrap_hook",
+        "provide",
+        "provide_distributed_model",
+        "register_post_wrap_hook",
+        "register_pre_wrap_hook",
+        "save_hf_pretrained",
     },
-}  # fmt: skip
+}
 """Public names of ``AutoBridge`` and ``ModelProviderMixin`` of megatron-bridge 0.3.1."""
 
 

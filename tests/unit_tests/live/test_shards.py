@@ -129,9 +129,12 @@ def test_no_model_is_refused(reference: SimpleNamespace) -> None:
     ],
 )  # fmt: skip
 def test_another_model_is_refused_by_name(
-    changes: dict[str, Any], message: str, build: Build, make_hf: HFFactory,
+    changes: dict[str, Any],
+    message: str,
+    build: Build,
+    make_hf: HFFactory,
     reference: SimpleNamespace,
-) -> None:  # fmt: skip
+) -> None:
     chunks = build(make_hf())
     with pytest.raises(MappingError) as caught:
         LiveModel.of(chunks, bridge_of(reference, **changes))

@@ -54,11 +54,23 @@ def small(num_layers: int = 2) -> ResolvedMapping:
 def test_layers_are_written_out_in_the_order_of_the_model() -> None:
     mapping = small()
     assert list(mapping.parameters) == [
-        "embedding", "layers.0.norm", "layers.0.fc1", "layers.1.norm", "layers.1.fc1", "final",
-    ]  # fmt: skip
+        "embedding",
+        "layers.0.norm",
+        "layers.0.fc1",
+        "layers.1.norm",
+        "layers.1.fc1",
+        "final",
+    ]
     assert list(mapping.hf_shapes) == [
-        "embed", "h.0.ln", "h.0.gate", "h.0.up", "h.1.ln", "h.1.gate", "h.1.up", "norm",
-    ]  # fmt: skip
+        "embed",
+        "h.0.ln",
+        "h.0.gate",
+        "h.0.up",
+        "h.1.ln",
+        "h.1.gate",
+        "h.1.up",
+        "norm",
+    ]
     fc1 = mapping.parameters["layers.1.fc1"]
     assert (fc1.pattern, fc1.index, fc1.shape) == ("layers.*.fc1", (1,), (10, 3))
     assert [p.hf_name for p in fc1.placements] == ["h.1.gate", "h.1.up"]
@@ -107,9 +119,10 @@ def test_a_tensor_that_is_read_nowhere_is_refused() -> None:
 
 def test_a_tensor_used_by_two_parameters_is_refused() -> None:
     registry = MegatronMappingRegistry(
-        DirectMapping("first", "shared", (2,)), DirectMapping("second", "shared", (2,)),
+        DirectMapping("first", "shared", (2,)),
+        DirectMapping("second", "shared", (2,)),
         num_layers=1,
-    )  # fmt: skip
+    )
     with pytest.raises(MappingError, match=r"shared: block \[0:2, 0:1\] is covered twice"):
         registry.resolve()
 
@@ -132,9 +145,13 @@ def test_two_shapes_for_one_tensor_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("h.3.rotary.inv_freq", "computed"), ("head", "tied to embed"), ("header", None),
-     ("embed", None)],
-)  # fmt: skip
+    [
+        ("h.3.rotary.inv_freq", "computed"),
+        ("head", "tied to embed"),
+        ("header", None),
+        ("embed", None),
+    ],
+)
 def test_reason_to_ignore(name: str, reason: str | None) -> None:
     assert small().reason_to_ignore(name) == reason
 

@@ -13,8 +13,11 @@ from megatron_olmo_bridge.models.families import (
 )
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
 
-NUMBERS = {key: value for key, value in Olmo2Bridge.sizes["olmo2-tiny"].items()
-           if key not in ("architectures", "model_type")}  # fmt: skip
+NUMBERS = {
+    key: value
+    for key, value in Olmo2Bridge.sizes["olmo2-tiny"].items()
+    if key not in ("architectures", "model_type")
+}
 
 
 @pytest.mark.parametrize(
@@ -99,5 +102,9 @@ def test_architectures_that_are_no_names(names: object) -> None:
 def test_known_architectures_and_published_sizes() -> None:
     assert "Olmo2ForCausalLM" in known_architectures()
     assert [name for name, bridge in published_sizes().items() if bridge is Olmo2Bridge] == [
-        "olmo2-tiny", "olmo2-1b", "olmo2-7b", "olmo2-13b", "olmo2-32b",
-    ]  # fmt: skip
+        "olmo2-tiny",
+        "olmo2-1b",
+        "olmo2-7b",
+        "olmo2-13b",
+        "olmo2-32b",
+    ]

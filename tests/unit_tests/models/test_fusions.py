@@ -17,8 +17,14 @@ from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.models.fusions import refuse_unsupported
 
 FIELDS = {field.name for field in fields(TransformerConfig)}
-FUSED = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion",
-         "gradient_accumulation_fusion", "moe_permute_fusion", "moe_router_fusion")  # fmt: skip
+FUSED = (
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "apply_rope_fusion",
+    "gradient_accumulation_fusion",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+)
 SIZES = [name for name in published_sizes() if name.endswith("-tiny")]
 
 

@@ -21,9 +21,13 @@ from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import FAMILIES, bridge_for, published_sizes
 
 TRANSFORMERS: dict[str, type[PreTrainedConfig]] = {
-    "olmo": OlmoConfig, "olmo2": Olmo2Config, "olmo3": Olmo3Config, "olmoe": OlmoeConfig,
-    "flex_olmo": FlexOlmoConfig, "gpt2": GPT2Config,
-}  # fmt: skip
+    "olmo": OlmoConfig,
+    "olmo2": Olmo2Config,
+    "olmo3": Olmo3Config,
+    "olmoe": OlmoeConfig,
+    "flex_olmo": FlexOlmoConfig,
+    "gpt2": GPT2Config,
+}
 BRIDGES = {bridge.family: bridge for bridge in published_sizes().values()}
 
 
@@ -51,8 +55,9 @@ def test_every_default_is_that_of_transformers(family: str) -> None:
     ours = BRIDGES[family].config_class.hf_defaults
     assert ours == {key: defaults[key] for key in ours}
     assert BRIDGES[family].default_pad_token_id == defaults["pad_token_id"] or family in (
-        "flex_olmo", "gpt2",  # no classifier
-    )  # fmt: skip
+        "flex_olmo",
+        "gpt2",  # no classifier
+    )
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -79,8 +84,9 @@ def test_a_bare_classifier_pads_and_labels_as_transformers_does(family: str) -> 
     config = TRANSFORMERS[family]()
     numbers = read({"architectures": [name]}).numbers
     assert (numbers["pad_token_id"], numbers["num_labels"]) == (
-        config.pad_token_id, config.num_labels,
-    )  # fmt: skip
+        config.pad_token_id,
+        config.num_labels,
+    )
     assert read({"architectures": [name], "pad_token_id": None}).numbers["pad_token_id"] is None
 
 
@@ -134,9 +140,16 @@ def test_a_value_of_another_type_is_refused_by_name(family: str, key: str, value
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_labels", "3"), ("num_labels", None), ("num_labels", 2.0), ("id2label", ["a", "b"]),
-     ("id2label", "ab"), ("pad_token_id", "1"), ("pad_token_id", True)],
-)  # fmt: skip
+    [
+        ("num_labels", "3"),
+        ("num_labels", None),
+        ("num_labels", 2.0),
+        ("id2label", ["a", "b"]),
+        ("id2label", "ab"),
+        ("pad_token_id", "1"),
+        ("pad_token_id", True),
+    ],
+)
 def test_a_classifiers_values_too(key: str, value: Any) -> None:
     with pytest.raises(InputError, match=rf"folder/config\.json: {key} must be "):
         read({"architectures": ["Olmo2ForSequenceClassification"], key: value})
@@ -202,9 +215,12 @@ def test_a_number_may_be_zero_where_zero_means_something() -> None:
 
 
 MOST = {
-    "num_hidden_layers": 100_000, "n_layer": 100_000, "num_experts": 4096,
-    "num_attention_heads": 4096, "n_head": 4096,
-}  # fmt: skip
+    "num_hidden_layers": 100_000,
+    "n_layer": 100_000,
+    "num_experts": 4096,
+    "num_attention_heads": 4096,
+    "n_head": 4096,
+}
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)

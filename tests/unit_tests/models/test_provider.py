@@ -42,12 +42,23 @@ class Provider(GPTModelProvider):
 
 def make(**fields: Any) -> Provider:
     numbers: dict[str, Any] = {
-        "num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 72, "num_attention_heads": 12,
-        "num_query_groups": 6, "kv_channels": 4, "vocab_size": 90, "max_position_embeddings": 32,
-        "layernorm_epsilon": 3e-6, "normalization": "RMSNorm", "add_bias_linear": False,
-        "gated_linear_unit": True, "activation_func": torch.nn.functional.silu,
-        "qk_layernorm": True, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-    }  # fmt: skip
+        "num_layers": 4,
+        "hidden_size": 48,
+        "ffn_hidden_size": 72,
+        "num_attention_heads": 12,
+        "num_query_groups": 6,
+        "kv_channels": 4,
+        "vocab_size": 90,
+        "max_position_embeddings": 32,
+        "layernorm_epsilon": 3e-6,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "qk_layernorm": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     return Provider(**{**numbers, **fields})
 
 
@@ -87,9 +98,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
      "no experts cannot be shared out evenly over 2 expert-parallel ranks"),
 ]  # fmt: skip
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"context_parallel_size": 2}, "context_parallel_size=2 is not supported: use tensor, "
-     "sequence, pipeline, expert or data parallelism"),
-]  # fmt: skip
+    (
+        {"context_parallel_size": 2},
+        "context_parallel_size=2 is not supported: use tensor, "
+        "sequence, pipeline, expert or data parallelism",
+    )
+]
 
 
 @pytest.mark.parametrize("build", ["finalize", "provide_distributed_model"])
@@ -397,8 +411,13 @@ def test_truncated_initial_weights_are_alike_in_all_matrices() -> None:
     matrices = {n: p for n, p in initial(init_truncation=3.0).items() if p.ndim == 2}
     ends = {name.rpartition(".weight")[0].rpartition(".")[2] for name in matrices}
     assert ends == {
-        "word_embeddings", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer",
-    }  # fmt: skip
+        "word_embeddings",
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+        "output_layer",
+    }
     for name, matrix in matrices.items():
         assert matrix.abs().max() <= 3 * 0.02, name
         assert matrix.std().item() == pytest.approx(0.9866 * 0.02, rel=0.06), name
@@ -418,8 +437,15 @@ def test_without_truncation_megatron_core_initialises() -> None:
 @pytest.mark.usefixtures("one_process")
 def test_what_is_not_initialised_is_marked_as_if_it_were() -> None:
     """By these marks megatron-core counts each parameter once in the gradient's norm."""
-    marks = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel",
-             "allreduce", "shared", "is_embedding_or_output_parameter")  # fmt: skip
+    marks = (
+        "tensor_model_parallel",
+        "partition_dim",
+        "partition_stride",
+        "sequence_parallel",
+        "allreduce",
+        "shared",
+        "is_embedding_or_output_parameter",
+    )
 
     def marked(initialize: bool) -> dict[str, dict[str, Any]]:
         return {

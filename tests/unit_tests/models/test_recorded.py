@@ -101,21 +101,49 @@ def test_another_family_contradicts(kind: str) -> None:
 def stock_args(**changes: Any) -> dict[str, Any]:
     """Args of olmo2-tiny as Megatron-LM has them after its own checks; others are its defaults."""
     return {
-        "num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 8,
-        "group_query_attention": True, "num_query_groups": 4, "kv_channels": 16,
-        "max_position_embeddings": 8192, "seq_length": 8192, "position_embedding_type": "rope",
-        "rotary_base": 500000, "rotary_percent": 1.0, "rotary_interleaved": False,
-        "rotary_seq_len_interpolation_factor": None, "use_rope_scaling": False,
-        "rope_scaling_factor": 8.0, "swiglu": True, "squared_relu": False, "quick_geglu": False,
-        "normalization": "RMSNorm", "norm_epsilon": 1e-6, "apply_layernorm_1p": False,
-        "apply_residual_connection_post_layernorm": False, "qk_layernorm": True,
-        "add_bias_linear": False, "add_qkv_bias": False, "softmax_scale": None,
-        "untie_embeddings_and_output_weights": True, "vocab_size": None, "padded_vocab_size": 1024,
-        "make_vocab_size_divisible_by": 128, "num_experts": None, "moe_router_topk": 2,
-        "moe_router_pre_softmax": False, "moe_router_score_function": "softmax",
-        "moe_ffn_hidden_size": None, "window_size": None, "window_attn_skip_freq": None,
-        "no_rope_freq": None, "mtp_num_layers": None, "bf16": True, "fp16": False,
-    } | changes  # fmt: skip
+        "num_layers": 4,
+        "hidden_size": 128,
+        "ffn_hidden_size": 384,
+        "num_attention_heads": 8,
+        "group_query_attention": True,
+        "num_query_groups": 4,
+        "kv_channels": 16,
+        "max_position_embeddings": 8192,
+        "seq_length": 8192,
+        "position_embedding_type": "rope",
+        "rotary_base": 500000,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": False,
+        "rope_scaling_factor": 8.0,
+        "swiglu": True,
+        "squared_relu": False,
+        "quick_geglu": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": 1e-6,
+        "apply_layernorm_1p": False,
+        "apply_residual_connection_post_layernorm": False,
+        "qk_layernorm": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "softmax_scale": None,
+        "untie_embeddings_and_output_weights": True,
+        "vocab_size": None,
+        "padded_vocab_size": 1024,
+        "make_vocab_size_divisible_by": 128,
+        "num_experts": None,
+        "moe_router_topk": 2,
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "softmax",
+        "moe_ffn_hidden_size": None,
+        "window_size": None,
+        "window_attn_skip_freq": None,
+        "no_rope_freq": None,
+        "mtp_num_layers": None,
+        "bf16": True,
+        "fp16": False,
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -183,16 +211,25 @@ def test_what_stock_megatron_lm_records_of_another_model(change: dict[str, Any],
 def test_defaults_that_were_never_used_are_no_evidence() -> None:
     """Of a model that other code built, in Megatron-LM's loop, args have the sizes alone."""
     untouched = stock_args(
-        position_embedding_type="learned_absolute", rotary_base=10000, swiglu=False,
-        normalization="LayerNorm", norm_epsilon=1e-5, untie_embeddings_and_output_weights=False,
-        group_query_attention=False, num_query_groups=1, qk_layernorm=False, add_bias_linear=True,
-    )  # fmt: skip
+        position_embedding_type="learned_absolute",
+        rotary_base=10000,
+        swiglu=False,
+        normalization="LayerNorm",
+        norm_epsilon=1e-5,
+        untie_embeddings_and_output_weights=False,
+        group_query_attention=False,
+        num_query_groups=1,
+        qk_layernorm=False,
+        add_bias_linear=True,
+    )
     multi_head = {"num_key_value_heads": 8}
     assert said(bridge("olmo2-tiny", **multi_head), untouched) == []
     wrong = bridge("olmo2-tiny", num_attention_heads=4, num_key_value_heads=4)
     assert [line.partition(" ")[0] for line in said(wrong, untouched)] == [
-        "num_attention_heads", "num_query_groups", "kv_channels"
-    ]  # fmt: skip
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ]
     # With an embedding of positions they are what built the model.
     tensors = {"embedding.position_embeddings.weight": None}
     assert len(contradictions(bridge("olmo2-tiny"), untouched, tensors)) > 3
@@ -200,10 +237,17 @@ def test_defaults_that_were_never_used_are_no_evidence() -> None:
 
 def test_gpt2_has_no_theta() -> None:
     record = stock_args(
-        position_embedding_type="learned_absolute", rotary_base=10000, swiglu=False,
-        normalization="LayerNorm", norm_epsilon=1e-5, untie_embeddings_and_output_weights=False,
-        group_query_attention=False, num_query_groups=1, ffn_hidden_size=512, add_bias_linear=True,
-    )  # fmt: skip
+        position_embedding_type="learned_absolute",
+        rotary_base=10000,
+        swiglu=False,
+        normalization="LayerNorm",
+        norm_epsilon=1e-5,
+        untie_embeddings_and_output_weights=False,
+        group_query_attention=False,
+        num_query_groups=1,
+        ffn_hidden_size=512,
+        add_bias_linear=True,
+    )
     assert said(bridge("gpt2-tiny"), record) == []
     assert said(bridge("gpt2-tiny"), record | {"normalization": "RMSNorm"}) == [
         "normalization is 'RMSNorm' in the checkpoint, 'LayerNorm' in the config"
@@ -212,9 +256,15 @@ def test_gpt2_has_no_theta() -> None:
 
 def test_experts_width_and_number_by_megatron_lms_names() -> None:
     record = stock_args(
-        num_layers=2, num_experts=8, moe_router_topk=3, moe_router_pre_softmax=True,
-        moe_ffn_hidden_size=96, ffn_hidden_size=512, norm_epsilon=1e-5, rotary_base=10000,
-    )  # fmt: skip
+        num_layers=2,
+        num_experts=8,
+        moe_router_topk=3,
+        moe_router_pre_softmax=True,
+        moe_ffn_hidden_size=96,
+        ffn_hidden_size=512,
+        norm_epsilon=1e-5,
+        rotary_base=10000,
+    )
     assert said(bridge("olmoe-tiny"), record) == []
     assert said(bridge("olmoe-tiny"), record | {"moe_router_score_function": "sigmoid"}) == [
         "moe_router_score_function is 'sigmoid' in the checkpoint, 'softmax' in the config"

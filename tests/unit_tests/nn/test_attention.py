@@ -41,9 +41,12 @@ def one_process() -> Iterator[None]:
 
 def config(groups: int = HEADS, **changes: Any) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS,
-        num_query_groups=groups, **{"attention_dropout": 0.0, **changes},
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=groups,
+        **{"attention_dropout": 0.0, **changes},
+    )
 
 
 def both(
@@ -52,11 +55,14 @@ def both(
     """Ours and megatron-core's, made by the same call."""
     return tuple(
         attention(
-            config=settings, layer_number=1, attn_mask_type=AttnMaskType.causal,
-            attention_type="self", **arguments,
+            config=settings,
+            layer_number=1,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            **arguments,
         )
         for attention in (ScaledDotProductAttention, DotProductAttention)
-    )  # fmt: skip
+    )
 
 
 def random_qkv(groups: int = HEADS, keys: int = SEQUENCE) -> list[torch.Tensor]:

@@ -144,9 +144,11 @@ def resolved_in_a_process_with(package: str, folder: Path) -> dict[str, Any]:
     (folder / "transformer_engine" / "__init__.py").write_text(package)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RESOLVE], capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", "-c", RESOLVE],
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

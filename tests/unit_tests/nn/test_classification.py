@@ -59,9 +59,15 @@ def test_a_live_model_in_bfloat16_has_the_loss_of_transformers(
 ) -> None:
     torch.manual_seed(0)
     config = Olmo2Config(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, pad_token_id=PAD, num_labels=3, problem_type=problem_type,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=PAD,
+        num_labels=3,
+        problem_type=problem_type,
+    )
     reference = Olmo2ForSequenceClassification(config).to(torch.bfloat16)
     torch.nn.init.normal_(reference.score.weight, std=0.5)
     reference.save_pretrained(tmp_path)

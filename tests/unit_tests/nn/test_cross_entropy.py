@@ -41,8 +41,9 @@ def test_values_and_gradients_are_torchs(dtype: torch.dtype, padding: int, z_los
     (weight * (loss + z_loss * log_sum_exp.square())).sum().backward()
 
     real = tokens[..., :VOCABULARY]
-    expected = torch.nn.functional.cross_entropy(real.flatten(0, 1), labels.flatten(),
-                                                 reduction="none").view(2, 5)  # fmt: skip
+    expected = torch.nn.functional.cross_entropy(
+        real.flatten(0, 1), labels.flatten(), reduction="none"
+    ).view(2, 5)
     (weight * (expected + z_loss * real.logsumexp(-1).square())).sum().backward()
     assert loss.dtype == log_sum_exp.dtype == torch.float32
     torch.testing.assert_close(loss, expected)

@@ -62,10 +62,16 @@ def test_weight_says_whether_its_gradient_is_to_be_summed(sp: bool) -> None:
 
 def linear(bias: bool) -> RowParallelLinearPostLN:
     return RowParallelLinearPostLN(
-        8, 16, config=TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2,
-                                        layernorm_epsilon=1e-6),
-        init_method=torch.nn.init.normal_, bias=bias, input_is_parallel=True, skip_bias_add=True,
-    )  # fmt: skip
+        8,
+        16,
+        config=TransformerConfig(
+            num_layers=1, hidden_size=16, num_attention_heads=2, layernorm_epsilon=1e-6
+        ),
+        init_method=torch.nn.init.normal_,
+        bias=bias,
+        input_is_parallel=True,
+        skip_bias_add=True,
+    )
 
 
 @pytest.mark.usefixtures("one_process")

@@ -12,8 +12,10 @@ from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 
 REGRESSION, SINGLE, MULTI = (
-    "regression", "single_label_classification", "multi_label_classification",
-)  # fmt: skip
+    "regression",
+    "single_label_classification",
+    "multi_label_classification",
+)
 CLASSES = torch.tensor([2, 0, 1, 1])
 SEVERAL = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
 VALUES = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, 1.5], [-0.5, 0.25, 0.0], [1.0, 1.0, -2.0]])

@@ -38,10 +38,17 @@ from megatron_olmo_bridge.runtime.cpu import PATCHES, Patch, cpu_runtime, ensure
 
 VERSION = tuple(int(part) for part in package_info.__version__.split(".")[:2])
 TINY = Olmo2Config(
-    num_layers=1, hidden_size=16, ffn_hidden_size=32, num_attention_heads=4, num_query_groups=2,
-    kv_channels=4, vocab_size=32, max_position_embeddings=16, layernorm_epsilon=1e-6,
+    num_layers=1,
+    hidden_size=16,
+    ffn_hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=4,
+    vocab_size=32,
+    max_position_embeddings=16,
+    layernorm_epsilon=1e-6,
     rotary_base=500000.0,
-)  # fmt: skip
+)
 
 
 @contextlib.contextmanager
@@ -84,9 +91,14 @@ def train_save_and_load(folder: Path) -> None:
             return losses, lambda x: (x.mean(), {"loss": x.detach().mean()})
 
         get_forward_backward_func()(
-            forward_step_func=step, data_iterator=iter(()), model=[wrapped], num_microbatches=1,
-            seq_length=8, micro_batch_size=1, forward_only=False,
-        )  # fmt: skip
+            forward_step_func=step,
+            data_iterator=iter(()),
+            model=[wrapped],
+            num_microbatches=1,
+            seq_length=8,
+            micro_batch_size=1,
+            forward_only=False,
+        )
         assert optimizer.step()[0]
 
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(folder))
@@ -152,9 +164,11 @@ def tied_embeddings_over_two_stages(rank: int, store: str, without: str | None) 
         parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         model = Olmo2ModelProvider.from_config(
-            TINY, num_layers=2, share_embeddings_and_output_weights=True,
+            TINY,
+            num_layers=2,
+            share_embeddings_and_output_weights=True,
             pipeline_model_parallel_size=2,
-        ).provide()  # fmt: skip
+        ).provide()
         assert model.shared_embedding_or_output_weight().abs().sum() > 0
         dist.barrier()  # a rank that leaves early would end the other's connection
         dist.destroy_process_group()
@@ -233,9 +247,11 @@ assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
 def test_ensured_for_good_and_said_once_by_the_first_process(rank: str | None, said: int) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FOR_GOOD], capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", "-c", FOR_GOOD],
+        capture_output=True,
+        text=True,
         env=env if rank is None else env | {"RANK": rank},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no CUDA here: megatron-core runs on the CPU, on gloo") == said
 

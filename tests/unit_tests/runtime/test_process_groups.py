@@ -198,9 +198,10 @@ def test_under_nccl_the_others_wait_on_gloo(monkeypatch: pytest.MonkeyPatch) -> 
     original, waited = dist.broadcast_object_list, []
     monkeypatch.setattr(dist, "get_backend", lambda *_: "nccl")
     monkeypatch.setattr(
-        dist, "broadcast_object_list",
+        dist,
+        "broadcast_object_list",
         lambda objects, source, group: waited.append(group) or original(objects, source, group),
-    )  # fmt: skip
+    )
     assert on_first(lambda: 1) == on_first(lambda: 1)
     wait_for_all()
     assert waited[0] is waited[1] is not dist.group.WORLD

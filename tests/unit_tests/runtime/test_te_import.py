@@ -50,9 +50,11 @@ def look(folder: Path, package: str, *args: str) -> dict[str, Any]:
     (folder / "transformer_engine" / "__init__.py").write_text(package)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LOOK, *args], capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", "-c", LOOK, *args],
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -62,17 +64,22 @@ def test_without_cuda_one_that_works_is_not_used(tmp_path: Path) -> None:
     """Its optimizers run on GPUs only."""
     found = look(tmp_path, IMPORTABLE, "no cuda", "not imported")
     assert found == {
-        "megatron-core uses it": False, "optimizer": "torch", "why not": NO_CUDA, "said": [],
-    }  # fmt: skip
+        "megatron-core uses it": False,
+        "optimizer": "torch",
+        "why not": NO_CUDA,
+        "said": [],
+    }
 
 
 @pytest.mark.slow
 def test_with_cuda_one_that_works_is_used(tmp_path: Path) -> None:
     found = look(tmp_path, IMPORTABLE, "cuda", "not imported")
     assert found == {
-        "megatron-core uses it": True, "optimizer": "transformer_engine", "why not": None,
+        "megatron-core uses it": True,
+        "optimizer": "transformer_engine",
+        "why not": None,
         "said": [],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.slow
@@ -107,9 +114,10 @@ def test_wheels_of_different_versions_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, version in (
-        ("transformer_engine", "2.20.2"), ("transformer_engine_torch", "2.19.0"),
+        ("transformer_engine", "2.20.2"),
+        ("transformer_engine_torch", "2.19.0"),
         ("transformer_engine_cu12", "2.20.2"),
-    ):  # fmt: skip
+    ):
         info = tmp_path / f"{name}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

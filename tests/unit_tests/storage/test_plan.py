@@ -47,8 +47,12 @@ def test_a_new_file_begins_where_the_limit_would_be_passed() -> None:
     # 25 and, from 64 on, exactly up to 128; then one more; then one larger than any file.
     at = pack(packer, [10, 29 + 1, 1, 500, 1])
     assert at == [
-        ("file0", 0, 25), ("file1", 0, 65), ("file2", 0, 7), ("file3", 0, 1005), ("file4", 0, 7),
-    ]  # fmt: skip
+        ("file0", 0, 25),
+        ("file1", 0, 65),
+        ("file2", 0, 7),
+        ("file3", 0, 1005),
+        ("file4", 0, 7),
+    ]
     exact = Packer("file{}".format, 129, 64)
     assert [name for name, _, _ in pack(exact, [10, 30])] == ["file0", "file0"]
     assert [f.size for f in packer.files()] == [25, 65, 7, 1005, 7]

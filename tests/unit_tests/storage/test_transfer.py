@@ -179,8 +179,10 @@ def test_falls_back_once_for_each_pair_of_files(tmp_path: Path, code: int) -> No
         return METHODS["through_memory"](src, src_at, dst, dst_at, min(count, 100))
 
     a, b = torch.randn(100), torch.randn(100)
-    views = [TensorView.of_array("a", store(tmp_path / "a", a)),
-             TensorView.of_array("b", store(tmp_path / "b", b))]  # fmt: skip
+    views = [
+        TensorView.of_array("a", store(tmp_path / "a", a)),
+        TensorView.of_array("b", store(tmp_path / "b", b)),
+    ]
     target = os.open(tmp_path / "t", os.O_RDWR | os.O_CREAT)
     with Transfer(methods=[refuses, refuses, copies]) as transfer:
         for i, view in enumerate([*views, *views]):
@@ -300,9 +302,26 @@ def test_stops_when_told_to(tmp_path: Path, dtype: str) -> None:
 
 def special(dtype: str) -> torch.Tensor:
     """Values that round up, down and to even, the smallest, NaN and infinities."""
-    exact = torch.tensor([0.0, -0.0, 1.0, -1.0, 65504.0, -65504.0, 2**-24, 1e-40, 1 / 3,
-                          1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11,
-                          torch.nan, torch.inf, -torch.inf])  # fmt: skip
+    exact = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            65504.0,
+            -65504.0,
+            2**-24,
+            1e-40,
+            1 / 3,
+            1 + 2**-8,
+            1 + 3 * 2**-8,
+            1 + 2**-11,
+            1 + 3 * 2**-11,
+            torch.nan,
+            torch.inf,
+            -torch.inf,
+        ]
+    )
     values = torch.cat([exact, torch.randn(500), torch.randn(500) * 1e-6])
     return values.to(getattr(torch, dtype))
 

@@ -14,8 +14,10 @@ from megatron_olmo_bridge.tools.doctor import doctor
 def test_versions_devices_and_machine() -> None:
     found = {f.what: f for f in doctor()}
     assert found["megatron-olmo-bridge"].found == __version__
-    assert (found["torch"].found, found["torch"].works) == (importlib.metadata.version("torch"),
-                                                            True)  # fmt: skip
+    assert (found["torch"].found, found["torch"].works) == (
+        importlib.metadata.version("torch"),
+        True,
+    )
     assert found["CUDA"].works is torch.cuda.is_available()
     assert found["gloo"].works is torch.distributed.is_gloo_available()
     assert found["disk here"].found.endswith("GB free")

@@ -35,9 +35,11 @@ def test_every_number_of_the_config_has_a_range() -> None:
     sections.append(("classification", ClassificationConfig()))
     numbers = {
         f"{name}.{f.name}"
-        for name, section in sections if is_dataclass(section)
-        for f in fields(section) if f.type in ("int", "float", "int | None", "float | None")
-    }  # fmt: skip
+        for name, section in sections
+        if is_dataclass(section)
+        for f in fields(section)
+        if f.type in ("int", "float", "int | None", "float | None")
+    }
     assert numbers == {key for key in RANGED if not key.startswith("provider.")}
     assert len(set(RANGED)) == len(RANGED)
 

@@ -263,9 +263,13 @@ def test_all_parts_are_in_the_total() -> None:
     ],
 )
 def test_host_memory_of_saving(
-    precision: str, processes: int, parallel: dict[str, Any], wanted: str, on_the_way: float,
+    precision: str,
+    processes: int,
+    parallel: dict[str, Any],
+    wanted: str,
+    on_the_way: float,
     last: float,
-) -> None:  # fmt: skip
+) -> None:
     """24 bytes a parameter to gather the state were 27 at DP 4, as ``benchmarks/saving.py`` says,
     with the rank's own part."""
     config = run(**parallel)

@@ -66,11 +66,18 @@ def test_a_new_folder_is_looked_at_and_then_claimed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "parallel.tp=2", "checkpoint.interval=5", "evaluation.batches=3", "logging.interval=1",
-        "export.hf=/tmp/exports", "train.micro_batch_size=2", "data.workers=2", "data.cache=/tmp",
-        "data.tokenizer=here", "name=other",
+        "parallel.tp=2",
+        "checkpoint.interval=5",
+        "evaluation.batches=3",
+        "logging.interval=1",
+        "export.hf=/tmp/exports",
+        "train.micro_batch_size=2",
+        "data.workers=2",
+        "data.cache=/tmp",
+        "data.tokenizer=here",
+        "name=other",
     ],
-)  # fmt: skip
+)
 def test_a_run_may_go_on_with_other(folder: Path, override: str) -> None:
     check_folders(run(folder, override))
 

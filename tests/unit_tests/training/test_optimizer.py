@@ -188,8 +188,11 @@ def decays(size: str, decayed: str, precision: str) -> dict[str, float]:
     chunks = provider.provide_distributed_model(ddp_config(config.parallel))
     optimizer = make_optimizer(config, chunks)
     make_scheduler(config, optimizer).step(1)
-    held = [group for part in getattr(optimizer, "chained_optimizers", [optimizer])
-            for group in part.param_groups]  # fmt: skip
+    held = [
+        group
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        for group in part.param_groups
+    ]
     of = {}
     for name, parameter in chunks[0].named_parameters():
         (group,) = [g for g in held if any(p is main_of(parameter) for p in g["params"])]

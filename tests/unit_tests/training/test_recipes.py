@@ -50,9 +50,10 @@ def refuses():
 
 def base() -> TrainingConfig:
     return TrainingConfig(
-        model={"vocab_size": 100, "hidden_size": 8}, train=StepsConfig(steps=5),
+        model={"vocab_size": 100, "hidden_size": 8},
+        train=StepsConfig(steps=5),
         sources={"train": "a paper"},
-    )  # fmt: skip
+    )
 
 
 def changed(*overrides: str) -> Any:
@@ -162,8 +163,10 @@ def test_the_last_one_counts_and_all_are_noted() -> None:
     found = changed("train.steps=9", "train.seed=3", "train.steps=11")
     assert (found.train.steps, found.train.seed) == (11, 3)
     assert found.sources == {
-        "train": "a paper", "train.steps": "command line", "train.seed": "command line",
-    }  # fmt: skip
+        "train": "a paper",
+        "train.steps": "command line",
+        "train.seed": "command line",
+    }
 
 
 def test_what_is_overridden_is_a_copy() -> None:

@@ -46,11 +46,14 @@ def text(tmp_path: Path) -> str:
 def run(*path: str, steps: int = 3, seed: int = 1, **data: Any) -> TrainingConfig:
     return TrainingConfig(
         train=StepsConfig(
-            steps=steps, global_batch_size=BATCH, micro_batch_size=MICRO, sequence_length=LENGTH,
+            steps=steps,
+            global_batch_size=BATCH,
+            micro_batch_size=MICRO,
+            sequence_length=LENGTH,
             seed=seed,
         ),
         data=DataConfig(path=list(path), **data),
-    )  # fmt: skip
+    )
 
 
 def steps_of(config: TrainingConfig, begin: int = 1) -> torch.Tensor:

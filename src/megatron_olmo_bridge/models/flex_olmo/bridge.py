@@ -24,18 +24,31 @@ class FlexOlmoConfig(MoEConfig):
 
     label = "FlexOlmo"
     hf_defaults: ClassVar[dict[str, Any]] = MoEConfig.hf_defaults | {
-        "vocab_size": 100352, "rms_norm_eps": 1e-6, "rope_theta": 500000.0, "num_experts": 7,
+        "vocab_size": 100352,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500000.0,
+        "num_experts": 7,
         "num_experts_per_tok": 5,
-    }  # fmt: skip
+    }
 
 
 def _published(*shape: int, experts: int = 7, top: int = 5, vocab: int = 100352) -> dict[str, Any]:
     return published(
-        "FlexOlmoForCausalLM", *shape, vocab=vocab, eos=100257, pad=100277,
-        model_type="flex_olmo", max_position_embeddings=4096, rms_norm_eps=1e-6,
-        rope_theta=500000, norm_topk_prob=False, num_experts=experts, num_experts_per_tok=top,
-        output_router_logits=False, router_aux_loss_coef=0.01,
-    )  # fmt: skip
+        "FlexOlmoForCausalLM",
+        *shape,
+        vocab=vocab,
+        eos=100257,
+        pad=100277,
+        model_type="flex_olmo",
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        rope_theta=500000,
+        norm_topk_prob=False,
+        num_experts=experts,
+        num_experts_per_tok=top,
+        output_router_logits=False,
+        router_aux_loss_coef=0.01,
+    )
 
 
 class FlexOlmoBridge(DecoderBridge):

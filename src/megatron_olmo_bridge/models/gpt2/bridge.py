@@ -18,17 +18,30 @@ ATTENTION, MLP = "decoder.layers.*.self_attention", "decoder.layers.*.mlp"
 HF = "transformer.h.*"
 
 
-def _published(layers: int, hidden: int, heads: int, vocab: int = 50257,
-               positions: int = 1024) -> dict[str, Any]:  # fmt: skip
+def _published(
+    layers: int, hidden: int, heads: int, vocab: int = 50257, positions: int = 1024
+) -> dict[str, Any]:
     last = vocab - 1
     return {
-        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.1, "bos_token_id": last, "embd_pdrop": 0.1, "eos_token_id": last,
-        "initializer_range": 0.02, "layer_norm_epsilon": 1e-5, "model_type": "gpt2",
-        "n_ctx": positions, "n_embd": hidden, "n_head": heads, "n_inner": None, "n_layer": layers,
-        "n_positions": positions, "resid_pdrop": 0.1, "torch_dtype": "float32",
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "bos_token_id": last,
+        "embd_pdrop": 0.1,
+        "eos_token_id": last,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-5,
+        "model_type": "gpt2",
+        "n_ctx": positions,
+        "n_embd": hidden,
+        "n_head": heads,
+        "n_inner": None,
+        "n_layer": layers,
+        "n_positions": positions,
+        "resid_pdrop": 0.1,
+        "torch_dtype": "float32",
         "vocab_size": vocab,
-    }  # fmt: skip
+    }
 
 
 class GPT2Bridge(ModelBridge):

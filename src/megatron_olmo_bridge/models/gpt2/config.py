@@ -9,8 +9,12 @@ from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 from megatron_olmo_bridge.models.hf_values import MAX_HEADS, MAX_LAYERS, HFValues
 
 ACTIVATIONS = ("gelu_new", "gelu")
-_ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-         "reorder_and_upcast_attn": False, "add_cross_attention": False}  # fmt: skip
+_ONLY = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
 """Flags that have one value in every published GPT-2: transformers' default."""
 
 
@@ -20,15 +24,24 @@ class GPT2Config:
 
     label: ClassVar[str] = "GPT-2"
     hf_defaults: ClassVar[dict[str, Any]] = {
-        "n_layer": 12, "n_embd": 768, "n_inner": None, "n_head": 12, "vocab_size": 50257,
-        "n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": ACTIVATIONS[0],
-        "tie_word_embeddings": True, **_ONLY,
-    }  # fmt: skip
+        "n_layer": 12,
+        "n_embd": 768,
+        "n_inner": None,
+        "n_head": 12,
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": ACTIVATIONS[0],
+        "tie_word_embeddings": True,
+        **_ONLY,
+    }
     """The keys of ``config.json`` that are read, with the defaults of transformers' GPT2Config."""
     hf_aliases: ClassVar[dict[str, str]] = {
-        "hidden_size": "n_embd", "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
-    }  # fmt: skip
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
     """Other names of keys: ``attribute_map`` of transformers' GPT2Config."""
 
     num_layers: int

@@ -98,15 +98,21 @@ def bridge_of(
             f"olmo-bridge export {file} DST --heads N"
         )
     made = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab,
-        "n_positions": positions, "n_embd": hidden, "n_layer": len(_layers(arrays)),
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": vocab,
+        "n_positions": positions,
+        "n_embd": hidden,
+        "n_layer": len(_layers(arrays)),
         "n_head": heads or (config or {}).get("n_head"),
-        "n_inner": None if ffn == 4 * hidden else ffn, **SAID_BY_THE_CODE,
+        "n_inner": None if ffn == 4 * hidden else ffn,
+        **SAID_BY_THE_CODE,
         # Without them transformers takes GPT-2's own, which lie outside a small vocabulary.
-        "bos_token_id": None, "eos_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "tie_word_embeddings": arrays[HEAD] == arrays[TOKENS],
         "torch_dtype": arrays[TOKENS].dtype,
-    }  # fmt: skip
+    }
     bridge = bridge_for(config or made, config_from)
     if not isinstance(bridge, GPT2Bridge):
         raise InputError(f"{config_from}: is the config of {bridge.family}, {file} is GPT-2")
@@ -148,12 +154,16 @@ def hf_views(
     used = {n: a for n, a in arrays.items() if n in expected or n != HEAD}
     check_tensors(expected, {name: array.shape for name, array in used.items()}, file)
     return {
-        hf_name: TensorView.assembled(hf_name, shape, [
-            Piece(arrays[name], Region.whole(expected[name]), region, transposed)
-            for name, region, transposed in places[hf_name]
-        ])
+        hf_name: TensorView.assembled(
+            hf_name,
+            shape,
+            [
+                Piece(arrays[name], Region.whole(expected[name]), region, transposed)
+                for name, region, transposed in places[hf_name]
+            ],
+        )
         for hf_name, shape in hf_shapes.items()
-    }  # fmt: skip
+    }
 
 
 def _layers(arrays: Mapping[str, StoredArray]) -> set[str]:

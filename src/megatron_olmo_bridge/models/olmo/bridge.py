@@ -13,12 +13,21 @@ from megatron_olmo_bridge.models.tables import attention, embedding, gated_mlp
 from .config import OlmoConfig
 
 
-def _published(*shape: int, tied: bool, clip: float | None = None,
-               vocab: int = 50304) -> dict[str, Any]:  # fmt: skip
+def _published(
+    *shape: int, tied: bool, clip: float | None = None, vocab: int = 50304
+) -> dict[str, Any]:
     return published(
-        "OlmoForCausalLM", *shape, vocab=vocab, eos=50279, pad=1, model_type="olmo",
-        max_position_embeddings=2048, rope_theta=10000.0, clip_qkv=clip, tie_word_embeddings=tied,
-    )  # fmt: skip
+        "OlmoForCausalLM",
+        *shape,
+        vocab=vocab,
+        eos=50279,
+        pad=1,
+        model_type="olmo",
+        max_position_embeddings=2048,
+        rope_theta=10000.0,
+        clip_qkv=clip,
+        tie_word_embeddings=tied,
+    )
 
 
 class OlmoBridge(DecoderBridge):

@@ -23,9 +23,16 @@ from .megatron_lm import Olmo2MegatronRecord
 
 def _published(*shape: int, vocab: int = 100352) -> dict[str, Any]:
     return published(
-        "Olmo2ForCausalLM", *shape, vocab=vocab, eos=100257, pad=100277, model_type="olmo2",
-        max_position_embeddings=4096, rms_norm_eps=1e-6, rope_theta=500000,
-    )  # fmt: skip
+        "Olmo2ForCausalLM",
+        *shape,
+        vocab=vocab,
+        eos=100257,
+        pad=100277,
+        model_type="olmo2",
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        rope_theta=500000,
+    )
 
 
 def olmo2_table(bridge: ModelBridge, padded_vocab_size: int | None) -> list[Mapping]:

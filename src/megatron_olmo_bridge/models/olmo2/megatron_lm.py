@@ -255,10 +255,21 @@ def _dtype(args: Mapping[str, Any]) -> str | None:
     return "float32" if "bf16" in args and "fp16" in args else None
 
 
-_SETTINGS = DECODER_SETTINGS | {"qk_layernorm": True} | dict.fromkeys(
-    ("add_bias_linear", "add_qkv_bias", "attention_output_gate", "multi_latent_attention",
-     "hybrid_layer_pattern", "hybrid_override_pattern", "mtp_num_layers")
-)  # fmt: skip
+_SETTINGS = (
+    DECODER_SETTINGS
+    | {"qk_layernorm": True}
+    | dict.fromkeys(
+        (
+            "add_bias_linear",
+            "add_qkv_bias",
+            "attention_output_gate",
+            "multi_latent_attention",
+            "hybrid_layer_pattern",
+            "hybrid_override_pattern",
+            "mtp_num_layers",
+        )
+    )
+)
 """Settings that, where given, must have this value; None: must be absent, false, zero or null."""
 
 

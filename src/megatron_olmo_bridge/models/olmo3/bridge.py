@@ -11,18 +11,31 @@ from megatron_olmo_bridge.models.olmo2.bridge import olmo2_table
 from .config import Olmo3Config, layer_types, rope_notes
 
 
-def _published(layers: int, *shape: int, vocab: int = 100278, window: int = 4096,
-               original: int = 8192) -> dict[str, Any]:  # fmt: skip
+def _published(
+    layers: int, *shape: int, vocab: int = 100278, window: int = 4096, original: int = 8192
+) -> dict[str, Any]:
     return published(
-        "Olmo3ForCausalLM", layers, *shape, vocab=vocab, eos=100257, pad=100277,
-        model_type="olmo3", max_position_embeddings=8 * original, rms_norm_eps=1e-6,
-        rope_theta=500000, sliding_window=window,
+        "Olmo3ForCausalLM",
+        layers,
+        *shape,
+        vocab=vocab,
+        eos=100257,
+        pad=100277,
+        model_type="olmo3",
+        max_position_embeddings=8 * original,
+        rms_norm_eps=1e-6,
+        rope_theta=500000,
+        sliding_window=window,
         layer_types=layer_types(layers),
         rope_scaling={
-            "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0,
-            "factor": 8.0, "original_max_position_embeddings": original, "rope_type": "yarn",
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": original,
+            "rope_type": "yarn",
         },
-    )  # fmt: skip
+    )
 
 
 class Olmo3Bridge(DecoderBridge):

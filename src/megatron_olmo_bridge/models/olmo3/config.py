@@ -23,8 +23,10 @@ class Olmo3Config(DecoderConfig):
 
     label = "OLMo-3"
     hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {
-        "rope_theta": THETA, "sliding_window": 4096, "layer_types": None,
-    }  # fmt: skip
+        "rope_theta": THETA,
+        "sliding_window": 4096,
+        "layer_types": None,
+    }
 
     window_size: tuple[int, int] | None = None
     """Tokens before and after a query that it sees; None if no layer has a window."""
@@ -130,8 +132,10 @@ def _full_attention_rope(hf: HFValues, decoder: dict[str, Any]) -> dict[str, Any
     # What transformers takes where the config doesn't say (modeling_rope_utils.py).
     defaults = {
         "original_max_position_embeddings": decoder["max_position_embeddings"],
-        "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None,
-    }  # fmt: skip
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": None,
+    }
     yarn = HFValues(rope, defaults, where=" of YaRN")
     factor = yarn.number("factor")
     # The YaRN paper's.

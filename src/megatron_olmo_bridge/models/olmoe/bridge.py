@@ -12,14 +12,26 @@ from megatron_olmo_bridge.models.tables import ATTENTION, attention, embedding, 
 from .config import OlmoeConfig
 
 
-def _published(*shape: int, experts: int = 64, top: int = 8, clip: float | None = None,
-               vocab: int = 50304) -> dict[str, Any]:  # fmt: skip
+def _published(
+    *shape: int, experts: int = 64, top: int = 8, clip: float | None = None, vocab: int = 50304
+) -> dict[str, Any]:
     return published(
-        "OlmoeForCausalLM", *shape, vocab=vocab, eos=50279, pad=1, model_type="olmoe",
-        max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0, clip_qkv=clip,
-        norm_topk_prob=False, num_experts=experts, num_experts_per_tok=top,
-        output_router_logits=False, router_aux_loss_coef=0.01,
-    )  # fmt: skip
+        "OlmoeForCausalLM",
+        *shape,
+        vocab=vocab,
+        eos=50279,
+        pad=1,
+        model_type="olmoe",
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        clip_qkv=clip,
+        norm_topk_prob=False,
+        num_experts=experts,
+        num_experts_per_tok=top,
+        output_router_logits=False,
+        router_aux_loss_coef=0.01,
+    )
 
 
 class OlmoeBridge(DecoderBridge):

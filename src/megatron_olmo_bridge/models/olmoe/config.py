@@ -15,8 +15,10 @@ class MoEConfig(DecoderConfig):
     """As every decoder, with experts; ``ffn_hidden_size`` is one expert's."""
 
     hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {
-        "max_position_embeddings": 4096, "norm_topk_prob": False, "router_aux_loss_coef": 0.01,
-    }  # fmt: skip
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+    }
     hf_aliases: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
 
     num_moe_experts: int = 0
@@ -52,9 +54,14 @@ class OlmoeConfig(MoEConfig):
 
     label = "OLMoE"
     hf_defaults: ClassVar[dict[str, Any]] = MoEConfig.hf_defaults | {
-        "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 2048,
-        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "clip_qkv": None,
-    }  # fmt: skip
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 2048,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "clip_qkv": None,
+    }
 
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to this, after the QK norm."""

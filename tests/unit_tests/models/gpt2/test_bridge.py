@@ -16,10 +16,16 @@ TINY: dict[str, Any] = GPT2Bridge.sizes["gpt2-tiny"]
 
 def test_reads_every_number() -> None:
     assert GPT2Config.from_hf(CONFIG) == GPT2Config(
-        num_layers=12, hidden_size=768, ffn_hidden_size=3072, num_attention_heads=12,
-        kv_channels=64, vocab_size=50257, max_position_embeddings=1024, layernorm_epsilon=1e-5,
+        num_layers=12,
+        hidden_size=768,
+        ffn_hidden_size=3072,
+        num_attention_heads=12,
+        kv_channels=64,
+        vocab_size=50257,
+        max_position_embeddings=1024,
+        layernorm_epsilon=1e-5,
         activation="gelu_new",
-    )  # fmt: skip
+    )
     other = GPT2Config.from_hf(CONFIG | {"n_inner": 100, "activation_function": "gelu"})
     assert (other.ffn_hidden_size, other.activation) == (100, "gelu")
 
@@ -66,14 +72,21 @@ def test_the_keys_are_those_of_megatron_cores_own_gpt2() -> None:
     from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups
 
     config = TransformerConfig(
-        num_layers=4, hidden_size=128, num_attention_heads=8, normalization="LayerNorm",
+        num_layers=4,
+        hidden_size=128,
+        num_attention_heads=8,
+        normalization="LayerNorm",
         params_dtype=torch.float32,
-    )  # fmt: skip
+    )
     ensure_process_groups(config)
     model = GPTModel(
-        config, get_gpt_layer_local_spec(), vocab_size=1024, max_sequence_length=128,
-        position_embedding_type="learned_absolute", share_embeddings_and_output_weights=True,
-    )  # fmt: skip
+        config,
+        get_gpt_layer_local_spec(),
+        vocab_size=1024,
+        max_sequence_length=128,
+        position_embedding_type="learned_absolute",
+        share_embeddings_and_output_weights=True,
+    )
     tensors = sharded_tensors(model.sharded_state_dict())
     finder = Finder.of(GPT2Bridge(TINY), tensors)
     found = [finder.shard(tensor).parameter.name for tensor in tensors]

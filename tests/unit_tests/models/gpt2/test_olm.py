@@ -32,8 +32,9 @@ def state_dict(tied: bool = True, ffn: int = FFN, dtype: torch.dtype = torch.flo
         a, f = (f"blocks.1.stack.{i}.blocks.{k}.block.blocks" for k in (0, 1))
         for name, rows, columns in (
             *((f"{a}.1.{x}_proj", WIDTH, WIDTH) for x in ("q", "k", "v", "out")),
-            (f"{f}.1.up_proj", ffn, WIDTH), (f"{f}.1.down_proj", WIDTH, ffn),
-        ):  # fmt: skip
+            (f"{f}.1.up_proj", ffn, WIDTH),
+            (f"{f}.1.down_proj", WIDTH, ffn),
+        ):
             shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
         shapes |= {f"{b}.0.{n}": (WIDTH,) for b in (a, f) for n in ("gamma", "beta")}
     shapes |= {"blocks.2.blocks.0.gamma": (WIDTH,), "blocks.2.blocks.0.beta": (WIDTH,)}
@@ -114,12 +115,21 @@ def test_every_tensor_is_that_of_hugging_face(
 def test_the_config_says_what_the_shapes_and_olms_code_say(tmp_path: Path) -> None:
     source = open_source(saved(tmp_path, state_dict()), heads=HEADS)
     assert source.hf_config == {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": VOCAB,
-        "n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS,
-        "n_inner": FFN, "layer_norm_epsilon": 1e-5, "activation_function": "gelu",
-        "bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": True,
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": VOCAB,
+        "n_positions": POSITIONS,
+        "n_embd": WIDTH,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_inner": FFN,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "tie_word_embeddings": True,
         "torch_dtype": "float32",
-    }  # fmt: skip
+    }
     assert source.config_from == source.folder == tmp_path / "step_1.pt"
 
 
@@ -134,9 +144,13 @@ def test_the_table_names_every_tensor_once(tmp_path: Path) -> None:
     table = [name for names in (*olm.AS_IT_IS.values(), *olm.TRANSPOSED.values()) for name in names]
     assert len(table) == len(set(table))
     assert not olm.AS_IT_IS.keys() & olm.TRANSPOSED.keys()
-    assert {n.replace(".0.blocks.0.block", ".*.blocks.0.block").replace(
-        ".0.blocks.1.block", ".*.blocks.1.block") for n in state_dict()
-        if ".stack.0." in n or ".stack." not in n} == set(table)  # fmt: skip
+    assert {
+        n.replace(".0.blocks.0.block", ".*.blocks.0.block").replace(
+            ".0.blocks.1.block", ".*.blocks.1.block"
+        )
+        for n in state_dict()
+        if ".stack.0." in n or ".stack." not in n
+    } == set(table)
 
 
 def test_the_number_of_heads_must_be_said(tmp_path: Path) -> None:

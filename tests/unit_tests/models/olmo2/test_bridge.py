@@ -19,7 +19,9 @@ PUBLISHED = {
 # What a model built by stock megatron-core with the OLMo-2 layer spec calls its parameters.
 LAYER = {
     "self_attention.linear_qkv.weight": {
-        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
     },
     "self_attention.q_layernorm.weight": {"self_attn.q_norm.weight"},
     "self_attention.k_layernorm.weight": {"self_attn.k_norm.weight"},
@@ -28,7 +30,7 @@ LAYER = {
     "mlp.linear_fc1.weight": {"mlp.gate_proj.weight", "mlp.up_proj.weight"},
     "mlp.linear_fc2.weight": {"mlp.down_proj.weight"},
     "mlp.linear_fc2.post_layernorm.weight": {"post_feedforward_layernorm.weight"},
-}  # fmt: skip
+}
 OUTSIDE = {
     "embedding.word_embeddings.weight": {"model.embed_tokens.weight"},
     "decoder.final_layernorm.weight": {"model.norm.weight"},
@@ -121,8 +123,9 @@ def test_a_published_size_is_recognised(size: str) -> None:
     assert bridge(size).size_name() == size
 
 
-@pytest.mark.parametrize("changes", [{"num_hidden_layers": 31}, {"vocab_size": 100_353},
-                                     {"num_key_value_heads": 8}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 31}, {"vocab_size": 100_353}, {"num_key_value_heads": 8}]
+)
 def test_another_shape_has_no_size_name(changes: dict[str, Any]) -> None:
     assert bridge("olmo2-7b", **changes).size_name() is None
 
@@ -130,10 +133,14 @@ def test_another_shape_has_no_size_name(changes: dict[str, Any]) -> None:
 def test_extra_states_are_those_of_linears_and_norms() -> None:
     attention, mlp = "decoder.layers.*.self_attention", "decoder.layers.*.mlp"
     modules = [
-        f"{attention}.linear_qkv", f"{attention}.linear_proj",
-        f"{attention}.linear_proj.post_layernorm", f"{mlp}.linear_fc1", f"{mlp}.linear_fc2",
-        f"{mlp}.linear_fc2.post_layernorm", "decoder.final_layernorm",
-    ]  # fmt: skip
+        f"{attention}.linear_qkv",
+        f"{attention}.linear_proj",
+        f"{attention}.linear_proj.post_layernorm",
+        f"{mlp}.linear_fc1",
+        f"{mlp}.linear_fc2",
+        f"{mlp}.linear_fc2.post_layernorm",
+        "decoder.final_layernorm",
+    ]
     assert list(bridge().extra_state_patterns()) == [f"{m}._extra_state" for m in modules]
 
 

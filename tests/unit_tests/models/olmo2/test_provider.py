@@ -88,8 +88,11 @@ def test_a_sized_provider_can_be_copied_and_pickled() -> None:
 
 
 def norms_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    return {name: m for name, m in model.named_modules() if name.rpartition(".")[2].endswith("norm")
-            and list(m.parameters())}  # fmt: skip
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if name.rpartition(".")[2].endswith("norm") and list(m.parameters())
+    }
 
 
 @pytest.mark.usefixtures("one_process")

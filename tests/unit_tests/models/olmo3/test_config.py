@@ -11,9 +11,13 @@ from megatron_olmo_bridge.models.olmo3.config import FULL, SLIDING, Olmo3Config
 CONFIG: dict[str, Any] = Olmo3Bridge.sizes["olmo3-7b"]
 YARN = CONFIG["rope_scaling"]
 READ = {
-    "rotary_base": 500000.0, "scaling_factor": 8.0, "original_max_position_embeddings": 8192,
-    "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.2079441541679836,
-}  # fmt: skip
+    "rotary_base": 500000.0,
+    "scaling_factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "attention_factor": 1.2079441541679836,
+}
 
 
 def spelled(**rope: Any) -> dict[str, Any]:
@@ -93,8 +97,9 @@ def test_windows() -> None:
     assert found.window_attn_skip_freq == 4
     unusual = [FULL, *[SLIDING] * 31]
     assert Olmo3Config.from_hf(CONFIG | {"layer_types": unusual}).window_attn_skip_freq == [
-        0, *[1] * 31,
-    ]  # fmt: skip
+        0,
+        *[1] * 31,
+    ]
     assert Olmo3Config.from_hf(CONFIG | {"layer_types": [FULL] * 32}).window_size is None
 
 

@@ -53,9 +53,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     folder = tmp_path_factory.mktemp("encoder") / "tiny"
     set_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=16, pad_token_id=1, hidden_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        pad_token_id=1,
+        hidden_dropout_prob=0.0,
+    )
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -58,10 +58,13 @@ def test_one_value_or_several(tmp_path: Path) -> None:
     assert words == "label from -1 to 2.25, mean 0.5833"
 
 
-@pytest.mark.parametrize(("problem_type", "labels", "expected"), [
-    (MULTI, ("x;y", "", "y"), [[1, 1], [0, 0], [0, 1]]),
-    (REGRESSION, ("1;2", "3;4", "0;-1"), [[1, 2], [3, 4], [0, -1]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "expected"),
+    [
+        (MULTI, ("x;y", "", "y"), [[1, 1], [0, 0], [0, 1]]),
+        (REGRESSION, ("1;2", "3;4", "0;-1"), [[1, 2], [3, 4], [0, -1]]),
+    ],
+)
 def test_lists_in_a_csv_file(
     problem_type: str, labels: tuple[str, ...], expected: list[list[float]], tmp_path: Path
 ) -> None:

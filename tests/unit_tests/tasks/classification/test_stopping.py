@@ -45,10 +45,16 @@ def test_the_history_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        '[{"step": 10, "macro_f1": 0.5}]', '[{"step": "10", "score": 0.5}]',
-        '[{"step": 10, "score": null}]', "[{", "[1]", "3", "", "[" * 100_000,
+        '[{"step": 10, "macro_f1": 0.5}]',
+        '[{"step": "10", "score": 0.5}]',
+        '[{"step": 10, "score": null}]',
+        "[{",
+        "[1]",
+        "3",
+        "",
+        "[" * 100_000,
     ],
-)  # fmt: skip
+)
 def test_a_history_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "history.json").write_text(text)
     with pytest.raises(FormatError, match=r"history\.json: is damaged.*another folder"):

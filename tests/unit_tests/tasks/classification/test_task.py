@@ -32,11 +32,17 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = Olmo2ForSequenceClassification(
         Olmo2Config(
-            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
-            pad_token_id=PAD, num_labels=3,
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            pad_token_id=PAD,
+            num_labels=3,
         )
-    )  # fmt: skip
+    )
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -133,8 +139,10 @@ def sums_with(right: int) -> dict[str, torch.Tensor]:
 def test_it_asks_to_stop_when_patience_is_at_its_end(task: Classification) -> None:
     called: list[float] = []
     task.on_evaluated = lambda: called.append(task.history[-1].score)
-    stops = [task.evaluated(step, sums_with(right))[1]
-             for step, right in ((10, 5), (20, 7), (30, 6), (40, 7))]  # fmt: skip
+    stops = [
+        task.evaluated(step, sums_with(right))[1]
+        for step, right in ((10, 5), (20, 7), (30, 6), (40, 7))
+    ]
     assert stops == [False, False, False, True]
     assert called == pytest.approx([0.5, 0.7, 0.6, 0.7])
 

@@ -81,16 +81,26 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A run's folder with a report, by what happened in the run."""
 
     def make(
-        steps: int, happened: Callable[[RunLog], object] = lambda _: None, *, of: int | None = None,
-        device: str = "CPU", loss: Callable[[int], float] = lambda step: 2 + 8 / step,
+        steps: int,
+        happened: Callable[[RunLog], object] = lambda _: None,
+        *,
+        of: int | None = None,
+        device: str = "CPU",
+        loss: Callable[[int], float] = lambda step: 2 + 8 / step,
         **changes: Any,
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         folder = tmp_path_factory.mktemp("run")
         about: dict[str, Any] = {
-            "name": "a run", "steps": of or steps, "tokens_per_step": 1000, "processes": 2,
-            "parameters": 1_484_916_736, "flops_per_token": 1e10, "device": device, "config": {},
+            "name": "a run",
+            "steps": of or steps,
+            "tokens_per_step": 1000,
+            "processes": 2,
+            "parameters": 1_484_916_736,
+            "flops_per_token": 1e10,
+            "device": device,
+            "config": {},
             "versions": {"torch": "2.13.0"},
-        }  # fmt: skip
+        }
         log = RunLog(RunFacts(**(about | changes)), LoggingConfig(interval=1), folder, say=str)
         for s in range(1, steps + 1):
             log.step(StepRecord(s, 1000 * s, loss(s), 1e-5, 3e-4, loss(s) / 4, 0.5, s == 42))
@@ -130,10 +140,16 @@ def page(done: Path) -> Page:
 
 def test_key_figures(page: Page) -> None:
     shown = {
-        "Final loss": "2.0800", "Perplexity": "8.00", "Evaluation loss": "2.2500",
-        "Tokens": "100K", "Parameters": "1.48B", "Time in steps": "50s", "Tokens/s": "2.00K",
-        "Utilization": "1.0%", "Skipped steps": "1",
-    }  # fmt: skip
+        "Final loss": "2.0800",
+        "Perplexity": "8.00",
+        "Evaluation loss": "2.2500",
+        "Tokens": "100K",
+        "Parameters": "1.48B",
+        "Time in steps": "50s",
+        "Tokens/s": "2.00K",
+        "Utilization": "1.0%",
+        "Skipped steps": "1",
+    }
     assert {label: page.after(label) for label in shown} == shown
     assert page.after("2.00K") == "20.0 TFLOP/s"
     assert page.after("done") == "All 100 steps are done."
@@ -168,9 +184,11 @@ def test_the_whole_config_with_its_sources(page: Page) -> None:
 def test_each_plot_in_two_themes_and_two_widths(page: Page, name: str) -> None:
     pictures = page.figures[name]
     assert [picture.get("media") for picture in pictures] == [
-        "(max-width: 640px) and (prefers-color-scheme: dark)", "(max-width: 640px)",
-        "(prefers-color-scheme: dark)", None,
-    ]  # fmt: skip
+        "(max-width: 640px) and (prefers-color-scheme: dark)",
+        "(max-width: 640px)",
+        "(prefers-color-scheme: dark)",
+        None,
+    ]
     assert len({svg(picture) for picture in pictures}) == 4
     for picture in pictures:
         assert {"tokens", "steps"} <= set(drawn(picture))
@@ -257,9 +275,11 @@ def _written(folder: Path, lines: list[dict[str, Any]]) -> Path:
 
 def test_a_run_that_stopped_at_nan(make: Make) -> None:
     folder = make(
-        80, lambda log: log.event("stopped", 80, message="the loss is not a number"), of=100,
+        80,
+        lambda log: log.event("stopped", 80, message="the loss is not a number"),
+        of=100,
         loss=lambda step: math.nan if step == 80 else 3.0,
-    )  # fmt: skip
+    )
     page = Page((folder / "report.html").read_text())
     assert page.after("stopped") == "Stopped at step 80 of 100: the loss is not a number"
     assert page.after("Loss") == "NaN"
@@ -330,12 +350,22 @@ def test_the_command_writes_the_same_report_again(done: Path) -> None:
 def test_the_last_figures_for_scripts(done: Path) -> None:
     said = json.loads(run(done, "--json").stdout)["result"]
     assert said == {
-        "name": "OLMo <1B> & co", "state": "done", "step": 100, "steps": 100, "tokens": 100_000,
-        "parameters": 1_484_916_736, "loss": 2.08, "perplexity": pytest.approx(math.exp(2.08)),
-        "evaluation_loss": 2.25, "seconds": 50.0, "skipped": 1, "tokens_per_second": 2000.0,
-        "flops_per_second": 2e13, "utilisation": pytest.approx(2e13 / (2 * 989e12)),
+        "name": "OLMo <1B> & co",
+        "state": "done",
+        "step": 100,
+        "steps": 100,
+        "tokens": 100_000,
+        "parameters": 1_484_916_736,
+        "loss": 2.08,
+        "perplexity": pytest.approx(math.exp(2.08)),
+        "evaluation_loss": 2.25,
+        "seconds": 50.0,
+        "skipped": 1,
+        "tokens_per_second": 2000.0,
+        "flops_per_second": 2e13,
+        "utilisation": pytest.approx(2e13 / (2 * 989e12)),
         "report": str(done / "report.html"),
-    }  # fmt: skip
+    }
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -20,9 +20,16 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 def facts(steps: int = 40, device: str = "CPU", processes: int = 1, **config: Any) -> RunFacts:
     return RunFacts(
-        name="a run", steps=steps, tokens_per_step=1000, parameters=3_000_000, flops_per_token=2e9,
-        processes=processes, device=device, config=config, versions={"torch": "2.13.0"},
-    )  # fmt: skip
+        name="a run",
+        steps=steps,
+        tokens_per_step=1000,
+        parameters=3_000_000,
+        flops_per_token=2e9,
+        processes=processes,
+        device=device,
+        config=config,
+        versions={"torch": "2.13.0"},
+    )
 
 
 def record(step: int, **changes: Any) -> StepRecord:
@@ -38,13 +45,20 @@ def said() -> list[str]:
 @pytest.fixture
 def start(said: list[str]) -> Callable[..., RunLog]:
     def start(
-        folder: Path | None = None, about: RunFacts | None = None, *, interval: int = 10,
-        resumed_at: int | None = None, **settings: Any,
-    ) -> RunLog:  # fmt: skip
+        folder: Path | None = None,
+        about: RunFacts | None = None,
+        *,
+        interval: int = 10,
+        resumed_at: int | None = None,
+        **settings: Any,
+    ) -> RunLog:
         return RunLog(
-            about or facts(), LoggingConfig(interval=interval, **settings), folder,
-            resumed_at=resumed_at, say=said.append,
-        )  # fmt: skip
+            about or facts(),
+            LoggingConfig(interval=interval, **settings),
+            folder,
+            resumed_at=resumed_at,
+            say=said.append,
+        )
 
     return start
 
@@ -81,8 +95,16 @@ def test_lines_come_after_the_first_step_each_interval_and_the_last(
 def test_a_line_has_means_since_the_line_before(start: Start, tmp_path: Path) -> None:
     log = start(tmp_path, interval=3)
     for step in range(1, 7):
-        log.step(record(step, loss=float(step), z_loss=step / 100, grad_norm=step**2, lr=step / 8,
-                        seconds=step / 10))  # fmt: skip
+        log.step(
+            record(
+                step,
+                loss=float(step),
+                z_loss=step / 100,
+                grad_norm=step**2,
+                lr=step / 8,
+                seconds=step / 10,
+            )
+        )
     first, second, third = lines(tmp_path, "step")
     assert (first["loss"], first["seconds"]) == (1.0, 0.1)
     assert second["loss"] == 2.5  # of steps 2 and 3
@@ -117,10 +139,12 @@ def test_utilisation_is_of_the_peak_of_all_gpus(
 @pytest.mark.parametrize(
     "about",
     [
-        facts(device="NVIDIA H100 64GB"), facts(device="NVIDIA A100-SXM4-40GB MIG 1g.5gb"),
-        facts(device="AMD Instinct MI300X"), facts(device=H100, train={"precision": "float32"}),
+        facts(device="NVIDIA H100 64GB"),
+        facts(device="NVIDIA A100-SXM4-40GB MIG 1g.5gb"),
+        facts(device="AMD Instinct MI300X"),
+        facts(device=H100, train={"precision": "float32"}),
     ],
-)  # fmt: skip
+)
 def test_no_utilisation_where_the_peak_is_not_known(
     start: Start, tmp_path: Path, said: list[str], about: RunFacts
 ) -> None:
@@ -164,11 +188,31 @@ def test_the_console(start: Start, said: list[str]) -> None:
     for step in range(1, 11):
         log.step(record(step, loss=2.0, seconds=1e-3))
     header, first, second = said
-    assert cells(header) == ["step", "tokens", "loss", "ppl", "lr", "grad norm", "tokens/s",
-                             "FLOP/s", "util", "time left"]  # fmt: skip
+    assert cells(header) == [
+        "step",
+        "tokens",
+        "loss",
+        "ppl",
+        "lr",
+        "grad norm",
+        "tokens/s",
+        "FLOP/s",
+        "util",
+        "time left",
+    ]
     assert cells(first)[0] == "1/40"
-    assert cells(second) == ["10/40", "10.0K", "2.0000", "7.39", "3.00e-04", "1.000", "1.00M",
-                             "2.00P", "25.3%", "0.0s"]  # fmt: skip
+    assert cells(second) == [
+        "10/40",
+        "10.0K",
+        "2.0000",
+        "7.39",
+        "3.00e-04",
+        "1.000",
+        "1.00M",
+        "2.00P",
+        "25.3%",
+        "0.0s",
+    ]
 
 
 def test_time_left_is_of_the_usual_step(start: Start, said: list[str]) -> None:
@@ -263,8 +307,11 @@ def test_a_run_that_begins_again_keeps_what_happened(start: Start, tmp_path: Pat
     log.event("stopped", 1, message="a spike")
     start(tmp_path).evaluation(0, 9.0)
     assert [line["event"] for line in lines(tmp_path)] == [
-        "begin", "stopped", "begin", "evaluation",
-    ]  # fmt: skip
+        "begin",
+        "stopped",
+        "begin",
+        "evaluation",
+    ]
 
 
 TORN = {

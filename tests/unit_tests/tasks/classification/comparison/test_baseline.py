@@ -26,14 +26,17 @@ from megatron_olmo_bridge.training.config import (
 def config(steps: int = 40, **fields: object) -> TrainingConfig:
     return TrainingConfig(
         train=StepsConfig(
-            steps=steps, global_batch_size=16, micro_batch_size=8, sequence_length=12,
+            steps=steps,
+            global_batch_size=16,
+            micro_batch_size=8,
+            sequence_length=12,
             precision="float32",
         ),
         optimizer=OptimizerConfig(lr=1e-9),
         schedule=ScheduleConfig(warmup_steps=2),
         evaluation=EvaluationConfig(interval=10),
         classification=ClassificationConfig(**fields),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 def run(
@@ -75,8 +78,10 @@ def test_without_progress_it_stops_and_keeps_the_first_state(
     lines = run(encoder, config(patience=2), train_examples, held_out_examples, tmp_path / "a")
     assert len(lines) == 3  # at step 10, and two that were no better
     assert json.loads((tmp_path / "a/config.json").read_text())["id2label"] == {
-        "0": "first", "1": "second", "2": "third"
-    }  # fmt: skip
+        "0": "first",
+        "1": "second",
+        "2": "third",
+    }
 
 
 def test_what_cannot_be_loaded(

@@ -53,13 +53,29 @@ def written(report: Report, folder: Path) -> str:
 def test_the_table() -> None:
     one = Report("One", SINGLE, {}, [result("olmo", 5, 2)])
     assert columns(one) == [
-        "model", "parameters", "accuracy", "95 %", "macro-F1", "95 %", "p50 ms", "p95 ms",
+        "model",
+        "parameters",
+        "accuracy",
+        "95 %",
+        "macro-F1",
+        "95 %",
+        "p50 ms",
+        "p95 ms",
         "texts/s",
-    ]  # fmt: skip
+    ]
     assert rows(one) == [
-        ["olmo", "1,234,567", "0.9000", "0.699-0.972", "0.8992", "0.700-0.950", "12.34", "20.00",
-         "81.0"]
-    ]  # fmt: skip
+        [
+            "olmo",
+            "1,234,567",
+            "0.9000",
+            "0.699-0.972",
+            "0.8992",
+            "0.700-0.950",
+            "12.34",
+            "20.00",
+            "81.0",
+        ]
+    ]
 
 
 def test_one_model_is_reported_alone(tmp_path: Path) -> None:
@@ -144,7 +160,12 @@ def test_a_report_on_values(tmp_path: Path) -> None:
     page = written(one, tmp_path)
     assert columns(one)[2:8] == ["MSE", "MAE", "95 %", "R2", "95 %", "Pearson"]
     assert rows(one)[0][2:8] == [
-        "1.3333", "0.6667", "0.000-2.000", "-1.0000", "-2.000 to 1.000", "0.9608",
-    ]  # fmt: skip
+        "1.3333",
+        "0.6667",
+        "0.000-2.000",
+        "-1.0000",
+        "-2.000 to 1.000",
+        "0.9608",
+    ]
     assert "largest errors" in page and "each value" in page and "confusion" not in page
     assert json.loads((tmp_path / "results.json").read_text())["r2_difference"] is None
