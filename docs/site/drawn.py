@@ -12,6 +12,14 @@ import rooms
 import megatron_olmo_bridge
 from megatron_olmo_bridge.models.families import bridges
 
+CONFIG_SECTIONS = """::: megatron_olmo_bridge.training.config
+    options:
+      filters: ["!^_", "!^TrainingConfig$"]
+      show_root_heading: false
+      show_root_toc_entry: false
+"""
+"""What mkdocstrings needs to show the dataclasses that TrainingConfig is made of."""
+
 
 def picture_of_rooms() -> str:
     """Return the picture of the packages and what they import."""
@@ -29,7 +37,7 @@ def public_names() -> str:
         text += f"\n## {heading}\n"
         for name in sorted(names, key=str.lower):
             text += f"\n::: megatron_olmo_bridge.{names[name]}.{name}\n"
-    return text
+    return f"{text}\n## The sections of a training config\n\n{CONFIG_SECTIONS}"
 
 
 def mapping_tables() -> str:

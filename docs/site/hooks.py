@@ -55,3 +55,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         if comment in markdown:
             markdown = markdown.replace(comment, drawn())
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave out the roles of docstrings, such as ``:func:``, which Markdown doesn't know."""
+    return re.sub(r":(attr|class|data|func|meth|mod):<code>", "<code>", html)
