@@ -88,6 +88,9 @@ def compare(
             help="Error allowed in float32; in 16 bits how many times transformers' own.",
         ),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with the error by layer.")
+    ] = None,
 ) -> Outcome:
     """Run HF in transformers and OTHER in megatron-core, and say where they part.
 
@@ -100,6 +103,9 @@ def compare(
     """
     from megatron_olmo_bridge.inference.compare import compare as run
 
+    from .pages import check_page, comparison_page, write_page
+
+    check_page(html)
     found = run(
         hf,
         other,
@@ -113,6 +119,8 @@ def compare(
         threshold=threshold,
         tell=_show_step,
     )
+    if html is not None:
+        write_page(html, comparison_page(found, hf, other))
     _print_comparison(found)
     return Outcome(
         {"equal": found.equal, "parts_at": found.parts_at} | asdict(found),

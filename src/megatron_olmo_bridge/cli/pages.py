@@ -1,10 +1,12 @@
-"""The page that ``inspect --html`` writes: one file, which needs no network."""
+"""The pages of ``inspect --html`` and ``compare --html``: one file each, without a network."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_olmo_bridge.checkpoints.source import Source
 from megatron_olmo_bridge.errors import InputError, OutputError
@@ -13,6 +15,9 @@ from megatron_olmo_bridge.mapping.placement import Placement, Region
 from megatron_olmo_bridge.mapping.registry import Parameter
 from megatron_olmo_bridge.training.monitor.human import short
 from megatron_olmo_bridge.training.monitor.page import page, tiles
+
+if TYPE_CHECKING:
+    from megatron_olmo_bridge.inference.difference import Comparison, Layer
 
 COLORS = 6
 """Colors of a legend; a parameter is made of at most four tensors."""
@@ -36,6 +41,9 @@ svg.outlined rect { stroke: var(--card); stroke-width: 1px; }
 rect:hover { opacity: .7; }
 ul { list-style: none; margin: 0; padding: 0; }
 li { display: flex; align-items: baseline; gap: .45em; overflow-wrap: anywhere; }
+.errors { display: grid; grid-template-columns: auto minmax(4rem, 1fr) auto; gap: .3rem .9rem;
+  align-items: center; margin-top: .9rem; font-size: .88rem; font-variant-numeric: tabular-nums; }
+.errors svg { height: .8rem; margin: 0; }
 i { flex: none; width: .8em; height: .8em; border-radius: 2px; }
 </style>"""
 
@@ -155,3 +163,53 @@ def _hf_name(placement: Placement, parameter: Parameter) -> str:
     if placement.hf_name is None:
         return "padding: zeros"
     return placement.hf_name.replace(".0.", f".{WILDCARD}.", len(parameter.index))
+
+
+def comparison_page(found: Comparison, reference: str, model: str) -> str:
+    """Return the page of a comparison: the error after each layer beside what rounding explains."""
+    values = [v for x in found.layers for v in (x.error, x.allowed) if 0 < v < math.inf]
+    low = math.floor(math.log10(min(values, default=0.1)))
+    high = max(low + 1, math.ceil(math.log10(max(values, default=1.0))))
+    bars = "".join(_bar(layer, low, high) for layer in found.layers)
+    verdict = "The same, but for rounding" if found.equal else f"They part at {found.parts_at}"
+    return page(
+        "Comparison",
+        [
+            _STYLE,
+            '<header><p class="eyebrow">Comparison</p>'
+            f'<h1>{escape(verdict)}</h1><p class="about">{escape(reference)} in transformers, '
+            f"{escape(model)} in megatron-core, on {found.tokens} tokens in {found.dtype}</p>"
+            "</header>",
+            tiles(
+                [
+                    ("Error of the logits", f"{found.layers[-1].error:.3g}", found.measure),
+                    ("Allowed", f"{found.layers[-1].allowed:.3g}", found.bound),
+                    ("Top-1 agreement", f"{found.top1_agreement:.2%}", "likeliest token"),
+                    ("KL divergence", f"{found.kl_divergence:.3g}", "nats"),
+                ]
+            ),
+            "<section><h2>Error after each layer</h2><p>Logarithmic, from "
+            f"1e{low} to 1e{high}: {escape(found.measure)}. The line is what is allowed.</p>"
+            f'<div class="errors">{bars}</div></section>',
+        ],
+    )
+
+
+def _bar(layer: Layer, low: int, high: int) -> str:
+    def place(value: float) -> float:
+        if not math.isfinite(value):
+            return 100
+        return 100 * (math.log10(value) - low) / (high - low) if value > 0 else 0
+
+    color = "var(--c4)" if layer.parts else "var(--c0)"
+    allowed = f"{place(layer.allowed):.2f}"
+    return (
+        f"<span>{escape(layer.name)}</span>"
+        '<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
+        f'aria-label="{layer.error:.3g}, allowed {layer.allowed:.3g}">'
+        '<rect width="100" height="10" style="fill: var(--line)"/>'
+        f'<rect width="{place(layer.error):.2f}" height="10" style="fill: {color}">'
+        f"<title>{layer.error:.3g}, allowed {layer.allowed:.3g}</title></rect>"
+        f'<path d="M{allowed} 0V10" style="stroke: var(--ink); stroke-width: 2px; '
+        f'vector-effect: non-scaling-stroke"/></svg><span>{layer.error:.2g}</span>'
+    )

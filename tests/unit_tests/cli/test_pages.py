@@ -1,4 +1,4 @@
-"""``inspect --html``: the mapping as pictures, against the mapping itself."""
+"""``inspect --html`` and ``compare --html``: pictures against what they are drawn from."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from megatron_olmo_bridge import synth
 from megatron_olmo_bridge.checkpoints.source import open_source
 from megatron_olmo_bridge.cli.app import app
+from megatron_olmo_bridge.cli.pages import comparison_page
+from megatron_olmo_bridge.inference.difference import States, difference
+from megatron_olmo_bridge.inference.jobs import EMBEDDING, FINAL_NORM, LOGITS
 
 PICTURE = re.compile(
     r'<article><h3>(.*?)</h3>.*?<svg class="[^"]*" viewBox="0 0 (\d+) (\d+)".*?>(.*?)</svg>'
@@ -86,3 +90,30 @@ def test_only_a_page_is_replaced(tiny_hf: Path, tmp_path: Path) -> None:
     assert file.read_text() == "weights"
     code, output = inspect(tiny_hf, "--html", tmp_path / "none/a.html")
     assert code == 2 and "no such folder" in " ".join(output.split())
+
+
+STATES = (EMBEDDING, "layer 0", "layer 1", FINAL_NORM, LOGITS)
+
+
+@pytest.mark.parametrize(("wrong_from", "verdict"), [
+    (5, "The same, but for rounding"), (2, "They part at layer 1"),
+])  # fmt: skip
+def test_the_error_of_each_layer_is_drawn(wrong_from: int, verdict: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference: States = {n: torch.randn(1, 4, 8, generator=generator) for n in STATES}
+    model = {
+        name: state + (0.5 if i >= wrong_from else 1e-6)
+        for i, (name, state) in enumerate(reference.items())
+    }
+    ids = torch.tensor([[1, 2, 3, 4]])
+    found = difference(reference, model, None, ids, "float32", mixture=False)
+    page = comparison_page(found, "a <reference>", "a model")
+    assert f"<h1>{verdict}</h1>" in page and "a &lt;reference&gt;" in page
+    bars = re.findall(r'<rect width="([\d.]+)" height="10" style="fill: (var\(--c\d\))">', page)
+    assert len(bars) == len(found.layers) == len(STATES)
+    widths = [float(width) for width, _ in bars]
+    by_error = sorted(zip((x.error for x in found.layers), widths, strict=True))
+    assert [width for _, width in by_error] == sorted(widths)
+    assert all(0 <= width <= 100 for width in widths)
+    colors = ["var(--c4)" if i >= wrong_from else "var(--c0)" for i in range(len(STATES))]
+    assert [color for _, color in bars] == colors
