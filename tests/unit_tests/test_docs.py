@@ -142,6 +142,20 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         assert given <= options, f"{name}: {given - options}"
 
 
+def test_the_glossary_explains_each_term_once_in_a_sentence() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    _, *sections = re.split(r"^\| term \| meaning \|\n\|---\|---\|\n", text, flags=re.MULTILINE)
+    seen: set[str] = set()
+    for section in sections:
+        rows = re.findall(r"^\| (.+?) \| (.+) \|$", section, re.MULTILINE)
+        assert [term for term, meaning in rows if not meaning.endswith(".")] == []
+        terms = [term for term, _ in rows]
+        assert terms == sorted(terms, key=lambda term: term.strip("`.").lower())
+        assert len(seen | set(terms)) == len(seen) + len(terms), "a term is explained twice"
+        seen |= set(terms)
+    assert {"placement", "post-norm", "tracker", "`torch_dist`"} < seen
+
+
 # ------------------------------------------------------------- what the site draws from the source
 
 

@@ -116,6 +116,11 @@ def test_dependencies_point_downwards(folder: str) -> None:
                 assert other in allowed, f"{relative(file)} imports {name}"
 
 
+def test_contributing_lists_the_folders_from_the_bottom_up() -> None:
+    text = (TESTS.parent / "CONTRIBUTING.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)) == LAYERS
+
+
 def test_every_folder_has_its_rule() -> None:
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.glob("*.py"))}
     assert folders == BELOW.keys()
