@@ -26,6 +26,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from megatron_olmo_bridge import AutoBridge, export_checkpoint, import_checkpoint, verify
+from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
+from megatron_olmo_bridge.storage.execute import WriteOptions
 
 OUT = Path("no_magic_output")
 
@@ -109,8 +111,18 @@ checkpoint = OUT / f"step_{STEPS}.pt"
 # that it doesn't say.
 
 # %%
-export_checkpoint(checkpoint, OUT / "hf", heads=HEADS, overwrite=True)
-import_checkpoint(checkpoint, OUT / "megatron", heads=HEADS, overwrite=True)
+export_checkpoint(
+    checkpoint,
+    OUT / "hf",
+    ExportOptions(kind_options={"heads": HEADS}),
+    WriteOptions(overwrite=True),
+)
+import_checkpoint(
+    checkpoint,
+    OUT / "megatron",
+    ImportOptions(kind_options={"heads": HEADS}),
+    WriteOptions(overwrite=True),
+)
 result = verify(OUT / "hf", OUT / "megatron")
 print(f"{result.compared} tensors, equal bit for bit: {result.equal}")
 print(json.dumps(json.loads((OUT / "hf/config.json").read_text())))

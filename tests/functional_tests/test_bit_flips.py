@@ -24,7 +24,9 @@ import pytest
 from trees import contents
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
+from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
 from megatron_olmo_bridge.errors import BridgeError
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.stage import Stage
 
 FLIPS = 50
@@ -119,7 +121,7 @@ def check_all_are_found(good: Path, damaged: Path, places: list[Bytes]) -> set[s
 
 
 def test_in_an_export(megatron: Path, sharded: Path, tmp_path: Path) -> None:
-    export_checkpoint(megatron, tmp_path / "hf", max_shard_size="1MB")
+    export_checkpoint(megatron, tmp_path / "hf", ExportOptions(max_shard_size="1MB"))
     places = []
     for file in sorted((tmp_path / "hf").glob("*.safetensors")):
         (length,) = struct.unpack("<Q", file.read_bytes()[:8])
@@ -138,7 +140,9 @@ def test_in_an_import_with_padded_rows(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_olmo_bridge.convert.to_megatron.FILE_BYTES", 1 << 20)
-    import_checkpoint(sharded, tmp_path / "megatron", make_vocab_size_divisible_by=PADDED)
+    import_checkpoint(
+        sharded, tmp_path / "megatron", ImportOptions(make_vocab_size_divisible_by=PADDED)
+    )
 
     places = list(megatron_places(tmp_path / "megatron" / "iter_0000000"))
 
@@ -187,7 +191,7 @@ def payload(file: Path, offset: int, length: int) -> tuple[int, int]:
 @pytest.mark.parametrize("name", ["__0_0.distcp", "common.pt", "hf/config.json"])
 def test_by_checksum(sharded: Path, tmp_path: Path, name: str) -> None:
     """With checksums on record, the checkpoint alone is enough, and no byte of it is left out."""
-    import_checkpoint(sharded, tmp_path / "megatron", checksum=True)
+    import_checkpoint(sharded, tmp_path / "megatron", write=WriteOptions(checksum=True))
     assert verify(tmp_path / "megatron").equal
     file = tmp_path / "megatron" / "iter_0000000" / name
 
@@ -226,11 +230,12 @@ def test_a_damaged_file_of_an_interrupted_run_is_written_again(
     monkeypatch.setattr("megatron_olmo_bridge.convert.to_megatron.FILE_BYTES", 1 << 20)
     dst, partial = tmp_path / "dst", tmp_path / "dst.partial"
 
-    def convert(**options: Any) -> None:
+    def convert(**write: Any) -> None:
         if operation == "import":
-            import_checkpoint(sharded, dst, **options)
+            import_checkpoint(sharded, dst, write=WriteOptions(**write))
         else:
-            export_checkpoint(megatron, dst, max_shard_size="1MB", **options)
+            options = ExportOptions(max_shard_size="1MB")
+            export_checkpoint(megatron, dst, options, WriteOptions(**write))
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -261,7 +266,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_written_again(
 @pytest.mark.slow
 def test_a_thousand_flips_of_a_finished_output(sharded: Path, tmp_path: Path) -> None:
     """Any byte of any file, found by the recorded checksums alone."""
-    import_checkpoint(sharded, tmp_path / "megatron", checksum=True)
+    import_checkpoint(sharded, tmp_path / "megatron", write=WriteOptions(checksum=True))
     folder, rng = tmp_path / "megatron" / "iter_0000000", random.Random(0)
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "olmo_bridge.json")
     for _ in range(1000):

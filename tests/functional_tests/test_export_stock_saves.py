@@ -22,6 +22,8 @@ from megatron_olmo_bridge import (
     inspect,
     synth,
 )
+from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
+from megatron_olmo_bridge.convert.options import ExportOptions
 from megatron_olmo_bridge.errors import InputError
 
 TP_PP = ("--tp", 2, "--pp", 2)
@@ -59,16 +61,18 @@ def test_export_equals_the_models_weights(hf: Path, tmp_path: Path, save: str) -
     arguments, processes = SAVES[save]
     root = tmp_path / "run"
     stock("save", "--hf", hf, "--out", root, *arguments, processes=processes)
-    export_checkpoint(root, tmp_path / "hf", hf_config=hf, max_shard_size="1MB")
+    export_checkpoint(root, tmp_path / "hf", ExportOptions(hf_config=hf, max_shard_size="1MB"))
     assert_same(load_folder(tmp_path / "hf"), load_file(root / "expected.safetensors"))
-    assert ("optimizer state" in inspect(root, hf_config=hf).layout) == ("--optimizer" in arguments)
+    assert ("optimizer state" in inspect(root, ReadOptions(hf_config=hf)).layout) == (
+        "--optimizer" in arguments
+    )
 
 
 @pytest.mark.slow
 def test_padded_vocabulary_is_trimmed_to_the_config(hf: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     stock("save", "--hf", hf, "--out", root, "--vocab-divisible-by", 768, "--tp", 2, processes=2)
-    export_checkpoint(root, tmp_path / "hf", hf_config=hf)
+    export_checkpoint(root, tmp_path / "hf", ExportOptions(hf_config=hf))
     found = load_folder(tmp_path / "hf")
     assert found["lm_head.weight"].shape == (1024, 128)
     assert_same(found, load_file(root / "expected.safetensors"))
@@ -80,7 +84,7 @@ def test_config_comes_from_megatron_lms_args(hf: Path, tmp_path: Path) -> None:
     stock("save", "--hf", hf, "--out", root)
     with pytest.raises(InputError, match="--vocab-size"):
         export_checkpoint(root, tmp_path / "hf")
-    export_checkpoint(root, tmp_path / "hf", vocab_size=1024)
+    export_checkpoint(root, tmp_path / "hf", ExportOptions(vocab_size=1024))
     assert_same(load_folder(tmp_path / "hf"), load_file(root / "expected.safetensors"))
 
 
@@ -147,7 +151,7 @@ def test_every_iteration_is_exported(hf: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     stock("save", "--hf", hf, "--out", root)
     shutil.copytree(root / "iter_0000007", root / "iter_0000014")
-    export_checkpoint(root, tmp_path / "hf", iteration="all", hf_config=hf)
+    export_checkpoint(root, tmp_path / "hf", ExportOptions(iteration="all", hf_config=hf))
     for name in ("iter_0000007", "iter_0000014"):
         found = load_folder(tmp_path / "hf" / name)
         assert_same(found, load_file(root / "expected.safetensors"))

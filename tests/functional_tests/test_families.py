@@ -23,7 +23,9 @@ from transformers import (
 from trees import tree_hash
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect, synth, verify
+from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
 from megatron_olmo_bridge.models.families import published_sizes
+from megatron_olmo_bridge.storage.execute import WriteOptions
 
 SIZES = [name for name in published_sizes() if name.endswith("-tiny")]
 CLASSIFIERS = ["olmo-tiny", "olmo2-tiny", "olmo3-tiny"]
@@ -84,8 +86,10 @@ def test_roundtrip(hf: Path, megatron: Path, size: str, tmp_path: Path) -> None:
 
 
 def test_a_change_of_dtype_is_what_torch_does(hf: Path, tmp_path: Path) -> None:
-    import_checkpoint(hf, tmp_path / "half", dtype="bfloat16", workers=2)
-    export_checkpoint(tmp_path / "half", tmp_path / "back", dtype="float32")
+    import_checkpoint(
+        hf, tmp_path / "half", ImportOptions(dtype="bfloat16"), WriteOptions(workers=2)
+    )
+    export_checkpoint(tmp_path / "half", tmp_path / "back", ExportOptions(dtype="float32"))
     mine, theirs = load_file(hf / ONE), load_file(tmp_path / "back" / ONE)
     assert all(torch.equal(mine[name].bfloat16().float(), theirs[name]) for name in mine)
 

@@ -15,6 +15,7 @@ from launching import TOKENS, run_script, stock, tokens_argument
 from transformers import Olmo2ForCausalLM
 
 from megatron_olmo_bridge import import_checkpoint, inspect, synth
+from megatron_olmo_bridge.convert.options import ImportOptions
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 
 LAYOUTS = {
@@ -99,7 +100,7 @@ def test_keys_shapes_and_objects_are_those_of_the_model(
 
 
 def test_padded_vocabulary_loads(hf: Path, tmp_path: Path) -> None:
-    import_checkpoint(hf, tmp_path / "mg", make_vocab_size_divisible_by=768)
+    import_checkpoint(hf, tmp_path / "mg", ImportOptions(make_vocab_size_divisible_by=768))
     stock("load", "--hf", hf, "--checkpoint", tmp_path / "mg/iter_0000000",
           "--vocab-divisible-by", 768, "--strict", "raise_unexpected", "--tp", 2,
           "--tokens", tokens_argument(), "--logits", tmp_path / "logits.pt",
@@ -117,7 +118,7 @@ def test_padded_vocabulary_loads(hf: Path, tmp_path: Path) -> None:
 def test_stock_megatron_lm_loads_it_with_the_printed_flags(
     hf: Path, tmp_path: Path, processes: int, release: bool
 ) -> None:
-    import_checkpoint(hf, tmp_path / "mg", release=release)
+    import_checkpoint(hf, tmp_path / "mg", ImportOptions(release=release))
     flags = inspect(tmp_path / "mg").megatron_flags
     parallel = ["--tensor-model-parallel-size", processes] if processes > 1 else []
     run_script("megatron_training_load", tmp_path / "mg", "--logits", tmp_path / "logits.pt",

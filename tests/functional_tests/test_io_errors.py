@@ -15,7 +15,7 @@ from slow import slow_but
 from trees import tree_hash
 
 from megatron_olmo_bridge import import_checkpoint, synth
-from megatron_olmo_bridge.checkpoints.detect import Kind, detect
+from megatron_olmo_bridge.checkpoints.open import KINDS, find_kind
 from megatron_olmo_bridge.errors import BridgeError
 
 IO_ERROR = {"errno": errno.EIO}
@@ -73,13 +73,13 @@ def test_input_and_output_errors(
     )
     for path in (dst, tmp_path / "dst.partial"):
         with pytest.raises(BridgeError):  # no checkpoint is there
-            detect(path)
+            find_kind(path)
     again = run(folder / "faults.so", [*command, "--resume"], within="nothing")
     assert again.returncode == 0, again.stderr
     whole = tmp_path / "whole"
     run(folder / "faults.so", [operation, *sources, whole, *options], within="nothing")
     assert tree_hash(dst) == tree_hash(whole)
-    assert detect(dst)[0] in Kind
+    assert find_kind(dst)[0] in KINDS
 
 
 def test_an_error_of_the_reading_side_is_an_error_of_verify(folder: Path) -> None:

@@ -16,11 +16,14 @@ from trees import tree_hash
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, synth
 from megatron_olmo_bridge.convert.average import average_checkpoints
+from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions
 from megatron_olmo_bridge.data.prepare import prepare_data
+from megatron_olmo_bridge.storage.execute import WriteOptions
 
 KILLS = int(os.environ.get("OLMO_BRIDGE_KILLS", "6"))
 """Of each command."""
 SHARD_SIZE = "500KB"
+RESUME = WriteOptions(resume=True)
 
 
 class Command(NamedTuple):
@@ -51,19 +54,18 @@ def command(request: pytest.FixtureRequest, folder: Path) -> Command:
     hf, other, megatron = (folder / name for name in ("hf", "other", "megatron"))
     tokenizer, tokens = folder / "tokenizer", folder / "tokens.npy"
     shards = ("--max-shard-size", SHARD_SIZE)
+    export, average = (c(max_shard_size=SHARD_SIZE) for c in (ExportOptions, AverageOptions))
     commands: dict[str, Command] = {
         "import": Command(
-            ("import", hf), lambda dst: import_checkpoint(hf, dst, resume=True)
+            ("import", hf), lambda dst: import_checkpoint(hf, dst, write=RESUME)
         ),
         "export": Command(
             ("export", *shards, megatron),
-            lambda dst: export_checkpoint(megatron, dst, max_shard_size=SHARD_SIZE, resume=True),
+            lambda dst: export_checkpoint(megatron, dst, export, RESUME),
         ),
         "average": Command(
             ("average", *shards, hf, other),
-            lambda dst: average_checkpoints(
-                [hf, other], dst, max_shard_size=SHARD_SIZE, resume=True
-            ),
+            lambda dst: average_checkpoints([hf, other], dst, average, RESUME),
         ),
         "prepare-data": Command(
             ("prepare-data", "--workers", 1, "--tokenizer", tokenizer, tokens),

@@ -20,7 +20,9 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner, Result
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect, verify
+from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
 from megatron_olmo_bridge.cli.app import app
+from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
 
 pytest.importorskip("olm")
 
@@ -118,7 +120,7 @@ def test_the_loss_is_the_same_in_all_three(
 def test_a_wrong_number_of_heads_would_show(checkpoint: Path, tmp_path: Path) -> None:
     model = olm_model()
     model.load_state_dict(torch.load(checkpoint)["model_state_dict"])
-    export_checkpoint(checkpoint, tmp_path / "hf", heads=2)
+    export_checkpoint(checkpoint, tmp_path / "hf", ExportOptions(kind_options={"heads": 2}))
     assert abs(loss_of(hf_logits(tmp_path / "hf")) - loss_of(olm_logits(model))) > 1e-3
 
 
@@ -188,8 +190,12 @@ def test_a_config_and_a_tokenizer_come_with_the_model(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
-    export_checkpoint(checkpoint, tmp_path / "hf", heads=HEADS, dtype=dtype)
-    import_checkpoint(checkpoint, tmp_path / "m", heads=HEADS, dtype=dtype)
+    export_checkpoint(
+        checkpoint, tmp_path / "hf", ExportOptions(kind_options={"heads": HEADS}, dtype=dtype)
+    )
+    import_checkpoint(
+        checkpoint, tmp_path / "m", ImportOptions(kind_options={"heads": HEADS}, dtype=dtype)
+    )
     assert verify(tmp_path / "hf", tmp_path / "m").equal
     assert inspect(tmp_path / "m").dtypes == [dtype]
     config = json.loads((tmp_path / "m/iter_0000000/hf/config.json").read_text())
@@ -204,8 +210,8 @@ def test_a_head_of_its_own(tmp_path: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     file = tmp_path / "step_1.pt"
     torch.save({"step": 1, "model_state_dict": model.state_dict()}, file)
-    export_checkpoint(file, tmp_path / "hf", heads=HEADS)
-    import_checkpoint(file, tmp_path / "m", heads=HEADS)
+    export_checkpoint(file, tmp_path / "hf", ExportOptions(kind_options={"heads": HEADS}))
+    import_checkpoint(file, tmp_path / "m", ImportOptions(kind_options={"heads": HEADS}))
 
     expected = olm_logits(model)
     found = hf_logits(tmp_path / "hf")
@@ -255,7 +261,7 @@ def test_inspect(checkpoint: Path, example: tuple[Path, str]) -> None:
                  "step_100.pt", "num_attention_heads"):  # fmt: skip
         assert text in result.stdout, text
     assert run("inspect", checkpoint, "--hf-config", example[0] / "hf").exit_code == 0
-    found = inspect(checkpoint, heads=HEADS)
+    found = inspect(checkpoint, ReadOptions(kind_options={"heads": HEADS}))
     assert found.files == {"step_100.pt": checkpoint.stat().st_size}
     assert found.nbytes == checkpoint.stat().st_size
     assert len(found.tensors) == 52

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from slow import slow_but
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, synth, verify
+from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
 
 SAME_LOGITS = Path(__file__).parents[2] / "examples/same_logits.py"
 
@@ -52,7 +53,7 @@ def test_nothing_is_lost(tmp_path: Path, size: str, dtype: str) -> None:
 def test_a_change_of_dtype_and_back_is_what_torch_does(tmp_path: Path) -> None:
     """bfloat16 to float32 loses nothing, and back gives the source bit for bit."""
     synth("olmo2-tiny", tmp_path / "hf")
-    import_checkpoint(tmp_path / "hf", tmp_path / "wide", dtype="float32")
-    export_checkpoint(tmp_path / "wide", tmp_path / "back", dtype="bfloat16")
+    import_checkpoint(tmp_path / "hf", tmp_path / "wide", ImportOptions(dtype="float32"))
+    export_checkpoint(tmp_path / "wide", tmp_path / "back", ExportOptions(dtype="bfloat16"))
     assert {d.kind for d in verify(tmp_path / "hf", tmp_path / "wide").differences} == {"dtype"}
     assert verify(tmp_path / "hf", tmp_path / "back").equal

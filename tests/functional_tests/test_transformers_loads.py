@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, synth, verify
+from megatron_olmo_bridge.convert.options import ImportOptions
 from megatron_olmo_bridge.errors import MappingError
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import as_classifier, published_sizes
@@ -132,7 +133,7 @@ def test_a_base_model_without_a_tied_head_has_no_head(hf: Path, tmp_path: Path) 
 @pytest.mark.parametrize("size", ["olmo-tiny", "olmo2-tiny", "olmo3-tiny"])
 def test_a_base_model_becomes_a_classifier(hf: Path, tmp_path: Path) -> None:
     AutoModel.from_pretrained(hf).save_pretrained(tmp_path / "base")
-    import_checkpoint(tmp_path / "base", tmp_path / "m", num_labels=3)
+    import_checkpoint(tmp_path / "base", tmp_path / "m", ImportOptions(num_labels=3))
     export_checkpoint(tmp_path / "m", tmp_path / "back")
     assert weights(tmp_path / "back", AutoModelForSequenceClassification)["score.weight"].shape == (
         3, 128,

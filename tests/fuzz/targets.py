@@ -99,11 +99,11 @@ def plan_import(folder: Path) -> Any:
 
 
 def read_config(folder: Path) -> Any:
-    from megatron_olmo_bridge.checkpoints.source import open_source
+    from megatron_olmo_bridge.checkpoints.open import open_checkpoint
     from megatron_olmo_bridge.convert.to_megatron import plan_import
 
     plan_import(folder)
-    bridge = open_source(folder).bridge
+    bridge = open_checkpoint(folder).bridge
     return {
         hf: bridge.numbers[ours]
         for ours, hf in {
@@ -134,10 +134,10 @@ def plan_export(folder: Path) -> Any:
 
 
 def read_run_config(folder: Path) -> Any:
-    from megatron_olmo_bridge.checkpoints.source import open_source
+    from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 
     plan_export(folder)
-    numbers = open_source(folder / "megatron").bridge.numbers
+    numbers = open_checkpoint(folder / "megatron").bridge.numbers
     return {name: numbers[name] for name in _RUN_CONFIG_NUMBERS}
 
 

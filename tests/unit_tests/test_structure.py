@@ -55,10 +55,11 @@ def test_help_loads_nothing_heavy(args: list[str]) -> None:
 CONVERT = """
 import sys
 from pathlib import Path
+from megatron_olmo_bridge import ExportOptions, ImportOptions
 from megatron_olmo_bridge import import_checkpoint, export_checkpoint, verify, inspect
 hf, out, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-import_checkpoint(hf, out / "m", dtype=dtype)
-export_checkpoint(out / "m", out / "back", dtype=dtype)
+import_checkpoint(hf, out / "m", ImportOptions(dtype=dtype))
+export_checkpoint(out / "m", out / "back", ExportOptions(dtype=dtype))
 verify(hf, out / "m") if dtype == "keep" else inspect(out / "m")
 """
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_olmo_bridge.checkpoints.source import Source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.errors import FormatError, quote
 from megatron_olmo_bridge.formats.files import parse_json
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
@@ -32,7 +32,7 @@ class Difference:
     detail: str
 
 
-def config_differences(a: Source, b: Source) -> Iterator[Difference]:
+def config_differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
     """What the models' numbers, and their config.json where both have one, say differently."""
     if a.bridge.family != b.bridge.family:
         yield Difference("config", "family", f"{a.bridge.family} and {b.bridge.family}")
@@ -47,7 +47,7 @@ def config_differences(a: Source, b: Source) -> Iterator[Difference]:
         yield from _value_differences("config", "", *configs)
 
 
-def _task(source: Source) -> str:
+def _task(source: Checkpoint) -> str:
     """Return what a config's first architecture is for, whatever its spelling."""
     bridge = source.bridge
     name = str(next(iter(source.hf_config.get("architectures") or []), ""))
@@ -57,7 +57,7 @@ def _task(source: Source) -> str:
     return "a language model" if not name or name.endswith(known) else name
 
 
-def side_differences(a: Source, b: Source) -> tuple[list[Difference], list[str]]:
+def side_differences(a: Checkpoint, b: Checkpoint) -> tuple[list[Difference], list[str]]:
     """Compare generation config, tokenizer, chat templates and the like: JSON files by what they
     say, others byte by byte.
 
@@ -81,8 +81,8 @@ def side_differences(a: Source, b: Source) -> tuple[list[Difference], list[str]]
     return differences, notes
 
 
-def _side_files(source: Source) -> dict[str, bytes]:
-    found = side_files(source.side_folder) if source.side_folder else {}
+def _side_files(source: Checkpoint) -> dict[str, bytes]:
+    found = side_files(source.artifacts_folder) if source.artifacts_folder else {}
     return {name: data for name, data in found.items() if name != CONFIG}
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
+from megatron_olmo_bridge.errors import MappingError
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridges
 from megatron_olmo_bridge.models.tables import HF_HEAD, HF_SCORE
@@ -17,6 +19,17 @@ WRAPPERS = {
     "_checkpoint_wrapped_module.": "activation checkpointing put it there: save the model inside",
 }
 """What training tools put into names, and how to save without it."""
+
+
+@contextmanager
+def explaining_names(names: Collection[str], bridge: ModelBridge) -> Iterator[None]:
+    """Append to an error about tensor names what the names say."""
+    try:
+        yield
+    except MappingError as error:
+        if hint := name_hint(names, bridge):
+            raise MappingError(f"{error}\n{hint}") from error
+        raise
 
 
 def name_hint(names: Collection[str], bridge: ModelBridge) -> str | None:

@@ -12,7 +12,7 @@ import typer
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.storage.plan import WORKERS
 
-from .command import DIFFERENT, Outcome, register
+from .command import DIFFERENT, NO_KIND_OPTIONS, KindOptions, Outcome, register
 from .completion import iterations
 from .console import ProgressBar, Workers, human_bytes, say, table
 from .data import inspect_dataset
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from megatron_olmo_bridge.checkpoints.differences import Difference
     from megatron_olmo_bridge.tools.inspect import Inspection
 
-Heads = Annotated[
-    int | None, typer.Option(min=1, help="Attention heads of OLM's step_N.pt, which doesn't say.")
-]
 SHOWN = 40
 """Differences that the table shows; --json has all."""
 
@@ -43,7 +40,7 @@ def verify(
     second: Annotated[
         Path | None, typer.Argument(metavar="[B]", help="Another, to compare it with.")
     ] = None,
-    heads: Heads = None,
+    kind_options: KindOptions = NO_KIND_OPTIONS,
     workers: Workers = WORKERS,
 ) -> Outcome:
     """Prove that two checkpoints hold the same model: bit for bit, no tolerance.
@@ -57,10 +54,12 @@ def verify(
         olmo-bridge verify ./megatron
         olmo-bridge verify ./checkpoints/step_100.pt ./megatron --heads 4
     """
+    from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
     from megatron_olmo_bridge.tools.verify import verify as run
 
     with ProgressBar() as bar:
-        result = run(first, second, heads=heads, workers=workers, reporter=bar)
+        options = ReadOptions(kind_options=kind_options)
+        result = run(first, second, options, workers=workers, reporter=bar)
     _print_differences(result.differences)
     for note in result.notes:
         say(f"Note: {note}")
@@ -105,7 +104,7 @@ def inspect(
         Path | None, typer.Option(metavar="DIR", help="Folder with config.json, if PATH has none.")
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="If it is not recorded.")] = None,
-    heads: Heads = None,
+    kind_options: KindOptions = NO_KIND_OPTIONS,
     revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag, commit.")] = None,
 ) -> Outcome:
     """Say what a checkpoint is: model, size, dtype, files, layout, where it came from.
@@ -119,7 +118,8 @@ def inspect(
         olmo-bridge inspect ./hf --json --tensors
         olmo-bridge inspect ./hf --html mapping.html
     """
-    from megatron_olmo_bridge.checkpoints.source import open_source
+    from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
+    from megatron_olmo_bridge.checkpoints.open import open_checkpoint
     from megatron_olmo_bridge.data.prefix import is_indexed
     from megatron_olmo_bridge.tools.inspect import inspect as run
 
@@ -128,23 +128,12 @@ def inspect(
     if is_indexed(path):
         return inspect_dataset(path)
     check_page(html)
-    found = run(
-        path,
-        iteration=iteration,
-        hf_config=hf_config,
-        vocab_size=vocab_size,
-        heads=heads,
-        revision=revision,
+    options = ReadOptions(
+        iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, kind_options=kind_options
     )
+    found = run(path, options, revision=revision)
     if html is not None:
-        source = open_source(
-            found.folder,
-            iteration=iteration,
-            hf_config=hf_config,
-            vocab_size=vocab_size,
-            heads=heads,
-        )
-        write_page(html, mapping_page(source))
+        write_page(html, mapping_page(open_checkpoint(found.folder, options)))
     result = asdict(found)
     for name, wanted in (("tensors", tensors), ("mapping", mapping)):
         if not wanted:  # these are long

@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -49,6 +50,11 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "log_file": (_LogFile, None),
 }  # fmt: skip
 """Options that every command has: how typer declares each, and its default."""
+
+KindOptions = Mapping[str, Any]
+NO_KIND_OPTIONS: KindOptions = MappingProxyType({})
+"""Default of a parameter ``kind_options``: on the command line it is an option for each option that
+only one kind of checkpoint has."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def register(
         needs: modules of extras without which the command can do nothing.
         exit_codes: those that only some commands have: ``1 a difference was found``.
     """
-    own = inspect.signature(function, eval_str=True)
+    own, kind_options = _with_kind_options(inspect.signature(function, eval_str=True))
     common = [
         inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=usual, annotation=kind)
         for option, (kind, usual) in _COMMON.items()
@@ -105,6 +111,10 @@ def register(
                 for module in needs:
                     if find_spec(module) is None and (missing := missing_package(module)):
                         raise missing
+                if kind_options:
+                    named = {name: arguments.pop(name) for name in kind_options}
+                    given = {name: value for name, value in named.items() if value is not None}
+                    arguments["kind_options"] = given
                 return function(**arguments)
 
         output.quiet, output.json, output.verbose = quiet, json, verbose
@@ -121,6 +131,28 @@ def register(
     command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     text, epilog = _help(function, exit_codes)
     app.command(name, help=text, epilog=epilog, no_args_is_help=required)(command)
+
+
+def _with_kind_options(own: inspect.Signature) -> tuple[inspect.Signature, list[str]]:
+    """Return a signature with its parameter ``kind_options`` written out, one a kind's option.
+
+    Returns:
+        The signature, and the names of the options; none where it has no such parameter.
+    """
+    if "kind_options" not in own.parameters:
+        return own, []
+    from megatron_olmo_bridge.checkpoints.open import kind_options
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        if parameter.name != "kind_options":
+            parameters.append(parameter)
+            continue
+        for option in kind_options():
+            declared = typer.Option(min=option.minimum, help=option.help)
+            kind = Annotated[option.type | None, declared]  # type: ignore[name-defined]
+            parameters.append(parameter.replace(name=option.name, default=None, annotation=kind))
+    return own.replace(parameters=parameters), [option.name for option in kind_options()]
 
 
 def _help(function: Callable[..., Outcome], exit_codes: str) -> tuple[str, str]:

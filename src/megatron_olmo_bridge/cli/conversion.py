@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions, ImportOptions
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
-from megatron_olmo_bridge.storage.execute import check_output
+from megatron_olmo_bridge.storage.execute import WriteOptions, check_output
 from megatron_olmo_bridge.storage.plan import WORKERS, CopyPlan
 
-from .command import Outcome, register
+from .command import NO_KIND_OPTIONS, KindOptions, Outcome, register
 from .completion import dtypes, dtypes_or_keep, iterations, sizes
 from .console import ProgressBar, Workers, first_process, human_bytes, output, say, table
 
@@ -31,9 +32,6 @@ Checksum = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check all, print the plan, and write nothing.")
-]
-Heads = Annotated[
-    int | None, typer.Option(min=1, help="Attention heads, if SRC is of OLM, which doesn't say.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Most bytes of tensors in a file: 5GB, 500MB.")]
 EXPECTED_RATE = 500e6
@@ -103,7 +101,7 @@ def import_(
         int | None,
         typer.Option(min=1, help="A new classification head of zeros, for N classes."),
     ] = None,
-    heads: Heads = None,
+    kind_options: KindOptions = NO_KIND_OPTIONS,
     hf_config: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder with config.json and tokenizer, for OLM's SRC."),
@@ -127,26 +125,28 @@ def import_(
     from megatron_olmo_bridge.formats.hf_folder import read_config
     from megatron_olmo_bridge.models.families import bridge_for
 
-    options: dict[str, Any] = {
-        "dtype": dtype, "revision": revision, "release": release,
-        "make_vocab_size_divisible_by": make_vocab_size_divisible_by, "num_labels": num_labels,
-        "heads": heads, "hf_config": hf_config,
-    }  # fmt: skip
+    options = ImportOptions(
+        dtype=dtype,
+        revision=revision,
+        release=release,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        num_labels=num_labels,
+        kind_options=kind_options,
+        hf_config=hf_config,
+    )
+    write = WriteOptions(workers=workers, resume=resume, overwrite=overwrite, checksum=checksum)
     if output.silent:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of a download
     if dry_run:
-        plan, _ = to_megatron.plan_import(source, **options)
-        return _dry_run([(plan, destination)], resume, overwrite)
+        plan, _ = to_megatron.plan_import(source, options)
+        return _dry_run([(plan, destination)], write)
     begin = time.monotonic()
     with ProgressBar() as bar:
-        plan = to_megatron.import_checkpoint(
-            source, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
-            checksum=checksum, reporter=bar,
-        )  # fmt: skip
+        plan = to_megatron.import_checkpoint(source, destination, options, write, bar)
     result = _show_done([plan], destination, begin)
     if not output.silent:
         if dtype == "keep" and not any((revision, num_labels, hf_config)):
-            option = f" --heads {heads}" if heads else ""
+            option = "".join(f" --{name} {value}" for name, value in kind_options.items())
             say(f"Prove it:    olmo-bridge verify {source} {destination}{option}")
         if num_labels is not None:
             say(f"The head is new: score.weight, {num_labels} rows of zeros. Train it before use.")
@@ -182,7 +182,7 @@ def export(
         int | None,
         typer.Option(min=1, help="Rows to keep of a padded vocabulary, if not recorded."),
     ] = None,
-    heads: Heads = None,
+    kind_options: KindOptions = NO_KIND_OPTIONS,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Then upload DST, with a model card.")
     ] = None,
@@ -211,25 +211,27 @@ def export(
     """
     from megatron_olmo_bridge.convert import to_hf
 
-    options: dict[str, Any] = {
-        "dtype": dtype, "iteration": iteration, "max_shard_size": max_shard_size,
-        "hf_config": hf_config, "vocab_size": vocab_size, "heads": heads,
-    }  # fmt: skip
+    options = ExportOptions(
+        dtype=dtype,
+        iteration=iteration,
+        max_shard_size=max_shard_size,
+        hf_config=hf_config,
+        vocab_size=vocab_size,
+        kind_options=kind_options,
+    )
+    write = WriteOptions(workers=workers, resume=resume, overwrite=overwrite, checksum=checksum)
     if output.silent:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of an upload
     _check_push(push_to_hub, private, revision, iteration)
     if dry_run:
-        exports = to_hf.plan_exports(source, destination, **options)
+        exports = to_hf.plan_exports(source, destination, options)
         planned = [(plan, folder) for plan, _, folder in exports.plans]
-        outcome = _dry_run(planned, resume, overwrite)
+        outcome = _dry_run(planned, write)
         exports.check_all_planned("as above")
         return outcome
     begin = time.monotonic()
     with ProgressBar() as bar:
-        plans = to_hf.export_checkpoint(
-            source, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
-            checksum=checksum, reporter=bar,
-        )  # fmt: skip
+        plans = to_hf.export_checkpoint(source, destination, options, write, bar)
     url = None
     if push_to_hub is not None and first_process():
         url = _push(destination, push_to_hub, private, revision)
@@ -297,18 +299,14 @@ def average(
     """
     from megatron_olmo_bridge.convert.average import average_checkpoints, plan_average
 
-    options: dict[str, Any] = {
-        "weights": _numbers(weights), "dtype": dtype, "max_shard_size": max_shard_size
-    }  # fmt: skip
+    options = AverageOptions(weights=_numbers(weights), dtype=dtype, max_shard_size=max_shard_size)
+    write = WriteOptions(workers=workers, resume=resume, overwrite=overwrite, checksum=checksum)
     if dry_run:
-        plan, _ = plan_average(sources, destination, **options)
-        return _dry_run([(plan, destination)], resume, overwrite)
+        plan, _ = plan_average(sources, destination, options)
+        return _dry_run([(plan, destination)], write)
     begin = time.monotonic()
     with ProgressBar() as bar:
-        plan = average_checkpoints(
-            sources, destination, **options, workers=workers, resume=resume, overwrite=overwrite,
-            checksum=checksum, reporter=bar,
-        )  # fmt: skip
+        plan = average_checkpoints(sources, destination, options, write, bar)
     return Outcome(_show_done([plan], destination, begin))
 
 
@@ -335,10 +333,10 @@ def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
     }
 
 
-def _dry_run(planned: list[tuple[CopyPlan, Path]], resume: bool, overwrite: bool) -> Outcome:
+def _dry_run(planned: list[tuple[CopyPlan, Path]], write: WriteOptions) -> Outcome:
     """Say what would be written, or refuse it as the run would: one plan, or one an iteration."""
     for plan, folder in planned:
-        check_output(plan, folder, resume=resume, overwrite=overwrite)
+        check_output(plan, folder, write)
     plans = [_summary(plan, folder) for plan, folder in planned]
     for summary in plans:
         table(["file", "bytes"], [[n, f"{b:,}"] for n, b in summary["files"].items()])

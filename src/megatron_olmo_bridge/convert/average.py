@@ -5,38 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.checkpoints.differences import config_differences, name_differences
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.hf_files import index_of, parse_size, shards, side_texts
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.tensors import MeanView, TensorView
 from megatron_olmo_bridge.mapping.registry import bulleted
-from megatron_olmo_bridge.storage.execute import execute
+from megatron_olmo_bridge.storage.execute import WriteOptions, execute
 from megatron_olmo_bridge.storage.hub import fetch
-from megatron_olmo_bridge.storage.plan import WORKERS, CopyPlan
+from megatron_olmo_bridge.storage.plan import CopyPlan
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.provenance import Provenance
 from megatron_olmo_bridge.storage.stage import refuse_overlap
 
-from .to_hf import MAX_SHARD_SIZE, index_of, parse_size, shards, side_texts
-
-if TYPE_CHECKING:
-    import torch
+from .options import AverageOptions
 
 
 def average_checkpoints(
     sources: Sequence[str | Path],
     destination: str | Path,
-    *,
-    weights: Sequence[float] | None = None,
-    dtype: str | torch.dtype = "keep",
-    max_shard_size: str | int = MAX_SHARD_SIZE,
-    workers: int = WORKERS,
-    resume: bool = False,
-    overwrite: bool = False,
-    checksum: bool = False,
+    options: AverageOptions | None = None,
+    write: WriteOptions | None = None,
     reporter: Reporter | None = None,
 ) -> CopyPlan:
     """Write the mean of the weights of several checkpoints as a Hugging Face checkpoint.
@@ -48,12 +40,9 @@ def average_checkpoints(
         sources: two or more of the same model, each a Hugging Face folder, a hub id, a Megatron
             checkpoint root or an iteration's folder. Config and tokenizer are the first one's.
         destination: the folder to make.
-        weights: a share for each source, above 0; they are divided by their sum. By default all
-            count the same.
-        dtype: ``keep`` (all must have the same then), ``float32``, ``bfloat16`` or ``float16``;
-            also ``bf16`` or a torch dtype.
-        max_shard_size: bytes, or a text such as ``5GB``.
-        workers, resume, overwrite, checksum, reporter: as for ``import_checkpoint``.
+        options: weights of the mean, dtype and file size.
+        write: how the output is written.
+        reporter: told of progress.
 
     Returns:
         The plan that was carried out.
@@ -62,30 +51,22 @@ def average_checkpoints(
         InputError: the sources are not of the same model, or the weights are none.
         BridgeError: a source is not sound or not supported, or the output can't be written.
     """
-    plan, provenance = plan_average(
-        sources, destination, weights=weights, dtype=dtype, max_shard_size=max_shard_size
-    )
-    execute(
-        plan, Path(destination).expanduser(), provenance, workers=workers, resume=resume,
-        overwrite=overwrite, checksum=checksum, reporter=reporter,
-    )  # fmt: skip
+    plan, provenance = plan_average(sources, destination, options)
+    execute(plan, Path(destination).expanduser(), provenance, write, reporter)
     return plan
 
 
 def plan_average(
     sources: Sequence[str | Path],
     destination: str | Path,
-    *,
-    weights: Sequence[float] | None = None,
-    dtype: str | torch.dtype = "keep",
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    options: AverageOptions | None = None,
 ) -> tuple[CopyPlan, Provenance]:
-    """The plan, from headers alone; arguments as :func:`average_checkpoints`."""
-    dtype = parse_dtype(dtype)
-    limit = parse_size(max_shard_size)
-    shares = _shares(weights, len(sources))
+    """Return the plan, from headers alone; arguments as for :func:`average_checkpoints`."""
+    options = options or AverageOptions()
+    dtype, limit = parse_dtype(options.dtype), parse_size(options.max_shard_size)
+    shares = _shares(options.weights, len(sources))
     fetched = [fetch(str(source), None) for source in sources]
-    opened = [open_source(folder) for folder, _, _ in fetched]
+    opened = [open_checkpoint(folder) for folder, _, _ in fetched]
     for source in opened:
         refuse_overlap(source.folder, Path(destination).expanduser())
     first = opened[0]
@@ -100,12 +81,12 @@ def plan_average(
     }
     files = shards(tensors, "keep", limit)
     stored = next(iter(tensors.values())).dtype
-    texts = index_of(files) | side_texts(first.hf_config, stored, first.side_folder)
+    texts = index_of(files) | side_texts(first.hf_config, stored, first.artifacts_folder)
     snapshots = tuple(source.snapshot for source in opened)
     plan = CopyPlan("average", first.folder, files, texts, ".", snapshots=snapshots)
     names = [f"{name} at {commit}" if commit else name for _, name, commit in fetched]
-    options = {"dtype": dtype, "max_shard_bytes": limit, "weights": shares}
-    return plan, Provenance(", ".join(names), None, options)
+    record = {"dtype": dtype, "max_shard_bytes": limit, "weights": shares}
+    return plan, Provenance(", ".join(names), None, record)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -120,7 +101,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [float(w) for w in weights]
 
 
-def _check_same_model(first: Source, other: Source, any_dtype: bool) -> None:
+def _check_same_model(first: Checkpoint, other: Checkpoint, any_dtype: bool) -> None:
     found = [*config_differences(first, other), *name_differences(first.tensors, other.tensors)]
     wrong = [d for d in found if not (any_dtype and d.kind == "dtype")]
     if wrong:

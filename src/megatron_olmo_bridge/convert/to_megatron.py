@@ -7,13 +7,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from megatron_olmo_bridge.checkpoints.detect import Kind
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.hf_files import config_with_dtype
+from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
 from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER, RUN_CONFIG
-from megatron_olmo_bridge.checkpoints.source import Source, config_with_dtype, open_source
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.dcp_metadata import (
     METADATA,
@@ -38,14 +40,13 @@ from megatron_olmo_bridge.mapping.mappings import WILDCARD
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
-from megatron_olmo_bridge.storage.execute import execute
+from megatron_olmo_bridge.storage.execute import WriteOptions, execute
 from megatron_olmo_bridge.storage.hub import fetch
-from megatron_olmo_bridge.storage.plan import WORKERS, CopyPlan, Packer
+from megatron_olmo_bridge.storage.plan import CopyPlan, Packer
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.provenance import Provenance
 
-if TYPE_CHECKING:
-    import torch
+from .options import ImportOptions
 
 FILE_BYTES = 2 << 30
 """Most bytes of a .distcp file (a single chunk may be larger): enough files to share out."""
@@ -55,18 +56,8 @@ ALIGNMENT = 64
 def import_checkpoint(
     source: str | Path,
     destination: str | Path,
-    *,
-    dtype: str | torch.dtype = "keep",
-    workers: int = WORKERS,
-    revision: str | None = None,
-    make_vocab_size_divisible_by: int = 1,
-    release: bool = False,
-    num_labels: int | None = None,
-    heads: int | None = None,
-    hf_config: str | Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    checksum: bool = False,
+    options: ImportOptions | None = None,
+    write: WriteOptions | None = None,
     reporter: Reporter | None = None,
 ) -> CopyPlan:
     """Write a Hugging Face checkpoint as a Megatron checkpoint that loads at any layout.
@@ -74,17 +65,8 @@ def import_checkpoint(
     Args:
         source: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``; or OLM's ``step_N.pt``.
         destination: the checkpoint root to make; ``iter_0000000`` (or ``release``) goes into it.
-        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch dtype.
-        workers: threads that write.
-        revision: branch, tag or commit on the hub.
-        make_vocab_size_divisible_by: pad the vocabulary with zero rows up to a multiple of this.
-        release: name the iteration ``release``, for Megatron-LM older than November 2025.
-        num_labels: instead of the language model's head, a new one of so many classes, of zeros.
-        heads: attention heads of a checkpoint of OLM, which doesn't say.
-        hf_config: for one of OLM, a folder with its config.json and tokenizer.
-        resume: continue an interrupted run; starts afresh where there is none.
-        overwrite: replace what is at ``destination``.
-        checksum: record a SHA-256 of each file.
+        options: what is imported, and how.
+        write: how the output is written.
         reporter: told of progress.
 
     Returns:
@@ -94,48 +76,33 @@ def import_checkpoint(
         BridgeError: the source is not sound or not supported, or the output can't be written.
             Nothing is left at ``destination`` then.
     """
-    plan, provenance = plan_import(
-        source, dtype=dtype, revision=revision, release=release, num_labels=num_labels,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by, heads=heads, hf_config=hf_config,
-    )  # fmt: skip
-    execute(
-        plan, Path(destination).expanduser(), provenance, workers=workers, resume=resume,
-        overwrite=overwrite, checksum=checksum, reporter=reporter,
-    )  # fmt: skip
+    plan, provenance = plan_import(source, options)
+    execute(plan, Path(destination).expanduser(), provenance, write, reporter)
     return plan
 
 
 def plan_import(
-    source: str | Path,
-    *,
-    dtype: str | torch.dtype = "keep",
-    revision: str | None = None,
-    make_vocab_size_divisible_by: int = 1,
-    release: bool = False,
-    num_labels: int | None = None,
-    heads: int | None = None,
-    hf_config: str | Path | None = None,
+    source: str | Path, options: ImportOptions | None = None
 ) -> tuple[CopyPlan, Provenance]:
-    """The plan of an import, from headers alone; arguments as :func:`import_checkpoint`."""
-    dtype = parse_dtype(dtype)
-    if make_vocab_size_divisible_by < 1:
+    """Return the plan of an import, from headers alone, and what is recorded of it."""
+    options = options or ImportOptions()
+    dtype, divisor = parse_dtype(options.dtype), options.make_vocab_size_divisible_by
+    if divisor < 1:
         raise InputError("--make-vocab-size-divisible-by must be at least 1")
-    folder, name, commit = fetch(str(source), revision)
-    opened = open_source(folder, num_labels=num_labels, heads=heads, hf_config=hf_config)
-    if opened.kind is Kind.MEGATRON:
+    folder, name, commit = fetch(str(source), options.revision)
+    checkpoint = open_checkpoint(folder, options)
+    if isinstance(checkpoint, MegatronCheckpoint):
         raise InputError(f"{source}: is a Megatron checkpoint already; import reads Hugging Face")
-    if opened.kind is Kind.HF and hf_config is not None:
-        raise InputError(f"{source}: --hf-config is for a checkpoint of OLM; this one has its own")
-    vocab = opened.bridge.vocab_size
-    padded = vocab + -vocab % make_vocab_size_divisible_by
-    plan = _plan(opened, padded, dtype, release)
-    options = {"dtype": dtype, "padded_vocab_size": padded, "release": release}
-    if num_labels is not None:
-        options["new_head_of_zeros"] = num_labels
-    return plan, Provenance(name, commit, options)
+    vocab_size = checkpoint.bridge.vocab_size
+    padded = vocab_size + -vocab_size % divisor
+    plan = _plan(checkpoint, padded, dtype, options.release)
+    record = {"dtype": dtype, "padded_vocab_size": padded, "release": options.release}
+    if options.num_labels is not None:
+        record["new_head_of_zeros"] = options.num_labels
+    return plan, Provenance(name, commit, record)
 
 
-def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyPlan:
+def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> CopyPlan:
     mapping = source.bridge.mapping_registry(padded_vocab).resolve()
     inside = "release" if release else "iter_0000000"
     packer = Packer(lambda i: f"{inside}/__0_{i}.distcp", FILE_BYTES, ALIGNMENT)
@@ -152,11 +119,11 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
         COMMON: object_archive(common),
         RUN_CONFIG: yaml.safe_dump(run_config, sort_keys=False).encode(),
     }
-    side = side_files(source.side_folder) if source.side_folder else {}
+    side = side_files(source.artifacts_folder) if source.artifacts_folder else {}
     texts |= {f"{HF_SUBFOLDER}/{name}": data for name, data in side.items()}
     config = f"{HF_SUBFOLDER}/{CONFIG}"
-    of_olm = source.kind is Kind.OLM
-    if dtype != "keep" or of_olm or json.loads(texts[config]) != source.hf_config:
+    is_own = source.config_from == source.folder / CONFIG
+    if dtype != "keep" or not is_own or json.loads(texts[config]) != source.hf_config:
         texts[config] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(
         "import",
@@ -171,7 +138,7 @@ def _plan(source: Source, padded_vocab: int, dtype: str, release: bool) -> CopyP
 
 
 def _pack_tensors(
-    mapping: ResolvedMapping, source: Source, dtype: str, packer: Packer
+    mapping: ResolvedMapping, source: Checkpoint, dtype: str, packer: Packer
 ) -> dict[str, GlobalTensor]:
     """Place every chunk; layers are stacked along a first axis, one chunk a layer (two for a
     gated MLP), as megatron-core saves a model of equal layers."""
@@ -200,7 +167,7 @@ def _pack_tensors(
     return {key: GlobalTensor(dtypes[key], shapes[key], tuple(chunks[key])) for key in chunks}
 
 
-def _view(parameter: Parameter, source: Source, dtype: str) -> TensorView:
+def _view(parameter: Parameter, source: Checkpoint, dtype: str) -> TensorView:
     pieces = tuple(source.pieces(parameter, Region.whole(parameter.shape)))
     dtypes = sorted({piece.array.dtype for piece in pieces if piece.array})
     if len(dtypes) < 2:
@@ -214,7 +181,7 @@ def _view(parameter: Parameter, source: Source, dtype: str) -> TensorView:
     return MixedView(parameter.name, parameter.shape, dtype, pieces)
 
 
-def _pack_extra_states(source: Source, packer: Packer) -> dict[str, Stored]:
+def _pack_extra_states(source: Checkpoint, packer: Packer) -> dict[str, Stored]:
     """Their content is ``[None]``: no fp8 scaling factors."""
     nothing = object_archive([None])
     return {

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from megatron_olmo_bridge.checkpoints.detect import Kind
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
@@ -58,9 +59,9 @@ def compare(
             can't be.
     """
     dtype = parse_dtype(dtype, keep=False)
-    reference = open_source(fetch(str(hf), None)[0])
-    model = open_source(fetch(str(other), None)[0])
-    if reference.kind is not Kind.HF:
+    reference = open_checkpoint(fetch(str(hf), None)[0])
+    model = open_checkpoint(fetch(str(other), None)[0])
+    if not isinstance(reference, HFCheckpoint):
         raise InputError(f"{hf}: the reference must be a Hugging Face checkpoint")
     differences = _config_differences(reference, model)
     batch = [random_tokens(reference, tokens) if prompt is None else tokenize(reference, prompt)]
@@ -71,7 +72,7 @@ def compare(
 
 
 def comparison(
-    reference: Source,
+    reference: Checkpoint,
     states: States,
     batch: list[list[int]],
     dtype: str,
@@ -143,7 +144,7 @@ def _collecting(model: Any, found: States) -> Iterator[None]:
         yield
 
 
-def tokenize(source: Source, prompt: str) -> list[int]:
+def tokenize(source: Checkpoint, prompt: str) -> list[int]:
     """Return token ids of a text, by the tokenizer stored with a checkpoint.
 
     Raises:
@@ -154,13 +155,13 @@ def tokenize(source: Source, prompt: str) -> list[int]:
     return ids
 
 
-def tokenizer_of(source: Source) -> Any:
+def tokenizer_of(source: Checkpoint) -> Any:
     """Load the tokenizer stored with a checkpoint.
 
     Raises:
         InputError: there is none.
     """
-    folder = source.side_folder
+    folder = source.artifacts_folder
     if folder is None or not any(folder.glob("tokenizer*")):
         raise InputError(
             f"{source.folder}: has no tokenizer. Give token ids instead of text; generate also "
@@ -169,7 +170,7 @@ def tokenizer_of(source: Source) -> Any:
     return load_pretrained(str(folder))[0]
 
 
-def _check_length(source: Source, count: int) -> None:
+def _check_length(source: Checkpoint, count: int) -> None:
     if count < 2:
         raise InputError("two tokens at least are needed: the loss is of the next token")
     positions = source.bridge.numbers.get("max_position_embeddings")
@@ -177,7 +178,7 @@ def _check_length(source: Source, count: int) -> None:
         raise InputError(f"{count} tokens are more than the model's {positions} positions")
 
 
-def random_tokens(source: Source, count: int) -> list[int]:
+def random_tokens(source: Checkpoint, count: int) -> list[int]:
     """Return ``count`` token ids of the model's vocabulary, the same each time.
 
     Raises:
@@ -188,7 +189,7 @@ def random_tokens(source: Source, count: int) -> list[int]:
     return torch.randint(source.bridge.vocab_size, (count,), generator=generator).tolist()
 
 
-def _config_differences(a: Source, b: Source) -> list[str]:
+def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
     if a.bridge.family != b.bridge.family or a.mapping.hf_shapes != b.mapping.hf_shapes:
         raise UnsupportedError(
             f"{a.folder} and {b.folder} can't be compared: they hold models of different shapes "

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, quote
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
@@ -57,7 +58,7 @@ class Generation:
         pp: int = 1,
     ) -> None:
         dtype = parse_dtype(dtype)
-        source = open_source(fetch(checkpoint, None)[0])
+        source = open_checkpoint(fetch(checkpoint, None)[0])
         if source.bridge.num_labels is not None:
             raise InputError(f"{checkpoint}: has a classification head, and generates nothing")
         self._tokenizer: Any = None
@@ -122,10 +123,10 @@ class Generation:
             yield self.text[printed:]
 
 
-def _end_tokens(source: Source) -> list[int]:
+def _end_tokens(source: Checkpoint) -> list[int]:
     """Tokens after which transformers stops too."""
     config = dict(source.hf_config)
-    folder = source.side_folder
+    folder = source.artifacts_folder
     if folder is not None and (file := folder / "generation_config.json").exists():
         config |= read_json(file)
     found = config.get("eos_token_id")

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_olmo_bridge.checkpoints.detect import Kind
-from megatron_olmo_bridge.checkpoints.source import open_source
+from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.convert.to_hf import export_checkpoint
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.storage.hub import fetch
@@ -69,8 +69,8 @@ def roundtrip(
     Raises:
         BridgeError: the checkpoint is not sound, the layout can't be, or the disk is too small.
     """
-    source = open_source(fetch(str(hf), None)[0])
-    if source.kind is not Kind.HF:
+    source = open_checkpoint(fetch(str(hf), None)[0])
+    if not isinstance(source, HFCheckpoint):
         raise InputError(f"{hf}: the roundtrip begins with a Hugging Face checkpoint")
     found, batch = Roundtrip(), [random_tokens(source, tokens)]
     dtype = source.dtypes[0]

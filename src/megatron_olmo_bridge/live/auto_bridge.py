@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_olmo_bridge.checkpoints.detect import Kind, detect
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
+from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
+from megatron_olmo_bridge.checkpoints.hf_files import MAX_SHARD_SIZE
+from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
 from megatron_olmo_bridge.checkpoints.megatron_config import RUN_CONFIG, model_section
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
-from megatron_olmo_bridge.convert.to_hf import MAX_SHARD_SIZE, export_checkpoint
+from megatron_olmo_bridge.checkpoints.open import find_kind, open_checkpoint
+from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
+from megatron_olmo_bridge.convert.to_hf import export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError, quote
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
@@ -26,10 +30,11 @@ from megatron_olmo_bridge.models.megatron_bridge import (
     BRIDGE_NAMES,
     LOADING,
     check_keywords,
+    check_options,
     missing_name,
-    taken,
 )
 from megatron_olmo_bridge.models.provider import GPTModelProvider
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.provenance import LIVE, read_provenance
@@ -55,7 +60,7 @@ class AutoBridge:
         source: the checkpoint; None if there is only a config.
     """
 
-    def __init__(self, bridge: ModelBridge, source: Source | None = None) -> None:
+    def __init__(self, bridge: ModelBridge, source: Checkpoint | None = None) -> None:
         self.bridge = bridge
         self.source = source
         self.dtype: torch.dtype | None = None
@@ -97,8 +102,8 @@ class AutoBridge:
             BridgeError: there is none, it is damaged, or of a family that is not known.
         """
         check_keywords("from_hf_pretrained", megatron_bridge, LOADING)
-        source = open_source(fetch(str(path), revision)[0], num_labels=num_labels)
-        if source.kind is not Kind.HF:
+        source = open_checkpoint(fetch(str(path), revision)[0], ReadOptions(num_labels=num_labels))
+        if not isinstance(source, HFCheckpoint):
             raise InputError(f"{path}: is a Megatron checkpoint; use AutoBridge.from_checkpoint()")
         if problem_type is not None:
             if num_labels is None:
@@ -112,12 +117,12 @@ class AutoBridge:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> AutoBridge:
-        """Open a checkpoint of either kind; ``options`` are those of ``open_source``.
+        """Open a checkpoint of either kind; ``options`` are those of :class:`ReadOptions`.
 
         Raises:
             BridgeError: there is none, it is damaged, or it doesn't say what model it holds.
         """
-        source = open_source(path, **options)
+        source = open_checkpoint(path, ReadOptions(**options))
         return cls(source.bridge, source)
 
     @classmethod
@@ -224,7 +229,7 @@ class AutoBridge:
             InputError: there is no checkpoint.
         """
         check_keywords("load_hf_weights", megatron_bridge, LOADING)
-        source = self.source if hf_path is None else open_source(fetch(str(hf_path), None)[0])
+        source = self.source if hf_path is None else open_checkpoint(fetch(str(hf_path), None)[0])
         if source is None:
             raise InputError("made from a config: there is no checkpoint to load from")
         chunks = _chunks(model)
@@ -245,7 +250,7 @@ class AutoBridge:
         """
         check_keywords("export_hf_weights", megatron_bridge, LOADING)
         names = None
-        if self.source is not None and self.source.hf_folder is not None:
+        if isinstance(self.source, HFCheckpoint):
             names = [n for n in self.source.hf_folder.arrays if n in self.source.mapping.hf_shapes]
             names += self.source.new
         return stream_weights(_chunks(model), self.bridge, names=names, to=rank, cpu=cpu)
@@ -336,12 +341,12 @@ class AutoBridge:
             hf_model_id: a folder or a hub id.
             megatron_path: the checkpoint root to make.
             torch_dtype: the same as ``dtype``.
-            options: those of ``import_checkpoint``.
+            options: fields of ``ImportOptions`` and ``WriteOptions``.
         """
-        options = taken(import_checkpoint, options, LOADING)
         if torch_dtype not in (None, "auto"):
             options["dtype"] = torch_dtype
-        import_checkpoint(hf_model_id, megatron_path, **options)
+        read, write = _split("import_ckpt", ImportOptions, options)
+        import_checkpoint(hf_model_id, megatron_path, ImportOptions(**read), WriteOptions(**write))
 
     @staticmethod
     def export_ckpt(megatron_path: str | Path, hf_path: str | Path, **options: Any) -> None:
@@ -350,9 +355,10 @@ class AutoBridge:
         Args:
             megatron_path: a checkpoint root or an iteration's folder.
             hf_path: the folder to make.
-            options: those of ``export_checkpoint``.
+            options: fields of ``ExportOptions`` and ``WriteOptions``.
         """
-        export_checkpoint(megatron_path, hf_path, **taken(export_checkpoint, options, LOADING))
+        read, write = _split("export_ckpt", ExportOptions, options)
+        export_checkpoint(megatron_path, hf_path, ExportOptions(**read), WriteOptions(**write))
 
     @staticmethod
     def get_hf_model_id_from_checkpoint(path: str | Path) -> str | None:
@@ -361,8 +367,8 @@ class AutoBridge:
         Raises:
             BridgeError: there is no checkpoint at ``path``.
         """
-        kind, folder = detect(Path(path).expanduser())
-        if kind is not Kind.MEGATRON:
+        kind, folder = find_kind(Path(path).expanduser())
+        if kind is not MegatronCheckpoint:
             raise InputError(f"{path}: is not a Megatron checkpoint")
         recorded = read_provenance(folder)
         if recorded is not None and recorded["source"] != LIVE:
@@ -388,7 +394,16 @@ class AutoBridge:
         return getattr(torch, named)  # type: ignore[no-any-return]
 
     def _beside(self) -> Path | None:
-        return self.source.side_folder if self.source is not None else None
+        return self.source.artifacts_folder if self.source is not None else None
+
+
+def _split(
+    function: str, reading: type[ImportOptions | ExportOptions], options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keywords that are fields of an options class, and those of ``WriteOptions``."""
+    read, write = ({f.name for f in fields(c)} for c in (reading, WriteOptions))
+    known = check_options(function, read | write, options, LOADING)
+    return tuple({n: v for n, v in known.items() if n in part} for part in (read, write))  # type: ignore[return-value]
 
 
 def _chunks(model: Model) -> list[Any]:

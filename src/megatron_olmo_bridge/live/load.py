@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_olmo_bridge.checkpoints.source import Source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece
 from megatron_olmo_bridge.mapping.placement import Region
@@ -17,7 +17,7 @@ from .shards import LiveModel, Shard
 
 
 def load_weights(
-    chunks: Sequence[torch.nn.Module], source: Source, reporter: Reporter | None = None
+    chunks: Sequence[torch.nn.Module], source: Checkpoint, reporter: Reporter | None = None
 ) -> int:
     """Set every parameter of this process's chunks from a checkpoint.
 
@@ -52,7 +52,7 @@ def load_weights(
     return read
 
 
-def fill(shard: Shard, source: Source, transfer: Transfer) -> int:
+def fill(shard: Shard, source: Checkpoint, transfer: Transfer) -> int:
     """Copy a shard's elements out of a checkpoint; returns the bytes that it asked for.
 
     Raises:

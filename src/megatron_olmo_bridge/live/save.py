@@ -14,15 +14,15 @@ import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
-from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER, RUN_CONFIG
-from megatron_olmo_bridge.checkpoints.source import open_source
-from megatron_olmo_bridge.convert.to_hf import (
+from megatron_olmo_bridge.checkpoints.hf_files import (
     MAX_SHARD_SIZE,
     index_of,
     parse_size,
     shards,
     side_texts,
 )
+from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER, RUN_CONFIG
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.iterations import TRACKER
@@ -213,7 +213,7 @@ def _commit(root: Path, stage: Path, folder: Path, texts: dict[str, bytes], iter
         stage.rename(root)
     (root / TRACKER).write_text(str(iteration))
     (root / PARTIAL_MARKER).unlink()
-    open_source(root)  # raises unless all of the model is there
+    open_checkpoint(root)  # raises unless all of the model is there
 
 
 def write_texts(folder: Path, texts: dict[str, bytes]) -> None:

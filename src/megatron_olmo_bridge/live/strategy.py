@@ -18,8 +18,9 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import nested_values
 
-from megatron_olmo_bridge.checkpoints.detect import Kind
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import common_state, extra_state_keys
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.torch_archive import object_archive
@@ -47,8 +48,8 @@ def hf_as_megatron(
     Raises:
         BridgeError: it is no Hugging Face checkpoint of a family that is known, or is damaged.
     """
-    source = open_source(fetch(str(hf), revision)[0])
-    if source.kind is not Kind.HF:
+    source = open_checkpoint(fetch(str(hf), revision)[0])
+    if not isinstance(source, HFCheckpoint):
         raise InputError(f"{hf}: is a Megatron checkpoint already; megatron-core loads it as it is")
     with tempfile.TemporaryDirectory(prefix="hf-as-megatron-") as name:
         folder = Path(name)
@@ -63,7 +64,7 @@ class HFLoadStrategy:
 
     can_handle_sharded_objects = True
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Checkpoint) -> None:
         self._source = source
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any, *_: Any) -> Any:

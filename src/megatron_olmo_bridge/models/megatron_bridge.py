@@ -6,8 +6,7 @@ lists every name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from inspect import signature
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_olmo_bridge.errors import UnsupportedError, nearest
@@ -98,18 +97,18 @@ def check_keywords(function: str, given: Mapping[str, Any], refused: Mapping[str
         )
 
 
-def taken(
-    function: Callable[..., Any], given: Mapping[str, Any], refused: Mapping[str, str]
+def check_options(
+    function: str, known: Iterable[str], given: Mapping[str, Any], refused: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the keywords that a function of this package takes; the others are checked.
+    """Return the keywords that are known; the others are checked by :func:`check_keywords`.
 
     Raises:
-        UnsupportedError, TypeError: As :func:`check_keywords`.
+        UnsupportedError, TypeError: as :func:`check_keywords`.
     """
-    own = signature(function).parameters
-    others = {name: value for name, value in given.items() if name not in own}
-    check_keywords(function.__name__, others, refused)
-    return {name: value for name, value in given.items() if name in own}
+    known = set(known)
+    others = {name: value for name, value in given.items() if name not in known}
+    check_keywords(function, others, refused)
+    return {name: value for name, value in given.items() if name in known}
 
 
 class MissingNameError(UnsupportedError, AttributeError):

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
@@ -26,20 +27,30 @@ from .transfer import Interrupted, Transfer, naming, write_all
 _LOG = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """How an output is written."""
+
+    workers: int = WORKERS
+    """Threads that write, in each process."""
+    resume: bool = False
+    """Continue an interrupted run; starts afresh where there is none."""
+    overwrite: bool = False
+    """Replace what is at the destination."""
+    checksum: bool = False
+    """Record a SHA-256 of each file, which reads all of them once more."""
+
+
 def execute(
     plan: CopyPlan,
     destination: Path,
     provenance: Provenance,
-    *,
-    workers: int = WORKERS,
-    resume: bool = False,
-    overwrite: bool = False,
-    checksum: bool = False,
+    options: WriteOptions | None = None,
     reporter: Reporter | None = None,
 ) -> None:
     """Write a plan's output to ``destination``, whole or not at all.
 
-    Under torchrun the processes share the files; each also uses ``workers`` threads.
+    Under torchrun the processes share the files.
 
     Raises:
         OutputError: the output exists, overlaps the source, the disk is full, or something else
@@ -47,9 +58,10 @@ def execute(
         FormatError: a source file ends too soon.
         InputError: a source changed while it was read.
     """
-    reporter = reporter or Reporter()
+    reporter, options = reporter or Reporter(), options or WriteOptions()
+    workers = options.workers
     processes = Processes()
-    stage = Stage(destination, plan, resume=resume, overwrite=overwrite)
+    stage = Stage(destination, plan, resume=options.resume, overwrite=options.overwrite)
     # All have looked before the first one writes. Inodes may differ from machine to machine.
     seen = [(i.size, i.mtime_ns) for i in plan.source_identities.values()]
     if not processes.agree(f"{plan.digest} {seen}"):
@@ -80,7 +92,7 @@ def execute(
             plan.check_sources_unchanged()  # after all have read
             processes.wait_for_each_other()
             if processes.first:
-                finish(stage, plan, provenance, checksum, workers)
+                finish(stage, plan, provenance, options)
         reporter.end()
     if processes.first:
         stage.check_output()
@@ -88,24 +100,23 @@ def execute(
     processes.wait_for_each_other()
 
 
-def check_output(plan: CopyPlan, destination: Path, *, resume: bool, overwrite: bool) -> None:
+def check_output(plan: CopyPlan, destination: Path, options: WriteOptions) -> None:
     """Refuse what :func:`execute` would refuse before it writes; arguments as there.
 
     Raises:
         OutputError: the output exists, overlaps the source, can't be written or the disk is full.
     """
-    Stage(destination.expanduser(), plan, resume=resume, overwrite=overwrite)
+    Stage(destination.expanduser(), plan, resume=options.resume, overwrite=options.overwrite)
 
 
 def finish(
     stage: Stage,
     plan: CopyPlan,
     provenance: Provenance,
-    checksum: bool = False,
-    workers: int = WORKERS,
+    options: WriteOptions | None = None,
 ) -> None:
     """The weights are written: add the small files, and make the output a checkpoint."""
-    files = _describe(plan, stage.folder, checksum, workers)
+    files = _describe(plan, stage.folder, options or WriteOptions())
     for name, data in plan.texts.items():
         stage.write_text(name, data)
     stage.write_text(f"{plan.weights_folder}/{PROVENANCE}", provenance.encode(plan, files))
@@ -214,14 +225,14 @@ def _write_files(
 
 
 def _describe(
-    plan: CopyPlan, folder: Path, checksum: bool, workers: int
+    plan: CopyPlan, folder: Path, options: WriteOptions
 ) -> dict[str, dict[str, int | str]]:
     """Size, and SHA-256 if asked for, of each file of the checkpoint proper."""
     sizes = {f.name: f.size for f in plan.files} | {n: len(d) for n, d in plan.texts.items()}
     described: dict[str, dict[str, int | str]] = {n: {"bytes": sizes[n]} for n in sorted(sizes)}
-    if checksum:
+    if options.checksum:
         weights = [f.name for f in plan.files]
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(options.workers) as pool:
             for name, digest in zip(weights, pool.map(sha256, (folder / n for n in weights)),
                                     strict=True):  # fmt: skip
                 described[name]["sha256"] = digest

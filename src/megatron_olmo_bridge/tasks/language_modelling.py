@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_olmo_bridge.checkpoints.detect import Kind
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.data.info import DataInfo, read_info
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.cross_entropy import vocab_parallel_cross_entropy
@@ -35,7 +36,7 @@ def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float
         return run.figures
 
 
-def with_model(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
+def with_model(config: TrainingConfig) -> tuple[TrainingConfig, Checkpoint | None]:
     """Return the config with its model filled in, and the checkpoint that the weights come from.
 
     Raises:
@@ -50,8 +51,8 @@ def with_model(config: TrainingConfig) -> tuple[TrainingConfig, Source | None]:
                 f"{key}: the model is that of init.hf or init.checkpoint, as it is there"
             )
     folder = fetch(init.hf, init.revision)[0] if init.hf else init.checkpoint
-    source = open_source(folder or "")
-    if init.optimizer and source.kind is not Kind.MEGATRON:
+    source = open_checkpoint(folder or "")
+    if init.optimizer and not isinstance(source, MegatronCheckpoint):
         raise InputError(
             f"{folder}: has no optimizer's state, being no Megatron checkpoint; leave out "
             "init.optimizer"
@@ -161,15 +162,15 @@ def check_prepared(resolved: ResolvedRun) -> None:
 
 
 def _tokenizer_folder(
-    config: TrainingConfig, source: Source | None, prepared: list[DataInfo]
+    config: TrainingConfig, source: Checkpoint | None, prepared: list[DataInfo]
 ) -> Path | None:
     """Return the folder with the tokenizer's files, which go with every checkpoint and export.
 
     Raises:
         InputError: ``data.tokenizer`` names one that isn't there.
     """
-    if config.data.tokenizer is None and source is not None and source.side_folder is not None:
-        return source.side_folder
+    if config.data.tokenizer is None and source is not None and source.artifacts_folder is not None:
+        return source.artifacts_folder
     named = config.data.tokenizer or prepared[0].tokenizer
     if named is None or Path(named).is_dir():
         return Path(named) if named else None

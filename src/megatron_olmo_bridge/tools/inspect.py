@@ -7,17 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.checkpoints.detect import Kind
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
-from megatron_olmo_bridge.errors import BridgeError
-from megatron_olmo_bridge.formats.iterations import (
-    iteration_folder,
-    iteration_folders,
-    iteration_number,
-)
-from megatron_olmo_bridge.formats.torch_dist import (
-    TorchDistFolder,
-)
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
 from megatron_olmo_bridge.storage.hub import local_path
 from megatron_olmo_bridge.storage.provenance import read_provenance
@@ -55,12 +46,9 @@ class Inspection:
 
 def inspect(
     path: str | Path,
+    options: ReadOptions | None = None,
     *,
     revision: str | None = None,
-    iteration: int | str | None = None,
-    hf_config: str | Path | None = None,
-    vocab_size: int | None = None,
-    heads: int | None = None,
 ) -> Inspection:
     """Describe a checkpoint of any kind; its tensors are checked against its mapping.
 
@@ -69,24 +57,13 @@ def inspect(
     Raises:
         BridgeError: it is no checkpoint, is damaged, or is not supported.
     """
-    source = open_source(
-        local_path(path, revision),
-        iteration=iteration,
-        hf_config=hf_config,
-        vocab_size=vocab_size,
-        heads=heads,
-    )
-    is_file = source.kind is Kind.OLM
-    root = source.folder.parent
-    files = {
-        f.relative_to(root if is_file else source.folder).as_posix(): f.stat().st_size
-        for f in ([source.folder] if is_file else sorted(source.folder.rglob("*")))
-        if f.is_file()
-    }
+    source = open_checkpoint(local_path(path, revision), options)
+    folder = source.folder
+    root, paths = (folder.parent, [folder]) if folder.is_file() else (folder, folder.rglob("*"))
+    files = {f.relative_to(root).as_posix(): f.stat().st_size for f in sorted(paths) if f.is_file()}
     views = source.megatron or source.tensors
-    iterations = [f.name for f in iteration_folders(root)] if source.kind is Kind.MEGATRON else []
     return Inspection(
-        kind=source.kind.value,
+        kind=source.kind,
         folder=str(source.folder),
         family=source.bridge.family,
         size=source.bridge.size_name(),
@@ -94,8 +71,8 @@ def inspect(
         dtypes=source.dtypes,
         nbytes=sum(files.values()),
         files=files,
-        layout=_layout(source),
-        iterations=iterations,
+        layout=source.layout,
+        iterations=source.iterations,
         vocab_size=source.bridge.vocab_size,
         padded_vocab_size=source.padded_vocab_size,
         numbers=source.bridge.numbers,
@@ -111,26 +88,13 @@ def inspect(
     )
 
 
-def _megatron_flags(source: Source) -> list[str]:
+def _megatron_flags(source: Checkpoint) -> list[str]:
     dtype = source.tensors[next(iter(source.tensors))].dtype
     flags = source.bridge.megatron_record.flags(source.padded_vocab_size, dtype)
-    if not flags or source.kind is not Kind.MEGATRON:
-        return flags
-    folder = source.folder.resolve()
-    flags += ["--load", str(folder.parent)]
-    number = iteration_number(folder)
-    return flags if number is None or _is_latest(folder) else [*flags, "--ckpt-step", str(number)]
+    return [*flags, *source.load_flags] if flags else []
 
 
-def _is_latest(folder: Path) -> bool:
-    """Whether Megatron-LM would take this iteration if none is asked for."""
-    try:
-        return iteration_folder(folder.parent, None) == folder
-    except BridgeError:
-        return False
-
-
-def mapping_rows(source: Source) -> list[dict[str, str]]:
+def mapping_rows(source: Checkpoint) -> list[dict[str, str]]:
     """A row for each placement, layers written as ``*``: which block stands where."""
     rows = []
     for parameter in source.mapping.parameters.values():
@@ -157,18 +121,3 @@ def mapping_rows(source: Source) -> list[dict[str, str]]:
 def _block(region: tuple[int, int, int, int], shape: tuple[int, ...]) -> str:
     rows = f"{region[0]}:{region[1]}"
     return f"[{rows}]" if len(shape) == 1 else f"[{rows}, {region[2]}:{region[3]}]"
-
-
-def _layout(source: Source) -> str:
-    if source.hf_folder is not None:
-        return f"{len(source.hf_folder.shards)} safetensors file(s)"
-    if source.kind is Kind.OLM:
-        return "a file of its trainer"
-    dist = TorchDistFolder.read(source.folder)
-    layered = [p for p in source.mapping.parameters.values() if p.index]
-    stacked = any(p.key(len(p.index)) in dist.tensors for p in layered)
-    cuts = max(len(view.pieces) for view in source.megatron.values())
-    keys = "layers stacked in one key" if stacked else "a key for each layer"
-    others = len(dist.tensors) - len(dist.weights)
-    state = f", {others} tensors of optimizer state" if others else ""
-    return f"{keys}, tensors in up to {cuts} chunk(s){state}"

@@ -9,8 +9,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_olmo_bridge.checkpoints.source import config_with_dtype
-from megatron_olmo_bridge.convert.to_hf import MAX_SHARD_SIZE, index_of, parse_size, shards
+from megatron_olmo_bridge.checkpoints.hf_files import (
+    MAX_SHARD_SIZE,
+    config_with_dtype,
+    index_of,
+    parse_size,
+    shards,
+)
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.files import check_name

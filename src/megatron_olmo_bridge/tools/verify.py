@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.checkpoints.detect import Kind, detect
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
 from megatron_olmo_bridge.checkpoints.differences import (
     Difference,
     config_differences,
     name_differences,
     side_differences,
 )
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.open import find_kind, open_checkpoint, options_for
 from megatron_olmo_bridge.errors import InputError, MappingError
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
@@ -52,8 +52,8 @@ class Verification:
 def verify(
     first: str | Path,
     second: str | Path | None = None,
+    options: ReadOptions | None = None,
     *,
-    heads: int | None = None,
     workers: int = WORKERS,
     reporter: Reporter | None = None,
 ) -> Verification:
@@ -61,7 +61,7 @@ def verify(
 
     Both are read as Hugging Face tensors through the placements; no more than a few MiB of a tensor
     are in memory. With one path, compare its files with what was recorded when they were written.
-    ``heads`` are the attention heads of a checkpoint of OLM, which doesn't say.
+    Options of one kind of checkpoint go to whichever is of that kind.
 
     Raises:
         BridgeError: a path is no checkpoint, or is damaged.
@@ -73,8 +73,8 @@ def verify(
     opened = []
     for path in (first, local_path(second)):
         try:
-            of_olm = detect(Path(path).expanduser())[0] is Kind.OLM
-            opened.append(open_source(path, heads=heads if of_olm else None, strict=False))
+            own = options_for(path, options or ReadOptions())
+            opened.append(open_checkpoint(path, own, strict=False))
         except MappingError as error:
             return Verification([Difference("mapping", str(path), str(error))], 0, 0)
     a, b = opened
@@ -102,7 +102,7 @@ def verify(
     return Verification(differences, len(pairs), total, notes + untold)
 
 
-def _pairs(a: Source, b: Source) -> tuple[list[tuple[TensorView, TensorView]], list[str]]:
+def _pairs(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[TensorView, TensorView]], list[str]]:
     """The tensors to compare, padding rows of a vocabulary among them, and what can't be."""
     pairs = [(view, b.tensors[name]) for name, view in a.tensors.items() if name in b.tensors]
     notes = []
@@ -147,7 +147,7 @@ def _compare(
 
 
 def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verification:
-    _, folder = detect(path)
+    _, folder = find_kind(path)
     recorded = read_provenance(folder)
     if recorded is None:
         raise InputError(
@@ -177,7 +177,7 @@ def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verificati
                 differences.append(Difference("checksum", name, "SHA-256 is not the recorded one"))
     reporter.end()
     if not differences:
-        open_source(folder)  # headers and mapping are sound
+        open_checkpoint(folder)  # headers and mapping are sound
     if len(checkable) == len(files):
         return Verification(differences, len(files), total, checked="checksums")
     note = (

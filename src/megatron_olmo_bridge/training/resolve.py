@@ -9,7 +9,7 @@ import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_olmo_bridge.checkpoints.source import Source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError, nearest
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridge_for
@@ -57,7 +57,7 @@ class ResolvedRun:
 
     config: TrainingConfig
     """The config with its model filled in."""
-    source: Source | None
+    source: Checkpoint | None
     """The checkpoint that the weights come from; None for random weights."""
     bridge: ModelBridge
     layout: Layout
@@ -65,7 +65,7 @@ class ResolvedRun:
     """Builds the model; megatron-core has accepted its fields."""
 
 
-def resolve(config: TrainingConfig, source: Source | None, processes: int) -> ResolvedRun:
+def resolve(config: TrainingConfig, source: Checkpoint | None, processes: int) -> ResolvedRun:
     """Refuse what can't be run, and return what follows from a config, before anything is built.
 
     Needs megatron-core, whose rules are asked for, but no process group.

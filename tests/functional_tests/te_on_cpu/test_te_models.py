@@ -24,6 +24,7 @@ from megatron_olmo_bridge import (
     import_checkpoint,
     verify,
 )
+from megatron_olmo_bridge.convert.options import ExportOptions
 from megatron_olmo_bridge.inference.forward import forward
 from megatron_olmo_bridge.inference.generate import generate
 from megatron_olmo_bridge.models.families import published_sizes
@@ -191,5 +192,5 @@ def test_what_is_saved_is_what_was_loaded(
     else:
         saved.mkdir()
         dist_checkpointing.save(unwrap_model(chunks)[0].sharded_state_dict(), str(saved))
-        export_checkpoint(saved, tmp_path / "hf", hf_config=hf)
+        export_checkpoint(saved, tmp_path / "hf", ExportOptions(hf_config=hf))
     assert verify(hf, tmp_path / "hf").equal

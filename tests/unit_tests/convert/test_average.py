@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_olmo_bridge import average_checkpoints, import_checkpoint, verify
 from megatron_olmo_bridge.convert.average import plan_average
+from megatron_olmo_bridge.convert.options import AverageOptions, ImportOptions
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.storage import transfer
 from megatron_olmo_bridge.storage.provenance import read_provenance
@@ -62,9 +63,13 @@ def test_the_mean_is_torchs(
     """Of Hugging Face and Megatron checkpoints, the one's vocabulary padded."""
     wanted = getattr(torch, dtype)
     folders = [make_hf(name, seed=i, dtype=wanted) for i, name in enumerate("abc")]
-    import_checkpoint(folders[1], tmp_path / "megatron", make_vocab_size_divisible_by=64)
+    import_checkpoint(
+        folders[1], tmp_path / "megatron", ImportOptions(make_vocab_size_divisible_by=64)
+    )
     sources = [folders[0], tmp_path / "megatron", folders[2]]
-    average_checkpoints(sources, tmp_path / "mean", weights=weights, max_shard_size="20KB")
+    average_checkpoints(
+        sources, tmp_path / "mean", AverageOptions(weights=weights, max_shard_size="20KB")
+    )
     found = weights_of(tmp_path / "mean")
     assert_equal(found, torch_mean(folders, wanted, weights))
     if dtype == "float32" and weights is None:
@@ -80,14 +85,16 @@ def test_the_mean_of_copies_is_the_copy(
 ) -> None:
     hf = make_hf(dtype=dtype)
     average_checkpoints([hf] * count, tmp_path / "equal")
-    average_checkpoints([hf] * count, tmp_path / "unequal", weights=[0.1 + i for i in range(count)])
+    average_checkpoints(
+        [hf] * count, tmp_path / "unequal", AverageOptions(weights=[0.1 + i for i in range(count)])
+    )
     assert verify(hf, tmp_path / "equal").equal
     assert verify(hf, tmp_path / "unequal").equal
 
 
 def test_bfloat16_is_rounded_once_and_not_before(make_hf: HFFactory, tmp_path: Path) -> None:
     folders = [make_hf(name, seed=i, dtype=torch.bfloat16) for i, name in enumerate("ab")]
-    average_checkpoints(folders, tmp_path / "mean", dtype="float32")
+    average_checkpoints(folders, tmp_path / "mean", AverageOptions(dtype="float32"))
     expected = torch_mean(folders, torch.float32)
     assert_equal(weights_of(tmp_path / "mean"), expected)
     assert any(not torch.equal(t, t.bfloat16().float()) for t in expected.values())
@@ -98,14 +105,14 @@ def test_dtypes_may_differ_if_one_is_asked_for(make_hf: HFFactory, tmp_path: Pat
     folders = [make_hf("a"), make_hf("b", seed=1, dtype=torch.bfloat16)]
     with pytest.raises(InputError, match=r"(?s)a and .*b can't be averaged.*dtype, .*Pass --dtype"):
         average_checkpoints(folders, tmp_path / "mean")
-    average_checkpoints(folders, tmp_path / "mean", dtype="bfloat16")
+    average_checkpoints(folders, tmp_path / "mean", AverageOptions(dtype="bfloat16"))
     assert_equal(weights_of(tmp_path / "mean"), torch_mean(folders, torch.bfloat16))
 
 
 def test_what_lies_beside_the_weights(make_hf: HFFactory, tmp_path: Path) -> None:
     a, b = make_hf("a"), make_hf("b", seed=1)
     (b / "tokenizer.json").write_text('{"another": "tokenizer"}')
-    plan = average_checkpoints([a, b], tmp_path / "mean", weights=[3, 1])
+    plan = average_checkpoints([a, b], tmp_path / "mean", AverageOptions(weights=[3, 1]))
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "mean" / name).read_bytes() == (a / name).read_bytes()
     recorded = read_provenance(tmp_path / "mean")
@@ -119,7 +126,10 @@ def test_what_lies_beside_the_weights(make_hf: HFFactory, tmp_path: Path) -> Non
 
 def test_a_plan_is_of_its_weights(make_hf: HFFactory, tmp_path: Path) -> None:
     sources = [make_hf("a"), make_hf("b", seed=1)]
-    plans = [plan_average(sources, tmp_path / "m", weights=w)[0] for w in (None, [1, 1], [1, 2])]
+    plans = [
+        plan_average(sources, tmp_path / "m", AverageOptions(weights=w))[0]
+        for w in (None, [1, 1], [1, 2])
+    ]
     assert plans[0].digest == plans[1].digest != plans[2].digest
     assert plans[0].source_files == [folder / "model.safetensors" for folder in sources]
 
@@ -152,7 +162,9 @@ def test_weights_that_are_none(
     make_hf: HFFactory, tmp_path: Path, weights: list[float], says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
-        average_checkpoints([make_hf("a"), make_hf("b")], tmp_path / "mean", weights=weights)
+        average_checkpoints(
+            [make_hf("a"), make_hf("b")], tmp_path / "mean", AverageOptions(weights=weights)
+        )
 
 
 def test_one_is_no_average(make_hf: HFFactory, tmp_path: Path) -> None:
@@ -173,7 +185,7 @@ def test_too_large_for_float16(make_hf: HFFactory, tmp_path: Path) -> None:
 
     sources = [make_hf("a", change=huge), make_hf("b")]
     with pytest.raises(InputError, match=r"the mean of model.norm.weight: 1 values are too large"):
-        average_checkpoints(sources, tmp_path / "mean", dtype="float16")
+        average_checkpoints(sources, tmp_path / "mean", AverageOptions(dtype="float16"))
     assert not (tmp_path / "mean").exists()
 
 

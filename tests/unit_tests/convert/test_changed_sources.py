@@ -9,7 +9,9 @@ import pytest
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
 from megatron_olmo_bridge.convert.average import average_checkpoints
+from megatron_olmo_bridge.convert.options import ExportOptions
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.progress import Reporter
 
 
@@ -115,9 +117,9 @@ def test_a_finished_output_of_a_changed_source(
 
     def convert(resume: bool = False) -> None:
         if operation == "import":
-            import_checkpoint(source, dst, resume=resume)
+            import_checkpoint(source, dst, write=WriteOptions(resume=resume))
         else:
-            average_checkpoints([source, tiny_hf], dst, resume=resume)
+            average_checkpoints([source, tiny_hf], dst, write=WriteOptions(resume=resume))
 
     convert()
     convert(resume=True)  # nothing to do
@@ -134,19 +136,26 @@ def test_a_finished_output_of_another_iteration(tiny_megatron: Path, tmp_path: P
     run, dst = Path(shutil.copytree(tiny_megatron, tmp_path / "run")), tmp_path / "dst"
     shutil.copytree(run / "iter_0000000", run / "iter_0000001")
     export_checkpoint(run, dst)
-    export_checkpoint(run, dst, iteration=0, resume=True)  # nothing to do
+    export_checkpoint(
+        run, dst, ExportOptions(iteration=0), WriteOptions(resume=True)
+    )  # nothing to do
 
     with pytest.raises(OutputError, match=REFUSED):
-        export_checkpoint(run, dst, iteration=1, resume=True)
+        export_checkpoint(run, dst, ExportOptions(iteration=1), WriteOptions(resume=True))
     (run / "latest_checkpointed_iteration.txt").write_text("1")
     with pytest.raises(OutputError, match=REFUSED):
-        export_checkpoint(run, dst, resume=True)
+        export_checkpoint(run, dst, write=WriteOptions(resume=True))
 
 
 def test_a_finished_output_of_another_config(tiny_megatron: Path, tmp_path: Path) -> None:
     config = Path(shutil.copytree(tiny_megatron / "iter_0000000" / "hf", tmp_path / "config"))
-    export_checkpoint(tiny_megatron, tmp_path / "dst", hf_config=config)
+    export_checkpoint(tiny_megatron, tmp_path / "dst", ExportOptions(hf_config=config))
     (config / "generation_config.json").write_text('{"eos_token_id": 5}')
 
     with pytest.raises(OutputError, match=REFUSED):
-        export_checkpoint(tiny_megatron, tmp_path / "dst", hf_config=config, resume=True)
+        export_checkpoint(
+            tiny_megatron,
+            tmp_path / "dst",
+            ExportOptions(hf_config=config),
+            WriteOptions(resume=True),
+        )

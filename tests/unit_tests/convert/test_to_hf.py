@@ -14,8 +14,10 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_olmo_bridge.checkpoints.hf_files import parse_size
 from megatron_olmo_bridge.convert.average import average_checkpoints
-from megatron_olmo_bridge.convert.to_hf import export_checkpoint, parse_size, plan_exports
+from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions, ImportOptions
+from megatron_olmo_bridge.convert.to_hf import export_checkpoint, plan_exports
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import FormatError, InputError, MappingError, UnsupportedError
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
@@ -45,7 +47,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_there_and_back(make_hf: HF, tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
     hf = make_hf(dtype=dtype, tie_word_embeddings=tied)
-    import_checkpoint(hf, tmp_path / "m", make_vocab_size_divisible_by=128)
+    import_checkpoint(hf, tmp_path / "m", ImportOptions(make_vocab_size_divisible_by=128))
     export_checkpoint(tmp_path / "m", tmp_path / "back")
     assert same(load(tmp_path / "back"), load(hf))
     side = ["config.json", "generation_config.json", "tokenizer.json"]
@@ -60,7 +62,7 @@ def test_there_and_back(make_hf: HF, tmp_path: Path, dtype: torch.dtype, tied: b
 def test_at_another_dtype(make_hf: HF, tmp_path: Path, target: str) -> None:
     hf = make_hf(dtype=torch.bfloat16)
     import_checkpoint(hf, tmp_path / "m")
-    export_checkpoint(tmp_path / "m", tmp_path / "back", dtype=target)
+    export_checkpoint(tmp_path / "m", tmp_path / "back", ExportOptions(dtype=target))
     cast = {name: tensor.to(getattr(torch, target)) for name, tensor in load(hf).items()}
     assert same(load(tmp_path / "back"), cast)
     assert config_of(tmp_path / "back") == config_of(hf) | {"torch_dtype": target}
@@ -71,7 +73,7 @@ def test_the_dtype_is_recorded_under_the_configs_own_key(make_hf: HF, tmp_path: 
     config = config_of(hf)
     config["dtype"] = config.pop("torch_dtype")
     (hf / "config.json").write_text(json.dumps(config))
-    import_checkpoint(hf, tmp_path / "m", dtype="bfloat16")
+    import_checkpoint(hf, tmp_path / "m", ImportOptions(dtype="bfloat16"))
     export_checkpoint(tmp_path / "m", tmp_path / "back")
     assert config_of(tmp_path / "back") == config | {"dtype": "bfloat16"}
 
@@ -86,12 +88,12 @@ def test_the_dtype_is_recorded_under_both_keys_if_there_are_two(
     config = config_of(hf) | both | {"torch_dtype": stale}
     (hf / "config.json").write_text(json.dumps(config))
 
-    import_checkpoint(hf, tmp_path / "m", dtype="bfloat16")
+    import_checkpoint(hf, tmp_path / "m", ImportOptions(dtype="bfloat16"))
     export_checkpoint(tmp_path / "m", tmp_path / "a")
     import_checkpoint(hf, tmp_path / "kept")
-    export_checkpoint(tmp_path / "kept", tmp_path / "b", dtype="float16")
+    export_checkpoint(tmp_path / "kept", tmp_path / "b", ExportOptions(dtype="float16"))
     export_checkpoint(tmp_path / "kept", tmp_path / "c")
-    average_checkpoints([hf, hf], tmp_path / "d", dtype="bfloat16")
+    average_checkpoints([hf, hf], tmp_path / "d", AverageOptions(dtype="bfloat16"))
 
     written = tmp_path / "m/iter_0000000/hf", tmp_path / "a", tmp_path / "d"
     for folder in written:
@@ -106,7 +108,7 @@ def test_shards_of_at_most_so_many_bytes(
 ) -> None:
     hf = make_hf()
     import_checkpoint(hf, tmp_path / "m")
-    export_checkpoint(tmp_path / "m", tmp_path / "back", max_shard_size=limit)
+    export_checkpoint(tmp_path / "m", tmp_path / "back", ExportOptions(max_shard_size=limit))
     shards = sorted((tmp_path / "back").glob("*.safetensors"))
     assert same(load(tmp_path / "back"), load(hf))
     if count == 1:
@@ -196,11 +198,11 @@ def test_the_config_from_the_folder_that_the_user_names(
     folder = save_torch_dist("m", state.megatron)
     with pytest.raises(InputError, match=r"doesn't say what model it holds .* Pass --hf-config"):
         export_checkpoint(folder, tmp_path / "hf2")
-    export_checkpoint(folder, tmp_path / "hf2", hf_config=make_hf())
+    export_checkpoint(folder, tmp_path / "hf2", ExportOptions(hf_config=make_hf()))
     assert same(load(tmp_path / "hf2"), state.hf)
     assert (tmp_path / "hf2/tokenizer.json").exists()
     with pytest.raises(InputError, match=r"no config\.json"):
-        export_checkpoint(folder, tmp_path / "hf3", hf_config=tmp_path)
+        export_checkpoint(folder, tmp_path / "hf3", ExportOptions(hf_config=tmp_path))
 
 
 def test_a_padded_vocabulary_that_is_not_recorded_is_asked_for(
@@ -211,7 +213,7 @@ def test_a_padded_vocabulary_that_is_not_recorded_is_asked_for(
     torch.save({"args": argparse.Namespace(**args)}, folder / "common.pt")
     with pytest.raises(InputError, match="pass --vocab-size N"):
         export_checkpoint(folder, tmp_path / "hf")
-    export_checkpoint(folder, tmp_path / "hf", vocab_size=101)
+    export_checkpoint(folder, tmp_path / "hf", ExportOptions(vocab_size=101))
     assert same(load(tmp_path / "hf"), state.hf)
 
 
@@ -220,11 +222,11 @@ def test_the_vocabulary_of_a_config_can_be_overruled(
 ) -> None:
     folder = save_torch_dist("m", state.megatron)
     hf = make_hf("c")
-    export_checkpoint(folder, tmp_path / "hf2", hf_config=hf, vocab_size=90)
+    export_checkpoint(folder, tmp_path / "hf2", ExportOptions(hf_config=hf, vocab_size=90))
     assert config_of(tmp_path / "hf2") == config_of(hf) | {"vocab_size": 90}
     assert torch.equal(load(tmp_path / "hf2")["lm_head.weight"], state.hf["lm_head.weight"][:90])
     with pytest.raises(InputError, match="101 rows, fewer than the vocabulary of 102"):
-        export_checkpoint(folder, tmp_path / "hf3", hf_config=hf, vocab_size=102)
+        export_checkpoint(folder, tmp_path / "hf3", ExportOptions(hf_config=hf, vocab_size=102))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,7 @@ def test_a_post_norm_where_a_pre_norm_would_be_is_refused(
     state.megatron[wrong] = state.megatron.pop(right)
     folder = save_torch_dist("m", state.megatron)
     with pytest.raises(MappingError) as caught:
-        export_checkpoint(folder, tmp_path / "back", hf_config=make_hf())
+        export_checkpoint(folder, tmp_path / "back", ExportOptions(hf_config=make_hf()))
     assert f"missing (1):\n  - {right}" in str(caught.value)
     assert f"unexpected (1):\n  - {wrong}" in str(caught.value)
 
@@ -276,10 +278,10 @@ def test_a_post_norm_where_a_pre_norm_would_be_is_refused(
 def test_all_iterations(make_hf: HF, tmp_path: Path) -> None:
     a, b = make_hf("a", seed=1), make_hf("b", seed=2)
     import_checkpoint(a, tmp_path / "m")
-    import_checkpoint(b, tmp_path / "r", release=True)
+    import_checkpoint(b, tmp_path / "r", ImportOptions(release=True))
     shutil.move(tmp_path / "r/release", tmp_path / "m/release")
     shutil.copytree(tmp_path / "m/release", tmp_path / "m/iter_0000012")
-    plans = export_checkpoint(tmp_path / "m", tmp_path / "all", iteration="all")
+    plans = export_checkpoint(tmp_path / "m", tmp_path / "all", ExportOptions(iteration="all"))
     assert len(plans) == 3
     names = ["iter_0000000", "iter_0000012", "release"]
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == names
@@ -293,10 +295,10 @@ def test_one_iteration_of_several(make_hf: HF, tmp_path: Path) -> None:
     import_checkpoint(b, tmp_path / "r")
     shutil.move(tmp_path / "r/iter_0000000", tmp_path / "m/iter_0000012")
     for iteration, source in ((12, b), ("0", a), (None, a)):
-        exports = plan_exports(tmp_path / "m", tmp_path / "x", iteration=iteration)
+        exports = plan_exports(tmp_path / "m", tmp_path / "x", ExportOptions(iteration=iteration))
         ((_, provenance, _),) = exports.plans
         assert provenance.source.endswith("iter_0000012" if source is b else "iter_0000000")
-    export_checkpoint(tmp_path / "m", tmp_path / "x", iteration=12)
+    export_checkpoint(tmp_path / "m", tmp_path / "x", ExportOptions(iteration=12))
     assert same(load(tmp_path / "x"), load(b))
 
 
@@ -305,8 +307,8 @@ def test_what_is_no_source(make_hf: HF, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a Hugging Face checkpoint already"):
         plan_exports(hf, tmp_path / "x")
     with pytest.raises(InputError, match="has no iter_ folders"):
-        plan_exports(hf, tmp_path / "x", iteration="all")
+        plan_exports(hf, tmp_path / "x", ExportOptions(iteration="all"))
     with pytest.raises(InputError, match="has no iter_ folders"):
-        plan_exports(tmp_path / "absent", tmp_path / "x", iteration="all")
+        plan_exports(tmp_path / "absent", tmp_path / "x", ExportOptions(iteration="all"))
     with pytest.raises(InputError, match="dtype 'int8' is not one of"):
-        plan_exports(hf, tmp_path / "x", dtype="int8")
+        plan_exports(hf, tmp_path / "x", ExportOptions(dtype="int8"))

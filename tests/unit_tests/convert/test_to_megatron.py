@@ -13,10 +13,12 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_olmo_bridge.convert.options import ImportOptions
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint, plan_import
 from megatron_olmo_bridge.errors import FormatError, InputError, MappingError
 from megatron_olmo_bridge.formats.torch_archive import read_archive
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
+from megatron_olmo_bridge.storage.execute import WriteOptions
 
 HF = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -64,7 +66,7 @@ def test_at_another_dtype(
     make_hf: HF, tmp_path: Path, reference: SimpleNamespace, target: str
 ) -> None:
     hf = make_hf()
-    import_checkpoint(hf, tmp_path / "m", dtype=target)
+    import_checkpoint(hf, tmp_path / "m", ImportOptions(dtype=target))
     cast = {n: t.to(getattr(torch, target)) for n, t in expected(hf, reference).items()}
     assert same(load(tmp_path / "m/iter_0000000"), cast)
     config = json.loads((tmp_path / "m/iter_0000000/hf/config.json").read_text())
@@ -78,7 +80,7 @@ def test_a_padded_vocabulary_ends_in_zeros(
     make_hf: HF, tmp_path: Path, reference: SimpleNamespace
 ) -> None:
     hf = make_hf()
-    import_checkpoint(hf, tmp_path / "m", make_vocab_size_divisible_by=64)
+    import_checkpoint(hf, tmp_path / "m", ImportOptions(make_vocab_size_divisible_by=64))
     padded = expected(hf, reference)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         padded[name] = torch.cat([padded[name], torch.zeros(27, 36)])
@@ -134,7 +136,7 @@ def test_the_folder_of_an_import(make_hf: HF, tmp_path: Path) -> None:
 def test_a_release_differs_in_name_alone(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf()
     import_checkpoint(hf, tmp_path / "m")
-    import_checkpoint(hf, tmp_path / "r", release=True)
+    import_checkpoint(hf, tmp_path / "r", ImportOptions(release=True))
     assert (tmp_path / "r/latest_checkpointed_iteration.txt").read_text() == "release"
     ours, theirs = files(tmp_path / "m/iter_0000000"), files(tmp_path / "r/release")
     del ours["olmo_bridge.json"], theirs["olmo_bridge.json"]
@@ -176,8 +178,8 @@ def test_gate_and_up_are_chunks_of_their_own(make_hf: HF, tmp_path: Path) -> Non
 
 def test_the_same_source_gives_the_same_bytes(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf()
-    import_checkpoint(hf, tmp_path / "a", workers=1)
-    import_checkpoint(hf, tmp_path / "b", workers=3)
+    import_checkpoint(hf, tmp_path / "a", write=WriteOptions(workers=1))
+    import_checkpoint(hf, tmp_path / "b", write=WriteOptions(workers=3))
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
@@ -186,8 +188,8 @@ def test_several_files_and_workers(
 ) -> None:
     monkeypatch.setattr("megatron_olmo_bridge.convert.to_megatron.FILE_BYTES", 20_000)
     hf = make_hf()
-    plan = import_checkpoint(hf, tmp_path / "a", workers=1)
-    import_checkpoint(hf, tmp_path / "b", workers=3)
+    plan = import_checkpoint(hf, tmp_path / "a", write=WriteOptions(workers=1))
+    import_checkpoint(hf, tmp_path / "b", write=WriteOptions(workers=3))
     assert len(plan.files) > 5
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert same(load(tmp_path / "a/iter_0000000"), expected(hf, reference))
@@ -199,7 +201,7 @@ def test_layers_of_different_dtypes_need_a_dtype(make_hf: HF, tmp_path: Path) ->
     with pytest.raises(FormatError, match=r"layers\.1\.mlp\.linear_fc2\.weight is float16, .*"):
         import_checkpoint(hf, tmp_path / "m")
     assert not (tmp_path / "m").exists()
-    import_checkpoint(hf, tmp_path / "m", dtype="float32")
+    import_checkpoint(hf, tmp_path / "m", ImportOptions(dtype="float32"))
 
 
 MIXED = {
@@ -221,7 +223,12 @@ def test_parts_of_one_tensor_may_differ_in_dtype_if_one_is_asked_for(
     make_hf: HF, tmp_path: Path, reference: SimpleNamespace, target: str
 ) -> None:
     hf = make_hf(change=mix)
-    import_checkpoint(hf, tmp_path / "m", dtype=target, workers=3, make_vocab_size_divisible_by=128)
+    import_checkpoint(
+        hf,
+        tmp_path / "m",
+        ImportOptions(dtype=target, make_vocab_size_divisible_by=128),
+        WriteOptions(workers=3),
+    )
     cast = {n: t.to(getattr(torch, target)) for n, t in load_file(hf / "model.safetensors").items()}
     parameters = reference.stacked(reference.parameters(cast, reference.config), reference.config)
     found = load(tmp_path / "m/iter_0000000")
@@ -249,20 +256,20 @@ def test_parts_of_different_dtypes_need_a_dtype(make_hf: HF, tmp_path: Path) -> 
 def test_a_value_too_large_leaves_nothing_behind(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf(change=lambda t: t["model.norm.weight"].fill_(1e6))
     with pytest.raises(InputError, match="36 values are too large for float16"):
-        import_checkpoint(hf, tmp_path / "m", dtype="float16")
+        import_checkpoint(hf, tmp_path / "m", ImportOptions(dtype="float16"))
     assert not (tmp_path / "m").exists()
 
 
 def test_what_is_no_source(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf()
     with pytest.raises(InputError, match="dtype 'float64' is not one of keep, float32"):
-        plan_import(hf, dtype="float64")
+        plan_import(hf, ImportOptions(dtype="float64"))
     with pytest.raises(InputError, match="make-vocab-size-divisible-by must be at least 1"):
-        plan_import(hf, make_vocab_size_divisible_by=0)
+        plan_import(hf, ImportOptions(make_vocab_size_divisible_by=0))
     with pytest.raises(InputError, match="no such folder, and not a hub id"):
         plan_import(tmp_path / "absent")
     with pytest.raises(InputError, match="is a path; --revision is for a hub id"):
-        plan_import(hf, revision="main")
+        plan_import(hf, ImportOptions(revision="main"))
     import_checkpoint(hf, tmp_path / "m")
     with pytest.raises(InputError, match="is a Megatron checkpoint already"):
         plan_import(tmp_path / "m")

@@ -14,6 +14,7 @@ from megatron_olmo_bridge import (
     inspect,
     synth,
 )
+from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions, ImportOptions
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.training.config import StepsConfig
@@ -50,9 +51,9 @@ def test_keep_is_refused_where_there_is_nothing_to_keep() -> None:
 
 
 def test_the_python_api_takes_torch_dtypes(tiny_hf: Path, tmp_path: Path) -> None:
-    import_checkpoint(tiny_hf, tmp_path / "m", dtype=torch.float16)
-    export_checkpoint(tmp_path / "m", tmp_path / "hf", dtype=torch.float32)
-    average_checkpoints([tiny_hf, tiny_hf], tmp_path / "mean", dtype=torch.half)
+    import_checkpoint(tiny_hf, tmp_path / "m", ImportOptions(dtype=torch.float16))
+    export_checkpoint(tmp_path / "m", tmp_path / "hf", ExportOptions(dtype=torch.float32))
+    average_checkpoints([tiny_hf, tiny_hf], tmp_path / "mean", AverageOptions(dtype=torch.half))
     synth("olmo2-tiny", tmp_path / "made", layers=1, dtype=torch.float16)
     found = [inspect(tmp_path / name).dtypes for name in ("m", "hf", "mean", "made")]
     assert found == [["float16"], ["float32"], ["float16"], ["float16"]]

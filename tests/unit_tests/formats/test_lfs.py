@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect
+from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.formats.files import refuse_pointer
 
@@ -49,7 +50,7 @@ def test_in_a_megatron_checkpoint(tiny_megatron: Path, tmp_path: Path, name: str
 def test_of_olms_trainer(tmp_path: Path) -> None:
     (tmp_path / "step_1.pt").write_text(POINTER)
     with pytest.raises(FormatError, match=r"step_1\.pt: a Git LFS pointer"):
-        inspect(tmp_path / "step_1.pt", heads=4)
+        inspect(tmp_path / "step_1.pt", ReadOptions(kind_options={"heads": 4}))
 
 
 def test_a_file_that_only_begins_so_is_not_one(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_olmo_bridge.checkpoints.detect import Kind, detect
+from megatron_olmo_bridge.checkpoints.olm import OLMCheckpoint, read_olm
+from megatron_olmo_bridge.checkpoints.open import find_kind
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsafePickleError
 from megatron_olmo_bridge.formats.inert import built, inert
-from megatron_olmo_bridge.formats.olm import read_olm
 from megatron_olmo_bridge.formats.pickles import Persistent, dumps
 from megatron_olmo_bridge.formats.tensors import StoredArray
 
@@ -76,7 +76,7 @@ def test_shared_tensors_are_the_same_array(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["step_3.pt", "best_model.pt"])
 def test_a_pt_file_is_taken_for_one_of_olm(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"whatever")
-    assert detect(tmp_path / name) == (Kind.OLM, tmp_path / name)
+    assert find_kind(tmp_path / name) == (OLMCheckpoint, tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers import Olmo2Config as TransformersConfig
 from transformers import Olmo2ForCausalLM
 
 from megatron_olmo_bridge import AutoBridge, export_checkpoint, import_checkpoint, verify
+from megatron_olmo_bridge.convert.options import ImportOptions
 from megatron_olmo_bridge.errors import (
     FormatError,
     InputError,
@@ -459,7 +460,9 @@ def test_a_saved_megatron_checkpoint_is_that_of_the_import(
     assert (out / "iter_0000012").is_dir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
     assert verify(hf, out).equal
-    import_checkpoint(hf, tmp_path / "imported", make_vocab_size_divisible_by=multiple)
+    import_checkpoint(
+        hf, tmp_path / "imported", ImportOptions(make_vocab_size_divisible_by=multiple)
+    )
     assert verify(tmp_path / "imported", out).equal
     export_checkpoint(out, tmp_path / "back")
     assert verify(hf, tmp_path / "back").equal

@@ -17,7 +17,8 @@ if torch.cuda.is_available():
 from safetensors.torch import load_file
 
 from megatron_olmo_bridge import AutoBridge
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import MappingError
 from megatron_olmo_bridge.live.export import stream_weights
 from megatron_olmo_bridge.live.load import load_weights
@@ -26,8 +27,8 @@ Build = Callable[..., list[torch.nn.Module]]
 HFFactory = Callable[..., Path]
 
 
-def loaded(build: Build, hf: Path, **fields: object) -> tuple[list[torch.nn.Module], Source]:
-    chunks, source = build(hf, **fields), open_source(hf)
+def loaded(build: Build, hf: Path, **fields: object) -> tuple[list[torch.nn.Module], Checkpoint]:
+    chunks, source = build(hf, **fields), open_checkpoint(hf)
     load_weights(chunks, source)
     return chunks, source
 
@@ -118,7 +119,7 @@ def test_a_model_that_is_not_whole_is_refused_before_the_first_tensor(
     provider = AutoBridge.from_hf_pretrained(hf).to_megatron_provider()
     last_stage = provider.provide(pre_process=False, post_process=True)
     with pytest.raises(MappingError) as caught:
-        next(stream_weights([last_stage], open_source(hf).bridge))
+        next(stream_weights([last_stage], open_checkpoint(hf).bridge))
     assert str(caught.value) == (
         "the model's processes don't hold all of model.embed_tokens.weight: 3636 of 3636 elements "
         "are not covered"

@@ -19,7 +19,9 @@ if torch.cuda.is_available():
 from safetensors.torch import load_file
 
 from megatron_olmo_bridge import import_checkpoint
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
+from megatron_olmo_bridge.convert.options import ImportOptions
 from megatron_olmo_bridge.errors import FormatError, InputError, MappingError
 from megatron_olmo_bridge.live.load import load_weights
 from megatron_olmo_bridge.models.olmo2.bridge import Olmo2Bridge
@@ -77,7 +79,7 @@ def test_every_parameter_is_set(
         checkpoint = tmp_path / "megatron"
         import_checkpoint(hf, checkpoint)
     chunks = build(hf, params_dtype=getattr(torch, dtype))
-    load_weights(chunks, open_source(checkpoint))
+    load_weights(chunks, open_checkpoint(checkpoint))
     expected = reference.parameters(read(hf), reference.config)
     assert_filled(chunks, expected, getattr(torch, dtype))
 
@@ -89,11 +91,11 @@ def test_a_head_beside_tied_embeddings_is_a_head_of_its_own(
     head = torch.randn(101, 36)
     hf = make_hf(tie_word_embeddings=True, change=lambda t: t.update({"lm_head.weight": head}))
     chunks = build(hf, share_embeddings_and_output_weights=False)
-    load_weights(chunks, open_source(hf))
+    load_weights(chunks, open_checkpoint(hf))
     parameters = dict(chunks[0].named_parameters())
     assert torch.equal(parameters["output_layer.weight"], head)
     with pytest.raises(MappingError, match="True in the model, the checkpoint asks for False"):
-        load_weights(build(hf), open_source(hf))
+        load_weights(build(hf), open_checkpoint(hf))
 
 
 def test_from_several_files(
@@ -103,7 +105,7 @@ def test_from_several_files(
     expected = reference.parameters(read(tiny_hf), Olmo2Bridge.sizes["olmo2-tiny"])
     for checkpoint in (tiny_hf, tiny_megatron):
         chunks = build(tiny_hf)
-        load_weights(chunks, open_source(checkpoint))
+        load_weights(chunks, open_checkpoint(checkpoint))
         assert_filled(chunks, expected, torch.bfloat16)
 
 
@@ -112,7 +114,7 @@ def test_a_model_that_is_wrapped_for_training(
 ) -> None:
     hf = make_hf()
     chunks = build(hf, wrap_with_ddp=True)
-    load_weights(chunks, open_source(hf))
+    load_weights(chunks, open_checkpoint(hf))
     assert_filled(chunks, reference.parameters(read(hf), reference.config), torch.float32)
 
 
@@ -124,9 +126,9 @@ def test_rows_that_pad_the_vocabulary_are_zeros(
     hf = checkpoint = make_hf()
     if imported_with is not None:  # to as many rows, to fewer, to as many as the vocabulary has
         checkpoint = tmp_path / "megatron"
-        import_checkpoint(hf, checkpoint, make_vocab_size_divisible_by=imported_with)
+        import_checkpoint(hf, checkpoint, ImportOptions(make_vocab_size_divisible_by=imported_with))
     chunks = build(hf, make_vocab_size_divisible_by=128)
-    load_weights(chunks, open_source(checkpoint))
+    load_weights(chunks, open_checkpoint(checkpoint))
     expected = reference.parameters(read(hf), reference.config)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         expected[name] = torch.cat([expected[name], torch.zeros(27, 36)])
@@ -137,7 +139,7 @@ def test_a_tied_model(build: Build, make_hf: HFFactory, reference: SimpleNamespa
     tied = {"tie_word_embeddings": True}
     hf = make_hf(**tied)
     chunks = build(hf)
-    load_weights(chunks, open_source(hf))
+    load_weights(chunks, open_checkpoint(hf))
     expected = reference.parameters(read(hf), reference.config | tied)
     assert "output_layer.weight" not in expected
     assert_filled(chunks, expected, torch.float32)
@@ -146,7 +148,7 @@ def test_a_tied_model(build: Build, make_hf: HFFactory, reference: SimpleNamespa
 def test_the_bytes_read_are_told_and_returned(build: Build, make_hf: HFFactory) -> None:
     hf = make_hf()
     chunks, told = build(hf, make_vocab_size_divisible_by=128), Told()
-    done = load_weights(chunks, open_source(hf), told)
+    done = load_weights(chunks, open_checkpoint(hf), told)
     size = sum(tensor.nbytes for tensor in read(hf).values())
     assert done == size
     padding = 2 * 27 * 36 * 4  # counted beforehand, but in no file
@@ -159,7 +161,7 @@ def test_the_files_are_not_written_to(build: Build, make_hf: HFFactory) -> None:
     hf = make_hf()
     before = (hf / "model.safetensors").read_bytes()
     chunks = build(hf)
-    load_weights(chunks, open_source(hf))
+    load_weights(chunks, open_checkpoint(hf))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.zero_()
@@ -172,7 +174,7 @@ def test_the_files_are_not_written_to(build: Build, make_hf: HFFactory) -> None:
 def test_another_models_checkpoint_is_refused_by_name(build: Build, make_hf: HFFactory) -> None:
     chunks = build(make_hf())
     with pytest.raises(MappingError) as caught:
-        load_weights(chunks, open_source(make_hf("other", intermediate_size=60)))
+        load_weights(chunks, open_checkpoint(make_hf("other", intermediate_size=60)))
     assert str(caught.value) == (
         "decoder.layers.0.mlp.linear_fc1.weight has shape [100, 36] in the model, the config asks "
         "for [120, 36]"
@@ -197,18 +199,18 @@ def test_another_models_checkpoint_is_refused_where_the_shapes_agree(
 ) -> None:
     chunks = build(make_hf())
     with pytest.raises(MappingError) as caught:
-        load_weights(chunks, open_source(make_hf("other", **changes)))
+        load_weights(chunks, open_checkpoint(make_hf("other", **changes)))
     assert str(caught.value) == message
     assert all(parameter.isnan().all() for parameter in chunks[0].parameters())
 
 
-def opened(kind: str, make_hf: HFFactory, folder: Path) -> tuple[Path, Source, Path]:
+def opened(kind: str, make_hf: HFFactory, folder: Path) -> tuple[Path, Checkpoint, Path]:
     """A Hugging Face folder; itself or its import, opened; and the largest file of what is open."""
     hf = checkpoint = make_hf()
     if kind == "megatron":
         checkpoint = folder / "megatron"
         import_checkpoint(hf, checkpoint)
-    source = open_source(checkpoint)
+    source = open_checkpoint(checkpoint)
     return hf, source, max(source.folder.iterdir(), key=lambda f: f.stat().st_size)
 
 
@@ -250,7 +252,7 @@ def test_a_file_that_is_written_to_while_it_is_read(build: Build, make_hf: HFFac
                 handle.write(b"x")
 
     with pytest.raises(InputError, match=r"model.safetensors: changed while"):
-        load_weights(build(hf), open_source(hf), Writing())
+        load_weights(build(hf), open_checkpoint(hf), Writing())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -262,12 +264,12 @@ def test_a_value_that_is_too_large_for_float16_is_refused(
 
     hf = make_hf(dtype=stored, change=enlarge)
     with pytest.raises(InputError) as caught:
-        load_weights(build(hf, params_dtype=torch.float16), open_source(hf))
+        load_weights(build(hf, params_dtype=torch.float16), open_checkpoint(hf))
     assert str(caught.value) == (
         f"{hf / 'model.safetensors'}: values of decoder.layers.1.mlp.linear_fc1.weight are too "
         "large for float16 and would become infinite. Use bfloat16 or float32."
     )
-    load_weights(build(hf, params_dtype=torch.bfloat16), open_source(hf))
+    load_weights(build(hf, params_dtype=torch.bfloat16), open_checkpoint(hf))
 
 
 def test_a_value_that_was_infinite_before_is_taken_as_it_is(
@@ -278,7 +280,7 @@ def test_a_value_that_was_infinite_before_is_taken_as_it_is(
 
     hf = make_hf(change=spoil)
     chunks = build(hf, params_dtype=torch.float16)
-    load_weights(chunks, open_source(hf))
+    load_weights(chunks, open_checkpoint(hf))
     loaded = dict(chunks[0].named_parameters())["module.decoder.final_layernorm.weight"]
     assert loaded[0] == torch.inf
     assert loaded[1].isnan()

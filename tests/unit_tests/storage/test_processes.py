@@ -18,9 +18,10 @@ IMPORT = """
 import sys
 import megatron_olmo_bridge.convert.to_megatron as to_megatron
 from megatron_olmo_bridge.errors import BridgeError
+from megatron_olmo_bridge.storage.execute import WriteOptions
 to_megatron.FILE_BYTES = 20_000
 try:
-    to_megatron.import_checkpoint(sys.argv[1], sys.argv[2], checksum=True)
+    to_megatron.import_checkpoint(sys.argv[1], sys.argv[2], write=WriteOptions(checksum=True))
 except BridgeError as error:
     print(error)
 """

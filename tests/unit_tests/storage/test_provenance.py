@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_olmo_bridge import __version__
+from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
 from megatron_olmo_bridge.convert.to_hf import export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import FormatError
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.provenance import PROVENANCE, read_provenance, sealed
 
 HF = Callable[..., Path]
@@ -20,7 +22,9 @@ HF = Callable[..., Path]
 
 def test_an_import_records_where_it_came_from(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf()
-    plan = import_checkpoint(hf, tmp_path / "m", dtype="bfloat16", make_vocab_size_divisible_by=64)
+    plan = import_checkpoint(
+        hf, tmp_path / "m", ImportOptions(dtype="bfloat16", make_vocab_size_divisible_by=64)
+    )
     folder = tmp_path / "m/iter_0000000"
     said = read_provenance(folder)
     assert said is not None
@@ -44,7 +48,7 @@ def test_an_import_records_where_it_came_from(make_hf: HF, tmp_path: Path) -> No
 
 def test_an_export_records_its_iteration(make_hf: HF, tmp_path: Path) -> None:
     import_checkpoint(make_hf(), tmp_path / "m")
-    export_checkpoint(tmp_path / "m", tmp_path / "back", max_shard_size="50KB")
+    export_checkpoint(tmp_path / "m", tmp_path / "back", ExportOptions(max_shard_size="50KB"))
     said = read_provenance(tmp_path / "back")
     assert said is not None
     assert said["operation"] == "export"
@@ -53,7 +57,7 @@ def test_an_export_records_its_iteration(make_hf: HF, tmp_path: Path) -> None:
 
 
 def test_checksums_are_those_of_the_files(make_hf: HF, tmp_path: Path) -> None:
-    import_checkpoint(make_hf(), tmp_path / "m", checksum=True, workers=2)
+    import_checkpoint(make_hf(), tmp_path / "m", write=WriteOptions(checksum=True, workers=2))
     folder = tmp_path / "m/iter_0000000"
     said = read_provenance(folder)
     assert said is not None
@@ -65,7 +69,7 @@ def test_checksums_are_those_of_the_files(make_hf: HF, tmp_path: Path) -> None:
 def test_no_time_stamp_and_nothing_random(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf()
     for name in "ab":
-        import_checkpoint(hf, tmp_path / name, checksum=True)
+        import_checkpoint(hf, tmp_path / name, write=WriteOptions(checksum=True))
     texts = [(tmp_path / n / "iter_0000000/olmo_bridge.json").read_text() for n in "ab"]
     assert texts[0] == texts[1]
     assert not re.search(r"20\d\d-\d\d|\d\d:\d\d:\d\d|time|date", texts[0].replace(str(hf), ""))

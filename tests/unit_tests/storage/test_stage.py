@@ -10,7 +10,9 @@ import pytest
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
 from megatron_olmo_bridge.convert.average import average_checkpoints
+from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions
 from megatron_olmo_bridge.errors import FormatError, OutputError
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
 from megatron_olmo_bridge.tools.synth import synth
@@ -21,15 +23,21 @@ Convert = Callable[..., object]
 @pytest.fixture(params=["import", "export", "export of all iterations", "average"])
 def convert(request: pytest.FixtureRequest, tiny_hf: Path, tiny_megatron: Path) -> Convert:
     """A conversion of the tiny model into a folder."""
+    every = ExportOptions(iteration="all")
     conversions: dict[str, Convert] = {
-        "import": lambda dst, **options: import_checkpoint(tiny_hf, dst, **options),
-        "export": lambda dst, **options: export_checkpoint(tiny_megatron, dst, **options),
-        "export of all iterations": lambda dst, **options: export_checkpoint(
-            tiny_megatron, dst.parent, iteration="all", **options
+        "import": lambda dst, *how: import_checkpoint(tiny_hf, dst, None, *how),
+        "export": lambda dst, *how: export_checkpoint(tiny_megatron, dst, None, *how),
+        "export of all iterations": lambda dst, *how: export_checkpoint(
+            tiny_megatron, dst.parent, every, *how
         ),
-        "average": lambda dst, **options: average_checkpoints([tiny_hf] * 2, dst, **options),
+        "average": lambda dst, *how: average_checkpoints([tiny_hf] * 2, dst, None, *how),
     }
-    return conversions[str(request.param)]
+    conversion = conversions[str(request.param)]
+
+    def run(dst: Path, reporter: Reporter | None = None, **write: Any) -> object:
+        return conversion(dst, WriteOptions(**write), reporter)
+
+    return run
 
 
 @pytest.fixture
@@ -149,8 +157,10 @@ def test_an_output_that_lacks_something_is_an_error(
     written = dst if in_place or when == "after" else tmp_path / "dst.partial"
     first = "model-00001-of-00003.safetensors"
 
-    def convert(**options: Any) -> None:
-        export_checkpoint(tiny_megatron, dst, max_shard_size="800KB", workers=1, **options)
+    def convert(reporter: Reporter | None = None, overwrite: bool = False) -> None:
+        write = WriteOptions(workers=1, overwrite=overwrite)
+        options = ExportOptions(max_shard_size="800KB")
+        export_checkpoint(tiny_megatron, dst, options, write, reporter)
 
     truncate = Interfering(lambda: os.truncate(written / first, 7), when=when)
     with pytest.raises(OutputError, match=rf"- {first} has 7 bytes, not \d+\n.*--overwrite"):
@@ -178,7 +188,7 @@ def test_a_finished_output_that_lost_a_file_is_not_finished(
     (tmp_path / "dst/generation_config.json").unlink()
 
     with pytest.raises(OutputError, match="exists already"):
-        export_checkpoint(tiny_megatron, tmp_path / "dst", resume=True)
+        export_checkpoint(tiny_megatron, tmp_path / "dst", write=WriteOptions(resume=True))
 
 
 def test_the_finished_output_of_another_source_is_not_taken_for_this_one(
@@ -189,27 +199,32 @@ def test_the_finished_output_of_another_source_is_not_taken_for_this_one(
     other_megatron = tmp_path / "megatron"
     import_checkpoint(other_hf, other_megatron)
     export_checkpoint(tiny_megatron, tmp_path / "exported")
-    average_checkpoints([tiny_hf, other_hf], tmp_path / "mean", weights=[1, 2])
+    average_checkpoints([tiny_hf, other_hf], tmp_path / "mean", AverageOptions(weights=[1, 2]))
     refused = r"exists already. Pass --overwrite .* It isn't what --resume would complete"
 
     with pytest.raises(OutputError, match=refused):
-        import_checkpoint(tiny_hf, other_megatron, resume=True)
+        import_checkpoint(tiny_hf, other_megatron, write=WriteOptions(resume=True))
     with pytest.raises(OutputError, match=refused):
-        export_checkpoint(other_megatron, tmp_path / "exported", resume=True)
+        export_checkpoint(other_megatron, tmp_path / "exported", write=WriteOptions(resume=True))
     with pytest.raises(OutputError, match=refused):
-        average_checkpoints([other_hf, tiny_hf], tmp_path / "mean", weights=[1, 2], resume=True)
+        average_checkpoints(
+            [other_hf, tiny_hf],
+            tmp_path / "mean",
+            AverageOptions(weights=[1, 2]),
+            WriteOptions(resume=True),
+        )
 
 
 def test_a_finished_output_is_not_taken_for_that_of_a_source_written_anew(tmp_path: Path) -> None:
     source = synth("olmo2-tiny", tmp_path / "hf")
     import_checkpoint(source, tmp_path / "dst")
-    import_checkpoint(source, tmp_path / "dst", resume=True)  # nothing to do
+    import_checkpoint(source, tmp_path / "dst", write=WriteOptions(resume=True))  # nothing to do
 
     shutil.rmtree(source)
     synth("olmo2-tiny", source, seed=1)
 
     with pytest.raises(OutputError, match="exists already"):
-        import_checkpoint(source, tmp_path / "dst", resume=True)
+        import_checkpoint(source, tmp_path / "dst", write=WriteOptions(resume=True))
 
 
 def test_what_another_program_left_half_written_is_not_resumed(
@@ -221,6 +236,6 @@ def test_what_another_program_left_half_written_is_not_resumed(
     (dst / PARTIAL_MARKER).touch()
 
     with pytest.raises(OutputError, match=r"was begun with another plan.*--overwrite"):
-        export_checkpoint(tiny_megatron, dst, resume=True)
+        export_checkpoint(tiny_megatron, dst, write=WriteOptions(resume=True))
 
     assert (dst / "iter_0000000/metadata.json").is_file()

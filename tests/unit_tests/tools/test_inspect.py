@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
+from megatron_olmo_bridge.convert.options import ImportOptions
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.tools.inspect import inspect
 
@@ -73,7 +75,7 @@ def test_the_mapping_row_by_row(tiny_megatron: Path) -> None:
 
 
 def test_padding_rows_are_listed(make_hf: HF, tmp_path: Path) -> None:
-    import_checkpoint(make_hf(), tmp_path / "m", make_vocab_size_divisible_by=128)
+    import_checkpoint(make_hf(), tmp_path / "m", ImportOptions(make_vocab_size_divisible_by=128))
     found = inspect(tmp_path / "m")
     assert (found.vocab_size, found.padded_vocab_size, found.size) == (101, 128, None)
     zeros = [(r["megatron"], r["block"]) for r in found.mapping if r["hf"] == "zeros"]
@@ -89,7 +91,7 @@ def test_a_checkpoint_of_a_training_run(
     tensors = reference.state_dict(reference.config, torch.float32, 0)
     parameters = reference.parameters(tensors, reference.config)
     folder = save_torch_dist("m", parameters | {"optimizer.state.step": torch.zeros(3)})
-    found = inspect(folder, hf_config=make_hf())
+    found = inspect(folder, ReadOptions(hf_config=make_hf()))
     assert found.layout == (
         "a key for each layer, tensors in up to 1 chunk(s), 1 tensors of optimizer state"
     )
@@ -97,7 +99,7 @@ def test_a_checkpoint_of_a_training_run(
 
 def test_megatron_lms_flags_load_the_checkpoint(tiny_megatron: Path, tmp_path: Path) -> None:
     def load_flags(path: Path, **options: Any) -> list[str]:
-        flags = inspect(path, **options).megatron_flags
+        flags = inspect(path, ReadOptions(**options)).megatron_flags
         return flags[flags.index("--load") :]
 
     root = tmp_path / "m"

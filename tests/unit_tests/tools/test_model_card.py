@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from megatron_olmo_bridge import average_checkpoints, export_checkpoint, import_checkpoint
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.convert import to_megatron
+from megatron_olmo_bridge.convert.options import ExportOptions
 from megatron_olmo_bridge.errors import UnsupportedError
 from megatron_olmo_bridge.models.families import as_classifier, published_sizes
 from megatron_olmo_bridge.tools.model_card import model_card, write_model_card
@@ -96,7 +97,7 @@ def test_where_it_is_from(make_hf: HFFactory, tmp_path: Path) -> None:
     # Trained on with stock Megatron: no record, and no claim.
     shutil.copytree(tmp_path / "megatron/iter_0000000", tmp_path / "megatron/iter_0000005")
     (tmp_path / "megatron/iter_0000005/olmo_bridge.json").unlink()
-    export_checkpoint(tmp_path / "megatron", tmp_path / "trained", iteration=5)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "trained", ExportOptions(iteration=5))
     assert made_from(tmp_path / "trained") == f"Converted {by} `megatron/iter_0000005`."
 
 

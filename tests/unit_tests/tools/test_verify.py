@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_olmo_bridge.convert.options import ImportOptions
 from megatron_olmo_bridge.convert.to_hf import export_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.torch_archive import read_tensor
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.tools.verify import Verification, verify
 
 HF = Callable[..., Path]
@@ -28,7 +30,7 @@ def kinds(result: Verification) -> set[tuple[str, str]]:
 
 def as_megatron(hf: Path, **options: Any) -> Path:
     target = hf.with_name(hf.name + "-megatron")
-    import_checkpoint(hf, target, **options)
+    import_checkpoint(hf, target, ImportOptions(**options))
     return target
 
 
@@ -376,7 +378,7 @@ def test_padding_rows_that_were_trained_are_noted(make_hf: HF) -> None:
 
 @pytest.fixture
 def recorded(make_hf: HF, tmp_path: Path) -> Path:
-    import_checkpoint(make_hf(), tmp_path / "m", checksum=True)
+    import_checkpoint(make_hf(), tmp_path / "m", write=WriteOptions(checksum=True))
     return tmp_path / "m"
 
 
@@ -386,7 +388,7 @@ def test_recorded_files_are_as_recorded(recorded: Path, tmp_path: Path) -> None:
     assert result.notes == []
     assert (result.compared, result.checked) == (8, "checksums")
     assert verify(recorded / "iter_0000000").equal
-    export_checkpoint(recorded, tmp_path / "back", checksum=True)
+    export_checkpoint(recorded, tmp_path / "back", write=WriteOptions(checksum=True))
     assert verify(tmp_path / "back").equal
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.families import bridge_for
@@ -190,7 +191,9 @@ class Classifier:
         partial.rename(folder)
 
 
-def with_head(config: TrainingConfig, classes: tuple[str, ...]) -> tuple[TrainingConfig, Source]:
+def with_head(
+    config: TrainingConfig, classes: tuple[str, ...]
+) -> tuple[TrainingConfig, Checkpoint]:
     """Return the config with its model filled in, and the checkpoint that the weights come from.
 
     Args:
@@ -206,9 +209,9 @@ def with_head(config: TrainingConfig, classes: tuple[str, ...]) -> tuple[Trainin
     if bool(init.hf) == bool(init.checkpoint):
         raise InputError("init.hf is not set: name the OLMo checkpoint to be fine-tuned")
     given = fetch(init.hf, init.revision)[0] if init.hf else Path(init.checkpoint or "")
-    source = open_source(given)
+    source = open_checkpoint(given)
     if source.bridge.num_labels is None:
-        source = open_source(given, num_labels=len(classes))
+        source = open_checkpoint(given, ReadOptions(num_labels=len(classes)))
     else:
         _check_head(source, given, problem_type, classes)
     hf = source.hf_config
@@ -224,7 +227,9 @@ def with_head(config: TrainingConfig, classes: tuple[str, ...]) -> tuple[Trainin
     return replace(config, model=bridge.hf_config), replace(source, bridge=bridge)
 
 
-def _check_head(source: Source, given: Path, problem_type: str, classes: tuple[str, ...]) -> None:
+def _check_head(
+    source: Checkpoint, given: Path, problem_type: str, classes: tuple[str, ...]
+) -> None:
     """Refuse to go on training a head whose outputs mean something else than the data's.
 
     Raises:
@@ -250,12 +255,12 @@ def _check_head(source: Source, given: Path, problem_type: str, classes: tuple[s
         )
 
 
-def _tokenizer(config: TrainingConfig, source: Source) -> Any:
+def _tokenizer(config: TrainingConfig, source: Checkpoint) -> Any:
     """The checkpoint's, or ``data.tokenizer``; it pads and cuts as the training does."""
     from transformers import AutoTokenizer
 
     named = config.data.tokenizer
-    folder = fetch(named, None)[0] if named else source.side_folder
+    folder = fetch(named, None)[0] if named else source.artifacts_folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -1,7 +1,7 @@
-"""GPT-2 built from OLM's blocks: which of its tensors stands where in the Hugging Face model.
+"""Checkpoints of OLM's trainer, ``step_N.pt``: GPT-2 as it is put together from OLM's blocks.
 
-The names and the arithmetic are those of ``GPT2Model`` in olm/models/openai/gpt2.py of the PyPI
-package ``openlanguagemodel`` 2.2.1, which a student puts together from its blocks.
+OLM is the PyPI package ``openlanguagemodel``; what is said of it here is so in version 2.2.1. The
+tensors' names and the arithmetic are those of ``GPT2Model`` in olm/models/openai/gpt2.py.
 """
 
 from __future__ import annotations
@@ -9,18 +9,29 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_olmo_bridge.errors import InputError, MappingError
+from megatron_olmo_bridge.formats.files import refuse_pointer
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
 from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
+from megatron_olmo_bridge.formats.torch_archive import array_of, read_archive
 from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import bulleted, check_tensors
 from megatron_olmo_bridge.models.families import bridge_for
+from megatron_olmo_bridge.models.gpt2.bridge import HF, GPT2Bridge
 
-from .bridge import HF, GPT2Bridge
+from .checkpoint import Checkpoint, KindOption, ReadOptions
+
+MODEL_KEYS = ("model_state_dict", "model")
+"""Where the model's tensors are: olm/train/callbacks/checkpoint_cb.py has the first, FSDPTrainer in
+olm/train/trainer/fsdp_trainer.py the second. Optimizer, scheduler and losses stand beside it."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DDP (olm/train/trainer/ddp_trainer.py) and torch.compile put before every name."""
 
 TOKENS = "blocks.0.blocks.0.embedding.weight"
 POSITIONS = "blocks.0.blocks.1.pos_embedding.weight"
@@ -60,6 +71,88 @@ SAID_BY_THE_CODE = {
     # ClassicFFN's default in olm/nn/feedforward/classic_ffn.py: GELU(approximate="none").
     "activation_function": "gelu",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OLMCheckpoint(Checkpoint):
+    """A file of OLM's trainer; its shapes tell the model but for the number of heads."""
+
+    kind: ClassVar[str] = "OLM"
+    looks_like: ClassVar[str] = "a file of its trainer, step_N.pt"
+    takes: ClassVar[tuple[str, ...]] = ("hf_config",)
+    options: ClassVar[tuple[KindOption, ...]] = (
+        KindOption(
+            "heads", int, "Attention heads of OLM's step_N.pt, which doesn't say.", minimum=1
+        ),
+    )
+
+    views: dict[str, TensorView]
+    """The Hugging Face tensors, each put together from the file's."""
+
+    @classmethod
+    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+        if not (path.is_file() and path.suffix == ".pt"):
+            return None
+        refuse_pointer(path)
+        return path
+
+    @classmethod
+    def files_read(cls, folder: Path) -> dict[Path, tuple[str, ...]]:
+        return {folder.parent: (escape(folder.name),)}
+
+    @classmethod
+    def open(cls, folder: Path, options: ReadOptions, strict: bool) -> OLMCheckpoint:
+        arrays = read_olm(folder)
+        artifacts_folder = Path(options.hf_config) if options.hf_config else None
+        config = read_config(artifacts_folder) if artifacts_folder else None
+        config_from = artifacts_folder / CONFIG if artifacts_folder else folder
+        heads = options.kind_options.get("heads")
+        bridge = bridge_of(arrays, heads, config, folder, config_from)
+        mapping = bridge.mapping_registry().resolve()
+        return cls(
+            folder=folder,
+            bridge=bridge,
+            mapping=mapping,
+            config_from=config_from,
+            artifacts_folder=artifacts_folder,
+            views=hf_views(arrays, mapping.hf_shapes, folder),
+        )
+
+    @property
+    def tensors(self) -> dict[str, TensorView]:
+        return self.views
+
+    @property
+    def layout(self) -> str:
+        return "a file of its trainer"
+
+
+def read_olm(file: Path) -> dict[str, StoredArray]:
+    """Every tensor of the model, by OLM's names, in the order of its state dict.
+
+    Nothing of the file's pickle is run or imported, and no tensor is read. Dtypes are those of
+    ``ITEM_SIZE``, shapes whatever the file says that lies within it.
+
+    Raises:
+        InputError: it is no checkpoint of OLM's trainer.
+        FormatError: truncated, compressed or no archive of torch.save; or a tensor of the model is
+            not contiguous, or of a dtype that is not converted.
+        UnsafePickleError: its pickle names a global that has no place in a checkpoint.
+    """
+    value = read_archive(file)
+    # Indexed only: a pickle may give an object attributes that hide its methods.
+    found = [value[k] for k in MODEL_KEYS if k in value] if isinstance(value, dict) else []
+    if not found or not isinstance(found[0], dict) or not all(isinstance(n, str) for n in found[0]):
+        raise InputError(
+            f"{file}: not a checkpoint of OLM's trainer: it has no {' or '.join(MODEL_KEYS)} with "
+            "tensors by name"
+        )
+    tensors = found[0]
+    arrays = {name: array_of(tensors[name], file, f"{file}: {name}") for name in tensors}
+    for wrapper in WRAPPERS:
+        if all(name.startswith(wrapper) for name in arrays):
+            arrays = {name.removeprefix(wrapper): array for name, array in arrays.items()}
+    return arrays
 
 
 def bridge_of(

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_olmo_bridge.checkpoints.detect import Kind, detect
+from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
+from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
+from megatron_olmo_bridge.checkpoints.open import find_kind
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.hf_folder import HFFolder
 from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
@@ -22,37 +24,37 @@ def tree(root: Path, *names: str) -> Path:
 
 
 def test_a_hugging_face_folder(tmp_path: Path) -> None:
-    assert detect(tree(tmp_path, "config.json", "model.safetensors")) == (Kind.HF, tmp_path)
+    assert find_kind(tree(tmp_path, "config.json", "model.safetensors")) == (HFCheckpoint, tmp_path)
 
 
 def test_an_iterations_folder(tmp_path: Path) -> None:
     folder = tree(tmp_path, "iter_0000003/metadata.json") / "iter_0000003"
-    assert detect(folder) == (Kind.MEGATRON, folder)
+    assert find_kind(folder) == (MegatronCheckpoint, folder)
 
 
 def test_a_root_takes_the_trackers_iteration(tmp_path: Path) -> None:
     tree(tmp_path, "iter_0000003/metadata.json", "iter_0000002/metadata.json", TRACKER)
-    assert detect(tmp_path) == (Kind.MEGATRON, tmp_path / "iter_0000003")
-    assert detect(tmp_path, 2) == (Kind.MEGATRON, tmp_path / "iter_0000002")
+    assert find_kind(tmp_path) == (MegatronCheckpoint, tmp_path / "iter_0000003")
+    assert find_kind(tmp_path, 2) == (MegatronCheckpoint, tmp_path / "iter_0000002")
 
 
 def test_a_root_may_hold_a_config_as_well(tmp_path: Path) -> None:
     tree(tmp_path, "iter_0000003/metadata.json", TRACKER, "config.json")
-    assert detect(tmp_path)[0] is Kind.MEGATRON
+    assert find_kind(tmp_path)[0] is MegatronCheckpoint
 
 
 def test_a_root_without_a_tracker_was_interrupted(tmp_path: Path) -> None:
     tree(tmp_path, "iter_0000003/metadata.json")
     with pytest.raises(InputError, match="the save was interrupted"):
-        detect(tmp_path)
-    assert detect(tmp_path, 3)[0] is Kind.MEGATRON
+        find_kind(tmp_path)
+    assert find_kind(tmp_path, 3)[0] is MegatronCheckpoint
 
 
 @pytest.mark.parametrize("where", [".", "iter_0000003"])
 def test_a_folder_that_is_being_written_is_refused(tmp_path: Path, where: str) -> None:
     tree(tmp_path, "iter_0000003/metadata.json", TRACKER, PARTIAL_MARKER)
     with pytest.raises(InputError, match="an interrupted conversion, not a checkpoint"):
-        detect(tmp_path / where)
+        find_kind(tmp_path / where)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +72,14 @@ def test_a_folder_that_is_being_written_is_refused(tmp_path: Path, where: str) -
 )  # fmt: skip
 def test_other_kinds_are_refused_by_name(tmp_path: Path, names: list[str], says: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        detect(tree(tmp_path, *names))
+        find_kind(tree(tmp_path, *names))
     assert says in str(caught.value)
 
 
 def test_another_backend_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(UnsupportedError, match="of format 'zarr', not torch_dist"):
-        detect(tmp_path)
+        find_kind(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -89,15 +91,15 @@ def test_another_backend_is_refused_by_name(tmp_path: Path) -> None:
 )
 def test_what_is_no_checkpoint(tmp_path: Path, names: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        detect(tree(tmp_path, *names))
+        find_kind(tree(tmp_path, *names))
 
 
 def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
-        detect(tmp_path / "absent")
+        find_kind(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file; name the folder"):
-        detect(tmp_path / "file")
+    with pytest.raises(InputError, match="is a file; not a checkpoint: neither Hugging Face"):
+        find_kind(tmp_path / "file")
 
 
 def hugging_face(folder: Path) -> Path:
@@ -112,7 +114,7 @@ def test_the_root_of_a_trainers_run_names_its_checkpoints(tmp_path: Path) -> Non
         hugging_face(tmp_path / f"checkpoint-{step}")
     (tmp_path / "runs").mkdir()
     with pytest.raises(InputError) as caught:
-        detect(tmp_path)
+        find_kind(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: not a checkpoint itself. The checkpoints are in folders inside "
         "(checkpoint-9, checkpoint-500, checkpoint-1000): name one, "
@@ -132,18 +134,18 @@ def test_a_models_folder_in_the_hubs_cache_names_its_snapshots(tmp_path: Path) -
     snapshot = hugging_face(cached / "snapshots" / ("a" * 40))
     (cached / "blobs").mkdir()
     with pytest.raises(InputError) as caught:
-        detect(cached)
+        find_kind(cached)
     assert str(caught.value) == (
         f"{cached}: not a checkpoint itself. The hub's cache: name {snapshot}, or "
         "allenai/OLMo-2--x."
     )
     with pytest.raises(InputError, match=f"name one, {snapshot} for example"):
-        detect(cached / "snapshots")
+        find_kind(cached / "snapshots")
 
 
 def test_an_iteration_that_is_hugging_face_is_named(tmp_path: Path) -> None:
     """As ``export --iteration all`` leaves them."""
     folder = hugging_face(tmp_path / "iter_0000010")
     with pytest.raises(InputError, match=f"{folder}: a Hugging Face checkpoint; name this very"):
-        detect(tmp_path, 10)
-    assert detect(folder) == (Kind.HF, folder)
+        find_kind(tmp_path, 10)
+    assert find_kind(folder) == (HFCheckpoint, folder)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_olmo_bridge.checkpoints.source import open_source
+from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, MappingError
 from megatron_olmo_bridge.models.families import published_sizes
@@ -45,7 +46,7 @@ def test_a_size_that_the_tensors_do_not_have(tiny: Path, tmp_path: Path, size: i
         with pytest.raises(
             BridgeError, match=r"must be|config asks|missing|sent to|shared out"
         ) as caught:
-            open_source(folder)
+            open_checkpoint(folder)
         assert len(str(caught.value)) < 2000
 
 
@@ -54,14 +55,14 @@ def test_as_many_layers_as_are_read(tiny: Path, tmp_path: Path) -> None:
     key = "n_layer" if '"n_layer"' in (folder / "config.json").read_text() else "num_hidden_layers"
     changed(folder, **{key: 100_000, "layer_types": None})
     with pytest.raises(MappingError, match="tensors, too few for a model of 100,000 layers"):
-        open_source(folder)
+        open_checkpoint(folder)
 
 
 def test_experts_too(tmp_path: Path) -> None:
     folder = synth("olmoe-tiny", tmp_path / "hf")
     changed(folder, num_experts=4096, num_hidden_layers=2)
     with pytest.raises(MappingError, match="too few for a model of 2 layers and 4,096 experts"):
-        open_source(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("labels", [10**7, 10**12])
@@ -69,7 +70,7 @@ def test_labels_too(tmp_path: Path, labels: int) -> None:
     folder = synth("olmo2-tiny", tmp_path / "hf")
     changed(folder, architectures=["Olmo2ForSequenceClassification"], num_labels=labels)
     with pytest.raises(BridgeError, match=r"missing|num_labels must be"):
-        open_source(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("record", ["hf/config.json", "run_config.yaml"])
@@ -85,7 +86,7 @@ def test_a_megatron_checkpoint_too(tiny_megatron: Path, tmp_path: Path, record: 
         (folder / "run_config.yaml").unlink()
         changed(folder / "hf", num_hidden_layers=100_000)
     with pytest.raises(BridgeError, match=r"100,000 layers|num_layers is"):
-        open_source(root)
+        open_checkpoint(root)
 
 
 def test_a_folder_of_the_config_that_is_a_link_out_of_the_checkpoint(
@@ -96,8 +97,8 @@ def test_a_folder_of_the_config_that_is_a_link_out_of_the_checkpoint(
     (folder / "hf").rename(tmp_path / "hf")
     (folder / "hf").symlink_to(tmp_path / "hf")
     with pytest.raises(FormatError, match=r"hf: is a link to .*, outside of its folder"):
-        open_source(tmp_path / "m")
-    open_source(tmp_path / "m", hf_config=tmp_path / "hf")  # named by the user
+        open_checkpoint(tmp_path / "m")
+    open_checkpoint(tmp_path / "m", ReadOptions(hf_config=tmp_path / "hf"))  # named by the user
 
 
 @pytest.mark.parametrize("name", ["hf/config.json", "run_config.yaml", "common.pt"])
@@ -108,7 +109,7 @@ def test_a_pipe_is_not_taken_for_an_absent_file(
     (root / "iter_0000000" / name).unlink()
     os.mkfifo(root / "iter_0000000" / name)
     with pytest.raises(FormatError, match=f"{name}: is a named pipe, not a regular file"):
-        open_source(root)
+        open_checkpoint(root)
 
 
 def test_records_that_name_each_other_as_their_source(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_olmo_bridge.checkpoints.detect import Kind
-from megatron_olmo_bridge.checkpoints.source import Source, open_source
+from megatron_olmo_bridge.checkpoints import olm
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
+from megatron_olmo_bridge.checkpoints.olm import OLMCheckpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError, MappingError
 from megatron_olmo_bridge.formats.tensors import TensorView
-from megatron_olmo_bridge.models.gpt2 import olm
 from megatron_olmo_bridge.storage.transfer import Transfer
 
 VOCAB, POSITIONS, WIDTH, FFN, LAYERS, HEADS = 29, 14, 12, 40, 3, 2
@@ -80,11 +81,12 @@ def saved(tmp_path: Path, state: Tensors) -> Path:
     return tmp_path / "step_1.pt"
 
 
-def opened(tmp_path: Path, change: Callable[[Tensors], object], **options: Any) -> Source:
+def opened(tmp_path: Path, change: Callable[[Tensors], object], **options: Any) -> Checkpoint:
     """The checkpoint after a change of its state dict."""
     state = state_dict()
     change(state)
-    return open_source(saved(tmp_path, state), **({"heads": HEADS} | options))
+    options = {"kind_options": {"heads": HEADS}} | options
+    return open_checkpoint(saved(tmp_path, state), ReadOptions(**options))
 
 
 def values(view: TensorView) -> torch.Tensor:
@@ -100,10 +102,10 @@ def test_every_tensor_is_that_of_hugging_face(
     tmp_path: Path, tied: bool, ffn: int, dtype: torch.dtype
 ) -> None:
     state = state_dict(tied, ffn, dtype)
-    source = open_source(saved(tmp_path, state), heads=HEADS)
+    source = open_checkpoint(saved(tmp_path, state), ReadOptions(kind_options={"heads": HEADS}))
     expected = hf_state_dict(state, tied)
 
-    assert source.kind is Kind.OLM
+    assert isinstance(source, OLMCheckpoint)
     assert source.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(values(source.tensors[name]), tensor), name
@@ -113,7 +115,9 @@ def test_every_tensor_is_that_of_hugging_face(
 
 
 def test_the_config_says_what_the_shapes_and_olms_code_say(tmp_path: Path) -> None:
-    source = open_source(saved(tmp_path, state_dict()), heads=HEADS)
+    source = open_checkpoint(
+        saved(tmp_path, state_dict()), ReadOptions(kind_options={"heads": HEADS})
+    )
     assert source.hf_config == {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -171,7 +175,7 @@ def test_options_for_other_checkpoints_are_refused(tmp_path: Path, option: str) 
 
 def test_heads_are_for_olm_alone(tiny_hf: Path) -> None:
     with pytest.raises(InputError, match="--heads is for a checkpoint of OLM"):
-        open_source(tiny_hf, heads=2)
+        open_checkpoint(tiny_hf, ReadOptions(kind_options={"heads": 2}))
 
 
 def q(i: int) -> str:
@@ -240,11 +244,13 @@ def config(tmp_path: Path, **changes: Any) -> Path:
 def test_a_config_says_the_heads_and_more(tmp_path: Path) -> None:
     folder = config(tmp_path)
     for heads in (None, HEADS):
-        source = open_source(tmp_path / "step_1.pt", hf_config=folder, heads=heads)
+        source = open_checkpoint(
+            tmp_path / "step_1.pt", ReadOptions(hf_config=folder, kind_options={"heads": heads})
+        )
         assert source.bridge.config.num_attention_heads == HEADS
         assert source.hf_config["eos_token_id"] == 5
         assert source.config_from == folder / "config.json"
-        assert source.side_folder == folder
+        assert source.artifacts_folder == folder
 
 
 @pytest.mark.parametrize(
@@ -264,7 +270,7 @@ def test_a_config_of_another_model_is_refused(
 ) -> None:
     folder = config(tmp_path, **changes)
     with pytest.raises(BridgeError) as caught:
-        open_source(tmp_path / "step_1.pt", hf_config=folder)
+        open_checkpoint(tmp_path / "step_1.pt", ReadOptions(hf_config=folder))
     assert str(caught.value).startswith(f"{folder / 'config.json'}: ")
     assert says in str(caught.value)
 
@@ -272,13 +278,17 @@ def test_a_config_of_another_model_is_refused(
 def test_a_config_of_another_number_of_heads_is_refused(tmp_path: Path) -> None:
     folder = config(tmp_path)
     with pytest.raises(InputError, match="num_attention_heads is 2, not 4"):
-        open_source(tmp_path / "step_1.pt", hf_config=folder, heads=4)
+        open_checkpoint(
+            tmp_path / "step_1.pt", ReadOptions(hf_config=folder, kind_options={"heads": 4})
+        )
 
 
 def test_a_config_of_another_family_is_refused(tmp_path: Path, tiny_hf: Path) -> None:
     saved(tmp_path, state_dict())
     with pytest.raises(InputError, match="is the config of olmo2"):
-        open_source(tmp_path / "step_1.pt", hf_config=tiny_hf, heads=HEADS)
+        open_checkpoint(
+            tmp_path / "step_1.pt", ReadOptions(hf_config=tiny_hf, kind_options={"heads": HEADS})
+        )
 
 
 # ------------------------------------------------------------------------------ the real package
@@ -309,4 +319,6 @@ def test_another_model_of_the_package_is_refused(tmp_path: Path) -> None:
     blocks = pytest.importorskip("olm.nn.blocks")
     model = blocks.LM(VOCAB, WIDTH, HEADS, LAYERS, POSITIONS)
     with pytest.raises(MappingError, match="not GPT-2 as OLM's GPT2Model"):
-        open_source(saved(tmp_path, model.state_dict()), heads=HEADS)
+        open_checkpoint(
+            saved(tmp_path, model.state_dict()), ReadOptions(kind_options={"heads": HEADS})
+        )

@@ -1,10 +1,12 @@
-"""A Hugging Face folder with its model: its tensors by the names that the model's table uses."""
+"""Hugging Face checkpoints: a folder with config.json and safetensors files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_olmo_bridge.errors import (
     FormatError,
@@ -12,54 +14,124 @@ from megatron_olmo_bridge.errors import (
     MappingError,
     UnsupportedError,
 )
-from megatron_olmo_bridge.formats.hf_folder import CONFIG, HFFolder
-from megatron_olmo_bridge.formats.tensors import StoredArray, TensorView
+from megatron_olmo_bridge.formats.hf_folder import (
+    CONFIG,
+    HFFolder,
+    hint_at_folders_inside,
+    is_hf_folder,
+    refuse_other_weights,
+)
+from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
+from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import as_classifier, bridge_for, is_buffer, may_be_tied
 from megatron_olmo_bridge.models.tables import HF_HEAD, HF_SCORE
 from megatron_olmo_bridge.storage.transfer import Transfer
 
+from .checkpoint import Checkpoint, ReadOptions, artifact_patterns
+from .name_hints import explaining_names
 
-@dataclass(frozen=True)
-class HFModel:
-    """A Hugging Face checkpoint and the model that transformers builds from it."""
 
-    folder: HFFolder
+@dataclass(frozen=True, kw_only=True)
+class HFCheckpoint(Checkpoint):
+    """A Hugging Face folder, and the model that transformers builds from it."""
+
+    kind: ClassVar[str] = "Hugging Face"
+    looks_like: ClassVar[str] = "config.json and safetensors"
+    takes: ClassVar[tuple[str, ...]] = ("num_labels",)
+
+    hf_folder: HFFolder
     """Config and arrays; the config says what transformers computes with."""
-    bridge: ModelBridge
     new: frozenset[str] = frozenset()
     """Tensors that no file has, and that begin as zeros: a new classification head."""
+
+    @classmethod
+    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+        if not path.is_dir():
+            return None
+        if is_hf_folder(path):
+            return path
+        refuse_other_weights(path)
+        if hint := hint_at_folders_inside(path):
+            raise InputError(f"{path}: not a checkpoint itself. {hint}")
+        return None
+
+    @classmethod
+    def files_read(cls, folder: Path) -> dict[Path, tuple[str, ...]]:
+        return artifact_patterns(folder)
+
+    @classmethod
+    def open(cls, folder: Path, options: ReadOptions, strict: bool) -> HFCheckpoint:
+        model = _read_model(folder, options.num_labels)
+        registry = model.bridge.mapping_registry()
+        registry.check_size(len(model.folder.arrays), folder)
+        mapping = registry.resolve()
+        if strict:
+            shapes = {name: array.shape for name, array in model.folder.arrays.items()}
+            with explaining_names(shapes, model.bridge):
+                new = {name: mapping.hf_shapes[name] for name in model.new}
+                mapping.check_hf(shapes | new, folder)
+        return cls(
+            folder=folder,
+            bridge=model.bridge,
+            mapping=mapping,
+            config_from=folder / CONFIG,
+            artifacts_folder=folder,
+            hf_folder=model.folder,
+            new=model.new,
+            read_as=model.notes,
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorView]:
+        arrays, shapes = self.hf_folder.arrays, self.mapping.hf_shapes
+        known = [name for name in shapes if name in arrays]
+        unknown = [name for name in arrays if name not in shapes]
+        views = {
+            name: TensorView.of_array(name, arrays[name])
+            for name in known + unknown
+            if self.mapping.reason_to_ignore(name) is None
+        }
+        dtype = next(iter(views.values())).dtype
+        zeros = {
+            name: TensorView(name, shapes[name], dtype, (Piece.zeros(Region.whole(shapes[name])),))
+            for name in self.new
+        }
+        return views | zeros
+
+    @property
+    def layout(self) -> str:
+        return f"{len(self.hf_folder.shards)} safetensors file(s)"
+
+
+@dataclass(frozen=True)
+class _HFModel:
+    folder: HFFolder
+    bridge: ModelBridge
+    new: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
-    """What was read otherwise than the folder's config.json says."""
 
 
-def read_hf_model(path: Path, num_labels: int | None) -> HFModel:
-    """Read a folder's headers, and bytes only where two tensors must be told apart.
-
-    Args:
-        path: the folder.
-        num_labels: give a language model a new classification head of so many classes, of zeros,
-            instead of its own.
-
-    Raises:
-        InputError, FormatError, UnsupportedError: the folder is not a checkpoint of a known model.
-    """
+def _read_model(path: Path, num_labels: int | None) -> _HFModel:
+    """Read a folder's headers, and bytes only where two tensors must be told apart."""
     hf = HFFolder.read(path, is_buffer, may_be_tied)
     bridge = bridge_for(hf.config, path / CONFIG)
     hf = replace(hf, arrays=_split_experts(_by_table_names(hf, bridge), bridge, path))
     if num_labels is not None:
         return _with_new_head(hf, bridge, num_labels)
-    if has_untied_head(bridge, hf.arrays):
+    if _has_untied_head(bridge, hf.arrays):
         config = {**hf.config, "tie_word_embeddings": False}
         note = (
             f"config.json says that embeddings are tied, but {HF_HEAD} differs from "
             f"{bridge.hf_embedding}: kept as a head of its own, as transformers 5 does"
         )
-        return HFModel(replace(hf, config=config), bridge_for(config, path / CONFIG), notes=(note,))
+        return _HFModel(
+            replace(hf, config=config), bridge_for(config, path / CONFIG), notes=(note,)
+        )
     if bridge.num_labels is not None and HF_HEAD in hf.arrays:
         note = f"{HF_HEAD} was left out: a classifier doesn't use a language model's head"
-        return HFModel(hf, bridge, notes=(note,))
-    return HFModel(hf, bridge)
+        return _HFModel(hf, bridge, notes=(note,))
+    return _HFModel(hf, bridge)
 
 
 def _by_table_names(hf: HFFolder, bridge: ModelBridge) -> dict[str, StoredArray]:
@@ -114,7 +186,7 @@ def _split_experts(
     return out
 
 
-def has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> bool:
+def _has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> bool:
     """Return whether a checkpoint whose config ties embeddings stores another head all the same.
 
     transformers 5 then keeps both (``PreTrainedModel.tie_weights``): it ties only what is missing
@@ -132,7 +204,7 @@ def has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> bool
         return any(bytearray(a) != b for (_, _, a), (_, _, b) in blocks)
 
 
-def _with_new_head(hf: HFFolder, bridge: ModelBridge, num_labels: int) -> HFModel:
+def _with_new_head(hf: HFFolder, bridge: ModelBridge, num_labels: int) -> _HFModel:
     if bridge.num_labels is not None:
         raise InputError(f"{hf.path}: has a classification head of {bridge.num_labels} classes")
     try:
@@ -141,4 +213,4 @@ def _with_new_head(hf: HFFolder, bridge: ModelBridge, num_labels: int) -> HFMode
         raise UnsupportedError(f"{hf.path / CONFIG}: {error}") from error
     kept = {name: array for name, array in hf.arrays.items() if name != HF_HEAD}
     hf = replace(hf, config=config, arrays=kept)
-    return HFModel(hf, bridge_for(config, hf.path / CONFIG), frozenset((HF_SCORE,)))
+    return _HFModel(hf, bridge_for(config, hf.path / CONFIG), frozenset((HF_SCORE,)))

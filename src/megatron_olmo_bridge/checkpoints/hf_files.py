@@ -1,0 +1,91 @@
+"""The files of a Hugging Face checkpoint, as ``save_pretrained`` writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, side_files
+from megatron_olmo_bridge.formats.safetensors import write_header
+from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.storage.plan import Literal, OutputFile, Payload
+
+MAX_SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of ``5GB``, ``200MiB`` or a plain number.
+
+    Raises:
+        InputError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
+    count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if not count:
+        raise InputError(f"{size!r} is no size: write 5GB, 500MB or a number of bytes")
+    return count
+
+
+def side_texts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[str, bytes]:
+    """The small files beside weights of a dtype, by name: config.json, and what the folder has.
+
+    The folder's config.json is taken byte for byte if it says the same.
+    """
+    texts = {} if folder is None else side_files(folder)
+    recorded = recorded_dtypes(config)
+    right = recorded and all(value == dtype for value in recorded.values())
+    if CONFIG not in texts or not right or json.loads(texts[CONFIG]) != config:
+        texts[CONFIG] = config_with_dtype(config, dtype)
+    return texts
+
+
+def shards(tensors: dict[str, TensorView], dtype: str, limit: int) -> tuple[OutputFile, ...]:
+    """The safetensors files for these tensors, each with at most ``limit`` bytes of them.
+
+    Named as ``save_pretrained`` names them.
+    """
+    groups: list[list[Payload]] = [[]]
+    filled = 0
+    for view in tensors.values():
+        payload = Payload(0, view, view.dtype if dtype == "keep" else dtype)
+        if groups[-1] and filled + payload.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(payload)
+        filled += payload.nbytes
+    files = []
+    for i, group in enumerate(groups, 1):
+        name = f"model-{i:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
+        header = write_header({p.view.name: (p.dtype, p.view.shape) for p in group})
+        parts: list[Literal | Payload] = [Literal(0, header)]
+        offset = len(header)
+        for p in group:
+            parts.append(Payload(offset, p.view, p.dtype))
+            offset += p.nbytes
+        files.append(OutputFile(name, offset, tuple(parts)))
+    return tuple(files)
+
+
+def index_of(files: tuple[OutputFile, ...]) -> dict[str, bytes]:
+    """The index of several shards, by name; nothing for a single one."""
+    if len(files) == 1:
+        return {}
+    weight_map = {p.view.name: f.name for f in files for p in f.payloads}
+    metadata = {"total_size": sum(p.nbytes for f in files for p in f.payloads)}
+    value = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return {INDEX: json.dumps(value, indent=2).encode() + b"\n"}
+
+
+def recorded_dtypes(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the weights' dtype, by the keys of transformers 5 and of 4."""
+    return {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+
+
+def config_with_dtype(config: dict[str, Any], dtype: str) -> bytes:
+    """config.json for weights of this dtype, under every key that the config has for it."""
+    keys = recorded_dtypes(config) or ("torch_dtype",)
+    return json.dumps({**config, **dict.fromkeys(keys, dtype)}, indent=2).encode() + b"\n"

@@ -1,0 +1,166 @@
+"""Megatron checkpoints: a root with iterations, each a folder of format ``torch_dist``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from megatron_olmo_bridge.errors import BridgeError, InputError, UnsupportedError, quote
+from megatron_olmo_bridge.formats.dcp_metadata import METADATA
+from megatron_olmo_bridge.formats.files import refuse_pointer
+from megatron_olmo_bridge.formats.hf_folder import is_hf_folder
+from megatron_olmo_bridge.formats.iterations import (
+    TRACKER,
+    iteration_folder,
+    iteration_folders,
+    iteration_number,
+)
+from megatron_olmo_bridge.formats.tensors import Piece, TensorView
+from megatron_olmo_bridge.formats.torch_dist import FORMAT_FILE, TorchDistFolder, read_format
+from megatron_olmo_bridge.models.families import bridge_for
+
+from .checkpoint import Checkpoint, ReadOptions, artifact_patterns
+from .megatron_config import HF_SUBFOLDER, check_agreement, config_of
+from .name_hints import explaining_names
+
+_CONVERT_WITH_MEGATRON = (
+    "Load it with the Megatron that wrote it and save it with --ckpt-format torch_dist "
+    "(Megatron-LM: --ckpt-convert-format torch_dist), then export that."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronCheckpoint(Checkpoint):
+    """One iteration that megatron-core, Megatron-LM, Megatron-Bridge or this package wrote."""
+
+    kind: ClassVar[str] = "Megatron torch_dist"
+    looks_like: ClassVar[str] = f"{TRACKER}, or an iter_ folder with {FORMAT_FILE}"
+    takes: ClassVar[tuple[str, ...]] = ("iteration", "hf_config", "vocab_size")
+
+    @classmethod
+    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+        if not path.is_dir():
+            return None
+        if (path / FORMAT_FILE).is_file():
+            _refuse_unless_torch_dist(path)
+            return path
+        if (path / TRACKER).exists() or iteration is not None or iteration_folders(path):
+            folder = iteration_folder(path, iteration)
+            _refuse_other_megatron(folder)
+            _refuse_unless_torch_dist(folder)
+            return folder
+        _refuse_other_megatron(path)
+        return None
+
+    @classmethod
+    def files_read(cls, folder: Path) -> dict[Path, tuple[str, ...]]:
+        return {folder: ("*",), **artifact_patterns(folder / HF_SUBFOLDER)}
+
+    @classmethod
+    def open(cls, folder: Path, options: ReadOptions, strict: bool) -> MegatronCheckpoint:
+        dist = TorchDistFolder.read(folder)
+        _ = dist.common  # an unsound one is refused, though nothing in it may be needed
+        vocab_size = options.vocab_size
+        config, config_from, artifacts_folder = config_of(dist, options.hf_config, vocab_size)
+        bridge = bridge_for(config, config_from)
+        check_agreement(dist, bridge, config_from, any_vocab_size=vocab_size is not None)
+        rows = dist.rows(bridge.vocab_param)
+        if rows is not None and rows < bridge.vocab_size:
+            raise InputError(
+                f"{folder}: the embedding has {rows} rows, fewer than the vocabulary of "
+                f"{bridge.vocab_size} that {config_from} names"
+            )
+        registry = bridge.mapping_registry(rows)
+        registry.check_size(sum(len(tensor.chunks) for tensor in dist.weights.values()), folder)
+        mapping = registry.resolve()
+        with explaining_names(dist.weights, bridge):
+            views = dist.views(mapping)
+        return cls(
+            folder=folder,
+            bridge=bridge,
+            mapping=mapping,
+            config_from=config_from,
+            artifacts_folder=artifacts_folder,
+            megatron=views,
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorView]:
+        views = {}
+        for name, shape in self.mapping.hf_shapes.items():
+            pieces: list[Piece] = []
+            for p in self.mapping.placements_by_hf_name[name]:
+                stored = self.megatron[p.megatron_name]
+                pieces += stored.pieces_of(p.megatron_region, p.hf_region, p.transposed)
+            views[name] = TensorView.assembled(name, shape, pieces)
+        return views
+
+    @cached_property
+    def padding(self) -> dict[str, TensorView]:
+        """Rows of a Megatron vocabulary that no Hugging Face tensor has."""
+        views = {}
+        for name, view in self.megatron.items():
+            for p in self.mapping.parameters[name].placements:
+                if p.hf_name is None:
+                    label = f"{name} padding rows"
+                    shape = (p.megatron_region.rows, *view.shape[1:])
+                    views[label] = replace(view.region(p.megatron_region, shape), name=label)
+        return views
+
+    @property
+    def layout(self) -> str:
+        dist = TorchDistFolder.read(self.folder)
+        layered = [p for p in self.mapping.parameters.values() if p.index]
+        stacked = any(p.key(len(p.index)) in dist.tensors for p in layered)
+        chunks = max(len(view.pieces) for view in self.megatron.values())
+        keys = "layers stacked in one key" if stacked else "a key for each layer"
+        others = len(dist.tensors) - len(dist.weights)
+        state = f", {others} tensors of optimizer state" if others else ""
+        return f"{keys}, tensors in up to {chunks} chunk(s){state}"
+
+    @property
+    def iterations(self) -> list[str]:
+        return [folder.name for folder in iteration_folders(self.folder.parent)]
+
+    @property
+    def load_flags(self) -> list[str]:
+        folder = self.folder.resolve()
+        number = iteration_number(folder)
+        step = [] if number is None or _is_latest(folder) else ["--ckpt-step", str(number)]
+        return ["--load", str(folder.parent), *step]
+
+
+def _is_latest(folder: Path) -> bool:
+    """Return whether Megatron-LM would take this iteration if none is asked for."""
+    try:
+        return iteration_folder(folder.parent, None) == folder
+    except BridgeError:
+        return False
+
+
+def _refuse_unless_torch_dist(path: Path) -> None:
+    if not (path / FORMAT_FILE).is_file():
+        if is_hf_folder(path):
+            raise InputError(f"{path}: a Hugging Face checkpoint; name this very folder")
+        raise InputError(f"{path}: no {FORMAT_FILE}: an incomplete or foreign checkpoint")
+    for file in (f for f in path.rglob("*") if f.is_file()):
+        refuse_pointer(file)
+    if (name := read_format(path)) != "torch_dist":
+        raise UnsupportedError(f"{path}: a Megatron checkpoint of format {quote(name)}, "
+                               f"not torch_dist. {_CONVERT_WITH_MEGATRON}")  # fmt: skip
+
+
+def _refuse_other_megatron(path: Path) -> None:
+    if ranks := [p for p in (path, *sorted(path.iterdir())) if p.name.startswith("mp_rank_")]:
+        raise UnsupportedError(
+            f"{path}: a Megatron checkpoint of the legacy format ({ranks[0].name}), which has one "
+            f"pickle for each parallel rank. {_CONVERT_WITH_MEGATRON}"
+        )
+    if (path / METADATA).is_file() and not (path / FORMAT_FILE).is_file():
+        name = "fsdp_dtensor" if (path / "train_state.pt").exists() else "torch_dcp or fsdp_dtensor"
+        raise UnsupportedError(
+            f"{path}: a Megatron checkpoint of format {name} ({METADATA} without {FORMAT_FILE}), "
+            f"not torch_dist. {_CONVERT_WITH_MEGATRON}"
+        )

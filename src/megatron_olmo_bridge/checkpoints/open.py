@@ -1,0 +1,89 @@
+"""Open a checkpoint of whatever kind it is. A new kind is one file, and its class in ``KINDS``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.storage.identity import Snapshot
+from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
+
+from .checkpoint import Checkpoint, KindOption, ReadOptions, artifact_patterns
+from .hf import HFCheckpoint
+from .megatron import MegatronCheckpoint
+from .olm import OLMCheckpoint
+
+KINDS: tuple[type[Checkpoint], ...] = (OLMCheckpoint, MegatronCheckpoint, HFCheckpoint)
+"""In the order in which a path is tried. Hugging Face is last: it also says what a folder lacks."""
+
+
+def open_checkpoint(
+    path: str | Path, options: ReadOptions | None = None, *, strict: bool = True
+) -> Checkpoint:
+    """Open a checkpoint and check it against the mapping of its model, from headers alone.
+
+    Args:
+        path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder, or a
+            ``.pt`` file of OLM's trainer.
+        options: what the checkpoint may not say itself.
+        strict: refuse a Hugging Face folder whose tensors are not those of its config.
+
+    Raises:
+        InputError, FormatError, UnsupportedError, MappingError: it is not a checkpoint, incomplete,
+            damaged, of a variant that is not converted, or another model's than its config says.
+    """
+    path, options = Path(path).expanduser(), options or ReadOptions()
+    try:
+        kind, folder = find_kind(path, options.iteration)
+        kind.check_options(path, options)
+        snapshot = _snapshot(kind, folder, options.hf_config)
+        return replace(kind.open(folder, options, strict), snapshot=snapshot)
+    except PermissionError as error:
+        raise InputError(f"{error.filename}: no permission to read it") from error
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
+def find_kind(path: Path, iteration: int | str | None = None) -> tuple[type[Checkpoint], Path]:
+    """Return the kind of a checkpoint, and the folder or file that has its weights.
+
+    Raises:
+        InputError: nothing is there, an interrupted conversion is, or it is not a checkpoint.
+        UnsupportedError: a checkpoint of a kind that is not converted.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    for folder in (path, path.resolve().parent):
+        if (folder / PARTIAL_MARKER).exists():
+            raise InputError(
+                f"{folder}: an interrupted conversion, not a checkpoint. Run the same command "
+                "again with --resume, or delete the folder."
+            )
+    for kind in KINDS:
+        if found := kind.find(path, iteration):
+            return kind, found
+    known = " nor ".join(f"{kind.kind} ({kind.looks_like})" for kind in reversed(KINDS))
+    is_file = "is a file; " if path.is_file() else ""
+    raise InputError(f"{path}: {is_file}not a checkpoint: neither {known}")
+
+
+def kind_options() -> tuple[KindOption, ...]:
+    """Return the options that only one kind of checkpoint has, for the command line."""
+    return tuple(option for kind in KINDS for option in kind.options)
+
+
+def options_for(path: str | Path, options: ReadOptions) -> ReadOptions:
+    """Return the options without those of other kinds than the path's: for one of two paths."""
+    kind, _ = find_kind(Path(path).expanduser(), options.iteration)
+    own = {option.name for option in kind.options}
+    kept = {name: value for name, value in options.kind_options.items() if name in own}
+    return replace(options, kind_options=kept)
+
+
+def _snapshot(kind: type[Checkpoint], folder: Path, hf_config: str | Path | None) -> Snapshot:
+    """Look at the files of a checkpoint, and of the folder that its config is taken from."""
+    folders = kind.files_read(folder)
+    if hf_config:
+        folders |= artifact_patterns(Path(hf_config))
+    return Snapshot.of(folders)
