@@ -9,7 +9,11 @@ from .errors import install_hint
 from .runtime.te_import import look_before_megatron_core
 
 if TYPE_CHECKING:  # for type checkers, which can't follow the tables below
+    from .checkpoints.checkpoint import ReadOptions as ReadOptions
     from .convert.average import average_checkpoints as average_checkpoints
+    from .convert.options import AverageOptions as AverageOptions
+    from .convert.options import ExportOptions as ExportOptions
+    from .convert.options import ImportOptions as ImportOptions
     from .convert.to_hf import export_checkpoint as export_checkpoint
     from .convert.to_megatron import import_checkpoint as import_checkpoint
     from .data.prepare import prepare_data as prepare_data
@@ -23,6 +27,7 @@ if TYPE_CHECKING:  # for type checkers, which can't follow the tables below
     from .models.olmo2.provider import Olmo2ModelProvider7B as Olmo2ModelProvider7B
     from .models.olmo2.provider import Olmo2ModelProvider13B as Olmo2ModelProvider13B
     from .models.olmo2.provider import Olmo2ModelProvider32B as Olmo2ModelProvider32B
+    from .storage.execute import WriteOptions as WriteOptions
     from .tasks.train import train as train
     from .tools.doctor import doctor as doctor
     from .tools.inspect import inspect as inspect
@@ -31,8 +36,13 @@ if TYPE_CHECKING:  # for type checkers, which can't follow the tables below
     from .training.config import TrainingConfig as TrainingConfig
 
 _OFFLINE = {
+    "AverageOptions": "convert.options",
     "BridgeError": "errors",
+    "ExportOptions": "convert.options",
+    "ImportOptions": "convert.options",
+    "ReadOptions": "checkpoints.checkpoint",
     "TrainingConfig": "training.config",
+    "WriteOptions": "storage.execute",
     "average_checkpoints": "convert.average",
     "doctor": "tools.doctor",
     "export_checkpoint": "convert.to_hf",

@@ -28,13 +28,18 @@ FUNCTIONS = {
 }
 CLASSES = {
     "AutoBridge",
+    "AverageOptions",
     "BridgeError",
+    "ExportOptions",
+    "ImportOptions",
     "Olmo2ModelProvider",
     "Olmo2ModelProvider1B",
     "Olmo2ModelProvider7B",
     "Olmo2ModelProvider13B",
     "Olmo2ModelProvider32B",
+    "ReadOptions",
     "TrainingConfig",
+    "WriteOptions",
 }
 WITHOUT_MEGATRON = "import sys; sys.modules['megatron'] = None; import megatron_olmo_bridge\n"
 

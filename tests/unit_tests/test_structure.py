@@ -233,10 +233,9 @@ TESTED_BY = {
         "inference/worker",
     ],
     "unit_tests/tools/test_verify.py": ["checkpoints/differences"],
-    "unit_tests/checkpoints/test_source.py": [
-        "checkpoints/hf_source",
-        "checkpoints/megatron_config",
-    ],
+    "unit_tests/checkpoints/test_new_kind.py": ["checkpoints/checkpoint"],
+    "unit_tests/checkpoints/test_megatron.py": ["checkpoints/hf", "checkpoints/megatron_config"],
+    "unit_tests/convert/test_to_hf.py": ["checkpoints/hf_files", "convert/options"],
     "unit_tests/convert/test_to_megatron.py": ["storage/progress"],
     "unit_tests/data/test_prepare.py": [
         "data/info",

@@ -159,9 +159,9 @@ def test_the_table_names_every_tensor_once(tmp_path: Path) -> None:
 
 def test_the_number_of_heads_must_be_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"how many attention heads.*--heads, or --hf-config"):
-        opened(tmp_path, lambda _: None, heads=None)
+        opened(tmp_path, lambda _: None, kind_options={})
     with pytest.raises(InputError, match=r"step_1\.pt: n_embd 12 cannot be divided by 5"):
-        opened(tmp_path, lambda _: None, heads=5)
+        opened(tmp_path, lambda _: None, kind_options={"heads": 5})
 
 
 NEEDLESS: dict[str, Any] = {"iteration": 3, "vocab_size": 9, "num_labels": 2}
@@ -169,12 +169,12 @@ NEEDLESS: dict[str, Any] = {"iteration": 3, "vocab_size": 9, "num_labels": 2}
 
 @pytest.mark.parametrize("option", NEEDLESS)
 def test_options_for_other_checkpoints_are_refused(tmp_path: Path, option: str) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=f"--{option.replace('_', '-')} is not for a"):
         opened(tmp_path, lambda _: None, **{option: NEEDLESS[option]})
 
 
 def test_heads_are_for_olm_alone(tiny_hf: Path) -> None:
-    with pytest.raises(InputError, match="--heads is for a checkpoint of OLM"):
+    with pytest.raises(InputError, match="--heads is not for a Hugging Face checkpoint"):
         open_checkpoint(tiny_hf, ReadOptions(kind_options={"heads": 2}))
 
 
