@@ -874,7 +874,7 @@ def test_errors_that_nobody_foresaw_still_name_the_file(
 ) -> None:
     """An input or output error of the system: its words, the file, exit 2."""
     broken = partial(fail, OSError(errno.EIO, "Input/output error", str(single / ONE)))
-    monkeypatch.setattr("megatron_olmo_bridge.checkpoints.source.detect", broken)
+    monkeypatch.setattr("megatron_olmo_bridge.checkpoints.open.find_kind", broken)
 
     said = message(CliRunner().invoke(app, ["import", str(single), str(tmp_path / "dst")]))
 

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_olmo_bridge.checkpoints.source import Source
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
 from megatron_olmo_bridge.mapping.placement import Placement, Region
@@ -78,7 +78,7 @@ def check_page(file: Path | None) -> None:
         raise OutputError(f"--html {file}: no such folder: {file.parent}")
 
 
-def mapping_page(source: Source) -> str:
+def mapping_page(source: Checkpoint) -> str:
     """Return the page of a checkpoint's mapping: which Hugging Face tensor stands where.
 
     All layers and all experts are mapped alike, so the first ones are shown.

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_olmo_bridge import synth
-from megatron_olmo_bridge.checkpoints.source import open_source
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.cli.app import app
 from megatron_olmo_bridge.cli.pages import comparison_page
 from megatron_olmo_bridge.inference.difference import States, difference
@@ -39,7 +39,7 @@ def test_each_kind_of_parameter_is_drawn_with_all_its_regions(model: str, tmp_pa
     assert code == 0, output
     page = file.read_text()
     pictures = PICTURE.findall(page)
-    expected = [p for p in open_source(hf).mapping.parameters.values() if not any(p.index)]
+    expected = [p for p in open_checkpoint(hf).mapping.parameters.values() if not any(p.index)]
     assert sorted(name for name, *_ in pictures) == sorted(p.pattern for p in expected)
     by_pattern = {p.pattern: p for p in expected}
     for name, width, height, inside, legend in pictures:
