@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-WIDTH, ROW, BOX, TALL = 760, 78, 136, 34
-"""Pixels: the picture's width, a row's height, a box's width and height."""
+WIDTH, ROW, BOX, TALL, MARGIN = 760, 78, 136, 34, 130
+"""Pixels: the picture's width, a row's height, a box's width and height, where long arrows go."""
 
 
 def imports(package: Path) -> dict[str, set[str]]:
@@ -76,10 +76,12 @@ def svg(package: Path) -> str:
             to_x, to_y = place[other]
             start, end = y + TALL / 2, to_y - TALL / 2 - 6
             middle = (start + end) / 2
-            arrows.append(
-                f'<path d="M{x:.0f} {start:.0f}C{x:.0f} {middle:.0f} {to_x:.0f} {middle:.0f} '
-                f'{to_x:.0f} {end:.0f}"/>'
-            )
+            curve = f"C{x:.0f} {middle:.0f} {to_x:.0f} {middle:.0f}"
+            if depth[room] - depth[other] > 1:  # around the boxes between
+                side = MARGIN if to_x < WIDTH / 2 else WIDTH - MARGIN
+                curve = f"C{x:.0f} {start + 20:.0f} {side} {start:.0f} {side} {middle:.0f}"
+                curve += f"S{to_x:.0f} {end - 25:.0f}"
+            arrows.append(f'<path d="M{x:.0f} {start:.0f}{curve} {to_x:.0f} {end:.0f}"/>')
         boxes.append(
             f'<rect x="{x - BOX / 2:.0f}" y="{y - TALL / 2:.0f}" width="{BOX}" height="{TALL}" '
             f'rx="6"/><text x="{x:.0f}" y="{y + 5:.0f}">{room}/</text>'
