@@ -69,6 +69,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
+
+
 class BridgeError(Exception):
     """Base of all errors that this package raises on purpose.
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,24 @@ def test_dependencies_point_downwards(folder: str) -> None:
 def test_contributing_lists_the_folders_from_the_bottom_up() -> None:
     text = (TESTS.parent / "CONTRIBUTING.md").read_text()
     assert tuple(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)) == LAYERS
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Return the modules of this package that a file imports, by their path in it."""
+    found = set()
+    for name in imports(file):
+        place = PACKAGE.joinpath(*name.split(".")[1:])
+        while name.startswith("megatron_olmo_bridge.") and place != PACKAGE:
+            if place.with_suffix(".py") in MODULES:
+                found.add(relative(place.with_suffix(".py")))
+                break
+            place = place.parent
+    return found - {relative(file)}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Also not for type checkers alone, or inside functions: whoever reads one would read all."""
+    TopologicalSorter({relative(file): imported_modules(file) for file in MODULES}).prepare()
 
 
 def test_every_folder_has_its_rule() -> None:

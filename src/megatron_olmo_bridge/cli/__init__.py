@@ -2,8 +2,7 @@
 
 import sys
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells report it."""
+from megatron_olmo_bridge.errors import INTERRUPTED
 
 
 def main() -> None:

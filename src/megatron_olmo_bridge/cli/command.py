@@ -20,9 +20,8 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from megatron_olmo_bridge.errors import BridgeError, fit_screen, missing_package
+from megatron_olmo_bridge.errors import INTERRUPTED, BridgeError, fit_screen, missing_package
 
-from . import INTERRUPTED
 from .console import first_process, is_repeated, output
 from .logs import logging_to
 

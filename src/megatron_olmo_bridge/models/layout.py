@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
-
-if TYPE_CHECKING:
-    from .provider import GPTModelProvider
 
 _UNEVEN_STAGES = (
     "num_layers_in_first_pipeline_stage",
@@ -19,7 +16,7 @@ _UNEVEN_STAGES = (
 """Fields of megatron-core's config by which stages get different numbers of layers."""
 
 
-def check_layout(provider: GPTModelProvider) -> None:
+def check_layout(config: TransformerConfig) -> None:
     """Refuse a layout that the model's sizes cannot be divided over.
 
     Raises:
@@ -31,16 +28,16 @@ def check_layout(provider: GPTModelProvider) -> None:
         "pipeline_model_parallel_size",
         "make_vocab_size_divisible_by",
     ):
-        if getattr(provider, name) < 1:
+        if getattr(config, name) < 1:
             raise InputError(f"{name} must be a whole number of at least 1")
-    _check_tensor_parallel(provider)
-    _check_pipeline(provider)
-    if provider.context_parallel_size > 1:
+    _check_tensor_parallel(config)
+    _check_pipeline(config)
+    if config.context_parallel_size > 1:
         raise UnsupportedError(
-            f"context_parallel_size={provider.context_parallel_size} is not supported: use tensor, "
+            f"context_parallel_size={config.context_parallel_size} is not supported: use tensor, "
             "sequence, pipeline, expert or data parallelism"
         )
-    ranks, experts = provider.expert_model_parallel_size, provider.num_moe_experts
+    ranks, experts = config.expert_model_parallel_size, config.num_moe_experts
     if ranks > 1 and (experts is None or experts % ranks):
         raise InputError(
             f"{experts or 'no'} experts cannot be shared out evenly over {ranks} "
@@ -48,10 +45,10 @@ def check_layout(provider: GPTModelProvider) -> None:
         )
 
 
-def _check_tensor_parallel(provider: GPTModelProvider) -> None:
-    ranks = provider.tensor_model_parallel_size
-    heads = provider.num_attention_heads
-    groups = provider.num_query_groups or heads
+def _check_tensor_parallel(config: TransformerConfig) -> None:
+    ranks = config.tensor_model_parallel_size
+    heads = config.num_attention_heads
+    groups = config.num_query_groups or heads
     if heads % groups:
         raise InputError(
             f"{heads} attention heads cannot be shared out evenly over {groups} key/value heads"
@@ -59,26 +56,25 @@ def _check_tensor_parallel(provider: GPTModelProvider) -> None:
     for count, what in (
         (heads, "attention heads"),
         (groups, "key/value heads"),
-        (provider.ffn_hidden_size or 4 * provider.hidden_size, "rows of the MLP"),
+        (config.ffn_hidden_size or 4 * config.hidden_size, "rows of the MLP"),
     ):
         if count % ranks:
             raise InputError(
                 f"{count} {what} cannot be shared out evenly over {ranks} tensor-parallel ranks"
             )
-    _ = provider.padded_vocab_size  # raises where its rows do not divide
 
 
-def _check_pipeline(provider: GPTModelProvider) -> None:
-    stages = provider.pipeline_model_parallel_size
-    virtual = provider.virtual_pipeline_model_parallel_size
+def _check_pipeline(config: TransformerConfig) -> None:
+    stages = config.pipeline_model_parallel_size
+    virtual = config.virtual_pipeline_model_parallel_size
     if virtual is not None and stages == 1:
         raise InputError(
             "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size above 1"
         )
-    uneven = any(getattr(provider, name) for name in _UNEVEN_STAGES)
-    if provider.num_layers % (stages * (virtual or 1)) and not uneven:
+    uneven = any(getattr(config, name) for name in _UNEVEN_STAGES)
+    if config.num_layers % (stages * (virtual or 1)) and not uneven:
         chunks = f" of {virtual} chunks each" if virtual else ""
         raise InputError(
-            f"{provider.num_layers} layers cannot be shared out evenly over {stages} pipeline "
+            f"{config.num_layers} layers cannot be shared out evenly over {stages} pipeline "
             f"stages{chunks}; say how with one of {', '.join(_UNEVEN_STAGES)}"
         )

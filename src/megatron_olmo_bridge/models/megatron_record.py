@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_olmo_bridge.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from .bridge import ModelBridge
+from .recorded import RecordedModel
 
 
 class MegatronRecord:
@@ -18,7 +17,7 @@ class MegatronRecord:
     A family that stock Megatron-LM can build says the rest in a subclass.
     """
 
-    def __init__(self, bridge: ModelBridge) -> None:
+    def __init__(self, bridge: RecordedModel) -> None:
         self.bridge = bridge
 
     def args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:

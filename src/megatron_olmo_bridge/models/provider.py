@@ -237,6 +237,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         self._restore_what_was_set()
         fusions.refuse_unsupported(self)
         check_layout(self)
+        _ = self.padded_vocab_size  # raises where its rows do not divide
         check_problem_type(self.problem_type, self.num_labels)
         self.__post_init__()
 

@@ -8,12 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from megatron_olmo_bridge.errors import quote
 
-if TYPE_CHECKING:
-    from .bridge import ModelBridge
+
+class RecordedModel(Protocol):
+    """What a record says of a model; every :class:`ModelBridge` is one."""
+
+    family: ClassVar[str]
+    provider_class: ClassVar[str]
+    settings: ClassVar[dict[str, Any]]
+    config: Any
+    num_labels: int | None
+
+    @property
+    def numbers(self) -> dict[str, Any]: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
 
 NEVER = dict.fromkeys(
     (
@@ -91,7 +105,7 @@ def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
 
 
 def contradictions(
-    bridge: ModelBridge, record: Mapping[str, Any], tensors: Mapping[str, Any]
+    bridge: RecordedModel, record: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> list[str]:
     """List what a checkpoint's record and a config say differently, as lines of a message.
 
@@ -121,7 +135,7 @@ def contradictions(
     return [*_families(bridge, record), *lines, *_vocabularies(bridge, record)]
 
 
-def _compared_numbers(bridge: ModelBridge) -> dict[str, Any]:
+def _compared_numbers(bridge: RecordedModel) -> dict[str, Any]:
     numbers = {n: v for n, v in bridge.numbers.items() if n not in _NOT_COMPARED}
     if bridge.num_labels:  # a classifier has no output layer
         del numbers["share_embeddings_and_output_weights"]
@@ -159,7 +173,7 @@ def _said(expected: Mapping[str, Any], name: str) -> str:
     return "not set" if expected[setting] is None else quote(expected[setting])
 
 
-def _families(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterator[str]:
+def _families(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
     """A layer spec or a provider of this package is one family's."""
     expected = _FAMILY.match(bridge.provider_class.replace(":", "."))
     for name in ("_target_", "spec"):
@@ -170,7 +184,7 @@ def _families(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {module} in the checkpoint, the config is of {bridge.family}"
 
 
-def _vocabularies(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterator[str]:
+def _vocabularies(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
     """Rows that the record counts as tokens may not be cut off as padding."""
     size = record.get("vocab_size")
     # Without padding by Megatron, the size may be one that was padded before.
