@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, side_files
 from megatron_olmo_bridge.formats.safetensors import write_header
-from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.formats.tensors import TensorSpec
 from megatron_olmo_bridge.storage.plan import Literal, OutputFile, Payload
 
 MAX_SHARD_SIZE = "5GB"
@@ -43,7 +44,7 @@ def side_texts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[
     return texts
 
 
-def shards(tensors: dict[str, TensorView], dtype: str, limit: int) -> tuple[OutputFile, ...]:
+def shards(tensors: Mapping[str, TensorSpec], dtype: str, limit: int) -> tuple[OutputFile, ...]:
     """The safetensors files for these tensors, each with at most ``limit`` bytes of them.
 
     Named as ``save_pretrained`` names them.

@@ -12,7 +12,7 @@ from megatron_olmo_bridge.checkpoints.hf_files import index_of, parse_size, shar
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
-from megatron_olmo_bridge.formats.tensors import MeanView, TensorView
+from megatron_olmo_bridge.formats.tensors import MeanView
 from megatron_olmo_bridge.mapping.registry import bulleted
 from megatron_olmo_bridge.storage.execute import WriteOptions, execute
 from megatron_olmo_bridge.storage.hub import fetch
@@ -72,7 +72,7 @@ def plan_average(
     first = opened[0]
     for source in opened[1:]:
         _check_same_model(first, source, any_dtype=dtype != "keep")
-    tensors: dict[str, TensorView] = {
+    tensors = {
         name: MeanView.of(
             zip(shares, (source.tensors[name] for source in opened), strict=True),
             view.dtype if dtype == "keep" else dtype,

@@ -48,13 +48,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class TensorView:
-    """A tensor as the sum of its pieces, which cover it exactly once."""
+class TensorSpec:
+    """Name, shape and dtype of a tensor, wherever its elements come from."""
 
     name: str
     shape: Shape
     dtype: str
-    pieces: tuple[Piece, ...]
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +65,18 @@ class TensorView:
 
     @property
     def stored(self) -> tuple[TensorView, ...]:
-        """The views whose bytes are read for it."""
+        """The views whose bytes are read for it; none if its elements come out of memory."""
+        return ()
+
+
+@dataclass(frozen=True)
+class TensorView(TensorSpec):
+    """A tensor as the sum of its pieces, which cover it exactly once."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def stored(self) -> tuple[TensorView, ...]:
         return (self,)
 
     @classmethod
@@ -132,8 +142,8 @@ class MixedView(TensorView):
 
 
 @dataclass(frozen=True)
-class MeanView(TensorView):
-    """A weighted mean of tensors of one shape: computed while it is read, with no pieces."""
+class MeanView(TensorSpec):
+    """A weighted mean of tensors of one shape, computed while it is read."""
 
     terms: tuple[tuple[float, TensorView], ...]
     """Weight and tensor of each; the weights may have any sum."""
@@ -143,8 +153,12 @@ class MeanView(TensorView):
         """The mean, rounded to ``dtype``; named as the first of the tensors."""
         terms = tuple(terms)
         first = terms[0][1]
-        return cls(first.name, first.shape, dtype, (), terms)
+        return cls(first.name, first.shape, dtype, terms)
 
     @property
     def stored(self) -> tuple[TensorView, ...]:
         return tuple(view for _, view in self.terms)
+
+
+Readable = TensorView | MeanView
+"""What has elements to read."""

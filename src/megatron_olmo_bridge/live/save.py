@@ -26,7 +26,7 @@ from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.iterations import TRACKER
-from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.formats.tensors import TensorSpec
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
 from megatron_olmo_bridge.storage.execute import cleaning_up, finish
@@ -70,20 +70,20 @@ def save_hf(
     reporter = reporter or Reporter()
     live = LiveModel.of(chunks, bridge)
     dtype = _dtype(live)
-    views = {n: TensorView(n, shape, dtype, ()) for n, shape in live.mapping.hf_shapes.items()}
-    files = shards(views, "keep", parse_size(max_shard_size))
+    specs = {n: TensorSpec(n, shape, dtype) for n, shape in live.mapping.hf_shapes.items()}
+    files = shards(specs, "keep", parse_size(max_shard_size))
     texts = index_of(files) | side_texts(bridge.hf_config, dtype, beside)
     plan = CopyPlan("export", beside, files, texts, ".")
     target = Path(destination).expanduser()
     # What a killed save left is of other weights, perhaps: begin anew.
     anew = overwrite or is_vacant(target)
     stage = on_first(lambda: _opened(Stage(target, plan, resume=False, overwrite=anew)))
-    weights = stream_weights(chunks, bridge, names=views, to=0, cpu=True)
+    weights = stream_weights(chunks, bridge, names=specs, to=0, cpu=True)
     if stage is None:
         for _ in weights:
             raise AssertionError("only the first process is given the weights")
         return
-    reporter.begin("saving", plan.source_bytes)
+    reporter.begin("saving", sum(payload.nbytes for payload in plan.payloads))
     with cleaning_up(stage):
         for file in files:
             fd = os.open(stage.folder / file.name, os.O_RDWR)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
+from megatron_olmo_bridge.formats.tensors import Readable
 
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .processes import Processes
@@ -203,6 +204,7 @@ def _write_files(
                     if isinstance(part, Literal):
                         write_all(fd, part.data, part.offset)
                     else:
+                        assert isinstance(part.view, Readable)
                         transfer.write(part.view, part.dtype, fd, part.offset)
                 if work.written(name):
                     syncs.append(syncer.submit(sync, name))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, TensorView
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, TensorSpec, TensorView
 
 from .identity import Identity, Snapshot, fingerprint
 
@@ -33,7 +33,7 @@ class Payload:
     """A tensor's elements, row-major, as ``dtype``."""
 
     offset: int
-    view: TensorView
+    view: TensorSpec
     dtype: str
 
     @property

@@ -21,6 +21,7 @@ from megatron_olmo_bridge.formats.tensors import (
     MeanView,
     MixedView,
     Piece,
+    Readable,
     StoredArray,
     TensorView,
 )
@@ -124,14 +125,14 @@ class Transfer:
         while self._sources:
             os.close(self._sources.popitem()[1])
 
-    def write(self, view: TensorView, dtype: str, target: int, offset: int) -> None:
+    def write(self, view: Readable, dtype: str, target: int, offset: int) -> None:
         """Write a tensor's elements, row-major, as ``dtype`` at an offset of an open file.
 
         Raises:
             FormatError: a source file ends too soon.
             InputError: a value is too large for ``dtype``.
         """
-        if dtype == view.dtype and _worth_kernel_copies(view):
+        if isinstance(view, TensorView) and dtype == view.dtype and _worth_kernel_copies(view):
             _LOG.debug("%s: copied by the kernel, %d bytes", view.name, view.nbytes)
             for piece in view.pieces:
                 for source_at, target_at, count in _runs(piece, view):
@@ -147,7 +148,7 @@ class Transfer:
             write_all(target, out, offset + at)
             self._advance((bottom - top) * sum(read.row_bytes for read in view.stored))
 
-    def blocks(self, view: TensorView) -> Iterator[tuple[int, int, memoryview]]:
+    def blocks(self, view: Readable) -> Iterator[tuple[int, int, memoryview]]:
         """First row, last row and bytes of each block of whole rows, in order.
 
         The bytes are overwritten by the next block.
@@ -162,15 +163,15 @@ class Transfer:
             self._fill(view, top, bottom, block)
             yield top, bottom, block
 
-    def _fill(self, view: TensorView, top: int, bottom: int, out: memoryview) -> None:
+    def _fill(self, view: Readable, top: int, bottom: int, out: memoryview) -> None:
         """Put some rows of a tensor into ``out``."""
         if isinstance(view, MeanView):
             self._fill_mean(view, top, bottom, out)
-        if isinstance(view, MixedView):
+        elif isinstance(view, MixedView):
             self._fill_mixed(view, top, bottom, out)
-            return
-        for piece in view.pieces:
-            self._read_rows(piece, view, top, bottom, out)
+        else:
+            for piece in view.pieces:
+                self._read_rows(piece, view, top, bottom, out)
 
     def _fill_mean(self, view: MeanView, top: int, bottom: int, out: memoryview) -> None:
         """Add up in float64: rounded to float32, the mean of copies is then the copy bit for bit,
@@ -360,16 +361,16 @@ def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
 
 
 def _worth_kernel_copies(view: TensorView) -> bool:
-    if isinstance(view, MeanView | MixedView) or any(p.transposed for p in view.pieces):
+    if isinstance(view, MixedView) or any(p.transposed for p in view.pieces):
         return False
     runs = sum(1 if _contiguous(p, view) else p.tensor_region.rows for p in view.pieces)
     return runs == 1 or view.nbytes >= runs * SHORT_RUN
 
 
-def _where(view: TensorView, top: int, bottom: int) -> str:
+def _where(view: Readable, top: int, bottom: int) -> str:
     """Some rows of a tensor and the files that hold them, for messages."""
     rows = Region.whole(view.shape)._replace(top=top, bottom=bottom)
-    pieces = [p for p in view.pieces if p.tensor_region.intersect(rows)]
+    pieces = [p for v in view.stored for p in v.pieces if p.tensor_region.intersect(rows)]
     files = sorted({str(p.array.file) for p in pieces if p.array is not None})
     return f"{', '.join(files)}: {view.name}"
 

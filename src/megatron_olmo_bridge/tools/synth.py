@@ -20,7 +20,7 @@ from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
-from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorView
+from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, TensorSpec
 from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.models.hf_values import MAX_LAYERS, is_count
 from megatron_olmo_bridge.storage.plan import Literal, OutputFile
@@ -71,7 +71,7 @@ def synth(
         config = sizes[name].with_layers(config, layers)
     shapes = sizes[name](config).mapping_registry().resolve().hf_shapes
     files = shards(
-        {n: TensorView(n, shape, dtype, ()) for n, shape in shapes.items()},
+        {n: TensorSpec(n, shape, dtype) for n, shape in shapes.items()},
         dtype, parse_size(max_shard_size),
     )  # fmt: skip
     folder = Path(destination).expanduser()
@@ -114,7 +114,7 @@ def _write(
     (folder / CONFIG).write_bytes(config_with_dtype(config, dtype))  # last: now it is a checkpoint
 
 
-def _write_random(fd: int, offset: int, view: TensorView, seed: int, reporter: Reporter) -> None:
+def _write_random(fd: int, offset: int, view: TensorSpec, seed: int, reporter: Reporter) -> None:
     import torch
 
     # A generator for each tensor: its values depend on its name, not on what was made before it.

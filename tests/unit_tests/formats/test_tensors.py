@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_olmo_bridge.errors import FormatError
-from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
+from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorSpec, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 
 ARRAY = StoredArray(Path("f"), 100, (4, 6), "bfloat16")
@@ -19,7 +19,7 @@ def piece(region: Region, dtype: str = "bfloat16") -> Piece:
 def test_sizes() -> None:
     view = TensorView.of_array("t", ARRAY)
     assert (ARRAY.nbytes, view.nbytes, view.row_bytes) == (48, 48, 12)
-    assert TensorView("s", (), "float32", ()).nbytes == 4
+    assert TensorSpec("s", (), "float32").nbytes == 4
 
 
 def test_pieces_are_put_in_order() -> None:
