@@ -35,7 +35,7 @@ def main() -> None:
         logits = model[0](input_ids, position_ids, None)
     print(f"rank {dist.get_rank()}: logits {list(logits.shape)}", flush=True)
 
-    tokens = generate(model, prompt, vocab_size=bridge.bridge.vocab_size, max_new_tokens=16)
+    tokens = generate(model, prompt, vocab_size=bridge.model_bridge.vocab_size, max_new_tokens=16)
     generated = list(tokens)  # all processes take part in each token
     if dist.get_rank() == 0:
         print("continued:", *generated)

@@ -81,7 +81,7 @@ def language_model(step: Step) -> None:
     """Logits of a batch, weights that come out, and gradients of Megatron's own schedule."""
     bridge, provider, chunks = loaded(step)
     tokens = torch.tensor(step["tokens"])
-    logits = forward(chunks, tokens, vocab_size=bridge.bridge.vocab_size)
+    logits = forward(chunks, tokens, vocab_size=bridge.model_bridge.vocab_size)
     save(step, "logits.pt", of_last_stage(logits))
     save_weights(step, bridge, chunks)
     if step["trains"]:
@@ -108,7 +108,9 @@ def mutants(step: Step) -> None:
         with nowhere_windowed if everywhere else contextlib.nullcontext():
             (chunk,) = provider.provide_distributed_model(wrap_with_ddp=False)
         chunk.load_state_dict(right.state_dict())
-        save(step, f"{name}.pt", forward([chunk], tokens, vocab_size=bridge.bridge.vocab_size))
+        save(
+            step, f"{name}.pt", forward([chunk], tokens, vocab_size=bridge.model_bridge.vocab_size)
+        )
 
 
 # ----------------------------------------------------------------------------------- classifiers

@@ -165,7 +165,7 @@ def logits(step: Step) -> None:
     save(step, "poisoned.json", everyone(poisoned))
     bridge.load_hf_weights(chunks)
     tokens = random_tokens(*step["batch"])
-    mine = forward(chunks, tokens, vocab_size=bridge.bridge.vocab_size)
+    mine = forward(chunks, tokens, vocab_size=bridge.model_bridge.vocab_size)
     save(step, "logits.pt", [found for found in everyone(mine) if found is not None])
 
 

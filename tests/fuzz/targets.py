@@ -105,7 +105,7 @@ def read_config(folder: Path) -> Any:
     plan_import(folder)
     bridge = open_checkpoint(folder).bridge
     return {
-        hf: bridge.numbers[ours]
+        hf: bridge.config_values[ours]
         for ours, hf in {
             "num_layers": "num_hidden_layers", "hidden_size": "hidden_size",
             "num_attention_heads": "num_attention_heads", "vocab_size": "vocab_size",
@@ -115,7 +115,7 @@ def read_config(folder: Path) -> Any:
             "moe_router_topk": "num_experts_per_tok",
             "share_embeddings_and_output_weights": "tie_word_embeddings",
         }.items()
-        if ours in bridge.numbers and hf not in _FIXED.get(bridge.family, ())
+        if ours in bridge.config_values and hf not in _FIXED.get(bridge.family, ())
     }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def read_run_config(folder: Path) -> Any:
     from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 
     plan_export(folder)
-    numbers = open_checkpoint(folder / "megatron").bridge.numbers
+    numbers = open_checkpoint(folder / "megatron").bridge.config_values
     return {name: numbers[name] for name in _RUN_CONFIG_NUMBERS}
 
 

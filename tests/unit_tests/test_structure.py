@@ -279,7 +279,7 @@ TESTED_BY = {
     ],
     "unit_tests/models/test_hf_defaults.py": ["models/config", "models/hf_values"],
     "unit_tests/models/gpt2/test_bridge.py": ["models/gpt2/config"],
-    "unit_tests/models/test_recorded.py": ["models/megatron_record"],
+    "unit_tests/models/test_record_check.py": ["models/megatron_record"],
     "functional_tests/test_families_live.py": [
         "models/flex_olmo/provider",
         "models/gpt2/provider",
@@ -290,7 +290,7 @@ TESTED_BY = {
         "nn/self_attention",
     ],
     "unit_tests/models/test_provider.py": ["models/layout", "models/olmo2/layer_specs"],
-    "unit_tests/live/test_megatron_bridge_names.py": ["models/megatron_bridge"],
+    "unit_tests/live/test_megatron_bridge_names.py": ["live/offline", "models/megatron_bridge"],
     "functional_tests/te_on_cpu/test_te_models.py": ["nn/te_attention", "nn/te_post_norm"],
     "functional_tests/test_training_resume.py": [
         "runtime/signals",

@@ -37,12 +37,12 @@ def config_differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
     if a.bridge.family != b.bridge.family:
         yield Difference("config", "family", f"{a.bridge.family} and {b.bridge.family}")
         return
-    yield from _value_differences("config", "", a.bridge.numbers, b.bridge.numbers)
+    yield from _value_differences("config", "", a.bridge.config_values, b.bridge.config_values)
     if a.config_from.name == b.config_from.name == CONFIG:
         tasks = _task(a), _task(b)
         if tasks[0] != tasks[1]:
             yield Difference("config", "architectures", " and ".join(tasks))
-        skipped = _SPELLINGS | a.bridge.hf_keys | a.bridge.numbers.keys()
+        skipped = _SPELLINGS | a.bridge.hf_keys | a.bridge.config_values.keys()
         configs = [{k: v for k, v in s.hf_config.items() if k not in skipped} for s in (a, b)]
         yield from _value_differences("config", "", *configs)
 

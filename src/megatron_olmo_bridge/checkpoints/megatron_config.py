@@ -13,7 +13,7 @@ from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.mapping.registry import bulleted
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridges
-from megatron_olmo_bridge.models.recorded import contradictions
+from megatron_olmo_bridge.models.record_check import contradictions
 
 HF_SUBFOLDER = "hf"
 """In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""

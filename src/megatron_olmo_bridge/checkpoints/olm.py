@@ -209,7 +209,7 @@ def bridge_of(
     bridge = bridge_for(config or made, config_from)
     if not isinstance(bridge, GPT2Bridge):
         raise InputError(f"{config_from}: is the config of {bridge.family}, {file} is GPT-2")
-    said, true = bridge.numbers, asdict(bridge.config_class.from_hf(made))
+    said, true = bridge.config_values, asdict(bridge.config_class.from_hf(made))
     if wrong := [f"{k} is {said[k]}, not {v}" for k, v in true.items() if said[k] != v]:
         raise InputError(f"{config_from}: not the config of {file}:\n{bulleted(wrong)}")
     return bridge

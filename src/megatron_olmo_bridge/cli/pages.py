@@ -86,7 +86,7 @@ def mapping_page(source: Checkpoint) -> str:
     bridge = source.bridge
     name = bridge.size_name() or f"{bridge.family} model"
     parameters = [p for p in source.mapping.parameters.values() if not any(p.index)]
-    numbers, padded = bridge.numbers, source.padded_vocab_size
+    numbers, padded = bridge.config_values, source.padded_vocab_size
     padding = f"padded to {padded:,}" if padded != bridge.vocab_size else "not padded"
     figures = [
         ("Parameters", short(source.parameters), f"{source.parameters:,}"),

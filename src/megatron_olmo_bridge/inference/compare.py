@@ -88,9 +88,15 @@ def comparison(
         tell(f"run transformers in {dtype}, to measure what rounding does")
         own = run_transformers(reference.folder, ids, dtype)
     return difference(
-        expected, states, own, ids, dtype, mixture="num_moe_experts" in reference.bridge.numbers,
-        threshold=threshold, config_differences=config_differences,
-    )  # fmt: skip
+        expected,
+        states,
+        own,
+        ids,
+        dtype,
+        mixture="num_moe_experts" in reference.bridge.config_values,
+        threshold=threshold,
+        config_differences=config_differences,
+    )
 
 
 def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
@@ -173,7 +179,7 @@ def tokenizer_of(source: Checkpoint) -> Any:
 def _check_length(source: Checkpoint, count: int) -> None:
     if count < 2:
         raise InputError("two tokens at least are needed: the loss is of the next token")
-    positions = source.bridge.numbers.get("max_position_embeddings")
+    positions = source.bridge.config_values.get("max_position_embeddings")
     if positions is not None and count > positions:
         raise InputError(f"{count} tokens are more than the model's {positions} positions")
 
@@ -195,5 +201,5 @@ def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
             f"{a.folder} and {b.folder} can't be compared: they hold models of different shapes "
             f"({a.bridge.family} and {b.bridge.family})"
         )
-    mine, theirs = a.bridge.numbers, b.bridge.numbers
+    mine, theirs = a.bridge.config_values, b.bridge.config_values
     return [f"{k}: {v} and {theirs[k]}" for k, v in mine.items() if v != theirs[k]]

@@ -71,7 +71,7 @@ class Generation:
             self.prompt = [int(token) for token in self._tokenizer(prompt)["input_ids"]]
         self.tokens: list[int] = []
         self._stop_at = _end_tokens(source)
-        positions = source.bridge.numbers.get("max_position_embeddings")
+        positions = source.bridge.config_values.get("max_position_embeddings")
         self._limits: dict[str, Any] = {
             "vocab_size": source.bridge.vocab_size,
             "positions": positions,

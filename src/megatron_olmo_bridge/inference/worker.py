@@ -41,13 +41,13 @@ def main() -> None:
         model = provider.provide_distributed_model(wrap_with_ddp=False)
         if job.states:
             _tell("run megatron-core")
-            _run(model, job, bridge.bridge.vocab_size)
+            _run(model, job, bridge.model_bridge.vocab_size)
         if job.save:
             _tell("save with stock megatron-core")
             bridge.save_megatron_model(model, job.save)
         if job.generate is not None:
             _tell("generate")
-            options = job.generate | {"vocab_size": bridge.bridge.vocab_size}
+            options = job.generate | {"vocab_size": bridge.model_bridge.vocab_size}
             for token in generate(model, job.tokens[0], **options):
                 if dist.get_rank() == 0:
                     print(f"{TOKEN}{token}", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
 from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
 from megatron_olmo_bridge.checkpoints.hf_files import MAX_SHARD_SIZE
-from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
-from megatron_olmo_bridge.checkpoints.megatron_config import RUN_CONFIG, model_section
-from megatron_olmo_bridge.checkpoints.open import find_kind, open_checkpoint
-from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
-from megatron_olmo_bridge.convert.to_hf import export_checkpoint
-from megatron_olmo_bridge.convert.to_megatron import import_checkpoint
+from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError, quote
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
@@ -30,24 +25,22 @@ from megatron_olmo_bridge.models.megatron_bridge import (
     BRIDGE_NAMES,
     LOADING,
     check_keywords,
-    check_options,
     missing_name,
 )
 from megatron_olmo_bridge.models.provider import GPTModelProvider
-from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.storage.progress import Reporter
-from megatron_olmo_bridge.storage.provenance import LIVE, read_provenance
 
 from .export import stream_weights
 from .load import load_weights
+from .offline import OfflineMethods
 from .save import save_hf, save_megatron
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 """A live model: its chunks, or the only one."""
 
 
-class AutoBridge:
+class AutoBridge(OfflineMethods):
     """One model, between the two worlds. The names are those of Megatron-Bridge, whose keywords
     are taken too or refused by a sentence (docs/megatron-bridge.md)::
 
@@ -61,15 +54,18 @@ class AutoBridge:
     """
 
     def __init__(self, bridge: ModelBridge, source: Checkpoint | None = None) -> None:
-        self.bridge = bridge
+        self.model_bridge = bridge
         self.source = source
         self.dtype: torch.dtype | None = None
         """Of the providers' parameters; None takes the checkpoint's."""
 
     def __repr__(self) -> str:
         where = self.source.folder if self.source is not None else "a config, without weights"
-        head = f", {self.bridge.num_labels} labels" if self.bridge.num_labels else ""
-        size = self.bridge.size_name() or f"{self.bridge.family}, {self.bridge.num_layers} layers"
+        head = f", {self.model_bridge.num_labels} labels" if self.model_bridge.num_labels else ""
+        size = (
+            self.model_bridge.size_name()
+            or f"{self.model_bridge.family}, {self.model_bridge.num_layers} layers"
+        )
         return f"AutoBridge({size}{head}, from {where})"
 
     def __getattr__(self, name: str) -> Any:
@@ -189,7 +185,7 @@ class AutoBridge:
             InputError: there are no weights to load, or they have several dtypes.
         """
         chosen = self._dtype() if dtype is None else _as_dtype(dtype)
-        provider = self.bridge.provider(params_dtype=chosen)
+        provider = self.model_bridge.provider(params_dtype=chosen)
         if load_weights:
             if self.source is None and hf_path is None:
                 raise InputError(
@@ -253,7 +249,7 @@ class AutoBridge:
         if isinstance(self.source, HFCheckpoint):
             names = [n for n in self.source.hf_folder.arrays if n in self.source.mapping.hf_shapes]
             names += self.source.new
-        return stream_weights(_chunks(model), self.bridge, names=names, to=rank, cpu=cpu)
+        return stream_weights(_chunks(model), self.model_bridge, names=names, to=rank, cpu=cpu)
 
     def save_hf_pretrained(
         self,
@@ -272,9 +268,14 @@ class AutoBridge:
         """
         check_keywords("save_hf_pretrained", megatron_bridge, LOADING)
         save_hf(
-            _chunks(model), self.bridge, path, beside=self._beside(),
-            max_shard_size=max_shard_size, overwrite=overwrite, reporter=reporter,
-        )  # fmt: skip
+            _chunks(model),
+            self.model_bridge,
+            path,
+            artifacts_folder=self._artifacts_folder(),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            reporter=reporter,
+        )
 
     def save_megatron_model(
         self,
@@ -298,10 +299,14 @@ class AutoBridge:
             OutputError: there is something at ``path``.
         """
         check_keywords("save_megatron_model", megatron_bridge, LOADING)
-        beside = (
-            self._beside() if hf_tokenizer_path is None else fetch(str(hf_tokenizer_path), None)[0]
+        folder = (
+            self._artifacts_folder()
+            if hf_tokenizer_path is None
+            else fetch(str(hf_tokenizer_path), None)[0]
         )
-        save_megatron(_chunks(model), self.bridge, path, beside=beside, iteration=iteration)
+        save_megatron(
+            _chunks(model), self.model_bridge, path, artifacts_folder=folder, iteration=iteration
+        )
 
     def load_megatron_model(
         self,
@@ -327,57 +332,6 @@ class AutoBridge:
             setattr(provider, name, value)
         return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
 
-    @staticmethod
-    def import_ckpt(
-        hf_model_id: str | Path,
-        megatron_path: str | Path,
-        *,
-        torch_dtype: str | torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        """Convert Hugging Face to Megatron without a model.
-
-        Args:
-            hf_model_id: a folder or a hub id.
-            megatron_path: the checkpoint root to make.
-            torch_dtype: the same as ``dtype``.
-            options: fields of ``ImportOptions`` and ``WriteOptions``.
-        """
-        if torch_dtype not in (None, "auto"):
-            options["dtype"] = torch_dtype
-        read, write = _split("import_ckpt", ImportOptions, options)
-        import_checkpoint(hf_model_id, megatron_path, ImportOptions(**read), WriteOptions(**write))
-
-    @staticmethod
-    def export_ckpt(megatron_path: str | Path, hf_path: str | Path, **options: Any) -> None:
-        """Convert Megatron to Hugging Face without a model.
-
-        Args:
-            megatron_path: a checkpoint root or an iteration's folder.
-            hf_path: the folder to make.
-            options: fields of ``ExportOptions`` and ``WriteOptions``.
-        """
-        read, write = _split("export_ckpt", ExportOptions, options)
-        export_checkpoint(megatron_path, hf_path, ExportOptions(**read), WriteOptions(**write))
-
-    @staticmethod
-    def get_hf_model_id_from_checkpoint(path: str | Path) -> str | None:
-        """Return the folder or hub id that a Megatron checkpoint was made from, if it is recorded.
-
-        Raises:
-            BridgeError: there is no checkpoint at ``path``.
-        """
-        kind, folder = find_kind(Path(path).expanduser())
-        if kind is not MegatronCheckpoint:
-            raise InputError(f"{path}: is not a Megatron checkpoint")
-        recorded = read_provenance(folder)
-        if recorded is not None and recorded["source"] != LIVE:
-            return str(recorded["source"])
-        run_config = folder / RUN_CONFIG
-        section = model_section(run_config) if run_config.exists() else None
-        identifier = (section or {}).get("hf_model_id")
-        return None if identifier is None else str(identifier)
-
     def _dtype(self) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
@@ -386,24 +340,15 @@ class AutoBridge:
             if len(found) > 1:
                 raise InputError(f"the weights are {' and '.join(found)}: pass dtype=")
             return getattr(torch, found[0])  # type: ignore[no-any-return]
-        config = self.bridge.hf_config
+        config = self.model_bridge.hf_config
         named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         named = named.removeprefix("torch.")
         if named not in ITEM_SIZE:
             raise InputError(f"the config's dtype {quote(named)} is none of {', '.join(ITEM_SIZE)}")
         return getattr(torch, named)  # type: ignore[no-any-return]
 
-    def _beside(self) -> Path | None:
+    def _artifacts_folder(self) -> Path | None:
         return self.source.artifacts_folder if self.source is not None else None
-
-
-def _split(
-    function: str, reading: type[ImportOptions | ExportOptions], options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the keywords that are fields of an options class, and those of ``WriteOptions``."""
-    read, write = ({f.name for f in fields(c)} for c in (reading, WriteOptions))
-    known = check_options(function, read | write, options, LOADING)
-    return tuple({n: v for n, v in known.items() if n in part} for part in (read, write))  # type: ignore[return-value]
 
 
 def _chunks(model: Model) -> list[Any]:

@@ -48,7 +48,7 @@ def save_hf(
     bridge: ModelBridge,
     destination: str | Path,
     *,
-    beside: Path | None = None,
+    artifacts_folder: Path | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     reporter: Reporter | None = None,
@@ -59,7 +59,7 @@ def save_hf(
         chunks: as ``provide_distributed_model`` returns them.
         bridge: of the model.
         destination: the folder to make.
-        beside: folder with config.json and tokenizer files to copy.
+        artifacts_folder: folder with config.json and tokenizer files to copy.
         max_shard_size: bytes, or a text such as ``5GB``.
         overwrite: replace what is at ``destination``.
         reporter: told of the bytes written.
@@ -72,8 +72,8 @@ def save_hf(
     dtype = _dtype(live)
     specs = {n: TensorSpec(n, shape, dtype) for n, shape in live.mapping.hf_shapes.items()}
     files = shards(specs, "keep", parse_size(max_shard_size))
-    texts = index_of(files) | side_texts(bridge.hf_config, dtype, beside)
-    plan = CopyPlan("export", beside, files, texts, ".")
+    texts = index_of(files) | side_texts(bridge.hf_config, dtype, artifacts_folder)
+    plan = CopyPlan("export", artifacts_folder, files, texts, ".")
     target = Path(destination).expanduser()
     # What a killed save left is of other weights, perhaps: begin anew.
     anew = overwrite or is_vacant(target)
@@ -125,7 +125,7 @@ def save_megatron(
     bridge: ModelBridge,
     destination: str | Path,
     *,
-    beside: Path | None = None,
+    artifacts_folder: Path | None = None,
     iteration: int = 0,
 ) -> None:
     """Save with stock megatron-core, in a form that it, Megatron-LM and ``export`` load.
@@ -134,7 +134,7 @@ def save_megatron(
     the guard ``if __name__ == "__main__"``.
 
     Args:
-        chunks, bridge, beside: as for :func:`save_hf`.
+        chunks, bridge, artifacts_folder: as for :func:`save_hf`.
         destination: the checkpoint root to make.
         iteration: number of training steps that are in the weights.
 
@@ -146,7 +146,9 @@ def save_megatron(
     stage = root if root.is_dir() else root.with_name(root.name + ".partial")
     folder = stage / f"iter_{iteration:07d}"
     on_first(lambda: _begin(root, stage, folder))
-    state, texts = megatron_state(chunks, bridge, beside=beside, iteration=iteration)
+    state, texts = megatron_state(
+        chunks, bridge, artifacts_folder=artifacts_folder, iteration=iteration
+    )
     dist_checkpointing.save(state, str(folder), content_metadata=ON_DISK)
     wait_for_all()
     on_first(lambda: _commit(root, stage, folder, texts, iteration))
@@ -156,13 +158,13 @@ def megatron_state(
     chunks: Sequence[torch.nn.Module],
     bridge: ModelBridge,
     *,
-    beside: Path | None = None,
+    artifacts_folder: Path | None = None,
     iteration: int = 0,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What a Megatron checkpoint of a live model holds; all processes call it.
 
     Args:
-        chunks, bridge, beside, iteration: as for :func:`save_megatron`.
+        chunks, bridge, artifacts_folder, iteration: as for :func:`save_megatron`.
 
     Returns:
         The state for ``dist_checkpointing.save``, and the small files that belong beside it.
@@ -179,8 +181,8 @@ def megatron_state(
         "iteration": iteration,
         **model_states(chunks),
     }
-    beside_it = side_texts(bridge.hf_config, dtype, beside)
-    texts = {f"{HF_SUBFOLDER}/{name}": data for name, data in beside_it.items()}
+    artifacts = side_texts(bridge.hf_config, dtype, artifacts_folder)
+    texts = {f"{HF_SUBFOLDER}/{name}": data for name, data in artifacts.items()}
     run_config = {"model": bridge.megatron_record.run_config(rows, dtype)}
     texts[RUN_CONFIG] = yaml.safe_dump(run_config, sort_keys=False).encode()
     return state, texts

@@ -161,7 +161,7 @@ def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
 def _check_numbers(config: TransformerConfig, bridge: ModelBridge) -> None:
     """Raise MappingError if the model is another, though its tensors have the same shapes."""
     for name in _BEYOND_SHAPES:
-        expected, found = bridge.numbers.get(name), getattr(config, name, None)
+        expected, found = bridge.config_values.get(name), getattr(config, name, None)
         if expected is not None and found != expected:
             raise MappingError(f"{name} is {found} in the model, the config asks for {expected}")
 

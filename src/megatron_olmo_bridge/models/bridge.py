@@ -14,7 +14,7 @@ from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 from .heads import num_labels_of
 from .hf_values import HFValues
 from .megatron_record import MegatronRecord
-from .recorded import DECODER_SETTINGS
+from .record_check import DECODER_SETTINGS
 from .tables import EMBEDDING, HF_HEAD, HF_SCORE
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ModelBridge(ABC):
     default_pad_token_id: ClassVar[int | None] = None
     """Default of transformers' config class."""
     settings: ClassVar[dict[str, Any]]
-    """What Megatron records alike of every model of the family, beside :attr:`numbers`."""
+    """What Megatron records alike of every model of the family, beside :attr:`config_values`."""
     hf_base: ClassVar[str]
     """Name of transformers' class of the model without a head, for example ``Olmo2Model``."""
     hf_embedding: ClassVar[str]
@@ -77,7 +77,7 @@ class ModelBridge(ABC):
         """The family's table, without the head."""
 
     @property
-    def numbers(self) -> dict[str, Any]:
+    def config_values(self) -> dict[str, Any]:
         """Everything that fixes shapes and arithmetic, by megatron-core's names."""
         if not self.num_labels:
             return asdict(self.config)
@@ -89,7 +89,7 @@ class ModelBridge(ABC):
 
     @property
     def hf_keys(self) -> frozenset[str]:
-        """Keys of ``config.json`` that :attr:`numbers` stands for."""
+        """Keys of ``config.json`` that :attr:`config_values` stands for."""
         return frozenset(self.config_class.hf_defaults) | frozenset(self.config_class.hf_aliases)
 
     @property
@@ -175,7 +175,7 @@ class ModelBridge(ABC):
             InputError: megatron-core refuses the combination.
         """
         provider: type[GPTModelProvider] = pkgutil.resolve_name(self.provider_class)
-        return provider(**{**self.numbers, **fields})
+        return provider(**{**self.config_values, **fields})
 
     def size_name(self) -> str | None:
         """The published size that this model has, ``olmo2-7b`` for example."""

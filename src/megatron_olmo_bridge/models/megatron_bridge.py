@@ -20,7 +20,7 @@ BRIDGE_NAMES = {
     "save_hf_tokenizer": "use save_hf_pretrained, which writes the tokenizer beside the weights",
     "push_to_hub": "write a folder with save_hf_pretrained, then `hf upload OWNER/NAME FOLDER`; or "
     "`olmo-bridge export MEGATRON FOLDER --push-to-hub OWNER/NAME`",
-    "get_conversion_tasks": "use bridge.mapping_registry().resolve() on AutoBridge.bridge, or "
+    "get_conversion_tasks": "use AutoBridge.model_bridge.mapping_registry().resolve(), or "
     "`olmo-bridge inspect PATH --mapping`: a mapping here is data",
     "mla_transformer_config": "no OLMo model has multi-latent attention: use transformer_config",
     "hf_pretrained": "use bridge.hf_config for config.json; the weights are never a model of "
@@ -34,7 +34,7 @@ PROVIDER_NAMES = {
     "pre_wrap_hook": "the hooks are in the list pre_wrap_hooks",
     "seq_length": "declare it in a subclass, for Megatron-Bridge's own training: see "
     "docs/megatron-bridge.md",
-    "meta_model": "AutoBridge.bridge.mapping_registry().resolve() has every name and shape",
+    "meta_model": "AutoBridge.model_bridge.mapping_registry().resolve() has every name and shape",
     "from_hf_pretrained": "use AutoBridge.from_hf_pretrained(PATH).to_megatron_provider()",
     "save_hf_pretrained": "use AutoBridge.save_hf_pretrained(model, PATH)",
 }

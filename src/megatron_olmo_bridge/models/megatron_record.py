@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import UnsupportedError
 
-from .recorded import RecordedModel
+from .record_check import RecordedModel
 
 
 class MegatronRecord:
@@ -22,7 +22,7 @@ class MegatronRecord:
 
     def args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
         """Return ``args`` of a checkpoint, read by Megatron-LM's ``--use-checkpoint-args``."""
-        return self.bridge.numbers | {
+        return self.bridge.config_values | {
             "padded_vocab_size": padded_vocab_size,
             "bf16": dtype == "bfloat16",
             "fp16": dtype == "float16",
@@ -44,7 +44,7 @@ class MegatronRecord:
         multiple = usual if padded_vocab_size - rows < usual else padded_vocab_size
         return {
             "_target_": self.bridge.provider_class.replace(":", "."),
-            **self.bridge.numbers,
+            **self.bridge.config_values,
             "make_vocab_size_divisible_by": multiple,
             "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
             "bf16": dtype == "bfloat16",

@@ -75,7 +75,7 @@ def inspect(
         iterations=source.iterations,
         vocab_size=source.bridge.vocab_size,
         padded_vocab_size=source.padded_vocab_size,
-        numbers=source.bridge.numbers,
+        numbers=source.bridge.config_values,
         config_from=str(source.config_from),
         provenance=read_provenance(source.folder),
         tensors=[

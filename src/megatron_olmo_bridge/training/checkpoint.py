@@ -126,7 +126,7 @@ class Checkpointer:
         folder = iteration_folder(self.root, step)
         partial = folder.with_name(folder.name + SUFFIX)
         state, texts = megatron_state(
-            self.chunks, self.bridge, beside=self.tokenizer_folder, iteration=step
+            self.chunks, self.bridge, artifacts_folder=self.tokenizer_folder, iteration=step
         )
         metadata = content_metadata(self.optimizer, fully_reshardable=fully_reshardable)
         state["optimizer"] = optimizer_state(

@@ -238,7 +238,7 @@ def export(run: Run) -> None:
             run.chunks,
             run.resolved.bridge,
             folder,
-            beside=run.task.tokenizer_folder,
+            artifacts_folder=run.task.tokenizer_folder,
             overwrite=True,
         )
     on_first(lambda: write_card(folder, config, run.figures))

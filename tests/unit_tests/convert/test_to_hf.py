@@ -176,7 +176,7 @@ def test_the_config_from_megatron_lms_args(
     torch.save({"args": argparse.Namespace(**args)}, folder / "common.pt")
     export_checkpoint(folder, tmp_path / "hf")
     assert same(load(tmp_path / "hf"), state.hf)  # trained padding rows are cut off
-    assert Olmo2Bridge(config_of(tmp_path / "hf")).numbers == state.bridge.numbers
+    assert Olmo2Bridge(config_of(tmp_path / "hf")).config_values == state.bridge.config_values
     assert config_of(tmp_path / "hf")["torch_dtype"] == "float32"
 
 
@@ -189,7 +189,7 @@ def test_the_config_from_a_run_config(
     (folder / "run_config.yaml").write_text(text)
     export_checkpoint(folder, tmp_path / "hf")
     assert same(load(tmp_path / "hf"), state.hf)
-    assert Olmo2Bridge(config_of(tmp_path / "hf")).numbers == state.bridge.numbers
+    assert Olmo2Bridge(config_of(tmp_path / "hf")).config_values == state.bridge.config_values
 
 
 def test_the_config_from_the_folder_that_the_user_names(

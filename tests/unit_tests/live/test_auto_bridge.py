@@ -65,7 +65,7 @@ def test_a_checkpoint_is_opened_by_its_headers(make_hf: HFFactory) -> None:
     hf = make_hf()
     for path in (hf, str(hf)):
         bridge = AutoBridge.from_hf_pretrained(path)
-        assert bridge.bridge.num_layers == 3
+        assert bridge.model_bridge.num_layers == 3
         assert bridge.source is not None
         assert bridge.source.folder == hf
 
@@ -73,9 +73,9 @@ def test_a_checkpoint_is_opened_by_its_headers(make_hf: HFFactory) -> None:
 def test_a_megatron_checkpoint_is_opened_by_another_name(
     tiny_hf: Path, tiny_megatron: Path
 ) -> None:
-    numbers = AutoBridge.from_hf_pretrained(tiny_hf).bridge.numbers
+    numbers = AutoBridge.from_hf_pretrained(tiny_hf).model_bridge.config_values
     for path in (tiny_megatron, tiny_megatron / "iter_0000000", tiny_hf):
-        assert AutoBridge.from_checkpoint(path).bridge.numbers == numbers
+        assert AutoBridge.from_checkpoint(path).model_bridge.config_values == numbers
     with pytest.raises(InputError) as caught:
         AutoBridge.from_hf_pretrained(tiny_megatron)
     assert str(caught.value) == (
@@ -130,10 +130,10 @@ def test_the_supported_models_are_architectures() -> None:
 def test_a_config_of_any_form(make_hf: HFFactory) -> None:
     hf = make_hf()
     values = json.loads((hf / "config.json").read_text())
-    expected = AutoBridge.from_hf_pretrained(hf).bridge.numbers
+    expected = AutoBridge.from_hf_pretrained(hf).model_bridge.config_values
     for config in (values, hf, str(hf), TransformersConfig.from_pretrained(hf)):
         bridge = AutoBridge.from_hf_config(config)
-        assert bridge.bridge.numbers == expected
+        assert bridge.model_bridge.config_values == expected
         assert bridge.source is None
 
 

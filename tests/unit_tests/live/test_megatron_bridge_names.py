@@ -111,9 +111,9 @@ def test_refused_keywords_are_on_the_page_and_say_what_to_do() -> None:
 
 
 def test_a_bridge_says_what_it_is(bridge: AutoBridge, tiny_hf: Path) -> None:
-    size = bridge.bridge.size_name() or f"olmo2, {bridge.bridge.num_layers} layers"
+    size = bridge.model_bridge.size_name() or f"olmo2, {bridge.model_bridge.num_layers} layers"
     assert repr(bridge) == f"AutoBridge({size}, from {tiny_hf})"
-    alone = AutoBridge.from_hf_config(bridge.bridge.hf_config)
+    alone = AutoBridge.from_hf_config(bridge.model_bridge.hf_config)
     assert repr(alone) == f"AutoBridge({size}, from a config, without weights)"
 
 
@@ -156,7 +156,7 @@ def test_a_new_head_has_the_problem_type_that_is_asked_for(tiny_hf: Path) -> Non
 def test_weights_are_loaded_from_another_path(
     tiny_hf: Path, bridge: AutoBridge, one_process: None
 ) -> None:
-    alone = AutoBridge.from_hf_config(bridge.bridge.hf_config)
+    alone = AutoBridge.from_hf_config(bridge.model_bridge.hf_config)
     (model,) = alone.to_megatron_model(hf_path=tiny_hf, wrap_with_ddp=False)
     right = dict(bridge.export_hf_weights([model], cpu=True, show_progress=False))
     assert alone.load_hf_weights(model, tiny_hf) == [model]
@@ -195,7 +195,7 @@ def test_a_provider_takes_what_pretrain_sets_and_calls(
     """The assignments and the call of ``setup()`` in megatron/bridge/training/setup.py, 0.3.1."""
     with pytest.raises(BridgeError, match="declare it in a subclass"):
         _ = bridge.to_megatron_provider(load_weights=False).seq_length
-    provider: Any = TrainedProvider(**bridge.bridge.numbers)
+    provider: Any = TrainedProvider(**bridge.model_bridge.config_values)
     provider.vocab_size, provider.should_pad_vocab = provider.vocab_size, False
     provider.register_pre_wrap_hook(bridge.load_hf_weights)
     (model,) = provider.provide_distributed_model(

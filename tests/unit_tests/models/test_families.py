@@ -67,7 +67,7 @@ def test_the_providers_numbers_are_the_configs(size: str) -> None:
     pytest.importorskip("megatron.core")
     family = bridge(size)
     provider = family.provider(params_dtype=__import__("torch").float32)
-    assert {name: getattr(provider, name) for name in family.numbers} == family.numbers
+    assert {name: getattr(provider, name) for name in family.config_values} == family.config_values
     module, _, name = family.megatron_record.run_config(1024, "float32")["_target_"].rpartition(".")
     assert (type(provider).__module__, type(provider).__name__) == (module, name)
 
@@ -91,7 +91,7 @@ def test_a_classifier_has_a_score_instead_of_a_head(size: str) -> None:
     config = as_classifier(published_sizes()[size].sizes[size], 7)
     family = bridge_for(config, "config.json")
     shapes = family.mapping_registry().resolve().hf_shapes
-    assert family.num_labels == family.numbers["num_labels"] == 7
+    assert family.num_labels == family.config_values["num_labels"] == 7
     assert shapes["score.weight"] == (7, 128)
     assert "lm_head.weight" not in shapes
 

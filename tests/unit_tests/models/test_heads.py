@@ -48,5 +48,5 @@ def test_a_head_that_contradicts_itself_is_refused(values: dict[str, Any], messa
 def test_the_problem_type_goes_with_the_head() -> None:
     values = {"problem_type": "regression", "num_labels": 1}
     head = bridge(architectures=["Olmo2ForSequenceClassification"], **values)
-    assert head.numbers["problem_type"] == "regression"
-    assert "problem_type" not in bridge(problem_type="regression").numbers
+    assert head.config_values["problem_type"] == "regression"
+    assert "problem_type" not in bridge(problem_type="regression").config_values

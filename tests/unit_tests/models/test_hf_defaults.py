@@ -67,7 +67,7 @@ def test_every_alias_is_read(family: str) -> None:
     for alias, key in aliases.items():
         config = tiny(family)
         renamed = {alias if k == key else k: v for k, v in config.items()}
-        assert read(renamed).numbers == read(config).numbers
+        assert read(renamed).config_values == read(config).config_values
         with pytest.raises(InputError, match=f"{key} is {config[key]} and {alias}, .* is 3$"):
             read(config | {alias: 3})
 
@@ -75,19 +75,21 @@ def test_every_alias_is_read(family: str) -> None:
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_a_bare_config_is_the_model_that_transformers_builds(family: str) -> None:
     bare = {"model_type": family}
-    assert read(bare).numbers == read(bare | TRANSFORMERS[family]().to_dict()).numbers
+    assert read(bare).config_values == read(bare | TRANSFORMERS[family]().to_dict()).config_values
 
 
 @pytest.mark.parametrize("family", ["olmo", "olmo2", "olmo3"])
 def test_a_bare_classifier_pads_and_labels_as_transformers_does(family: str) -> None:
     name = TRANSFORMERS[family].__name__.replace("Config", "ForSequenceClassification")
     config = TRANSFORMERS[family]()
-    numbers = read({"architectures": [name]}).numbers
+    numbers = read({"architectures": [name]}).config_values
     assert (numbers["pad_token_id"], numbers["num_labels"]) == (
         config.pad_token_id,
         config.num_labels,
     )
-    assert read({"architectures": [name], "pad_token_id": None}).numbers["pad_token_id"] is None
+    assert (
+        read({"architectures": [name], "pad_token_id": None}).config_values["pad_token_id"] is None
+    )
 
 
 # ------------------------------------------------------------------------------- what is refused
@@ -210,7 +212,7 @@ def test_theta_and_eps_are_above_zero(family: str, key: str) -> None:
 
 
 def test_a_number_may_be_zero_where_zero_means_something() -> None:
-    numbers = read(tiny("olmoe") | {"router_aux_loss_coef": 0.0}).numbers
+    numbers = read(tiny("olmoe") | {"router_aux_loss_coef": 0.0}).config_values
     assert numbers["moe_aux_loss_coeff"] == 0.0
 
 

@@ -15,7 +15,7 @@ from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 from megatron_olmo_bridge.models.hf_values import MAX_HEADS, MAX_LAYERS, HFValues
 from megatron_olmo_bridge.models.megatron_record import MegatronRecord
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
-from megatron_olmo_bridge.models.recorded import DECODER_SETTINGS, differing
+from megatron_olmo_bridge.models.record_check import DECODER_SETTINGS, differing
 
 SPEC = ("megatron_olmo_bridge.models.olmo2.layer_specs", "OLMO2_LAYER_SPEC")
 """Module and name of the layer spec, as Megatron-LM's ``--spec`` takes them."""

@@ -164,7 +164,7 @@ class Classifier:
                         run.chunks,
                         self.resolved.bridge,
                         target,
-                        beside=task.tokenizer_folder,
+                        artifacts_folder=task.tokenizer_folder,
                         overwrite=True,
                     )
             on_first(lambda: write_history(self.folder / HISTORY, history))

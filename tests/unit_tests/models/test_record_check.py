@@ -11,7 +11,7 @@ import yaml
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridge_for, published_sizes
 from megatron_olmo_bridge.models.olmo2 import megatron_lm
-from megatron_olmo_bridge.models.recorded import contradictions
+from megatron_olmo_bridge.models.record_check import contradictions
 
 TINY = [name for name in published_sizes() if name.endswith("-tiny")]
 NO_TENSORS: dict[str, Any] = {}

@@ -23,7 +23,7 @@ class RecordedModel(Protocol):
     num_labels: int | None
 
     @property
-    def numbers(self) -> dict[str, Any]: ...
+    def config_values(self) -> dict[str, Any]: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -136,7 +136,7 @@ def contradictions(
 
 
 def _compared_numbers(bridge: RecordedModel) -> dict[str, Any]:
-    numbers = {n: v for n, v in bridge.numbers.items() if n not in _NOT_COMPARED}
+    numbers = {n: v for n, v in bridge.config_values.items() if n not in _NOT_COMPARED}
     if bridge.num_labels:  # a classifier has no output layer
         del numbers["share_embeddings_and_output_weights"]
     return numbers
