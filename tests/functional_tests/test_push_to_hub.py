@@ -225,8 +225,8 @@ def test_what_the_hub_refuses(
     first, second = done.stderr.splitlines()[-2:]
     assert first.startswith(f"olmo-bridge: {REPO}: {says}")
     assert second == (
-        "The export itself is complete: out. To push it, run the same again with --resume, which "
-        "does not write it anew."
+        "The export itself is complete: out. To push it, run the same command with --resume, which "
+        "does not write the files again."
     )
     assert "Traceback" not in done.stderr
     assert verify(megatron, tmp_path / "out").equal
@@ -258,8 +258,8 @@ def test_a_wrong_token_and_no_network(hub: Hub, megatron: Path, tmp_path: Path) 
         (("--push-to-hub", REPO), "", "the hub wants a token. Run `hf auth login`, or set"),
         (("--push-to-hub", "no-owner"), TOKEN, "no-owner: is not a hub id; write owner/name"),
         (("--push-to-hub", REPO, "--iteration", "all"), TOKEN, "takes a single model"),
-        (("--private",), TOKEN, "--private and --revision go with --push-to-hub"),
-        (("--revision", "v1"), TOKEN, "--private and --revision go with --push-to-hub"),
+        (("--private",), TOKEN, "--private and --revision need --push-to-hub"),
+        (("--revision", "v1"), TOKEN, "--private and --revision need --push-to-hub"),
     ],
 )
 def test_what_is_known_before_nothing_is_written(

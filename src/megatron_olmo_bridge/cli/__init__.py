@@ -1,4 +1,4 @@
-"""The command ``olmo-bridge``."""
+"""The ``olmo-bridge`` command."""
 
 import sys
 
@@ -8,7 +8,7 @@ from megatron_olmo_bridge.errors import INTERRUPTED
 def main() -> None:
     """Run the command line."""
     try:
-        from .app import app  # takes a moment, in which Ctrl-C is no fault either
+        from .app import app  # slow enough that Ctrl-C can arrive during the import
 
         app()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The command's entry point; each module beside it holds a group of commands."""
+"""Entry point of the command line; each other module here holds a group of commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Move OLMo checkpoints between Hugging Face and Megatron, and prove nothing was lost.
 
-    A first round, on a model that it makes itself:
+    Try it on a small synthetic model:
 
     \b
       olmo-bridge synth olmo2-tiny hf

@@ -1,4 +1,4 @@
-"""Commands that only look: verify, inspect, doctor."""
+"""Read-only commands: verify, inspect, models, doctor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_olmo_bridge.tools.inspect import Inspection
 
 SHOWN = 40
-"""Differences that the table shows; --json has all."""
+"""Maximum number of differences in the table; --json lists all."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,7 +38,7 @@ def verify(
         Path, typer.Argument(metavar="A", help="A checkpoint of any kind, or a hub id.")
     ],
     second: Annotated[
-        Path | None, typer.Argument(metavar="[B]", help="Another, to compare it with.")
+        Path | None, typer.Argument(metavar="[B]", help="Checkpoint to compare A with.")
     ] = None,
     kind_options: KindOptions = NO_KIND_OPTIONS,
     workers: Workers = WORKERS,
@@ -46,7 +46,7 @@ def verify(
     """Prove that two checkpoints hold the same model: bit for bit, no tolerance.
 
     Names, shapes, dtypes, values and config are compared in both directions. With one path, its
-    files are compared with what was recorded when they were written. Exits with 1 if anything
+    files are compared with the record made when they were written. Exits with 1 if anything
     differs.
 
     Examples:
@@ -65,7 +65,7 @@ def verify(
         say(f"Note: {note}")
     compared = f"{result.compared} tensors, {human_bytes(result.nbytes)} compared bit for bit"
     if second is None:
-        compared = f"{result.compared} files compared with what was recorded"
+        compared = f"{result.compared} files compared with the record"
     if result.equal:
         verdict = "Sizes only, no difference" if result.checked == "sizes" else "Equal"
         say(f"{verdict}: {compared}.")
@@ -85,17 +85,19 @@ def _print_differences(differences: list[Difference]) -> None:
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="A checkpoint of any kind, a hub id, prepared data."),
+        typer.Argument(
+            metavar="PATH", help="A checkpoint of any kind, a hub id, or prepared data."
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     mapping: Annotated[
-        bool, typer.Option("--mapping", help="Show which Hugging Face block stands where.")
+        bool, typer.Option("--mapping", help="Show where each Hugging Face block is stored.")
     ] = False,
     megatron_args: Annotated[
         bool, typer.Option("--megatron-args", help="Print Megatron-LM's flags, ready to paste.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page with the mapping in pictures.")
+        Path | None, typer.Option(metavar="FILE", help="Write a page with diagrams of the mapping.")
     ] = None,
     iteration: Annotated[
         str | None, typer.Option(help="A number or 'release'.", autocompletion=iterations)
@@ -103,14 +105,14 @@ def inspect(
     hf_config: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder with config.json, if PATH has none.")
     ] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="If it is not recorded.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="If not recorded.")] = None,
     kind_options: KindOptions = NO_KIND_OPTIONS,
-    revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag, commit.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> Outcome:
-    """Say what a checkpoint is: model, size, dtype, files, layout, where it came from.
+    """Describe a checkpoint: model, size, dtype, files, layout and origin.
 
-    Only headers are read, and nothing in them is run. Of prepared data (the prefix of a .bin and an
-    .idx) it says how many documents and tokens there are, and how they begin.
+    Only headers are read, and nothing in them is executed. For prepared data (the prefix of a .bin
+    and an .idx), print the number of documents and tokens, and the first few tokens.
 
     Examples:
         olmo-bridge inspect ./megatron
@@ -131,64 +133,66 @@ def inspect(
     options = ReadOptions(
         iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, kind_options=kind_options
     )
-    found = run(path, options, revision=revision)
+    inspection = run(path, options, revision=revision)
     if html is not None:
-        write_page(html, mapping_page(open_checkpoint(found.folder, options)))
-    result = asdict(found)
+        write_page(html, mapping_page(open_checkpoint(inspection.folder, options)))
+    result = asdict(inspection)
     for name, wanted in (("tensors", tensors), ("mapping", mapping)):
-        if not wanted:  # these are long
+        if not wanted:  # long, so only on request
             del result[name]
     if megatron_args:
-        if not found.megatron_flags:
+        if not inspection.megatron_flags:
             raise InputError(
-                f"Megatron-LM's command line can't say all that {found.family} is; build the model "
+                f"Megatron-LM's command line can't express {inspection.family}; build the model "
                 "with its provider, as examples/load_and_save.py does"
             )
-        say(shlex.join(found.megatron_flags))
+        say(shlex.join(inspection.megatron_flags))
         return Outcome(result)
-    _print_summary(found)
+    _print_summary(inspection)
     if tensors:
         say("")
-        rows = [[t["name"], str(t["shape"]), t["dtype"], str(t["pieces"])] for t in found.tensors]
+        rows = [
+            [t["name"], str(t["shape"]), t["dtype"], str(t["pieces"])] for t in inspection.tensors
+        ]
         table(["tensor", "shape", "dtype", "chunks"], rows)
     if mapping:
         say("")
-        rows = [[r["megatron"], r["block"], r["hf"], r["hf_block"]] for r in found.mapping]
+        rows = [[r["megatron"], r["block"], r["hf"], r["hf_block"]] for r in inspection.mapping]
         table(["Megatron parameter", "block", "Hugging Face tensor", "block"], rows)
     return Outcome(result)
 
 
-def _print_summary(found: Inspection) -> None:
-    padded = f", padded to {found.padded_vocab_size}"
-    said = [
-        ["what", f"{found.kind}, {found.layout}"],
-        ["model", f"{found.family}, {found.size or 'no published size'}"],
-        ["parameters", f"{found.parameters:,}"],
-        ["dtype", ", ".join(found.dtypes)],
-        ["vocabulary", f"{found.vocab_size}"],
-        ["size on disk", f"{human_bytes(found.nbytes)} in {len(found.files)} files"],
-        ["folder", found.folder],
-        ["config from", found.config_from],
+def _print_summary(inspection: Inspection) -> None:
+    padded = f", padded to {inspection.padded_vocab_size}"
+    rows = [
+        ["what", f"{inspection.kind}, {inspection.layout}"],
+        ["model", f"{inspection.family}, {inspection.size or 'no published size'}"],
+        ["parameters", f"{inspection.parameters:,}"],
+        ["dtype", ", ".join(inspection.dtypes)],
+        ["vocabulary", f"{inspection.vocab_size}"],
+        ["size on disk", f"{human_bytes(inspection.nbytes)} in {len(inspection.files)} files"],
+        ["folder", inspection.folder],
+        ["config from", inspection.config_from],
     ]
-    if found.padded_vocab_size != found.vocab_size:
-        said[4][1] += padded
-    if found.iterations:
-        said.append(["iterations", ", ".join(found.iterations)])
-    if found.provenance:
-        origin = found.provenance["source"]
-        commit = found.provenance.get("revision")
-        said.append(["made from", f"{origin} at {commit}" if commit else origin])
-    table(["", ""], said)
+    if inspection.padded_vocab_size != inspection.vocab_size:
+        rows[4][1] += padded
+    if inspection.iterations:
+        rows.append(["iterations", ", ".join(inspection.iterations)])
+    if inspection.provenance:
+        origin = inspection.provenance["source"]
+        commit = inspection.provenance.get("revision")
+        rows.append(["made from", f"{origin} at {commit}" if commit else origin])
+    table(["", ""], rows)
     say("")
-    table(["number", "value"], [[k, str(v)] for k, v in found.numbers.items()])
-    for note in found.notes:
+    table(["number", "value"], [[k, str(v)] for k, v in inspection.numbers.items()])
+    for note in inspection.notes:
         say(f"\nNote: {note}.")
 
 
 def models(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As README.md has it.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
 ) -> Outcome:
-    """Say which models are supported: families, architectures, sizes, parallel layouts."""
+    """List the supported models: families, architectures, sizes, parallel layouts."""
     from megatron_olmo_bridge.models import catalogue
 
     families = catalogue.catalogue()
@@ -204,7 +208,7 @@ def models(
 
 
 def doctor() -> Outcome:
-    """Say what is installed here, and what works with it."""
+    """Show what is installed, and which commands work with it."""
     from megatron_olmo_bridge.tools.doctor import doctor as run
 
     findings = run()

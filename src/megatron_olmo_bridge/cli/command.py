@@ -1,4 +1,4 @@
-"""The shape of every command: the options that all have, the JSON envelope, errors, exit codes."""
+"""What all commands share: common options, the JSON envelope, errors, exit codes."""
 
 from __future__ import annotations
 
@@ -26,52 +26,50 @@ from .console import first_process, is_repeated, output
 from .logs import logging_to
 
 INTERNAL_ERROR = 70
-"""Exit code of a fault of our own: EX_SOFTWARE of sysexits.h."""
+"""Exit code for a bug in olmo-bridge: EX_SOFTWARE of sysexits.h."""
 BAD_USAGE = 2
 DIFFERENT = "1 a difference was found"
-"""Exit code of commands that compare, for ``register``."""
+"""``exit_codes`` of commands that compare, for :func:`register`."""
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
-"""click's, or that of the copy of click which typer brings."""
+"""click's UsageError, or that of the copy of click vendored by typer."""
 
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object, for scripts: docs/scripting.md.")
 ]
-_Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Say on standard error what happens.")
-]
+_Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log progress to standard error.")]
 _LogFile = Annotated[
     Path | None,
-    typer.Option("--log-file", metavar="FILE", help="Append to it what happens, in detail."),
+    typer.Option("--log-file", metavar="FILE", help="Append a detailed log to FILE."),
 ]
 _COMMON: dict[str, tuple[Any, Any]] = {
     "quiet": (_Quiet, False), "json": (_Json, False), "verbose": (_Verbose, False),
     "log_file": (_LogFile, None),
 }  # fmt: skip
-"""Options that every command has: how typer declares each, and its default."""
+"""Options of every command: the typer declaration and the default of each."""
 
 KindOptions = Mapping[str, Any]
 NO_KIND_OPTIONS: KindOptions = MappingProxyType({})
-"""Default of a parameter ``kind_options``: on the command line it is an option for each option that
-only one kind of checkpoint has."""
+"""Default of a ``kind_options`` parameter, which the command line expands into one option for each
+option that is specific to a kind of checkpoint."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did or found."""
+    """Result of a command."""
 
     result: Any = None
     """What ``--json`` prints; may hold dataclasses and paths."""
     exit_code: int = 0
-    """1 if the command looked for a difference and found one."""
+    """1 if the command compares and found a difference."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a command could not do its work."""
+    """Reason a command failed."""
 
     type: str
-    """Name of a class of errors.py, or of a built-in exception."""
+    """Exception class: one of errors.py, or a built-in."""
     message: str
     exit_code: int = BAD_USAGE
 
@@ -84,15 +82,15 @@ def register(
     needs: tuple[str, ...] = (),
     exit_codes: str = "",
 ) -> None:
-    """Make a function a command: with the options that all have, and one way to end.
+    """Register a function as a command, with the common options and error handling.
 
-    The function prints for people by ``console.say`` and ``console.table``, which are silent under
+    The function prints for people with ``console.say`` and ``console.table``, silent under
     ``--quiet`` and ``--json``, and returns what ``--json`` prints. Lines of its docstring under
-    ``Examples:`` stand at the bottom of ``--help``.
+    ``Examples:`` go to the bottom of ``--help``.
 
     Args:
-        needs: modules of extras without which the command can do nothing.
-        exit_codes: those that only some commands have: ``1 a difference was found``.
+        needs: modules from optional extras that the command requires.
+        exit_codes: exit codes specific to this command, such as ``1 a difference was found``.
     """
     own, kind_options = _with_kind_options(inspect.signature(function, eval_str=True))
     common = [
@@ -117,7 +115,7 @@ def register(
                 return function(**arguments)
 
         output.quiet, output.json, output.verbose = quiet, json, verbose
-        # torch says so when it is imported; nothing that runs without NumPy misses it.
+        # Raised when torch is imported without NumPy, which these commands do not need.
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
             code = _run(name, work, resumable="resume" in own.parameters)
@@ -133,10 +131,10 @@ def register(
 
 
 def _with_kind_options(own: inspect.Signature) -> tuple[inspect.Signature, list[str]]:
-    """Return a signature with its parameter ``kind_options`` written out, one a kind's option.
+    """Expand the parameter ``kind_options`` of a signature into one parameter per option.
 
     Returns:
-        The signature, and the names of the options; none where it has no such parameter.
+        The signature, and the names of the options (empty without such a parameter).
     """
     if "kind_options" not in own.parameters:
         return own, []
@@ -155,9 +153,9 @@ def _with_kind_options(own: inspect.Signature) -> tuple[inspect.Signature, list[
 
 
 def _help(function: Callable[..., Outcome], exit_codes: str) -> tuple[str, str]:
-    """Return what ``--help`` says above the options, and below them.
+    """Return the help texts above and below the options.
 
-    Lines are joined to paragraphs: rich would keep the ends of lines in some and not in others.
+    Lines are joined into paragraphs because rich keeps line breaks in only some of them.
     """
     text, _, examples = (inspect.getdoc(function) or "").partition("\nExamples:\n")
     paragraphs = [" ".join(lines.split()) for lines in text.split("\n\n")]
@@ -175,7 +173,7 @@ def _help(function: Callable[..., Outcome], exit_codes: str) -> tuple[str, str]:
 
 
 class CommandGroup(TyperGroup):
-    """The group of all commands. Bad usage is told in the JSON envelope where that is asked for."""
+    """Group of all commands. With ``--json``, bad usage is reported in the envelope too."""
 
     def main(
         self,
@@ -202,15 +200,15 @@ class CommandGroup(TyperGroup):
         except SystemExit as end:
             if not isinstance(end.__context__, BrokenPipeError):
                 raise
-            code = _end_quietly()  # of the help, which rich prints
+            code = _end_quietly()  # while rich was printing the help
         return sys.exit(code) if standalone_mode else code
 
 
 def _run(name: str, work: Callable[[], Outcome], resumable: bool) -> int:
-    """Run a command, say what became of it, and return the exit code."""
+    """Run a command, print its envelope or error, and return the exit code."""
     stdout = sys.stdout
     try:
-        # What libraries print must not stand beside the JSON.
+        # Keep the output of libraries out of the JSON on stdout.
         with contextlib.redirect_stdout(sys.stderr if output.json else stdout):
             outcome = work()
         if output.json:
@@ -232,7 +230,7 @@ def _run(name: str, work: Callable[[], Outcome], resumable: bool) -> int:
 
 
 def _end_quietly() -> int:
-    """Print nothing more: the reader of a pipe, `head` for example, has seen enough."""
+    """Stop printing because the reader of the pipe (`head`, for example) has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -256,7 +254,7 @@ def _explain(error: BaseException, resumable: bool) -> Failure:
 
 
 def _print_envelope(stdout: TextIO, command: str | None, outcome: Any) -> None:
-    """Print what a command found, or its failure, as the one JSON object of docs/scripting.md."""
+    """Print the outcome or failure as the JSON envelope described in docs/scripting.md."""
     if not first_process():
         return
     failed = isinstance(outcome, Failure)
@@ -271,7 +269,7 @@ def _print_envelope(stdout: TextIO, command: str | None, outcome: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as objects, tuples as lists, null for NaN and infinity: JSON has neither."""
+    """Convert to JSON types: dataclasses to objects, tuples to lists, NaN and infinity to null."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):

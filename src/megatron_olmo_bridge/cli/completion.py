@@ -1,4 +1,4 @@
-"""Values that the shell completes. Nothing here may import torch: a shell does not wait for it."""
+"""Shell completion of values. Must not import torch: completion has to be instant."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def recipe_names(incomplete: str) -> list[str]:
 
 
 def iterations(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete an iteration of the checkpoint root that the command line names already."""
-    if not context.args:  # an option without its value ends the parsing before any argument's
+    """Complete an iteration of the checkpoint root that is already on the command line."""
+    if not context.args:  # an option without its value stops click before it reads arguments
         return []
     root = Path(context.args[0]).expanduser()
     numbers = map(iteration_number, iteration_folders(root) if root.is_dir() else [])

@@ -1,4 +1,4 @@
-"""How commands print and show progress."""
+"""Output of commands: lines, tables and progress bars."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ Workers = Annotated[
 
 @dataclass
 class Output:
-    """What the running command may print."""
+    """Output settings of the running command."""
 
     quiet: bool = False
     json: bool = False
     verbose: bool = False
-    """Lines on standard error say what happens; no progress bar is drawn over them."""
+    """Log lines go to standard error, so no progress bar is drawn."""
 
     @property
     def silent(self) -> bool:
-        """Whether lines and tables for people are left out: also in processes that aren't first."""
+        """True if lines and tables for people are suppressed, as in all processes but the first."""
         return self.quiet or self.json or not first_process()
 
 
 output = Output()
-"""Of this process. Each command sets it when it starts: see command.py."""
+"""Output settings of this process; command.py sets them when a command starts."""
 
 
 def first_process() -> bool:
-    """Whether this process is the one of torchrun's that prints."""
+    """Return whether this is the process that prints (rank 0 under torchrun)."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def is_repeated(message: str) -> bool:
-    """Whether another of the processes that torchrun started on this node has printed the same.
+    """Return whether another torchrun process on this node has already printed this message.
 
-    A refusal is often found by all of them at once, another error by one alone: so which process is
-    to print it can't be said beforehand. A file tells them, in a folder that torchrun has made.
+    Some errors occur in all processes at once and others in just one, so no process can be chosen
+    in advance to print them. The processes coordinate through a file in torchrun's folder.
     """
     error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull))
     if error_file.name != "error.json":  # ATTEMPT/LOCAL_RANK/error.json
@@ -66,7 +66,7 @@ def is_repeated(message: str) -> bool:
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version and leave."""
+    """Print the version and exit."""
     if wanted:
         typer.echo(f"olmo-bridge {__version__}")
         raise typer.Exit
@@ -79,7 +79,7 @@ def say(text: str) -> None:
 
 
 def table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
-    """Print a table for people. Long names fold; nothing is cut off."""
+    """Print a table for people. Long names wrap; nothing is truncated."""
     if output.silent:
         return
     from rich.console import Console
@@ -93,14 +93,14 @@ def table(columns: list[str], rows: list[list[str]], title: str | None = None) -
         column.overflow = "fold"
     for row in rows:
         out.add_row(*(escape(cell, keep="\n") for cell in row))
-    # Printed by echo: rich ends a broken pipe with exit code 1, "a difference was found".
+    # Use echo: on a broken pipe rich would exit with 1, which means "a difference was found".
     with console.capture() as rendered:
         console.print(out)
     typer.echo(rendered.get(), nl=False)
 
 
 def human_bytes(count: float) -> str:
-    """``14.60 GB``"""
+    """Format a number of bytes: ``14.60 GB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
@@ -109,7 +109,7 @@ def human_bytes(count: float) -> str:
 
 
 class ProgressBar(Reporter):
-    """Bytes done, rate and time left on the terminal; silent where standard error is none."""
+    """Show bytes done, rate and time left; silent if standard error is not a terminal."""
 
     def __init__(self) -> None:
         self._shown = not (output.silent or output.verbose) and sys.stderr.isatty()

@@ -24,18 +24,18 @@ Dtype = Annotated[
     str, typer.Option(help="keep, float32, bfloat16 or float16.", autocompletion=dtypes_or_keep)
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue an interrupted run; afresh if there is none.")
+    bool, typer.Option("--resume", help="Continue an interrupted run, if there is one.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")]
 Checksum = Annotated[
     bool, typer.Option("--checksum", help="Record a SHA-256 of each file (reads all once more).")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check all, print the plan, and write nothing.")
+    bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
 ]
-ShardSize = Annotated[str, typer.Option(help="Most bytes of tensors in a file: 5GB, 500MB.")]
+ShardSize = Annotated[str, typer.Option(help="Maximum size of a file: 5GB, 500MB.")]
 EXPECTED_RATE = 500e6
-"""Bytes per second that --dry-run reckons with: a middling SSD. docs/benchmarks.md has more."""
+"""Bytes per second that --dry-run assumes: a mid-range SSD (docs/benchmarks.md)."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -50,20 +50,20 @@ def synth(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="A size of `olmo-bridge models`: olmo2-7b.", autocompletion=sizes
+            metavar="NAME", help="A size that `olmo-bridge models` lists.", autocompletion=sizes
         ),
     ],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.")],
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16.", autocompletion=dtypes)
     ] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
-    layers: Annotated[int | None, typer.Option(help="Layers, if not the published number.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    layers: Annotated[int | None, typer.Option(help="Layers; default: as published.")] = None,
     max_shard_size: ShardSize = "5GB",
 ) -> Outcome:
-    """Make a Hugging Face checkpoint with random weights in a published architecture.
+    """Create a Hugging Face checkpoint with random weights in a published architecture.
 
-    Streamed: a model of any size needs little memory. transformers loads it.
+    Weights are streamed to disk, so a model of any size needs little memory. transformers loads it.
 
     Examples:
         olmo-bridge synth olmo2-tiny ./tiny
@@ -83,23 +83,21 @@ def synth(
 
 def import_(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A folder, or a hub id; or OLM's step_N.pt.")
+        str, typer.Argument(metavar="SRC", help="A folder, a hub id, or OLM's step_N.pt.")
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint root to make.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint root to create.")],
     dtype: Dtype = "keep",
     workers: Workers = WORKERS,
-    revision: Annotated[
-        str | None, typer.Option(help="Of the hub: stage1-step1907359-tokens4001B, a commit.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     make_vocab_size_divisible_by: Annotated[
-        int, typer.Option(min=1, help="Pad the vocabulary with zero rows to a multiple.")
+        int, typer.Option(min=1, help="Pad the vocabulary with zero rows to a multiple of N.")
     ] = 1,
     release: Annotated[
-        bool, typer.Option("--release", help="For Megatron-LM older than November 2025.")
+        bool, typer.Option("--release", help="Write for Megatron-LM older than November 2025.")
     ] = False,
     num_labels: Annotated[
         int | None,
-        typer.Option(min=1, help="A new classification head of zeros, for N classes."),
+        typer.Option(min=1, help="Add a zero-initialized classification head for N classes."),
     ] = None,
     kind_options: KindOptions = NO_KIND_OPTIONS,
     hf_config: Annotated[
@@ -136,7 +134,7 @@ def import_(
     )
     write = WriteOptions(workers=workers, resume=resume, overwrite=overwrite, checksum=checksum)
     if output.silent:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of a download
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # hide the bar of the download
     if dry_run:
         plan, _ = to_megatron.plan_import(source, options)
         return _dry_run([(plan, destination)], write)
@@ -162,15 +160,15 @@ def export(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="A checkpoint root or an iter_ folder; or OLM's step_N.pt."
+            metavar="SRC", help="A checkpoint root, an iter_ folder, or OLM's step_N.pt."
         ),
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
     dtype: Dtype = "keep",
     iteration: Annotated[
         str | None,
         typer.Option(
-            help="A number, 'release' or 'all'; else the latest.", autocompletion=iterations
+            help="A number, 'release' or 'all'; default: the latest.", autocompletion=iterations
         ),
     ] = None,
     max_shard_size: ShardSize = "5GB",
@@ -184,13 +182,13 @@ def export(
     ] = None,
     kind_options: KindOptions = NO_KIND_OPTIONS,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Then upload DST, with a model card.")
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload DST, with a model card.")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository of the hub private.")
+        bool, typer.Option("--private", help="If the hub repository is new, make it private.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch of the hub to push to; made if it is absent.")
+        str | None, typer.Option(help="Hub branch to push to; created if missing.")
     ] = None,
     workers: Workers = WORKERS,
     resume: Resume = False,
@@ -221,7 +219,7 @@ def export(
     )
     write = WriteOptions(workers=workers, resume=resume, overwrite=overwrite, checksum=checksum)
     if output.silent:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of an upload
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # hide the bar of the upload
     _check_push(push_to_hub, private, revision, iteration)
     if dry_run:
         exports = to_hf.plan_exports(source, destination, options)
@@ -246,15 +244,15 @@ def export(
 def _check_push(
     repo: str | None, private: bool, revision: str | None, iteration: str | None
 ) -> None:
-    """Before the export, which may take long: what is known to fail after it."""
+    """Refuse, before a long export, what would fail when it is pushed."""
     from megatron_olmo_bridge.storage.hub import check_can_push
 
     if repo is not None:
         if iteration == "all":
-            raise InputError("--push-to-hub takes a single model: name one --iteration")
+            raise InputError("--push-to-hub uploads a single model: choose one --iteration")
         check_can_push(repo)
     elif private or revision is not None:
-        raise InputError("--private and --revision go with --push-to-hub")
+        raise InputError("--private and --revision need --push-to-hub")
 
 
 def _push(folder: Path, repo: str, private: bool, revision: str | None) -> str:
@@ -266,8 +264,8 @@ def _push(folder: Path, repo: str, private: bool, revision: str | None) -> str:
         return push_to_hub(folder, repo, private=private, revision=revision)
     except BridgeError as error:
         raise OutputError(
-            f"{error}.\nThe export itself is complete: {folder}. To push it, run the same again "
-            "with --resume, which does not write it anew."
+            f"{error}.\nThe export itself is complete: {folder}. To push it, run the same command "
+            "with --resume, which does not write the files again."
         ) from error
 
 
@@ -276,10 +274,10 @@ def average(
         list[str],
         typer.Argument(metavar="A B ...", help="Folders of either kind, iter_ folders, hub ids."),
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
     weights: Annotated[
         str | None,
-        typer.Option(metavar="0.5,0.25,0.25", help="A share for each, of their sum; else equal."),
+        typer.Option(metavar="0.5,0.25,0.25", help="Weight of each checkpoint; default: equal."),
     ] = None,
     dtype: Dtype = "keep",
     max_shard_size: ShardSize = "5GB",
@@ -334,7 +332,7 @@ def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
 
 
 def _dry_run(planned: list[tuple[CopyPlan, Path]], write: WriteOptions) -> Outcome:
-    """Say what would be written, or refuse it as the run would: one plan, or one an iteration."""
+    """Print what would be written, or raise what the run would: one plan per iteration."""
     for plan, folder in planned:
         check_output(plan, folder, write)
     plans = [_summary(plan, folder) for plan, folder in planned]
@@ -351,7 +349,7 @@ def _dry_run(planned: list[tuple[CopyPlan, Path]], write: WriteOptions) -> Outco
 
 
 def _show_done(plans: list[CopyPlan], destination: Path, begin: float) -> dict[str, Any]:
-    """Say what was written."""
+    """Print what was written."""
     seconds = time.monotonic() - begin
     written = sum(p.output_bytes for p in plans)
     count = sum(1 for plan in plans for _ in plan.payloads)

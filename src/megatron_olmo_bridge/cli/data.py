@@ -1,4 +1,4 @@
-"""Commands for data: prepare-data; and how inspect shows a dataset."""
+"""The prepare-data command, and how inspect shows a dataset."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def prepare_data(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Prefix: OUT.bin, OUT.idx, OUT.json.")],
     tokenizer: Annotated[
-        str, typer.Option(metavar="DIR_OR_ID", help="A folder with a tokenizer, or a hub id.")
+        str, typer.Option(metavar="DIR_OR_ID", help="Tokenizer: a folder or a hub id.")
     ],
     workers: Annotated[
-        int, typer.Option("--workers", "-j", min=1, help="Processes that tokenize.")
+        int, typer.Option("--workers", "-j", min=1, help="Number of tokenizing processes.")
     ] = WORKERS,
     text_field: Annotated[
         str, typer.Option(help="Field (.jsonl) or column (.parquet) with the text.")
@@ -43,37 +43,37 @@ def prepare_data(
     txt_documents: Annotated[
         str,
         typer.Option(
-            help="What is a document of .txt: each line, or each file.",
+            help="Document in .txt: each line, or each file.",
             autocompletion=one_of("line", "file"),
         ),
     ] = "line",
     token_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of .npy: uint16, uint32...; else the least for the vocabulary.",
+            help="Dtype of .npy: uint16, uint32, ...; default: smallest for the vocabulary.",
             autocompletion=one_of("uint16", "uint32"),
         ),
     ] = None,
     skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave out what can't be read, and count it.")
+        bool, typer.Option("--skip-bad-lines", help="Skip and count unreadable lines.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run; afresh if there is none.")
+        bool, typer.Option("--resume", help="Continue an interrupted run, if there is one.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all, and write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, write nothing.")
     ] = False,
 ) -> Outcome:
     """Tokenize text for training, into Megatron's indexed format.
 
     Reads .jsonl, .json and .txt (also with .gz or .zst), .parquet, and OLMo-core's .npy.
 
-    Each document gets an eos. The output is the same for any number of workers.
+    Each document ends with an eos token. The output is the same for any number of workers.
 
-    A compressed file goes to one worker; others are cut for all.
+    A compressed file is read by one worker; other files are split over all workers.
 
     Examples:
         olmo-bridge prepare-data corpus.jsonl data/train --tokenizer ./olmo2-1b
@@ -133,7 +133,7 @@ def _show_plan(plan: DataPlan) -> Outcome:
 
 
 class _TokenBar(ProgressBar, PrepareReporter):
-    """Also shows how many tokens there are so far."""
+    """Progress bar that also shows the number of tokens so far."""
 
     def tokens(self, count: int) -> None:
         if self._progress is not None and self._task is not None:
@@ -141,21 +141,21 @@ class _TokenBar(ProgressBar, PrepareReporter):
 
 
 def inspect_dataset(path: Path) -> Outcome:
-    """Say what an indexed dataset is."""
+    """Describe an indexed dataset."""
     from megatron_olmo_bridge.data.info import describe
 
-    found = describe(path)
-    info = found.info
+    description = describe(path)
+    info = description.info
     unknown = "not recorded"
     largest = "" if info.max_token_id is None else f", largest that occurs {info.max_token_id:,}"
     rows = [
         ["what", KIND],
         ["documents", f"{info.documents:,}"],
         ["tokens", f"{info.tokens:,}"],
-        ["tokens of a document", f"mean {found.mean:,.1f}, median {found.median:,.0f}, "
-                                 f"longest {found.longest:,}"],
+        ["tokens of a document", f"mean {description.mean:,.1f}, median {description.median:,.0f}, "
+                                 f"longest {description.longest:,}"],
         ["dtype", info.dtype],
-        ["size on disk", human_bytes(found.nbytes)],
+        ["size on disk", human_bytes(description.nbytes)],
         ["tokenizer", info.tokenizer or unknown],
         ["vocabulary", unknown if info.vocab_size is None else f"{info.vocab_size:,}{largest}"],
         ["eos", unknown if info.eos_id is None else str(info.eos_id)],
@@ -169,10 +169,10 @@ def inspect_dataset(path: Path) -> Outcome:
                 f"{info.bad_lines:,} bad lines, {info.empty_documents:,} documents without text",
             ]
         )
-    rows.append(["begins with", " ".join(map(str, found.first_tokens[:12])) + " ..."])
-    if found.first_text is not None:
-        rows.append(["which is", repr(found.first_text)])
+    rows.append(["begins with", " ".join(map(str, description.first_tokens[:12])) + " ..."])
+    if description.first_text is not None:
+        rows.append(["which is", repr(description.first_text)])
     table(["", ""], rows)
     for line in info.first_bad_lines:
         say(f"\nBad line: {line}")
-    return Outcome({"kind": KIND} | asdict(found))
+    return Outcome({"kind": KIND} | asdict(description))

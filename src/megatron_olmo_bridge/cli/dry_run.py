@@ -1,4 +1,4 @@
-"""What ``train --dry-run`` prints: the run's settings with their sources, and what it takes."""
+"""Output of ``train --dry-run``: settings with their sources, and the resources needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .console import human_bytes, say, table
 
 Setting = tuple[str, Any]
 OURS = "ours"
-"""A source that begins so is no citation, but our choice and its reason."""
+"""Prefix of a source that is not a citation but our own choice, with its reason."""
 
 
 def print_dry_run(resolved: ResolvedRun, estimate: Estimate) -> None:
@@ -31,7 +31,7 @@ def print_dry_run(resolved: ResolvedRun, estimate: Estimate) -> None:
 
 
 def dry_run_result(config: TrainingConfig, estimate: Estimate) -> dict[str, Any]:
-    """Return every setting and every number of the estimate, for ``--json``."""
+    """Return all settings and the whole estimate, for ``--json``."""
     worst = estimate.worst.stage
     return {
         "config": asdict(config),
@@ -50,11 +50,11 @@ def _print_settings(config: TrainingConfig, bridge: ModelBridge) -> None:
     table(["setting", "value", "source"], rows)
     for number, document in enumerate(documents, 1):
         say(f"[{number}] {document}")
-    say("What is not listed has its default; --json lists all.\n")
+    say("Settings not listed have their defaults; --json lists all.\n")
 
 
 def shown_settings(config: TrainingConfig, bridge: ModelBridge) -> Iterator[Setting]:
-    """``section.field`` and value of what is not at its default or has a source of its own."""
+    """Yield the settings that differ from their default or have a source of their own."""
     yield "model", model_name(bridge)
     for section in fields(config):
         values = getattr(config, section.name)
@@ -69,7 +69,7 @@ def shown_settings(config: TrainingConfig, bridge: ModelBridge) -> Iterator[Sett
 
 
 def model_name(bridge: ModelBridge) -> str:
-    """Return the published size that the model is, or its family."""
+    """Return the name of the model's published size, or of its family."""
     known = published_sizes()
     named = [name for name in known if known[name].sizes[name] == bridge.hf_config]
     return named[0] if named else bridge.family
@@ -92,7 +92,7 @@ def _text(value: Any) -> str:
 
 
 def _short_citation(source: str, documents: list[str]) -> str:
-    """``[1] optimizer.learning_rate``: the document's number, and the place in it."""
+    """Shorten a citation to the document's number and the place in it: ``[1] optimizer.lr``."""
     document, colon, place = source.partition(": ")
     if not colon:
         return source
@@ -112,7 +112,7 @@ def _flop(count: float) -> str:
 def _print_totals(estimate: Estimate, micro: int) -> None:
     e = estimate
     days = f"{e.gpu_days:,.0f} days" if e.gpu_days >= 10 else duration(e.gpu_days * 86400)
-    active = f"; a token meets {short(e.active_parameters)}"
+    active = f"; {short(e.active_parameters)} active per token"
     rows = [
         [
             "parameters",

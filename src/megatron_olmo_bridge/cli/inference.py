@@ -1,4 +1,4 @@
-"""Commands that run a live model in megatron-core: compare, roundtrip, generate."""
+"""Commands that run a model in megatron-core: compare, roundtrip, generate."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from megatron_olmo_bridge.inference.difference import Comparison, Layer
 
 P = ParamSpec("P")
-Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel size: processes a layer.")]
+Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel size: processes per layer.")]
 Pp = Annotated[int, typer.Option("--pp", min=1, help="Pipeline parallel size: stages.")]
 Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism; needs --tp above 1.")]
 Ep = Annotated[int, typer.Option("--ep", min=1, help="Expert parallel size.")]
 SHOWN_LAYERS = 12
-"""Layers of the table around the place where two models part; --json has all."""
+"""Layers to show around the first one that differs; --json lists all."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,9 +40,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _terminable(function: Callable[P, Outcome]) -> Callable[P, Outcome]:
-    """Have SIGTERM, and the end of the terminal, end a command as Ctrl-C does: by an exception.
+    """Raise an exception on SIGTERM and SIGHUP, as Ctrl-C does.
 
-    So its processes end with it, and its temporary files are removed.
+    This ends the command's child processes and removes its temporary files.
     """
 
     @functools.wraps(function)
@@ -58,11 +58,11 @@ def _terminable(function: Callable[P, Outcome]) -> Callable[P, Outcome]:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)  # as a shell reports a process that the signal ended
+    sys.exit(128 + number)  # as shells report a process ended by a signal
 
 
 def _show_step(step: str) -> None:
-    """Print what a command does next, if standard error is a terminal."""
+    """Print the step that begins, if standard error is a terminal."""
     if sys.stderr.isatty() and not output.quiet:
         typer.echo(f"... {step}", err=True)
 
@@ -85,18 +85,18 @@ def compare(
         float | None,
         typer.Option(
             min=0.0,
-            help="Error allowed in float32; in 16 bits how many times transformers' own.",
+            help="Allowed error in float32; in 16 bits, a multiple of transformers' own error.",
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page with the error by layer.")
+        Path | None, typer.Option(metavar="FILE", help="Write a page with the error per layer.")
     ] = None,
 ) -> Outcome:
-    """Run HF in transformers and OTHER in megatron-core, and say where they part.
+    """Run HF in transformers and OTHER in megatron-core, and report where they diverge.
 
-    In float32 the logits may differ by 1e-4 of the largest; in 16 bits by 1.5 times (of a mixture
-    of experts 2 times) what transformers' own logits in that dtype differ from its float32. Exits
-    with 1 past that.
+    In float32 the logits may differ by 1e-4 of the largest; in 16 bits by 1.5 times (mixtures of
+    experts: 2 times) the difference between transformers' own logits in that dtype and in float32.
+    Exits with 1 if they differ by more.
 
     Examples:
         olmo-bridge compare ./hf ./megatron --tp 2
@@ -106,7 +106,7 @@ def compare(
     from .pages import check_page, comparison_page, write_page
 
     check_page(html)
-    found = run(
+    comparison = run(
         hf,
         other,
         tp=tp,
@@ -120,28 +120,35 @@ def compare(
         tell=_show_step,
     )
     if html is not None:
-        write_page(html, comparison_page(found, hf, other))
-    _print_comparison(found)
+        write_page(html, comparison_page(comparison, hf, other))
+    _print_comparison(comparison)
     return Outcome(
-        {"equal": found.equal, "parts_at": found.parts_at} | asdict(found),
-        exit_code=0 if found.equal else 1,
+        {"equal": comparison.equal, "parts_at": comparison.parts_at} | asdict(comparison),
+        exit_code=0 if comparison.equal else 1,
     )
 
 
-def _print_comparison(found: Comparison) -> None:
-    logits = found.layers[-1]
+def _print_comparison(comparison: Comparison) -> None:
+    logits = comparison.layers[-1]
     table(
         ["", ""],
         [
-            ["compared", f"{found.tokens} tokens in {found.dtype}"],
-            ["largest logit error", f"{found.max_error:.3g} (largest logit {found.magnitude:.3g})"],
-            ["mean logit error", f"{found.mean_error:.3g}"],
-            ["logits judged by", found.measure],
-            ["found, allowed", f"{logits.error:.3g}, {logits.allowed:.3g} ({found.bound})"],
-            ["top-1 agreement", f"{found.top1_agreement:.2%}"],
-            ["KL divergence", f"{found.kl_divergence:.3g} nats"],
-            *([["loss", f"{found.loss[0]:.6f} and {found.loss[1]:.6f}"]] if found.loss else []),
-            *(["config differs", line] for line in found.config_differences),
+            ["compared", f"{comparison.tokens} tokens in {comparison.dtype}"],
+            [
+                "largest logit error",
+                f"{comparison.max_error:.3g} (largest logit {comparison.magnitude:.3g})",
+            ],
+            ["mean logit error", f"{comparison.mean_error:.3g}"],
+            ["logits judged by", comparison.measure],
+            ["found, allowed", f"{logits.error:.3g}, {logits.allowed:.3g} ({comparison.bound})"],
+            ["top-1 agreement", f"{comparison.top1_agreement:.2%}"],
+            ["KL divergence", f"{comparison.kl_divergence:.3g} nats"],
+            *(
+                [["loss", f"{comparison.loss[0]:.6f} and {comparison.loss[1]:.6f}"]]
+                if comparison.loss
+                else []
+            ),
+            *(["config differs", line] for line in comparison.config_differences),
         ],
     )
     say("")
@@ -153,18 +160,18 @@ def _print_comparison(found: Comparison) -> None:
             f"{x.share:.3g}",
             "differs" if x.parts else "",
         ]
-        for x in _shown(found.layers)
+        for x in _shown(comparison.layers)
     ]
     table(["after", "largest error", "largest value", "error / allowed", ""], rows)
     say("")
-    if found.equal:
-        say(f"The same, but for rounding, on {found.tokens} tokens.")
+    if comparison.equal:
+        say(f"The same, but for rounding, on {comparison.tokens} tokens.")
     else:
-        say(f"NOT the same. The hidden states part at: {found.parts_at}.")
+        say(f"NOT the same. The hidden states part at: {comparison.parts_at}.")
 
 
 def _shown(layers: list[Layer]) -> list[Layer]:
-    """The first and last, and those around the place where they part."""
+    """Return the first and last layers, and those around the first one that differs."""
     parts = next((i for i, layer in enumerate(layers) if layer.parts), len(layers))
     begin = max(0, min(parts - 2, len(layers) - SHOWN_LAYERS))
     keep = {0, *range(begin, begin + SHOWN_LAYERS), len(layers) - 1}
@@ -177,25 +184,25 @@ def roundtrip(
     pp: Pp = 1,
     sp: Sp = False,
     ep: Ep = 1,
-    tokens: Annotated[int, typer.Option(min=2, help="To compare logits on.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to compare logits on.")] = 64,
     work: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For two copies of the model.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for two copies of the model.")
     ] = None,
 ) -> Outcome:
-    """Prove the way there and back: load, run, save with stock megatron-core, export, verify.
+    """Prove a round trip: load, run, save with stock megatron-core, export, verify.
 
-    Weights must be equal bit for bit, logits up to rounding. Exits with 1 if not.
+    Weights must be equal bit for bit, logits up to rounding. Exits with 1 if they are not.
 
     Examples:
         olmo-bridge roundtrip ./hf --tp 2 --pp 2
     """
     from megatron_olmo_bridge.inference.roundtrip import roundtrip as run
 
-    found = run(hf, tp=tp, pp=pp, sp=sp, ep=ep, tokens=tokens, work=work, tell=_show_step)
-    rows = [[s.name, "yes" if s.ok else "NO", s.result, f"{s.seconds:.1f} s"] for s in found.steps]
+    result = run(hf, tp=tp, pp=pp, sp=sp, ep=ep, tokens=tokens, work=work, tell=_show_step)
+    rows = [[s.name, "yes" if s.ok else "NO", s.result, f"{s.seconds:.1f} s"] for s in result.steps]
     table(["step", "ok", "result", "took"], rows)
-    say("Nothing was lost." if found.ok else "NOT the same: see above.")
-    return Outcome({"equal": found.ok} | asdict(found), exit_code=0 if found.ok else 1)
+    say("Nothing was lost." if result.ok else "NOT the same: see above.")
+    return Outcome({"equal": result.ok} | asdict(result), exit_code=0 if result.ok else 1)
 
 
 def generate(
@@ -208,23 +215,23 @@ def generate(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Folder or hub id, instead of the checkpoint's own."),
+        typer.Option(metavar="NAME", help="Folder or hub id; default: the checkpoint's own."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="To generate at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: the likeliest token each time; 1: as the model says.")
+        float, typer.Option(min=0.0, help="0: always the likeliest token; 1: unscaled.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample among the likeliest tokens of this probability.")
+        float, typer.Option(help="Sample from the likeliest tokens with this total probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="keep, float32, bfloat16 or float16.", autocompletion=dtypes_or_keep)
     ] = "keep",
     tp: Tp = 1,
     pp: Pp = 1,
 ) -> Outcome:
-    """Continue a prompt with a live model; tokens appear as they come.
+    """Continue a prompt; tokens are printed as they are generated.
 
     Examples:
         olmo-bridge generate ./megatron --prompt "Language models are" --tp 2

@@ -1,4 +1,4 @@
-"""What ``--verbose`` and ``--log-file`` show: the package's own logger, sent to people."""
+"""Logging for ``--verbose`` and ``--log-file``, by the package's own logger."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOG = logging.getLogger("megatron_olmo_bridge")
 
 
 class _Formatter(logging.Formatter):
-    """Escapes control characters, which names in a checkpoint may have."""
+    """Formatter that escapes control characters, which names in a checkpoint may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escape(super().format(record), keep="\n\t")
@@ -36,9 +36,9 @@ class _Formatter(logging.Formatter):
 
 @contextlib.contextmanager
 def logging_to(verbose: bool, file: Path | None) -> Iterator[None]:
-    """Log a command: with ``verbose`` to standard error, and to a file with every detail.
+    """Log a command to standard error (if ``verbose``) and, in full detail, to a file.
 
-    The file is appended to. Under torchrun the processes share it, each line with its rank.
+    The file is appended to. Under torchrun all processes share it; each line has its rank.
     """
     handlers: list[logging.Handler] = []
     if verbose:
@@ -73,7 +73,7 @@ def logging_to(verbose: bool, file: Path | None) -> Iterator[None]:
 
 
 def _log_environment() -> None:
-    if not _LOG.isEnabledFor(logging.INFO):  # versions take a while to find
+    if not _LOG.isEnabledFor(logging.INFO):  # looking up versions is slow
         return
     _LOG.info("olmo-bridge %s: %s", __version__, " ".join(sys.argv[1:]))
     _LOG.info("Python %s, %s", platform.python_version(), platform.platform())

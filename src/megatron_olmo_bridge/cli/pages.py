@@ -1,4 +1,4 @@
-"""The pages of ``inspect --html`` and ``compare --html``: one file each, without a network."""
+"""Self-contained HTML pages of ``inspect --html`` and ``compare --html``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from megatron_olmo_bridge.inference.difference import Comparison, Layer
 
 COLORS = 6
-"""Colors of a legend; a parameter is made of at most four tensors."""
+"""Number of legend colors; a parameter consists of at most four tensors."""
 OUTLINED = 24
-"""Regions of a picture that are told apart by lines; more would hide what they enclose."""
+"""Maximum number of regions drawn with outlines; more outlines would hide the regions."""
 _STYLE = """<style>
 :root { --c0: #2557c7; --c1: #d97706; --c2: #0f8a5f; --c3: #7a3fc0; --c4: #c4262e; --c5: #667085 }
 @media (prefers-color-scheme: dark) {
@@ -67,7 +67,7 @@ def check_page(file: Path | None) -> None:
     """Refuse a page's name before any work is done.
 
     Raises:
-        InputError: The name doesn't end in ``.html``: a checkpoint's file is not to be replaced.
+        InputError: the name doesn't end in ``.html``, so it may be a checkpoint's file.
         OutputError: There is no such folder.
     """
     if file is None:
@@ -79,9 +79,9 @@ def check_page(file: Path | None) -> None:
 
 
 def mapping_page(source: Checkpoint) -> str:
-    """Return the page of a checkpoint's mapping: which Hugging Face tensor stands where.
+    """Return the page that draws a checkpoint's mapping.
 
-    All layers and all experts are mapped alike, so the first ones are shown.
+    All layers and experts are mapped alike, so only the first of each is shown.
     """
     bridge = source.bridge
     name = bridge.size_name() or f"{bridge.family} model"
@@ -159,37 +159,44 @@ def _rectangles(parameter: Parameter, colors: dict[str, int]) -> Iterator[str]:
 
 
 def _hf_name(placement: Placement, parameter: Parameter) -> str:
-    """Return the tensor's name with ``*`` for the first layer and expert, as the pattern has it."""
+    """Return the tensor's name with ``*`` in place of the layer and expert, as in the pattern."""
     if placement.hf_name is None:
         return "padding: zeros"
     return placement.hf_name.replace(".0.", f".{WILDCARD}.", len(parameter.index))
 
 
-def comparison_page(found: Comparison, reference: str, model: str) -> str:
-    """Return the page of a comparison: the error after each layer beside what rounding explains."""
-    values = [v for x in found.layers for v in (x.error, x.allowed) if 0 < v < math.inf]
+def comparison_page(comparison: Comparison, reference: str, model: str) -> str:
+    """Return the page of a comparison: the error after each layer beside the allowed error."""
+    values = [v for x in comparison.layers for v in (x.error, x.allowed) if 0 < v < math.inf]
     low = math.floor(math.log10(min(values, default=0.1)))
     high = max(low + 1, math.ceil(math.log10(max(values, default=1.0))))
-    bars = "".join(_bar(layer, low, high) for layer in found.layers)
-    verdict = "The same, but for rounding" if found.equal else f"They part at {found.parts_at}"
+    bars = "".join(_bar(layer, low, high) for layer in comparison.layers)
+    verdict = (
+        "The same, but for rounding" if comparison.equal else f"They part at {comparison.parts_at}"
+    )
     return page(
         "Comparison",
         [
             _STYLE,
             '<header><p class="eyebrow">Comparison</p>'
             f'<h1>{escape(verdict)}</h1><p class="about">{escape(reference)} in transformers, '
-            f"{escape(model)} in megatron-core, on {found.tokens} tokens in {found.dtype}</p>"
-            "</header>",
+            f"{escape(model)} in megatron-core, on {comparison.tokens} tokens in "
+            f"{comparison.dtype}</p></header>",
             tiles(
                 [
-                    ("Error of the logits", f"{found.layers[-1].error:.3g}", found.measure),
-                    ("Allowed", f"{found.layers[-1].allowed:.3g}", found.bound),
-                    ("Top-1 agreement", f"{found.top1_agreement:.2%}", "likeliest token"),
-                    ("KL divergence", f"{found.kl_divergence:.3g}", "nats"),
+                    (
+                        "Error of the logits",
+                        f"{comparison.layers[-1].error:.3g}",
+                        comparison.measure,
+                    ),
+                    ("Allowed", f"{comparison.layers[-1].allowed:.3g}", comparison.bound),
+                    ("Top-1 agreement", f"{comparison.top1_agreement:.2%}", "likeliest token"),
+                    ("KL divergence", f"{comparison.kl_divergence:.3g}", "nats"),
                 ]
             ),
             "<section><h2>Error after each layer</h2><p>Logarithmic, from "
-            f"1e{low} to 1e{high}: {escape(found.measure)}. The line is what is allowed.</p>"
+            f"1e{low} to 1e{high}: {escape(comparison.measure)}. The line marks the allowed error."
+            "</p>"
             f'<div class="errors">{bars}</div></section>',
         ],
     )

@@ -1,4 +1,4 @@
-"""The command that lists recipes and prints them."""
+"""The recipes command."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     from megatron_olmo_bridge.training.named_recipes import NamedRecipe
 
 FITS = 75e9
-"""Bytes of a GPU of 80 GB that the estimate may fill; it leaves some GB out."""
+"""Estimated bytes allowed on an 80 GB GPU; the rest is a margin for what is not estimated."""
 
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """A row of the list."""
+    """Row of the list of recipes."""
 
     name: str
-    """What ``olmo-bridge train`` takes."""
+    """Argument for ``olmo-bridge train``."""
     file: Path
     model: str | None
     """Published size or hub id; None where the command line names the model."""
     stage: int | None
     tokens: int
-    """Of the whole run."""
+    """Tokens of the whole run."""
     gpus: int | None
-    """GPUs of 80 GB that it takes at least; None for a model that has to be looked at first."""
+    """Minimum number of 80 GB GPUs; None if the model is not known yet."""
     memory: int | None
-    """Bytes on the fullest of them, as estimated."""
+    """Estimated bytes on the fullest GPU."""
     settings: list[str]
-    """Fields that the command line must give."""
+    """Fields that must be set on the command line."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -55,18 +55,18 @@ def recipes(
             metavar="NAME", help="Print this recipe or script.", autocompletion=recipe_names
         ),
     ] = None,
-    path: Annotated[bool, typer.Option("--path", help="Print where NAME is instead.")] = False,
+    path: Annotated[bool, typer.Option("--path", help="Print the path of NAME instead.")] = False,
 ) -> Outcome:
-    """List the recipes that have a name, or print one, to be copied and changed.
+    """List the named recipes, or print one to copy and change.
 
     Examples:
         olmo-bridge recipes
-        olmo-bridge recipes olmo2_1b > mine.py
+        olmo-bridge recipes olmo2_1b > my_run.py
         olmo-bridge recipes slurm.sbatch > slurm.sbatch
     """
     if name is None:
         if path:
-            raise InputError("--path prints where a recipe is: name one")
+            raise InputError("--path prints the path of a recipe: name one")
         return Outcome(_list())
     file = _file(name)
     text = file.read_text()
@@ -91,7 +91,7 @@ def _list() -> dict[str, list[RecipeSummary] | list[str]]:
     from megatron_olmo_bridge.training.monitor.human import short
     from megatron_olmo_bridge.training.named_recipes import named_recipes, other_files
 
-    found = [_summary(recipe) for recipe in named_recipes()]
+    summaries = [_summary(recipe) for recipe in named_recipes()]
     rows = [
         [
             r.name,
@@ -101,13 +101,13 @@ def _list() -> dict[str, list[RecipeSummary] | list[str]]:
             f"{r.gpus} x {r.memory / 1e9:.1f} GB" if r.gpus and r.memory else "",
             " ".join(r.settings),
         ]
-        for r in found
+        for r in summaries
     ]
-    table(["recipe", "model", "stage", "tokens", "GPUs at least", "to be given"], rows)
+    table(["recipe", "model", "stage", "tokens", "GPUs at least", "required settings"], rows)
     scripts = list(other_files())
     say(f"\nScripts: {', '.join(scripts)}.")
     say("olmo-bridge train NAME [KEY=VALUE]... trains one, olmo-bridge recipes NAME prints it.")
-    return {"recipes": found, "scripts": scripts}
+    return {"recipes": summaries, "scripts": scripts}
 
 
 def _summary(recipe: NamedRecipe) -> RecipeSummary:
@@ -141,7 +141,7 @@ def _summary(recipe: NamedRecipe) -> RecipeSummary:
 
 
 def _settings(config: TrainingConfig) -> list[str]:
-    """Fields without which the run can't be: its data, and what it begins with."""
+    """Return the fields that the command line must set: the data and the starting weights."""
     begins = ["init.checkpoint"] if config.init.optimizer else []
     if config.classification is None:
         return [*begins, "data.path"]

@@ -1,4 +1,4 @@
-"""The command that shows what a training run left behind: report."""
+"""The report command."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, with log.jsonl.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, with log.jsonl.")],
 ) -> Outcome:
-    """Write RUN/report.html again, from RUN/log.jsonl: curves, key figures, config.
+    """Write RUN/report.html from RUN/log.jsonl: curves, key figures, config.
 
-    Also while the run is in progress, or after it was killed.
+    Works during the run, and after it was killed.
 
     Examples:
         olmo-bridge report ./run

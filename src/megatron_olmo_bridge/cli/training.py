@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""The train command."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def train(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A name that `olmo-bridge recipes` lists, or FILE.py, or FILE.py:FUNCTION.",
+            help="A name listed by `olmo-bridge recipes`, or FILE.py, or FILE.py:FUNCTION.",
             autocompletion=recipe_names,
         ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the config: parallel.tp=2."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Config fields to override: parallel.tp=2."),
     ] = None,
     processes: Annotated[
         int | None,
@@ -54,9 +54,9 @@ def train(
         typer.Option("--dry-run", help="Print config, memory, tokens and FLOPs; train nothing."),
     ] = False,
 ) -> Outcome:
-    """Train a model as a recipe says. Start it again, and it resumes.
+    """Train a model from a recipe. Run the same command again to resume.
 
-    Asked to stop (SIGTERM, Ctrl-C), it saves its last step first.
+    On SIGTERM or Ctrl-C, the last step is saved before the run stops.
 
     Examples:
         olmo-bridge train olmo2_tiny data.path=data/text checkpoint.save=runs/first
@@ -86,7 +86,7 @@ def _train(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _no_warnings() -> None:
-    if not sys.warnoptions:  # libraries' warnings are for those who change the code
+    if not sys.warnoptions:  # warnings of libraries are for developers
         warnings.simplefilter("ignore")
 
 
@@ -125,7 +125,7 @@ def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     if config.classification is None and config.data.path:
         check_prepared(resolved)
     elif config.classification is None:  # the rest can be estimated without data
-        say("No data is named yet: the run itself needs data.path=PREFIX.\n")
+        say("data.path is not set: the run itself needs data.path=PREFIX.\n")
     estimated = estimate(config, resolved.bridge, resolved.layout)
     print_dry_run(resolved, estimated)
     return dry_run_result(config, estimated)

@@ -80,7 +80,7 @@ def test_one_path_is_compared_with_its_record(tiny_megatron: Path) -> None:
 
 def test_one_path_is_compared_with_its_checksums(tiny_hf: Path, tmp_path: Path) -> None:
     run("import", tiny_hf, tmp_path / "m", "--checksum")
-    assert "Equal: 7 files compared with what was recorded." in run("verify", tmp_path / "m").stdout
+    assert "Equal: 7 files compared with the record." in run("verify", tmp_path / "m").stdout
     assert result_of(run("verify", tmp_path / "m", "--json"))["checked"] == "checksums"
     assert result_of(run("verify", tmp_path / "m", tiny_hf, "--json"))["checked"] == "tensors"
 
