@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_olmo_bridge.storage.atomic import replace_file
 from megatron_olmo_bridge.tasks.classification.metrics import Quality, RegressionQuality
 from megatron_olmo_bridge.tasks.classification.problems import AnyQuality, Problem
 from megatron_olmo_bridge.training.monitor.human import heading, short, spoken
@@ -119,20 +120,14 @@ def write_report(report: Report, folder: Path) -> None:
         f"{report.problem.score}_difference": report.difference,
         "models": [{**asdict(r), **_confused(r.quality)} for r in report.results],
     }
-    _write(folder / RESULTS, json.dumps(results, indent=1).encode() + b"\n")
-    _write(folder / PAGE, _page(report, (folder / TRAINING_REPORT).is_file()).encode())
+    replace_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    replace_file(folder / PAGE, _page(report, (folder / TRAINING_REPORT).is_file()))
 
 
 def _confused(quality: AnyQuality) -> dict[str, list[list[Any]]]:
     if not isinstance(quality, Quality):
         return {}
     return {"confused": [list(pair) for pair in quality.confused]}
-
-
-def _write(file: Path, data: bytes) -> None:
-    partial_file = file.with_name(file.name + ".partial")
-    partial_file.write_bytes(data)
-    partial_file.replace(file)
 
 
 def _page(report: Report, trained_here: bool) -> str:

@@ -13,6 +13,7 @@ from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
 from megatron_olmo_bridge.mapping.placement import Placement, Region
 from megatron_olmo_bridge.mapping.registry import Parameter
+from megatron_olmo_bridge.storage.atomic import replace_file
 from megatron_olmo_bridge.training.monitor.human import short
 from megatron_olmo_bridge.training.monitor.page import page, tiles
 
@@ -54,12 +55,9 @@ def write_page(file: Path, text: str) -> None:
     Raises:
         OutputError: The file can't be written.
     """
-    partial = file.with_name(f".{file.name}.tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        replace_file(file, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{file}: can't be written: {error.strerror}") from error
 
 

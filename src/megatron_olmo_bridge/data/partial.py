@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.files import read_json
-from megatron_olmo_bridge.storage.stage import sync
+from megatron_olmo_bridge.storage.atomic import PARTIAL, sync
 
 from .info import read_info
 from .parts import write_json
@@ -51,7 +51,7 @@ class Partial:
             record: has what the record of a finished run must have, ``plan`` and ``input_state``.
         """
         self.prefix = prefix
-        self.folder = Path(f"{prefix}.partial")
+        self.folder = Path(prefix + PARTIAL)
         self._marker = self.folder / _MARKER
         self._plan, self._replace, self._continue = plan, overwrite, False
         if self.folder.exists() and not overwrite:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.files import read_json
+from megatron_olmo_bridge.storage.atomic import replace_file, sync
 from megatron_olmo_bridge.storage.execute import sha256
 
 from .documents import Batch, Kind, Span, TextOptions, read_texts, split_name
@@ -145,7 +146,7 @@ class PartWriter:
             )
         write_index(Path(f"{prefix}.idx"), every.astype(np.int32), dtype)
         for suffix in (".bin", ".idx"):
-            sync_file(Path(f"{prefix}{suffix}"))
+            sync(Path(f"{prefix}{suffix}"))
         record = {"counts": asdict(counts), "sha256": self._checksums(part)}
         write_json(Path(f"{prefix}.json"), record)
 
@@ -191,18 +192,8 @@ def bad_line_error(line: str) -> FormatError:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file that is there whole or not at all, and durable."""
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("w") as out:
-        out.write(json.dumps(value, indent=2) + "\n")
-    sync_file(temporary)
-    temporary.rename(path)
-
-
-def sync_file(path: Path) -> None:
-    """Make a file's bytes durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Write a value as JSON into a file that is there whole or not at all, and durable."""
+    replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------ in a worker process

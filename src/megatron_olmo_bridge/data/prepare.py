@@ -26,6 +26,7 @@ import numpy as np
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.errors import InputError, ProcessError
 from megatron_olmo_bridge.formats.files import check_name
+from megatron_olmo_bridge.storage.atomic import sync
 from megatron_olmo_bridge.storage.identity import Identity, fingerprint
 
 from .documents import Kind, Span, TextOptions, split_name, text_spans
@@ -38,7 +39,6 @@ from .parts import (
     PartWriter,
     Worker,
     bad_line_error,
-    sync_file,
     write_json,
 )
 from .prefix import prefix_of
@@ -358,7 +358,7 @@ def _join(parts: list[Part], writer: PartWriter, reporter: PrepareReporter) -> C
             reporter.advance(Path(f"{prefix}.bin").stat().st_size)
     builder.finalize(f"{joined}.idx")
     for suffix in (".bin", ".idx"):
-        sync_file(Path(f"{joined}{suffix}"))
+        sync(Path(f"{joined}{suffix}"))
     reporter.end()
     return counts
 

@@ -29,6 +29,7 @@ from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.tensors import TensorSpec
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
+from megatron_olmo_bridge.storage.atomic import PARTIAL
 from megatron_olmo_bridge.storage.execute import cleaning_up, finish
 from megatron_olmo_bridge.storage.plan import CopyPlan, Literal
 from megatron_olmo_bridge.storage.progress import Reporter
@@ -143,7 +144,7 @@ def save_megatron(
     """
     root = Path(destination).expanduser().resolve()
     # As in storage.stage: an empty folder stays the folder that it is.
-    stage = root if root.is_dir() else root.with_name(root.name + ".partial")
+    stage = root if root.is_dir() else root.with_name(root.name + PARTIAL)
     folder = stage / f"iter_{iteration:07d}"
     on_first(lambda: _begin(root, stage, folder))
     state, texts = megatron_state(

@@ -18,12 +18,13 @@ from pathlib import Path
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.tensors import Readable
 
+from .atomic import name_in_errors
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .processes import Processes
 from .progress import Reporter
 from .provenance import PROVENANCE, Provenance
 from .stage import Stage
-from .transfer import Interrupted, Transfer, naming, write_all
+from .transfer import Interrupted, Transfer, write_all
 
 _LOG = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def _write_files(
     work = _Work(files)
 
     def sync(name: str) -> None:
-        with (stage.folder / name).open("rb+") as handle, naming(stage.folder / name):
+        with (stage.folder / name).open("rb+") as handle, name_in_errors(stage.folder / name):
             os.fsync(handle.fileno())
         _LOG.debug("%s: written and synced", name)
         if record:
@@ -200,7 +201,7 @@ def _write_files(
                     fd = os.open(stage.folder / name, os.O_RDWR)
                     open_files.callback(os.close, fd)
                 part = taken[1]
-                with naming(stage.folder / name):
+                with name_in_errors(stage.folder / name):
                     if isinstance(part, Literal):
                         write_all(fd, part.data, part.offset)
                     else:

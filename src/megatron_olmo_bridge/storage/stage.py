@@ -23,10 +23,10 @@ from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.mapping.registry import bulleted
 
+from .atomic import PARTIAL, name_in_errors, sync, write_synced
 from .identity import Identity
 from .plan import CopyPlan
 from .provenance import read_provenance
-from .transfer import naming
 
 PARTIAL_MARKER = ".olmo-bridge-partial"
 """In a folder that is being written. Nothing here reads a folder that has it."""
@@ -42,7 +42,7 @@ class Stage:
         """Whether an earlier run of the same plan wrote all of it: nothing is left to do."""
         self.complete: set[str] = set()
         """Files that are written and synced."""
-        self._partial = destination.parent / f"{destination.name}.partial"
+        self._partial = destination.parent / (destination.name + PARTIAL)
         self._replaced = destination.parent / f"{destination.name}.replaced"
         self._plan, self._resume, self._overwrite = plan, resume and not overwrite, overwrite
         self._header = {"plan": plan.digest, "source": plan.source_fingerprint}
@@ -203,7 +203,7 @@ class Stage:
             self._take()
             for file in self._plan.files:
                 if file.name not in self.complete:
-                    with naming(self.folder / file.name):
+                    with name_in_errors(self.folder / file.name):
                         self._allocate(self.folder / file.name, file.size)
         except PermissionError as error:
             raise OutputError(f"{error.filename}: no permission to write here") from error
@@ -251,7 +251,7 @@ class Stage:
         """Write a small file, synced."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(path, data)
+        write_synced(path, data)
 
     def commit(self) -> None:
         """All is written: give the folder its name, make it a checkpoint."""
@@ -271,7 +271,7 @@ class Stage:
     def _finish(self) -> None:
         if self._plan.tracker:
             name, data = self._plan.tracker
-            _write_synced(self.destination / name, data)
+            write_synced(self.destination / name, data)
         if self._replaced.exists():
             (self._replaced / PARTIAL_MARKER).touch()
             _remove(self._replaced)
@@ -355,20 +355,3 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != PARTIAL_MARKER:
             path.unlink()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with naming(path), path.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,8 @@ from megatron_olmo_bridge.formats.tensors import (
     TensorView,
 )
 from megatron_olmo_bridge.mapping.placement import Region
+
+from .atomic import name_in_errors
 
 if TYPE_CHECKING:
     import torch
@@ -88,16 +89,6 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> int
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
     return done
-
-
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Name the file in errors of calls on its descriptor, which don't."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(file)
-        raise
 
 
 class Transfer:
@@ -303,7 +294,7 @@ class Transfer:
     def _read(self, file: Path, offset: int, out: memoryview) -> None:
         fd, done = self._fd(file), 0
         while done < len(out):
-            with naming(file):
+            with name_in_errors(file):
                 count = _read_into(fd, out[done:], offset + done)
             if count == 0:
                 raise FormatError(f"{file}: truncated at byte {os.fstat(fd).st_size}")

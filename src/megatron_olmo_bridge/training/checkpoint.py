@@ -37,10 +37,11 @@ from megatron_olmo_bridge.live.save import megatron_state, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import gather, on_first
 from megatron_olmo_bridge.runtime.signals import sheltered
-from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER, sync
+from megatron_olmo_bridge.storage.atomic import PARTIAL, replace_file, sync
+from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
 
 from .checksums import recording, write_record
-from .naming import SUFFIX, clean, delete, take_name
+from .naming import clean, delete, take_name
 from .optimizer_state import (
     content_metadata,
     is_distributed,
@@ -124,7 +125,7 @@ class Checkpointer:
         """
         self.finish()
         folder = iteration_folder(self.root, step)
-        partial = folder.with_name(folder.name + SUFFIX)
+        partial = folder.with_name(folder.name + PARTIAL)
         state, texts = megatron_state(
             self.chunks, self.bridge, artifacts_folder=self.tokenizer_folder, iteration=step
         )
@@ -199,11 +200,7 @@ class Checkpointer:
                 sync(path)
             take_name(partial, folder)
             sync(self.root)
-            tracker = self.root / (TRACKER + SUFFIX)
-            tracker.write_text(str(step))
-            sync(tracker)
-            tracker.replace(self.root / TRACKER)
-            sync(self.root)
+            replace_file(self.root / TRACKER, str(step))
             clean(self.root)  # of the one that had the name before
             if self.keep_last:
                 # Later ones are of a run that went back to an earlier step.

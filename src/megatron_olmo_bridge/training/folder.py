@@ -13,7 +13,7 @@ from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
-from megatron_olmo_bridge.storage.stage import sync
+from megatron_olmo_bridge.storage.atomic import replace_file
 
 from .config import TrainingConfig
 from .extension import Extension
@@ -143,12 +143,9 @@ def claim(config: TrainingConfig) -> None:
     if config.checkpoint.save is None:
         return
     folder = Path(config.checkpoint.save).expanduser()
-    partial = folder / f"{RUN_FILE}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-        sync(partial)
-        partial.replace(folder / RUN_FILE)
+        replace_file(folder / RUN_FILE, yaml.safe_dump(as_dict(config), sort_keys=False))
     except OSError as error:
         raise OutputError(
             f"checkpoint.save={folder}: can't be written: {error.strerror}"

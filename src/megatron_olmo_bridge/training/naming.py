@@ -7,12 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-SUFFIX = ".partial"
-"""Ends the name of a checkpoint that is being written, or is about to be deleted."""
-_REPLACED = f".replaced{SUFFIX}"
+from megatron_olmo_bridge.storage.atomic import PARTIAL
+
+_REPLACED = f".replaced{PARTIAL}"
 """Ends the name of a complete checkpoint while another one of the same step takes its place, where
 the file system can't exchange the two."""
-_OLD = f".old{SUFFIX}"
+_OLD = f".old{PARTIAL}"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Values from Linux's <fcntl.h> and <linux/fs.h>."""
 
@@ -52,7 +52,7 @@ def clean(root: Path) -> None:
     put_back(root)
     for old in root.glob(f"iter_*{_OLD}"):
         shutil.rmtree(old)
-    for path in root.glob(f"iter_*{SUFFIX}"):
+    for path in root.glob(f"iter_*{PARTIAL}"):
         delete(path)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.formats.files import JSON_LIMIT, parse_json, read_small
-from megatron_olmo_bridge.storage.stage import sync
+from megatron_olmo_bridge.storage.atomic import replace_file
 
 HISTORY = "evaluations.json"
 """In the run's folder: the evaluations so far."""
@@ -37,10 +37,7 @@ def out_of_patience(history: Sequence[Evaluation], patience: int | None) -> bool
 
 def write_history(file: Path, history: list[Evaluation]) -> None:
     """Keep the evaluations for when the run is resumed."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps([e._asdict() for e in history]))
-    sync(partial)
-    partial.replace(file)
+    replace_file(file, json.dumps([e._asdict() for e in history]))
 
 
 def read_history(file: Path) -> list[Evaluation]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, OutputError
 from megatron_olmo_bridge.formats.files import open_regular
+from megatron_olmo_bridge.storage.atomic import replace_file
 
 NAME = "log.jsonl"
 HISTORY = {"begin", "resumed", "extended", "stopped", "done"}
@@ -65,14 +65,9 @@ class LogFile:
             lines, self.damaged = read_lines(self.path)
             until = -1 if resumed_at is None else resumed_at
             kept = [line for line in lines if line["event"] in HISTORY or line["step"] <= until]
-        temporary = folder / f".{NAME}.tmp"
         with _translate_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(map(_dumps, kept))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
+            replace_file(self.path, "".join(map(_dumps, kept)))
             self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, event: str, **facts: Any) -> None:

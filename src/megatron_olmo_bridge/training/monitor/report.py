@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.errors import MissingPackageError, install_hint
+from megatron_olmo_bridge.storage.atomic import replace_file
 
 from .history import RunHistory
 from .human import compact, duration, flops, heading, short, when
@@ -43,9 +44,8 @@ def write_report(folder: Path) -> Path:
     except ImportError:
         raise MissingPackageError(f"the report needs matplotlib: {install_hint('train')}") from None
     path = folder / NAME
-    temporary = path.with_name(f".{NAME}.tmp")
-    temporary.write_text(_page(history, folder), encoding="utf-8")
-    return temporary.replace(path)
+    replace_file(path, _page(history, folder))
+    return path
 
 
 def _page(history: RunHistory, folder: Path) -> str:

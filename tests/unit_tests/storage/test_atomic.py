@@ -1,0 +1,102 @@
+"""A file is there whole or not at all, wherever writing it is stopped."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_olmo_bridge.storage.atomic import replace_file
+
+CALLS = ("open", "fsync", "rename", "fsync of the folder")
+KILLED = """
+import os, pathlib, signal, sys
+from megatron_olmo_bridge.storage import atomic
+
+file, last = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+calls = 0
+def stop(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def counted(function):
+    def call(*args, **kwargs):
+        global calls
+        if calls == last:
+            stop()
+        calls += 1
+        return function(*args, **kwargs)
+    return call
+pathlib.Path.open = counted(pathlib.Path.open)
+pathlib.Path.replace = counted(pathlib.Path.replace)
+os.fsync = counted(os.fsync)
+atomic.replace_file(file, "newer")
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("data", ["é\n", "é\n".encode()])
+def test_a_new_file(tmp_path: Path, data: str | bytes) -> None:
+    replace_file(tmp_path / "run.yaml", data)
+    assert (tmp_path / "run.yaml").read_bytes() == "é\n".encode()
+    assert names(tmp_path) == ["run.yaml"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    replace_file(tmp_path / "run.yaml", "text")
+    assert (tmp_path / "run.yaml").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("call", range(len(CALLS)), ids=CALLS)
+def test_killed_before_a_call(tmp_path: Path, call: int) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("older")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(file), str(call)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    renamed = call > CALLS.index("rename")
+    assert file.read_text() == ("newer" if renamed else "older")
+    assert set(names(tmp_path)) - {"run.yaml.partial"} == {"run.yaml"}
+
+    replace_file(file, "newest")
+
+    assert file.read_text() == "newest"
+    assert names(tmp_path) == ["run.yaml"]
+
+
+def test_what_cannot_be_written_leaves_the_file_of_before(tmp_path: Path) -> None:
+    """The error names the file, as one of fsync doesn't."""
+    (tmp_path / "run.yaml").write_text("older")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            replace_file(tmp_path / "run.yaml", "x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert raised.value.filename == str(tmp_path / "run.yaml.partial")
+    assert (tmp_path / "run.yaml").read_text() == "older"
+    assert names(tmp_path) == ["run.yaml"]
+
+
+def test_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the bytes, then the name, then the folder that has it."""
+    synced = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path, (tmp_path / "run.yaml").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    replace_file(tmp_path / "run.yaml", "text")
+    assert synced == [(tmp_path / "run.yaml.partial", False), (tmp_path, True)]
