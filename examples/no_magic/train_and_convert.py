@@ -25,9 +25,15 @@ from olm.train import AdamW, CheckpointCallback, Trainer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from megatron_olmo_bridge import AutoBridge, export_checkpoint, import_checkpoint, verify
-from megatron_olmo_bridge.convert.options import ExportOptions, ImportOptions
-from megatron_olmo_bridge.storage.execute import WriteOptions
+from megatron_olmo_bridge import (
+    AutoBridge,
+    ExportOptions,
+    ImportOptions,
+    WriteOptions,
+    export_checkpoint,
+    import_checkpoint,
+    verify,
+)
 
 OUT = Path("no_magic_output")
 
@@ -111,18 +117,9 @@ checkpoint = OUT / f"step_{STEPS}.pt"
 # that it doesn't say.
 
 # %%
-export_checkpoint(
-    checkpoint,
-    OUT / "hf",
-    ExportOptions(kind_options={"heads": HEADS}),
-    WriteOptions(overwrite=True),
-)
-import_checkpoint(
-    checkpoint,
-    OUT / "megatron",
-    ImportOptions(kind_options={"heads": HEADS}),
-    WriteOptions(overwrite=True),
-)
+heads, again = {"heads": HEADS}, WriteOptions(overwrite=True)
+export_checkpoint(checkpoint, OUT / "hf", ExportOptions(kind_options=heads), again)
+import_checkpoint(checkpoint, OUT / "megatron", ImportOptions(kind_options=heads), again)
 result = verify(OUT / "hf", OUT / "megatron")
 print(f"{result.compared} tensors, equal bit for bit: {result.equal}")
 print(json.dumps(json.loads((OUT / "hf/config.json").read_text())))
