@@ -17,7 +17,16 @@ from killing import KILLABLE, KILLED, MARKER, accepted, finish, start
 from slow import slow_but
 from trees import tree_hash
 
-from megatron_olmo_bridge import export_checkpoint, import_checkpoint, inspect, synth, verify
+from megatron_olmo_bridge import (
+    ExportOptions,
+    ImportOptions,
+    WriteOptions,
+    export_checkpoint,
+    import_checkpoint,
+    inspect,
+    synth,
+    verify,
+)
 from megatron_olmo_bridge.convert import to_megatron
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.storage.transfer import Transfer
@@ -34,7 +43,7 @@ class Conversion:
 
     operation: str
     source: Path
-    options: dict[str, Any]
+    options: ImportOptions | ExportOptions
     """For the library."""
     arguments: tuple[str, ...]
     """The same for the command line."""
@@ -47,10 +56,10 @@ class Conversion:
         command = [self.operation, self.source, dst, *self.arguments, *flags]
         return start(command, point, FILE_BYTES)
 
-    def run(self, dst: Path, **options: Any) -> None:
+    def run(self, dst: Path, dtype: str = "keep", **write: Any) -> None:
         """In this process."""
         convert = import_checkpoint if self.operation == "import" else export_checkpoint
-        convert(self.source, dst, **self.options, **options)
+        convert(self.source, dst, replace(self.options, dtype=dtype), WriteOptions(**write))
 
     def check(self, dst: Path) -> None:
         """The tree is the uninterrupted one, and nothing lies beside it."""
@@ -74,10 +83,15 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversio
         (
             "import",
             hf,
-            {"make_vocab_size_divisible_by": 1280},
+            ImportOptions(make_vocab_size_divisible_by=1280),
             ("--make-vocab-size-divisible-by", "1280"),
         ),
-        ("export", root / "import", {"max_shard_size": "1MB"}, ("--max-shard-size", "1MB")),
+        (
+            "export",
+            root / "import",
+            ExportOptions(max_shard_size="1MB"),
+            ("--max-shard-size", "1MB"),
+        ),
     ):
         conversion = Conversion(operation, source, options, arguments, {}, 0)
         with pytest.MonkeyPatch.context() as patch:

@@ -225,9 +225,12 @@ def test_a_head_of_its_own(tmp_path: Path) -> None:
 
 def test_a_plan_needs_no_torch(checkpoint: Path) -> None:
     code = (
-        "import sys\nfrom megatron_olmo_bridge.convert import to_hf, to_megatron\n"
-        "to_hf.plan_exports(sys.argv[1], 'x', heads=4)\n"
-        "to_megatron.plan_import(sys.argv[1], heads=4)\nassert 'torch' not in sys.modules"
+        "import sys\nfrom megatron_olmo_bridge import ExportOptions, ImportOptions\n"
+        "from megatron_olmo_bridge.convert import to_hf, to_megatron\n"
+        "heads = {'heads': 4}\n"
+        "to_hf.plan_exports(sys.argv[1], 'x', ExportOptions(kind_options=heads))\n"
+        "to_megatron.plan_import(sys.argv[1], ImportOptions(kind_options=heads))\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, checkpoint], check=True)
 
@@ -372,8 +375,8 @@ def test_a_command_that_cannot_be_told_the_heads_says_what_can(
 
 def test_options_of_olm_are_for_olm(single: Path, megatron: Path, tmp_path: Path) -> None:
     for args, says in (
-        (("import", single, tmp_path / "x", "--heads", 4), "--heads is for a checkpoint of OLM"),
-        (("export", megatron, tmp_path / "x", "--heads", 4), "--heads is for a checkpoint of OLM"),
+        (("import", single, tmp_path / "x", "--heads", 4), "--heads is for OLM checkpoints"),
+        (("export", megatron, tmp_path / "x", "--heads", 4), "--heads is for OLM checkpoints"),
         (("import", single, tmp_path / "x", "--hf-config", single), "--hf-config is for"),
     ):
         result = run(*args)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.hf_folder import CHAT_TEMPLATES, HUB_PATTERNS
 from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
@@ -98,19 +97,14 @@ class Checkpoint(ABC):
 
         Args:
             folder: with the weights.
-            options: checked by :meth:`check_options`.
+            options: only those that the kind knows are set.
             strict: refuse tensors that are not those of the config.
         """
 
     @classmethod
-    def check_options(cls, path: Path, options: ReadOptions) -> None:
-        """Raise InputError for an option that this kind has no use for."""
-        given = {f.name: getattr(options, f.name) for f in fields(ReadOptions)}
-        known = {*cls.takes, *(option.name for option in cls.options)}
-        for name, value in ({**given, **options.kind_options}).items():
-            if name != "kind_options" and value is not None and name not in known:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{path}: {flag} is not for a {cls.kind} checkpoint")
+    def knows(cls, option: str) -> bool:
+        """Return whether this kind has a use for an option."""
+        return option in cls.takes or option in {own.name for own in cls.options}
 
     @property
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import InputError
@@ -36,7 +36,7 @@ def open_checkpoint(
     path, options = Path(path).expanduser(), options or ReadOptions()
     try:
         kind, folder = find_kind(path, options.iteration)
-        kind.check_options(path, options)
+        _check_options(kind, path, options)
         snapshot = _snapshot(kind, folder, options.hf_config)
         return replace(kind.open(folder, options, strict), snapshot=snapshot)
     except PermissionError as error:
@@ -76,9 +76,19 @@ def kind_options() -> tuple[KindOption, ...]:
 def options_for(path: str | Path, options: ReadOptions) -> ReadOptions:
     """Return the options without those of other kinds than the path's: for one of two paths."""
     kind, _ = find_kind(Path(path).expanduser(), options.iteration)
-    own = {option.name for option in kind.options}
-    kept = {name: value for name, value in options.kind_options.items() if name in own}
+    kept = {name: value for name, value in options.kind_options.items() if kind.knows(name)}
     return replace(options, kind_options=kept)
+
+
+def _check_options(kind: type[Checkpoint], path: Path, options: ReadOptions) -> None:
+    """Raise InputError for an option that the kind has no use for."""
+    common = {f.name: getattr(options, f.name) for f in fields(ReadOptions)}
+    named = common | dict(options.kind_options)
+    for name in named.keys() - {"kind_options"}:
+        if named[name] is not None and not kind.knows(name):
+            flag = f"--{name.replace('_', '-')}"
+            others = " and ".join(k.kind for k in reversed(KINDS) if k.knows(name)) or "other"
+            raise InputError(f"{path}: {flag} is for {others} checkpoints; this is {kind.kind}")
 
 
 def _snapshot(kind: type[Checkpoint], folder: Path, hf_config: str | Path | None) -> Snapshot:

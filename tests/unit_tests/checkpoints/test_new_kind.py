@@ -118,5 +118,5 @@ def test_python_reads_it(hf: Path, flat: Path, tmp_path: Path) -> None:
 
 
 def test_other_kinds_refuse_its_option(hf: Path, flat: Path) -> None:
-    with pytest.raises(InputError, match="--skip is not for a Hugging Face checkpoint"):
+    with pytest.raises(InputError, match="--skip is for flat checkpoints; this is Hugging Face"):
         open_checkpoint(hf, ReadOptions(kind_options={"skip": 3}))

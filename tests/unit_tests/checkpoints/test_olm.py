@@ -169,12 +169,12 @@ NEEDLESS: dict[str, Any] = {"iteration": 3, "vocab_size": 9, "num_labels": 2}
 
 @pytest.mark.parametrize("option", NEEDLESS)
 def test_options_for_other_checkpoints_are_refused(tmp_path: Path, option: str) -> None:
-    with pytest.raises(InputError, match=f"--{option.replace('_', '-')} is not for a"):
+    with pytest.raises(InputError, match=f"--{option.replace('_', '-')} is for "):
         opened(tmp_path, lambda _: None, **{option: NEEDLESS[option]})
 
 
 def test_heads_are_for_olm_alone(tiny_hf: Path) -> None:
-    with pytest.raises(InputError, match="--heads is not for a Hugging Face checkpoint"):
+    with pytest.raises(InputError, match="--heads is for OLM checkpoints; this is Hugging Face"):
         open_checkpoint(tiny_hf, ReadOptions(kind_options={"heads": 2}))
 
 
