@@ -212,7 +212,9 @@ def transformers_reads(folder: Path) -> Any:
     values = json.loads((folder / "config.json").read_bytes())
     asked = json.loads((folder / "asked.json").read_text())
     classes = {name: key for key, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
-    family = CONFIG_MAPPING[values.get("model_type") or classes[values["architectures"][0]]]
+    names = values.get("architectures") or [""]
+    name = names if isinstance(names, str) else names[0]
+    family = CONFIG_MAPPING[values.get("model_type") or classes.get(name, name)]
     compared = {*asked, *(family.attribute_map.get(key, key) for key in asked)}
     given = {key: value for key, value in values.items() if key in compared}
     # A number without a fraction is written without a point by most: transformers refuses that.
