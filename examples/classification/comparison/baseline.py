@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
+from megatron_olmo_bridge.storage.atomic import replacing_folder
 from megatron_olmo_bridge.tasks.classification.data import Examples, class_weights, samples
 from megatron_olmo_bridge.tasks.classification.problems import AnyQuality, Problem, problem_of
 from megatron_olmo_bridge.tasks.classification.stopping import Evaluation, best, out_of_patience
@@ -136,9 +136,6 @@ def _share(step: int, config: TrainingConfig) -> float:
 
 
 def _save(classifier: HFClassifier, folder: Path) -> None:
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    classifier.model.save_pretrained(partial)
-    classifier.tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replacing_folder(folder) as partial:
+        classifier.model.save_pretrained(partial)
+        classifier.tokenizer.save_pretrained(partial)

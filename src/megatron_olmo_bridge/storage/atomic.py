@@ -1,14 +1,18 @@
-"""Files that are there whole or not at all, and durable when they are there."""
+"""Files and folders that are there whole or not at all, and durable when they are there."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial"
 """Ends the name of a file or folder while it is written."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Values from Linux's <fcntl.h> and <linux/fs.h>."""
 
 
 @contextlib.contextmanager
@@ -45,6 +49,43 @@ def replace_file(path: Path, data: bytes | str) -> None:
     sync(path.parent)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Give an empty ``NAME.partial`` to fill, which takes the name when the block has ended.
+
+    An error in the block leaves the folder of before alone. So does a kill; only where the file
+    system can't exchange two names, there is a moment in which neither has the name.
+
+    Args:
+        path: Where the folder is to be, in place of one that is there.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_tree(partial)
+        if not exchange(partial, path):
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system can't."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = os.fsencode(first), os.fsencode(second)
+    if renameat2 is None:
+        return False
+    done: int = renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    return done == 0
+
+
 def write_synced(path: Path, data: bytes | str) -> None:
     """Write a file and make its bytes durable; a kill may leave half of it."""
     with name_in_errors(path), path.open("wb") as file:
@@ -61,3 +102,9 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder durable with all that is in it."""
+    for path in (folder, *folder.rglob("*")):
+        sync(path)

@@ -37,7 +37,7 @@ from megatron_olmo_bridge.live.save import megatron_state, write_texts
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import gather, on_first
 from megatron_olmo_bridge.runtime.signals import sheltered
-from megatron_olmo_bridge.storage.atomic import PARTIAL, replace_file, sync
+from megatron_olmo_bridge.storage.atomic import PARTIAL, replace_file, sync, sync_tree
 from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
 
 from .checksums import recording, write_record
@@ -196,8 +196,7 @@ class Checkpointer:
             write_texts(partial, texts)
             write_record(partial)
             (partial / PARTIAL_MARKER).unlink()
-            for path in (partial, *partial.rglob("*")):
-                sync(path)
+            sync_tree(partial)
             take_name(partial, folder)
             sync(self.root)
             replace_file(self.root / TRACKER, str(step))

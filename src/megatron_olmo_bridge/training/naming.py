@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
 from pathlib import Path
 
-from megatron_olmo_bridge.storage.atomic import PARTIAL
+from megatron_olmo_bridge.storage.atomic import PARTIAL, exchange
 
 _REPLACED = f".replaced{PARTIAL}"
 """Ends the name of a complete checkpoint while another one of the same step takes its place, where
 the file system can't exchange the two."""
 _OLD = f".old{PARTIAL}"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-"""Values from Linux's <fcntl.h> and <linux/fs.h>."""
 
 
 def take_name(partial: Path, folder: Path) -> None:
@@ -27,16 +23,6 @@ def take_name(partial: Path, folder: Path) -> None:
     elif not exchange(partial, folder):
         folder.rename(folder.with_name(folder.name + _REPLACED))
         partial.rename(folder)
-
-
-def exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system can't."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    paths = os.fsencode(first), os.fsencode(second)
-    if renameat2 is None:
-        return False
-    done: int = renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
-    return done == 0
 
 
 def put_back(root: Path) -> None:

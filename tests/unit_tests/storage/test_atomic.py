@@ -1,4 +1,4 @@
-"""A file is there whole or not at all, wherever writing it is stopped."""
+"""A file or folder is there whole or not at all, wherever writing it is stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_olmo_bridge.storage.atomic import replace_file
+from megatron_olmo_bridge.storage import atomic
+from megatron_olmo_bridge.storage.atomic import replace_file, replacing_folder
 
 CALLS = ("open", "fsync", "rename", "fsync of the folder")
 KILLED = """
@@ -100,3 +101,37 @@ def test_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "fsync", watched)
     replace_file(tmp_path / "run.yaml", "text")
     assert synced == [(tmp_path / "run.yaml.partial", False), (tmp_path, True)]
+
+
+# --------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed"])
+@pytest.mark.parametrize("older", [True, False], ids=["another", "none"])
+def test_a_folder_takes_the_place_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool, exchanges: bool
+) -> None:
+    """The file that only the older one has is gone; so is what a kill left."""
+    folder = tmp_path / "tokenizer"
+    for left in [tmp_path / "tokenizer.partial"] + [folder] * older:
+        left.mkdir()
+        (left / "older.json").touch()
+    if not exchanges:
+        monkeypatch.setattr(atomic, "exchange", lambda *_: False)
+    with replacing_folder(folder) as partial:
+        assert names(partial) == []
+        (partial / "newer.json").touch()
+        assert folder.exists() == older
+    assert names(folder) == ["newer.json"]
+    assert names(tmp_path) == ["tokenizer"]
+
+
+def test_an_error_leaves_the_folder_of_before(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "older.json").touch()
+    with pytest.raises(OSError, match="full"), replacing_folder(folder) as partial:
+        (partial / "newer.json").touch()
+        raise OSError("full")
+    assert names(folder) == ["older.json"]
+    assert names(tmp_path) == ["tokenizer"]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_olmo_bridge.storage.atomic import exchange
 from megatron_olmo_bridge.training import naming
-from megatron_olmo_bridge.training.naming import clean, exchange, put_back, take_name
+from megatron_olmo_bridge.training.naming import clean, put_back, take_name
 
 NAME = "iter_0000005"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.nn.problem_types import REGRESSION
 from megatron_olmo_bridge.runtime.process_groups import on_first, started_together
+from megatron_olmo_bridge.storage.atomic import replacing_folder
 from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.training.card import write_card
 from megatron_olmo_bridge.training.config import TrainingConfig
@@ -184,11 +184,8 @@ class Classifier:
         write_card(self.folder / CLASSIFIER, self.config, figures, chosen)
 
     def _save_tokenizer(self) -> None:
-        partial, folder = self.folder / f"{TOKENIZER}.partial", self.folder / TOKENIZER
-        shutil.rmtree(partial, ignore_errors=True)
-        self.tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with replacing_folder(self.folder / TOKENIZER) as folder:
+            self.tokenizer.save_pretrained(folder)
 
 
 def with_head(
