@@ -76,7 +76,7 @@ def compare(folder: Path, encoder: str | None, lr: float | None) -> None:
     write_training_report(folder)  # again: now it links to the new page
     print_table(report)
     say(
-        f"ms: one text, tokenising included; texts/s: in batches of {results[0].speed.batch_size}; "
+        f"ms: one text, tokenizing included; texts/s: in batches of {results[0].speed.batch_size}; "
         f"{device_name()}, {config.train.precision}"
     )
     say(f">> report: {folder / PAGE}")
@@ -117,7 +117,7 @@ def describe_setting(config: TrainingConfig, score: float, data: Data) -> dict[s
         "In training": f"{base_name(config)} had {spoken(problem.score)} {score:.4f} on the same "
         "texts, in megatron-core",
         "Device": f"{device_name()}; {config.train.precision}; transformers, eager",
-        "Latency": f"of one text, tokenising included, over {min(TIMED, len(held_out))} texts, the "
+        "Latency": f"of one text, tokenizing included, over {min(TIMED, len(held_out))} texts, the "
         "models in turns",
         "Throughput": f"in batches of {min(len(held_out), TIMED, BATCH)}",
     }

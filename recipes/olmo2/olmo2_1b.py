@@ -49,7 +49,7 @@ def stage2() -> TrainingConfig:
         parallel=ParallelConfig(overlap=True),
         init=CONTINUED,
         sources=of_yaml(STAGE2, REPOSITORY, "stage2-ingredient3-step23852-tokens51B") | {
-            "init.optimizer": "allenai/OLMo StepsConfig: reset_optimizer_state, false by default",
+            "init.optimizer": "allenai/OLMo TrainConfig: reset_optimizer_state, false by default",
         },
     )  # fmt: skip
 

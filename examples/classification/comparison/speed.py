@@ -15,7 +15,7 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a classifier labels texts, tokenising included."""
+    """How fast a classifier labels texts, tokenizing included."""
 
     p50_ms: float
     """Median time for a single text."""

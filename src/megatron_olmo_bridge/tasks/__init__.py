@@ -1,1 +1,1 @@
-"""What can be learned: to predict the next token, or the label of a text."""
+"""Training tasks: language modelling and text classification."""

@@ -40,7 +40,7 @@ def with_model(config: TrainingConfig) -> tuple[TrainingConfig, Checkpoint | Non
     """Return the config with its model filled in, and the checkpoint that the weights come from.
 
     Raises:
-        BridgeError: the checkpoint is missing or damaged, or the data is another model's.
+        BridgeError: the checkpoint is missing or damaged, or the data was made for another model.
     """
     init = config.init
     if not (init.hf or init.checkpoint):
@@ -48,25 +48,25 @@ def with_model(config: TrainingConfig) -> tuple[TrainingConfig, Checkpoint | Non
     for key, origin in config.sources.items():
         if key.startswith("model.") and origin == OVERRIDDEN:
             raise InputError(
-                f"{key}: the model is that of init.hf or init.checkpoint, as it is there"
+                f"{key}: can't be set, as the model comes from init.hf or init.checkpoint"
             )
     folder = fetch(init.hf, init.revision)[0] if init.hf else init.checkpoint
     source = open_checkpoint(folder or "")
     if init.optimizer and not isinstance(source, MegatronCheckpoint):
         raise InputError(
-            f"{folder}: has no optimizer's state, being no Megatron checkpoint; leave out "
+            f"{folder}: has no optimizer state, as it is not a Megatron checkpoint; leave out "
             "init.optimizer"
         )
     return replace(config, model=source.bridge.hf_config), source
 
 
 def _with_end_of_data(config: TrainingConfig) -> TrainingConfig:
-    """Let a new model end a text as the documents of its data end.
+    """Set a new model's ``eos_token_id`` to the token that ends the documents of its data.
 
-    Otherwise whoever generates with it would not know where to stop.
+    Without it, generation would not know where to stop.
 
     Raises:
-        InputError: the model's config names another token.
+        InputError: the model's config has a different ``eos_token_id``.
     """
     if not config.data.path:
         return config
@@ -85,19 +85,19 @@ def _with_end_of_data(config: TrainingConfig) -> TrainingConfig:
 
 @dataclass
 class LanguageModelling(Task):
-    """The task of the next token."""
+    """Language modelling on prepared tokens."""
 
     config: TrainingConfig
     data: TokenData
     tokenizer_folder: Path | None
     vocab_size: int
     micro_batches: int
-    """Micro-batches of this process in one step."""
+    """Number of micro-batches of this process per step."""
     loss_unit: str = NATS_PER_TOKEN
 
     @classmethod
     def open(cls, resolved: ResolvedRun) -> LanguageModelling:
-        """Open the data; all processes call it, when the process groups exist."""
+        """Open the data; all processes call it, after the process groups are created."""
         config, vocab_size = resolved.config, resolved.bridge.vocab_size
         data = TokenData.open(config, vocab_size)
         folder = _tokenizer_folder(config, resolved.source, data.info)
@@ -151,10 +151,10 @@ class LanguageModelling(Task):
 
 
 def check_prepared(resolved: ResolvedRun) -> None:
-    """Refuse data and a tokenizer that the run would refuse, without opening the data.
+    """Check data and tokenizer as the run would, without opening the data.
 
     Raises:
-        BridgeError: as :func:`check_data`; or ``data.tokenizer`` is not a tokenizer's folder.
+        BridgeError: as :func:`check_data`, or ``data.tokenizer`` is not a tokenizer folder.
     """
     config = resolved.config
     info = check_data(config.data, resolved.bridge.vocab_size, config.train.sequence_length)
@@ -164,10 +164,10 @@ def check_prepared(resolved: ResolvedRun) -> None:
 def _tokenizer_folder(
     config: TrainingConfig, source: Checkpoint | None, prepared: list[DataInfo]
 ) -> Path | None:
-    """Return the folder with the tokenizer's files, which go with every checkpoint and export.
+    """Return the folder with the tokenizer files, which are copied to every checkpoint and export.
 
     Raises:
-        InputError: ``data.tokenizer`` names one that isn't there.
+        InputError: ``data.tokenizer`` does not exist.
     """
     if config.data.tokenizer is None and source is not None and source.artifacts_folder is not None:
         return source.artifacts_folder
@@ -177,15 +177,15 @@ def _tokenizer_folder(
     if Path(named).is_file():
         raise InputError(f"data.tokenizer={named}: is a file; name the tokenizer's folder")
     if config.data.tokenizer is None:
-        return None  # prepared elsewhere, with a tokenizer that isn't here
+        return None  # prepared elsewhere; the tokenizer is not on this machine
     return fetch(named, None)[0]
 
 
 def _check_tokens(batch: Batch, vocab_size: int) -> None:
-    """Refuse what the model has no embedding for: a GPU would only report an assertion.
+    """Refuse tokens without an embedding: a GPU would only report a failed assertion.
 
     Raises:
-        InputError: a token beyond the vocabulary.
+        InputError: a token is outside the vocabulary.
     """
     for name in ("tokens", "labels"):
         least, most = (int(token) for token in batch[name].aminmax())

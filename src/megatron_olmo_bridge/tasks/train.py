@@ -1,4 +1,4 @@
-"""Train whatever a config asks for."""
+"""Train a language model or a classifier, depending on the config."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from megatron_olmo_bridge.training.resolve import ResolvedRun, resolve
 
 
 def train(config: TrainingConfig, *, say: Callable[[str], None] = print) -> dict[str, float]:
-    """Train a model as a config says; every process of the layout calls it.
+    """Train a model from a config; every process of the layout calls it.
 
-    With a section ``classification`` a classifier is fine-tuned: see
+    If the config has a section ``classification``, fine-tune a classifier: see
     :func:`megatron_olmo_bridge.tasks.classification.train.train`.
 
     Args:
         config: as a recipe returns it.
-        say: receives what people read, line by line, in the first process.
+        say: prints a line for people; called in the first process.
 
     Returns:
         Figures of the last step: ``step``, ``tokens``, ``train_loss``, ``validation_loss``.
 
     Raises:
-        TrainingStopped: before the last step; the message says why.
-        BridgeError: an impossible config, or something that it names is missing or damaged.
+        TrainingStopped: training ended before the last step; the message says why.
+        BridgeError: the config is invalid, or a file that it names is missing or damaged.
     """
     if config.classification is not None:
         from .classification.train import train as train_classifier

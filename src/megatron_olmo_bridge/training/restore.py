@@ -64,7 +64,7 @@ def _check(folder: Path) -> None:
     """Look at the headers; they say better what is wrong than what torch raises later."""
     if "optimizer" not in TorchDistFolder.read(folder).common:
         raise FormatError(
-            f"{folder}: has no optimizer's state: it is damaged, or was saved without one; then "
+            f"{folder}: has no optimizer state: it is damaged, or was saved without one; then "
             "leave out init.optimizer"
         )
 

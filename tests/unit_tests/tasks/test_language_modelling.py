@@ -67,7 +67,7 @@ def test_the_model_is_that_of_the_checkpoint_to_begin_with(
     assert filled_in.model == source.bridge.hf_config
 
     overridden = apply_overrides(filled_in, ["model.num_hidden_layers=1"])
-    with pytest.raises(InputError, match=r"model\.num_hidden_layers.*as it is there"):
+    with pytest.raises(InputError, match=r"model\.num_hidden_layers.*as the model comes from"):
         with_model(overridden)
 
 
@@ -75,7 +75,7 @@ def test_a_hugging_face_checkpoint_has_no_optimizer_state(
     config: TrainingConfig, tiny_hf: Path
 ) -> None:
     config.init = InitConfig(checkpoint=str(tiny_hf), optimizer=True)
-    with pytest.raises(InputError, match=r"no optimizer's state.*leave out init\.optimizer"):
+    with pytest.raises(InputError, match=r"no optimizer state.*leave out init\.optimizer"):
         with_model(config)
 
 

@@ -1,1 +1,1 @@
-"""Fine-tuning a classifier of texts: data, problem types, measures, the task."""
+"""Fine-tuning of text classifiers: data, problem types, metrics, the task."""

@@ -1,4 +1,4 @@
-"""Texts with labels: read from .jsonl or .csv, tokenised, and put in an order."""
+"""Labelled texts: reading from .jsonl or .csv, tokenization, and order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_olmo_bridge.training.config import ClassificationConfig
 from .problems import Problem, SingleLabel, problem_of, some
 
 KINDS = (".jsonl", ".csv")
-_TOKENISED_AT_ONCE = 1000
+_TOKENIZED_AT_ONCE = 1000
 _LONGEST_LINE = 16 << 20
 """Bytes."""
 
@@ -32,12 +32,12 @@ Labels = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts, and the label of each."""
+    """Texts and their labels."""
 
     texts: list[str]
     labels: Labels
-    """Single-label: [n] of int64, indices into ``classes``. Else [n, classes] of float32: 1 for
-    each label that a text has and else 0, or the values of a regression."""
+    """Single-label: [n], int64, indices into ``classes``. Otherwise [n, classes], float32: 1 for
+    each label that a text has, else 0; or the target values of a regression."""
     classes: tuple[str, ...]
     """Names of the model's outputs. Classes are sorted, numerically if all are whole numbers."""
 
@@ -47,19 +47,19 @@ class Examples:
 
 @dataclass(frozen=True)
 class Record:
-    """A text, its label, and where it stands: ``FILE:LINE``."""
+    """A text with its label and its location, ``FILE:LINE``."""
 
     text: str
     label: Any
-    """As the problem type reads it: a name, a list of names, or a list of numbers."""
+    """A name, a list of names or a list of numbers, depending on the problem type."""
     where: str
 
 
 def load_examples(config: ClassificationConfig) -> tuple[Examples, Examples]:
-    """What is trained on and what is held out. The classes are those of the training file.
+    """Return training and held-out examples, with the classes of the training file.
 
     Raises:
-        InputError: a file or a line of it is not what it should be, named by file and line.
+        InputError: a file is missing or a line is malformed; the message has file and line.
     """
     named = {"classification.train": config.train, "classification.validation": config.validation}
     for option, path in named.items():
@@ -74,15 +74,15 @@ def load_examples(config: ClassificationConfig) -> tuple[Examples, Examples]:
 
 
 def read_records(path: str | Path, text: str, label: str, problem: Problem) -> Iterator[Record]:
-    """The records of a .jsonl or .csv file.
+    """Yield the records of a .jsonl or .csv file.
 
     Args:
-        path: UTF-8; a .csv has a first line with the columns' names.
+        path: a UTF-8 file; the first line of a .csv has the column names.
         text, label: names of the fields or columns.
         problem: reads the labels.
 
     Raises:
-        InputError: what is wrong, with file and line.
+        InputError: the file is missing or a line is malformed; the message has file and line.
     """
     path = Path(path).expanduser()
     if path.suffix not in KINDS:
@@ -144,7 +144,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield begin, dict(zip(header, row, strict=True))
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{begin}: not sound CSV: {error}") from error
+        raise InputError(f"{path}:{begin}: malformed CSV: {error}") from error
 
 
 def _text(value: Any, name: str, where: str) -> str:
@@ -167,7 +167,7 @@ def _examples(records: list[Record], problem: Problem, classes: tuple[str, ...])
 
 
 def balanced_weights(labels: Integers, classes: int) -> npt.NDArray[np.float32]:
-    """[classes], n / (classes * occurrences of the class); their mean over the examples is 1.
+    """Return [classes], n / (classes * occurrences of the class); the mean over examples is 1.
 
     Source: ``compute_class_weight("balanced")`` of scikit-learn.
     """
@@ -176,7 +176,7 @@ def balanced_weights(labels: Integers, classes: int) -> npt.NDArray[np.float32]:
 
 
 def class_weights(task: ClassificationConfig, train: Examples) -> torch.Tensor | None:
-    """Return the weight of each class in the loss, [classes] of float32; None if all are equal.
+    """Return the weight of each class in the loss, [classes], float32; None if all are equal.
 
     The loss is the plain mean of the weighted losses. The weights' mean over the data is 1, so the
     loss does not depend on how a batch is split, as it would if it were divided by the sum of the
@@ -204,27 +204,27 @@ def class_weights(task: ClassificationConfig, train: Examples) -> torch.Tensor |
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """Texts as tokens, one after the other, and the label of each."""
+class Tokenized:
+    """Tokens of all texts, concatenated, and the label of each text."""
 
     tokens: npt.NDArray[np.int32]
     """[total]"""
     ends: Integers
-    """[n], where in ``tokens`` each text ends."""
+    """End of each text in ``tokens``, [n]."""
     labels: Labels
     """As in :class:`Examples`."""
     truncated: int
-    """Texts that were longer than the limit."""
+    """Number of texts that were truncated."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def row(self, index: int) -> npt.NDArray[np.int32]:
-        """The tokens of one text."""
+        """Return the tokens of one text."""
         return self.tokens[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def padded(self, indices: Sequence[int], length: int, pad_token_id: int) -> Integers:
-        """[len(indices), length], padded on the right."""
+        """Return tokens [len(indices), length], padded on the right."""
         batch = np.full((len(indices), length), pad_token_id, np.int64)
         for i, index in enumerate(indices):
             row = self.row(index)
@@ -232,30 +232,32 @@ class Tokenised:
         return batch
 
 
-def tokenise(examples: Examples, tokenizer: Any, length: int, vocab_size: int) -> Tokenised:
-    """Tokenise as a pipeline of transformers would, special tokens included.
+def tokenize(examples: Examples, tokenizer: Any, length: int, vocab_size: int) -> Tokenized:
+    """Tokenize as a transformers pipeline does, including special tokens.
 
     Args:
         examples: the texts.
-        tokenizer: of transformers.
-        length: tokens of which no text has more afterwards.
-        vocab_size: of the model.
+        tokenizer: a transformers tokenizer.
+        length: maximum number of tokens per text; longer texts are truncated.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        InputError: the tokenizer has tokens that the model doesn't know, or none for a text.
+        InputError: the tokenizer emits tokens outside the vocabulary, or none for a text.
     """
     rows: list[npt.NDArray[np.int32]] = []
     truncated = 0
-    for first in range(0, len(examples), _TOKENISED_AT_ONCE):
-        texts = examples.texts[first : first + _TOKENISED_AT_ONCE]
+    for first in range(0, len(examples), _TOKENIZED_AT_ONCE):
+        texts = examples.texts[first : first + _TOKENIZED_AT_ONCE]
         for ids in tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]:
             if len(ids) > length:
                 truncated += 1
-                # Again, and not cut here: special tokens at the end are kept.
+                # Tokenize again with truncation, which keeps special tokens at the end.
                 text = examples.texts[len(rows)]
                 ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
             if not ids:
-                raise InputError(f"the tokenizer makes no token of {examples.texts[len(rows)]!r}")
+                raise InputError(
+                    f"the tokenizer returns no tokens for {examples.texts[len(rows)]!r}"
+                )
             rows.append(np.array(ids, np.int32))
     tokens = np.concatenate(rows)
     if tokens.max() >= vocab_size:
@@ -264,21 +266,20 @@ def tokenise(examples: Examples, tokenizer: Any, length: int, vocab_size: int) -
             "another model's tokenizer"
         )
     ends = np.cumsum([len(row) for row in rows])
-    return Tokenised(tokens, ends, examples.labels, truncated)
+    return Tokenized(tokens, ends, examples.labels, truncated)
 
 
 # ------------------------------------------------------------------------------------------- order
 
 
 def samples(seed: int, count: int, first: int, number: int) -> list[int]:
-    """Which examples come at places ``first`` to ``first + number`` of the endless stream of
-    epochs, each in an order of its own.
+    """Return the indices of samples ``first`` to ``first + number`` of an endless stream of epochs.
 
-    A function of its arguments alone: a run that is resumed goes on just where it was.
+    Each epoch is shuffled anew. The result depends on the arguments alone, for exact resume.
 
     Args:
-        seed: of the orders.
-        count: of the examples.
+        seed: seed of the shuffling.
+        count: number of examples in an epoch.
     """
     places = (divmod(i, count) for i in range(first, first + number))
     return [int(_order(seed, count, epoch)[place]) for epoch, place in places]

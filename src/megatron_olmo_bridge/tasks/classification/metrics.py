@@ -1,4 +1,4 @@
-"""Measures of the predictions of each problem type."""
+"""Metrics of each problem type."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ClassQuality:
-    """Of one class; a ratio with nothing below the line is 0."""
+    """Metrics of one class; a ratio with denominator 0 is 0."""
 
     name: str
     precision: float
     recall: float
     f1: float
     count: int
-    """Examples that are of this class."""
+    """Number of examples of this class."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What a classifier gets right."""
+    """Metrics of a single-label classifier."""
 
     accuracy: float
     macro_f1: float
-    """Mean of the classes' F1, over those that occur among the labels or the predictions."""
+    """Mean F1 over the classes that occur in the labels or the predictions."""
     classes: tuple[ClassQuality, ...]
     confusion: list[list[int]]
-    """[true class][predicted class]"""
+    """Confusion matrix, [true class][predicted class]."""
 
     @property
     def measures(self) -> dict[str, float]:
-        """The measures of all classes together, by name."""
+        """Return the overall metrics, by name."""
         return {"accuracy": self.accuracy, "macro_f1": self.macro_f1}
 
     @property
     def confused(self) -> list[tuple[str, str, int]]:
-        """True class, predicted class and how often, of wrong predictions; the most often first."""
+        """Return (true class, predicted class, count) of wrong predictions, most frequent first."""
         names = [c.name for c in self.classes]
         pairs = [
             (names[i], names[j], count)
@@ -62,7 +62,7 @@ def quality(true: npt.ArrayLike, predicted: npt.ArrayLike, classes: Sequence[str
 
 
 def quality_of(confusion: Counts, classes: Sequence[str]) -> Quality:
-    """From a confusion matrix, [true class, predicted class]."""
+    """Compute the metrics from a confusion matrix, [true class, predicted class]."""
     right, of_class, labelled = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     precision, recall = right / np.maximum(labelled, 1), right / np.maximum(of_class, 1)
     f1 = 2 * right / np.maximum(of_class + labelled, 1)
@@ -77,35 +77,35 @@ def quality_of(confusion: Counts, classes: Sequence[str]) -> Quality:
 
 @dataclass(frozen=True)
 class MultiLabelQuality:
-    """What a classifier of several labels a text gets right.
+    """Metrics of a multi-label classifier.
 
     Source: ``f1_score(average="micro")``, ``f1_score(average="macro", zero_division=0)`` and
     ``accuracy_score`` of scikit-learn.
     """
 
     micro_f1: float
-    """F1 over all decisions, whichever label they are of."""
+    """F1 over the decisions of all labels together."""
     macro_f1: float
-    """Mean of the labels' F1."""
+    """Mean F1 of the labels."""
     exact_match: float
-    """Share of the texts with exactly the right labels."""
+    """Fraction of texts whose labels are all correct."""
     classes: tuple[ClassQuality, ...]
 
     @property
     def measures(self) -> dict[str, float]:
-        """The measures of all labels together, by name."""
+        """Return the overall metrics, by name."""
         return {n: getattr(self, n) for n in ("micro_f1", "macro_f1", "exact_match")}
 
 
 def multi_label_quality(
     counts: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]
 ) -> MultiLabelQuality:
-    """Return the quality from sums over texts.
+    """Compute the metrics from sums over texts.
 
     Args:
         counts: ``right``, ``occurring`` and ``predicted`` of each label, [labels]; ``exact`` and
             ``texts``, numbers of texts.
-        classes: Names of the labels.
+        classes: names of the labels.
     """
     right, occurring, predicted = (counts[n] for n in ("right", "occurring", "predicted"))
     f1 = 2 * right / np.maximum(occurring + predicted, 1)
@@ -125,7 +125,7 @@ def multi_label_quality(
 
 @dataclass(frozen=True)
 class TargetQuality:
-    """The quality of one predicted value."""
+    """Metrics of one predicted value."""
 
     name: str
     mse: float
@@ -135,12 +135,12 @@ class TargetQuality:
     r2: float
     """Coefficient of determination; 0 if all true values are equal."""
     pearson: float
-    """Correlation of true and predicted values; 0 if either are all equal."""
+    """Pearson correlation of true and predicted values; 0 if either is constant."""
 
 
 @dataclass(frozen=True)
 class RegressionQuality:
-    """How close predicted values come; of several values, the mean of their measures.
+    """Metrics of a regression, averaged over the values.
 
     Source: ``mean_squared_error``, ``mean_absolute_error`` and ``r2_score`` of scikit-learn;
     Pearson's correlation as ``scipy.stats.pearsonr``.
@@ -154,14 +154,14 @@ class RegressionQuality:
 
     @property
     def measures(self) -> dict[str, float]:
-        """The measures of all values together, by name."""
+        """Return the overall metrics, by name."""
         return {n: getattr(self, n) for n in ("mse", "mae", "r2", "pearson")}
 
 
 def regression_quality(
     counts: Mapping[str, npt.NDArray[Any]], names: Sequence[str]
 ) -> RegressionQuality:
-    """Return the quality from sums over texts, float64.
+    """Compute the metrics from sums over texts, float64.
 
     Args:
         counts: ``true``, ``predicted``, ``true_squared``, ``predicted_squared``, ``product``,
@@ -173,7 +173,7 @@ def regression_quality(
     true_variance = means["true_squared"] - means["true"] ** 2
     variance = means["predicted_squared"] - means["predicted"] ** 2
     covariance = means["product"] - means["true"] * means["predicted"]
-    # What is left of a constant by rounding is not a variance.
+    # Treat a variance within rounding error as 0: the values are constant.
     varies = true_variance > 1e-12 * means["true_squared"]
     both_vary = varies & (variance > 1e-12 * means["predicted_squared"])
     r2 = np.where(varies, 1 - means["squared_error"] / np.where(varies, true_variance, 1), 0)

@@ -1,4 +1,4 @@
-"""The problem types of fine-tuning: how labels are read, what is predicted, how it is measured."""
+"""Problem types: how each reads labels, makes predictions and measures them."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ from .metrics import (
 )
 
 SEPARATOR = ";"
-"""Between the labels, or the values, of a text in a .csv file."""
+"""Separates the labels, or the values, of a text in a .csv file."""
 _SHOWN = 8
-"""Names that a message lists."""
+"""Maximum number of names in a message."""
 
 AnyQuality = Quality | MultiLabelQuality | RegressionQuality
 Counts = dict[str, torch.Tensor]
-"""Sums over texts from which the quality follows; they are added up over batches."""
+"""Sums over texts from which the metrics are computed; they are added up over batches."""
 
 
 class Problem(ABC):
-    """What differs between problem types."""
+    """Interface of a problem type."""
 
     problem_type: ClassVar[str]
-    """As ``config.json`` names it."""
+    """Value of ``problem_type`` in config.json."""
     loss_unit: ClassVar[str]
     score: ClassVar[str]
-    """The measure by which the best weights are chosen; higher is better."""
+    """Metric by which the best weights are chosen; higher is better."""
 
     @abstractmethod
     def read(self, value: Any, name: str, where: str) -> Any:
-        """Return a label from a field's value.
+        """Return the label in a field's value.
 
         Args:
             value: From JSON, or a text from a .csv file.
@@ -68,7 +68,7 @@ class Problem(ABC):
         """Return the names of the model's outputs, from the labels of the training file.
 
         Raises:
-            InputError: There is nothing to learn.
+            InputError: all labels are equal, so there is nothing to learn.
         """
 
     @abstractmethod
@@ -76,29 +76,29 @@ class Problem(ABC):
         """Return a label as numbers: an index, or one number for each name.
 
         Raises:
-            ValueError: The label is not one of the names', or of another length; the message
-                continues a sentence that begins with file and line.
+            ValueError: the label is unknown or has the wrong length; the caller puts file and line
+                before the message.
         """
 
     @abstractmethod
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return what is predicted from logits [n, outputs], encoded as labels are."""
+        """Return the predictions for logits [n, outputs], encoded as the labels are."""
 
     @abstractmethod
     def counts(self, labels: torch.Tensor, predictions: torch.Tensor, outputs: int) -> Counts:
-        """Return the sums of some texts, from labels and predictions of ``outputs`` names."""
+        """Return the sums over a batch of labels and predictions."""
 
     @abstractmethod
     def quality(self, counts: Counts, names: Sequence[str]) -> AnyQuality:
-        """Return the quality from the sums of all texts, on the CPU."""
+        """Return the metrics from the sums over all texts, on the CPU."""
 
     @abstractmethod
     def describe(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
-        """Return what the labels of the training file are, in words."""
+        """Describe the labels of the training file in words."""
 
 
 class SingleLabel(Problem):
-    """One class for each text."""
+    """One class per text."""
 
     problem_type = SINGLE_LABEL
     loss_unit = "nats per text"
@@ -138,7 +138,7 @@ class SingleLabel(Problem):
 
 
 class MultiLabel(Problem):
-    """Any number of classes for each text; a class is predicted if its probability is above 0.5."""
+    """Any number of classes per text; a class is predicted if its probability is above 0.5."""
 
     problem_type = MULTI_LABEL
     loss_unit = "nats per label"
@@ -166,7 +166,7 @@ class MultiLabel(Problem):
         return [float(name in label) for name in names]
 
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
-        # The sigmoid of 0 is 0.5. Not "from 0 on": a new head of zeros would predict every class.
+        # sigmoid(0) is 0.5. Strictly above 0: a new head of zeros would else predict every class.
         return (logits > 0).float()
 
     def counts(self, labels: torch.Tensor, predictions: torch.Tensor, outputs: int) -> Counts:
@@ -189,7 +189,7 @@ class MultiLabel(Problem):
 
 
 class Regression(Problem):
-    """One or more values for each text."""
+    """One or more values per text."""
 
     problem_type = REGRESSION
     loss_unit = "squared error"
@@ -257,7 +257,7 @@ def problem_of(config: ClassificationConfig) -> Problem:
     """Return the problem that ``classification.problem_type`` names.
 
     Raises:
-        InputError: There is no such problem type.
+        InputError: unknown problem type.
     """
     if config.problem_type not in _PROBLEMS:
         raise InputError(
@@ -268,7 +268,7 @@ def problem_of(config: ClassificationConfig) -> Problem:
 
 
 def head_labels(classes: Sequence[str], problem_type: str) -> dict[str, Any]:
-    """Return what ``config.json`` says of a classification head."""
+    """Return the entries of config.json that describe a classification head."""
     return {
         "id2label": {str(i): name for i, name in enumerate(classes)},
         "label2id": {name: i for i, name in enumerate(classes)},
@@ -277,7 +277,7 @@ def head_labels(classes: Sequence[str], problem_type: str) -> dict[str, Any]:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first names, quoted, and how many more there are."""
+    """List the first names, quoted, and the number of the others."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(repr, names[:_SHOWN])) + more
 

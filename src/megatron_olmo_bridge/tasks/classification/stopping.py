@@ -1,4 +1,4 @@
-"""The evaluations of a run: which was the best, when to stop, and how they are kept."""
+"""Early stopping: the history of evaluations, the best one, and when to stop."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from megatron_olmo_bridge.formats.files import JSON_LIMIT, parse_json, read_smal
 from megatron_olmo_bridge.storage.atomic import replace_file
 
 HISTORY = "evaluations.json"
-"""In the run's folder: the evaluations so far."""
+"""File in the run's folder with the evaluations so far."""
 
 
 class Evaluation(NamedTuple):
-    """On the held-out data, after so many steps."""
+    """Score on the held-out data after ``step`` steps."""
 
     step: int
     score: float
-    """The measure that the problem type is judged by; higher is better."""
+    """``Problem.score``; higher is better."""
 
 
 def best(history: Sequence[Evaluation]) -> Evaluation:
-    """Return the one with the highest score; of equals the first."""
+    """Return the evaluation with the highest score; the first of several."""
     return max(history, key=lambda e: e.score)
 
 
 def out_of_patience(history: Sequence[Evaluation], patience: int | None) -> bool:
-    """Whether the last ``patience`` evaluations were all no better than one before them."""
+    """Return whether none of the last ``patience`` evaluations improved on those before."""
     if patience is None or not history:
         return False
     return len(history) - 1 - history.index(best(history)) >= patience
 
 
 def write_history(file: Path, history: list[Evaluation]) -> None:
-    """Keep the evaluations for when the run is resumed."""
+    """Save the evaluations, for resuming the run."""
     replace_file(file, json.dumps([e._asdict() for e in history]))
 
 
@@ -44,7 +44,7 @@ def read_history(file: Path) -> list[Evaluation]:
     """Return the evaluations of the run so far, if there are any.
 
     Raises:
-        FormatError: The file is damaged, or of an older version.
+        FormatError: the file is damaged, or written by an older version.
     """
     if not file.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Classification as the training loop sees it: micro-batches of texts, and how they are scored."""
+"""Classification task: micro-batches of texts, and their loss and metrics."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.task import Score, Sums, Task
 from megatron_olmo_bridge.training.token_data import Batch
 
-from .data import Tokenised, samples
+from .data import Tokenized, samples
 from .problems import Problem, problem_of
 from .stopping import Evaluation, out_of_patience
 
 NONE = -1
-"""Index of a row that only fills up a batch."""
+"""Index of a row that pads a batch."""
 _MULTIPLE = 8
-"""Batches are padded to one of this, as tensor cores like it."""
+"""Sequences are padded to a multiple of this, which is efficient on tensor cores."""
 
 
 @dataclass
 class Classification(Task):
-    """The label of each text.
+    """Text classification.
 
-    All held-out texts are scored in each evaluation, whatever ``evaluation.batches``.
+    Each evaluation scores all held-out texts, regardless of ``evaluation.batches``.
     """
 
     config: TrainingConfig
     classes: tuple[str, ...]
-    train: Tokenised
-    held_out: Tokenised
+    train: Tokenized
+    held_out: Tokenized
     pad_token_id: int
     weights: torch.Tensor | None = None
-    """[classes] of float32, of single-label losses."""
+    """Class weights of a single-label loss, [classes], float32."""
     history: list[Evaluation] = field(default_factory=list)
     """Evaluations so far."""
     tokenizer_folder: Path | None = None
     on_evaluated: Callable[[], None] = lambda: None
-    """Called in all processes after each evaluation, which is in the history then."""
+    """Called in all processes when an evaluation has been added to the history."""
     problem: Problem = field(init=False)
     loss_unit: str = field(init=False)
 
@@ -71,13 +71,13 @@ class Classification(Task):
     @property
     def validation_micro_batches(self) -> int:
         count = math.ceil(len(self.held_out) / self._at_once)
-        # The interleaved schedule takes as many micro-batches as there are stages, or a multiple.
+        # The interleaved schedule needs a multiple of the number of pipeline stages.
         multiple = self.config.parallel.pp if self.config.parallel.vpp else 1
         return math.ceil(count / multiple) * multiple
 
     @property
     def _at_once(self) -> int:
-        """Texts that all data-parallel ranks run at once."""
+        """Number of texts in one micro-batch of all data-parallel ranks."""
         ranks: int = parallel_state.get_data_parallel_world_size()
         return self.config.train.micro_batch_size * ranks
 
@@ -87,7 +87,7 @@ class Classification(Task):
             batch[n].to(device, non_blocking=True) for n in ("tokens", "labels", "counted")
         )
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        # No mask: padding is on the right, where causal attention doesn't look.
+        # No mask: padding is on the right, which causal attention never sees.
         output = chunk(tokens, positions, None)
 
         def score(logits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
@@ -105,7 +105,7 @@ class Classification(Task):
     def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
         measures = self.problem.quality(sums, self.classes).measures
         figures = {"loss": float(sums["loss"] / sums["weight"]), **measures}
-        # A run that was resumed comes again to steps that it evaluated before it was killed.
+        # A resumed run repeats the evaluations after its last checkpoint.
         self.history[:] = [e for e in self.history if e.step < step]
         self.history.append(Evaluation(step, measures[self.problem.score]))
         self.on_evaluated()
@@ -116,8 +116,8 @@ class Classification(Task):
         """Early-stopping patience, in evaluations."""
         return self.config.classification.patience if self.config.classification else None
 
-    def _shared(self, data: Tokenised, indices: list[int]) -> Iterator[Batch]:
-        """This process's micro-batches of some texts; they go round the data-parallel ranks."""
+    def _shared(self, data: Tokenized, indices: list[int]) -> Iterator[Batch]:
+        """Yield this process's micro-batches, dealt round-robin to the data-parallel ranks."""
         micro = self.config.train.micro_batch_size
         ranks = parallel_state.get_data_parallel_world_size()
         rank = parallel_state.get_data_parallel_rank()
@@ -131,8 +131,8 @@ class Classification(Task):
                 "counted": torch.tensor([i != NONE for i in rows]),
             }
 
-    def _length(self, data: Tokenised, indices: list[int]) -> int:
-        """Tokens to pad to: the longest text's. The stages of a pipeline send each other all."""
+    def _length(self, data: Tokenized, indices: list[int]) -> int:
+        """Return the length to pad to: of the longest text, or with PP the full length."""
         full, parallel = self.config.train.sequence_length, self.config.parallel
         if parallel.pp > 1:
             return full

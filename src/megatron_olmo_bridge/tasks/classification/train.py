@@ -1,4 +1,4 @@
-"""Fine-tune a classifier, and keep the best of it."""
+"""Fine-tune a classifier, and keep its best weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from megatron_olmo_bridge.training.monitor.human import spoken
 from megatron_olmo_bridge.training.resolve import ResolvedRun, resolve
 from megatron_olmo_bridge.training.setup import started
 
-from .data import Examples, Tokenised, class_weights, load_examples, tokenise
+from .data import Examples, Tokenized, class_weights, load_examples, tokenize
 from .problems import Problem, head_labels, problem_of
 from .stopping import HISTORY, Evaluation, best, out_of_patience, read_history, write_history
 from .task import Classification
 
 CLASSIFIER, TOKENIZER = "classifier", "tokenizer"
-"""In the run's folder: the best weights as a Hugging Face checkpoint, and the tokenizer that goes
-with every checkpoint."""
+"""Folders in the run's folder: the best weights as a Hugging Face checkpoint, and the tokenizer,
+which is copied to every checkpoint."""
 
 
 def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float]:
@@ -47,8 +47,8 @@ def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float
         of a regression) and ``best_step``.
 
     Raises:
-        TrainingStopped: before the last step; the message says why.
-        BridgeError: an impossible config, or something that it names is missing or damaged.
+        TrainingStopped: training ended before the last step; the message says why.
+        BridgeError: the config is invalid, or a file that it names is missing or damaged.
     """
     classifier = Classifier.open(config)
     with started(classifier.resolved, classifier.task, say) as run:
@@ -74,17 +74,17 @@ class Classifier:
     resolved: ResolvedRun
     train: Examples
     held_out: Examples
-    tokens: tuple[Tokenised, Tokenised]
+    tokens: tuple[Tokenized, Tokenized]
     tokenizer: Any
     weights: torch.Tensor | None
-    """[classes] of float32, of single-label losses."""
+    """Class weights of a single-label loss, [classes], float32."""
 
     @classmethod
     def open(cls, config: TrainingConfig) -> Classifier:
         """Read data, checkpoint headers and tokenizer.
 
         Raises:
-            BridgeError: something is not there or not sound.
+            BridgeError: a file is missing or damaged.
         """
         if config.classification is None:
             raise InputError("the recipe has no section classification")
@@ -96,7 +96,7 @@ class Classifier:
         resolved = resolve(config, source, started_together())
         tokenizer = _tokenizer(config, source)
         first, second = (
-            tokenise(examples, tokenizer, config.train.sequence_length, resolved.bridge.vocab_size)
+            tokenize(examples, tokenizer, config.train.sequence_length, resolved.bridge.vocab_size)
             for examples in (train, held_out)
         )
         return cls(resolved, train, held_out, (first, second), tokenizer, weights)
@@ -116,7 +116,7 @@ class Classifier:
         return Path(self.config.checkpoint.save or ".").expanduser()
 
     def describe_data(self) -> list[str]:
-        """Return lines that say how much data there is, and how much of it is cut off."""
+        """Return lines that describe the amount of data and how much is truncated."""
         train = self.config.train
         epochs = train.steps * train.global_batch_size / len(self.train)
         return [
@@ -128,7 +128,7 @@ class Classifier:
         ]
 
     def task(self, resolved: ResolvedRun) -> Classification:
-        """Return the task; all processes call it, when the process groups exist."""
+        """Return the task; all processes call it, after the process groups are created."""
         on_first(self._save_tokenizer)
         history = [on_first(lambda: read_history(self.folder / HISTORY))]
         dist.broadcast_object_list(history, 0)
@@ -143,16 +143,16 @@ class Classifier:
         )
 
     def keep_the_best_of(self, run: Run, say: Callable[[str], None]) -> list[Evaluation]:
-        """Have the run write ``classifier/`` after each evaluation that is the best so far.
+        """Write ``classifier/`` after each evaluation that is the best so far.
 
         Returns:
-            The evaluations so far; those to come are added to it.
+            The history of evaluations, which grows during the run.
         """
         task, target = run.task, self.folder / CLASSIFIER
         assert isinstance(task, Classification)
         history = task.history
         history[:] = [e for e in history if e.step <= run.step]
-        run.stopped_early = out_of_patience(history, task.patience)  # before it was started again
+        run.stopped_early = out_of_patience(history, task.patience)  # already before the resume
 
         score = spoken(self.problem.score)
 
@@ -194,7 +194,7 @@ def with_head(
     """Return the config with its model filled in, and the checkpoint that the weights come from.
 
     Args:
-        config: of a classifier.
+        config: config with a section ``classification``.
         classes: names of the head's outputs.
 
     Raises:
@@ -205,18 +205,18 @@ def with_head(
     init, problem_type = config.init, config.classification.problem_type
     if bool(init.hf) == bool(init.checkpoint):
         raise InputError("init.hf is not set: name the OLMo checkpoint to be fine-tuned")
-    given = fetch(init.hf, init.revision)[0] if init.hf else Path(init.checkpoint or "")
-    source = open_checkpoint(given)
+    folder = fetch(init.hf, init.revision)[0] if init.hf else Path(init.checkpoint or "")
+    source = open_checkpoint(folder)
     if source.bridge.num_labels is None:
-        source = open_checkpoint(given, ReadOptions(num_labels=len(classes)))
+        source = open_checkpoint(folder, ReadOptions(num_labels=len(classes)))
     else:
-        _check_head(source, given, problem_type, classes)
+        _check_head(source, folder, problem_type, classes)
     hf = source.hf_config
     pad = config.provider.get("pad_token_id", hf.get("pad_token_id"))
     if type(pad) is not int or not 0 <= pad < source.bridge.vocab_size:
         raise InputError(
-            f"{given}: its config.json has no pad_token_id, by which the end of a text is found "
-            f"(it says {pad!r}). Say which token of its tokenizer is to pad: "
+            f"{folder}: its config.json has no pad_token_id, which marks the end of a text "
+            f"(found {pad!r}). Choose the tokenizer's padding token: "
             "provider.pad_token_id=ID"
         )
     hf = hf | head_labels(classes, problem_type) | {"pad_token_id": pad}
@@ -225,35 +225,35 @@ def with_head(
 
 
 def _check_head(
-    source: Checkpoint, given: Path, problem_type: str, classes: tuple[str, ...]
+    source: Checkpoint, folder: Path, problem_type: str, classes: tuple[str, ...]
 ) -> None:
-    """Refuse to go on training a head whose outputs mean something else than the data's.
+    """Check that the checkpoint's classification head has the classes of the data.
 
     Raises:
-        InputError: They do.
+        InputError: problem type or classes differ.
     """
     count = source.bridge.num_labels
     assert count is not None
     own = source.hf_config.get("problem_type") or (REGRESSION if count == 1 else None)
     if own not in (None, problem_type):
         raise InputError(
-            f"{given}: is a classifier of problem_type {own}, classification.problem_type is "
+            f"{folder}: is a classifier of problem_type {own}, classification.problem_type is "
             f"{problem_type}: set that to {own}, or name a language model as init.hf"
         )
     names = source.hf_config.get("id2label") or {}
     known = tuple(str(names.get(str(i))) for i in range(count))
-    # The values of a regression have no names of their own: their number must fit.
+    # The values of a regression have no names, so only their number must match.
     same = count == len(classes) if problem_type == REGRESSION else known == classes
     if not same:
         raise InputError(
-            f"{given}: is a classifier of other classes ({count}: {', '.join(known[:5])}"
+            f"{folder}: is a classifier of other classes ({count}: {', '.join(known[:5])}"
             f"...) than the data's ({len(classes)}: {', '.join(classes[:5])}...). Name the "
             "language model that it was made from as init.hf."
         )
 
 
 def _tokenizer(config: TrainingConfig, source: Checkpoint) -> Any:
-    """The checkpoint's, or ``data.tokenizer``; it pads and cuts as the training does."""
+    """Load ``data.tokenizer`` or the checkpoint's tokenizer, and set padding and truncation."""
     from transformers import AutoTokenizer
 
     named = config.data.tokenizer

@@ -1,4 +1,4 @@
-"""Labelled texts as they are read, tokenised and ordered, and what is said of unsound ones."""
+"""Labelled texts as they are read, tokenized and ordered, and what is said of unsound ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_olmo_bridge.tasks.classification.data import (
     class_weights,
     load_examples,
     samples,
-    tokenise,
+    tokenize,
 )
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
@@ -116,7 +116,7 @@ def test_a_record_that_is_unsound_is_named(tmp_path: Path, bad: object, message:
         ("t.csv", b"text,label\n", r"t\.csv: holds no examples"),
         ("t.csv", b"body,label\na,x\n", r"t\.csv:2: no 'text'; it has 'body', 'label'"),
         ("t.csv", b"text,label\na,x\nb\n", r"t\.csv:3: 1 fields, the first line names 2 columns"),
-        ("t.csv", b'text,label\n"a\nb",x\n"c', r"t\.csv:4: not sound CSV"),
+        ("t.csv", b'text,label\n"a\nb",x\n"c', r"t\.csv:4: malformed CSV"),
         ("t.csv", b'text,label\n"a\nb",x\n,y\n', r"t\.csv:4: 'text' is empty"),
         ("t.txt", b"a", r"t\.txt: not one of \.jsonl, \.csv"),
     ],
@@ -191,26 +191,26 @@ def examples(*texts: str) -> Examples:
 
 
 def test_texts_are_cut_and_padded_on_the_right() -> None:
-    found = tokenise(examples("a b c", "c", "a b c c c"), tokenizer(), 3, vocab_size=7)
+    found = tokenize(examples("a b c", "c", "a b c c c"), tokenizer(), 3, vocab_size=7)
     assert [found.row(i).tolist() for i in range(3)] == [[4, 5, 6], [6], [4, 5, 6]]
     assert found.truncated == 1
     assert found.padded([1, 0], 4, 1).tolist() == [[6, 1, 1, 1], [4, 5, 6, 1]]
 
 
 def test_special_tokens_survive_the_cut() -> None:
-    found = tokenise(examples("a b c", "a"), tokenizer(frame=True), 4, vocab_size=7)
+    found = tokenize(examples("a b c", "a"), tokenizer(frame=True), 4, vocab_size=7)
     assert found.row(0).tolist() == [2, 4, 5, 3]
 
 
 def test_many_texts_keep_their_order() -> None:
     texts = ["a" if i % 3 else "b c a b" for i in range(2500)]
-    found = tokenise(examples(*texts), tokenizer(), 3, vocab_size=7)
+    found = tokenize(examples(*texts), tokenizer(), 3, vocab_size=7)
     assert all(found.row(i).tolist() == ([4] if i % 3 else [5, 6, 4]) for i in range(2500))
 
 
 def test_another_models_tokenizer_is_refused() -> None:
     with pytest.raises(InputError, match="has token 6, the model only 6 rows"):
-        tokenise(examples("a c"), tokenizer(), 3, vocab_size=6)
+        tokenize(examples("a c"), tokenizer(), 3, vocab_size=6)
 
 
 # ----------------------------------------------------------------------------------------- order

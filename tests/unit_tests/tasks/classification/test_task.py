@@ -13,7 +13,7 @@ from transformers import Olmo2Config, Olmo2ForSequenceClassification, PreTrained
 pytest.importorskip("megatron.core")
 
 from megatron_olmo_bridge import AutoBridge
-from megatron_olmo_bridge.tasks.classification.data import Examples, samples, tokenise
+from megatron_olmo_bridge.tasks.classification.data import Examples, samples, tokenize
 from megatron_olmo_bridge.tasks.classification.stopping import Evaluation
 from megatron_olmo_bridge.tasks.classification.task import Classification
 from megatron_olmo_bridge.training.config import (
@@ -71,7 +71,7 @@ def task(
         train=StepsConfig(global_batch_size=8, micro_batch_size=4, sequence_length=LENGTH),
         classification=ClassificationConfig(patience=2),
     )
-    tokens = [tokenise(e, tokenizer, LENGTH, 32) for e in (train_examples, held_out_examples)]
+    tokens = [tokenize(e, tokenizer, LENGTH, 32) for e in (train_examples, held_out_examples)]
     return Classification(config, train_examples.classes, *tokens, PAD, WEIGHTS)
 
 
