@@ -146,10 +146,10 @@ VALUES = [
 
 LAYOUTS = [
     Case("parallel.tp=3 --processes 3", ("num_attention_heads (8)", "(3)")),
-    Case("parallel.tp=8 --processes 8", ("4 key/value heads cannot be shared out evenly over 8",)),
-    Case("parallel.pp=9 --processes 9", ("4 layers cannot be shared out evenly over 9",)),
+    Case("parallel.tp=8 --processes 8", ("4 key/value heads cannot be divided evenly over 8",)),
+    Case("parallel.pp=9 --processes 9", ("4 layers cannot be divided evenly over 9",)),
     Case("parallel.pp=2 parallel.vpp=4 --processes 2",
-         ("4 layers cannot be shared out", "4 chunks")),
+         ("4 layers cannot be divided evenly", "4 chunks")),
     Case("parallel.pp=2 parallel.vpp=2 train.global_batch_size=6 --processes 2",
          ("3 micro-batches", "a multiple of parallel.pp=2")),
     Case("parallel.vpp=2", ("parallel.vpp=2", "set parallel.pp")),

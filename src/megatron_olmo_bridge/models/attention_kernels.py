@@ -1,4 +1,4 @@
-"""Which kernel attention would take here, family by family."""
+"""Attention kernel that each family would use on this machine."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megatron_olmo_bridge.runtime.te_import import (
 from .families import published_sizes
 
 _SEQUENCE = 4 * 1024
-"""Tokens, for the kernels that ask for the length."""
+"""Sequence length in tokens, for kernels whose choice depends on it."""
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """What a published size's attention would run on, in training in bfloat16."""
+    """Attention kernel of a published size, for bfloat16 training."""
 
     size: str
     layers: str
-    """Width of a head, and window of the layers that have one."""
+    """Head width, and the window of the layers that have one."""
     kernel: str
 
 
 def attention_kernels() -> list[AttentionKernel]:
-    """What each family's largest size, its last one, would take on this machine's GPU.
+    """Return the kernels that each family's largest size would use on this machine's GPU.
 
-    Empty where Transformer Engine can't be used: attention is then torch's
+    The list is empty where Transformer Engine can't be used: attention is then torch's
     ``scaled_dot_product_attention``.
     """
     if why_no_transformer_engine() is not None:
@@ -44,7 +44,7 @@ def attention_kernels() -> list[AttentionKernel]:
 
 
 def _windows(config: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The kinds of layers by their windows, as Transformer Engine counts them."""
+    """Yield each kind of layer with its window, as Transformer Engine counts it."""
     heads = f"heads of {config.kv_channels}"
     yield heads, (-1, 0)
     if window := getattr(config, "window_size", None):
@@ -52,7 +52,7 @@ def _windows(config: Any) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def _kernel(config: Any, window: tuple[int, int]) -> str:
-    """What ``get_attention_backend`` of Transformer Engine (2.6 to 2.20) says."""
+    """Return the choice of Transformer Engine's ``get_attention_backend`` (2.6 to 2.20)."""
     try:
         from transformer_engine.pytorch.attention.dot_product_attention import utils
 

@@ -1,4 +1,4 @@
-"""What every family says of itself: its architecture by numbers, and its mapping."""
+"""Base classes of the model families: config values and mapping table."""
 
 from __future__ import annotations
 
@@ -22,63 +22,63 @@ if TYPE_CHECKING:
 
 
 class ModelBridge(ABC):
-    """One model family: its numbers and its mapping.
+    """Config values and mapping of one model; each family subclasses this.
 
-    A bridge holds numbers only; making one reads no weights. A family says what its table is, and
-    names its classes; the rest follows.
+    Creating a bridge reads no weights. A family defines its mapping table and names its classes;
+    the rest is derived.
     """
 
     family: ClassVar[str]
-    """Name of the family and of its folder, ``olmo2`` for example."""
+    """Name of the family and of its folder, for example ``olmo2``."""
     architectures: ClassVar[tuple[str, ...]]
-    """Values of ``architectures`` and ``model_type`` in ``config.json`` that are of the family."""
+    """Values of ``architectures`` and ``model_type`` in ``config.json`` that name the family."""
     sizes: ClassVar[dict[str, dict[str, Any]]]
-    """Published sizes: name to ``config.json``."""
+    """Published sizes: ``config.json`` by name."""
     config_class: ClassVar[Any]
-    """Dataclass of the numbers that fix shapes and arithmetic, by megatron-core's names; its
+    """Dataclass of the values that fix shapes and arithmetic, by megatron-core's names; its
     ``from_hf`` reads them from a ``config.json``."""
     provider_class: ClassVar[str]
     """``module:Class`` of the provider, which needs megatron-core."""
     record_class: ClassVar[type[MegatronRecord]] = MegatronRecord
-    """What Megatron's own files say of a model of the family."""
+    """Class that reads and writes the model settings in Megatron's own files."""
     layouts: ClassVar[str] = "TP, PP, SP"
-    """Parallel layouts that logits and gradients were compared at with transformers'."""
+    """Parallel layouts at which logits and gradients were compared with transformers."""
     default_pad_token_id: ClassVar[int | None] = None
     """Default of transformers' config class."""
     settings: ClassVar[dict[str, Any]]
-    """What Megatron records alike of every model of the family, beside :attr:`config_values`."""
+    """Settings that are the same for every model of the family, besides :attr:`config_values`."""
     hf_base: ClassVar[str]
-    """Name of transformers' class of the model without a head, for example ``Olmo2Model``."""
+    """Name of transformers' class without a head, for example ``Olmo2Model``."""
     hf_embedding: ClassVar[str]
-    """Name of the embedding's tensor."""
+    """Hugging Face name of the embedding tensor."""
     hf_layers: ClassVar[str]
-    """What the names of the layers' tensors begin with."""
+    """Prefix of the Hugging Face names of the layers' tensors."""
     ignored: ClassVar[dict[str, str]]
-    """Patterns of Hugging Face names that have no place in Megatron, each with its reason."""
+    """Patterns of Hugging Face names that Megatron doesn't store, each with the reason."""
     vocab_param: ClassVar[str] = EMBEDDING
-    """The Megatron parameter with a row for each token: its rows are the padded vocabulary."""
+    """Megatron parameter with one row for each token of the padded vocabulary."""
 
     def __init__(self, hf_config: dict[str, Any]) -> None:
         self.hf_config = hf_config
         self.config = self.config_class.from_hf(hf_config)
         self.num_labels = num_labels_of(hf_config)
-        """Classes of a classification head; None for a language model."""
+        """Number of classes of the classification head; None for a language model."""
         values = HFValues(hf_config, {"pad_token_id": self.default_pad_token_id})
         self.pad_token_id = values.optional_whole("pad_token_id") if self.num_labels else None
-        """A classifier finds the end of a text by it; None where there is none."""
+        """Padding token, by which a classifier finds the end of a sequence; None without one."""
 
     @classmethod
     def with_layers(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """The config of a model of another depth."""
+        """Return the config of the same model with ``layers`` layers."""
         return {**config, "num_hidden_layers": layers}
 
     @abstractmethod
     def table(self, padded_vocab_size: int | None) -> list[Mapping]:
-        """The family's table, without the head."""
+        """Return the family's mapping table, without the head."""
 
     @property
     def config_values(self) -> dict[str, Any]:
-        """Everything that fixes shapes and arithmetic, by megatron-core's names."""
+        """Values that fix shapes and arithmetic, by megatron-core's names."""
         if not self.num_labels:
             return asdict(self.config)
         return asdict(self.config) | {
@@ -89,7 +89,7 @@ class ModelBridge(ABC):
 
     @property
     def hf_keys(self) -> frozenset[str]:
-        """Keys of ``config.json`` that :attr:`config_values` stands for."""
+        """Keys of ``config.json`` from which :attr:`config_values` is read."""
         return frozenset(self.config_class.hf_defaults) | frozenset(self.config_class.hf_aliases)
 
     @property
@@ -106,7 +106,7 @@ class ModelBridge(ABC):
         return int(self.config.vocab_size)
 
     def mapping_registry(self, padded_vocab_size: int | None = None) -> MegatronMappingRegistry:
-        """The family's table with the head, for this model's numbers."""
+        """Return the mapping of this model: the family's table and the head."""
         rows, ignored = self.table(padded_vocab_size), dict(self.ignored)
         if self.num_labels:
             shape = (self.num_labels, self.config.hidden_size)
@@ -123,19 +123,19 @@ class ModelBridge(ABC):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the embedding is the head of the language model."""
+        """True if the embedding is also the head of the language model."""
         return self.num_labels is None and self.config.share_embeddings_and_output_weights
 
     @property
     def notes(self) -> list[str]:
-        """What somebody who converts this model should be told."""
+        """Notes to show to the user who converts this model."""
         return []
 
     def hf_names(self, stored: Collection[str]) -> dict[str, str]:
-        """Return the table's names of tensors that are stored by another name.
+        """Map stored tensor names to the mapping table's names, where they differ.
 
-        As transformers reads them: a base model saved alone has no ``model.`` before its names,
-        and where embeddings are tied, either of the two names will do.
+        Follows transformers: a base model saved alone has no ``model.`` prefix, and tied embeddings
+        may be stored under either name.
         """
         prefix, _, layers = self.hf_layers.partition(".")
         embedding = self.hf_embedding.removeprefix(f"{prefix}.")
@@ -154,8 +154,8 @@ class ModelBridge(ABC):
         return names
 
     def extra_state_patterns(self) -> Iterator[str]:
-        """Names of the ``_extra_state`` objects for which the local or the Transformer Engine spec
-        asks: one for each linear and each norm of megatron-core's."""
+        """Yield the names of the ``_extra_state`` objects that the layer specs load: one for each
+        linear and each norm of megatron-core."""
         for mapping in self.mapping_registry().mappings:
             module, _, last = mapping.megatron_param.rpartition(".")
             if not module.startswith("decoder.") or not last.endswith("weight"):
@@ -165,11 +165,11 @@ class ModelBridge(ABC):
 
     @property
     def megatron_record(self) -> MegatronRecord:
-        """What Megatron's own files say of this model."""
+        """Settings of this model in Megatron's own files."""
         return self.record_class(self)
 
     def provider(self, **fields: Any) -> GPTModelProvider:
-        """Builds the model in megatron-core; ``fields`` are any of the provider's.
+        """Return the provider, which builds the model in megatron-core, with ``fields`` set.
 
         Raises:
             InputError: megatron-core refuses the combination.
@@ -178,7 +178,7 @@ class ModelBridge(ABC):
         return provider(**{**self.config_values, **fields})
 
     def size_name(self) -> str | None:
-        """The published size that this model has, ``olmo2-7b`` for example."""
+        """Return the name of the published size with this model's shapes, or None."""
         shape = self.mapping_registry().resolve().hf_shapes
         for name, config in self.sizes.items():
             known = type(self)(config)
@@ -190,7 +190,7 @@ class ModelBridge(ABC):
 
 
 class DecoderBridge(ModelBridge):
-    """What the OLMo families have in common: rope, RMSNorm, and transformers' names."""
+    """Base of the OLMo families: rope, RMSNorm, and transformers' names."""
 
     settings = DECODER_SETTINGS
     default_pad_token_id = 1

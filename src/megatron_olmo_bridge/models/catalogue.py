@@ -1,4 +1,4 @@
-"""What is supported: families, architectures, sizes, heads, and what each was verified with."""
+"""Catalogue of supported families, architectures and sizes, and what each was verified with."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ VERIFIED = "transformers 5.23; megatron-core 0.16.1, 0.19.2"
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table."""
+    """Row of the catalogue."""
 
     family: str
     architectures: list[str]
     """Values of ``architectures`` in ``config.json``, one for each head."""
     sizes: dict[str, int]
-    """Published sizes, and a tiny one for tests, by name: their parameters."""
+    """Number of parameters of each published size, and of a tiny one for tests, by name."""
     layouts: str
-    """Parallel layouts that the logits and gradients were compared at."""
+    """Parallel layouts at which logits and gradients were compared with transformers."""
     verified: str
-    """Versions that they were compared with."""
+    """Library versions used in the comparison."""
 
 
 def catalogue() -> list[Family]:
-    """Every family that is supported."""
+    """Return every supported family."""
     return [
         Family(
             bridge.family,
@@ -43,7 +43,7 @@ def catalogue() -> list[Family]:
 
 
 def markdown() -> str:
-    """The table as README.md has it."""
+    """Return the catalogue as the Markdown table in README.md."""
     rows = [["family", "architectures", "sizes", "compared at"], ["---"] * 4]
     for family in catalogue():
         names = ", ".join(f"`{name}`" for name in family.architectures)
@@ -53,5 +53,5 @@ def markdown() -> str:
 
 
 def human_count(count: int) -> str:
-    """``7.30B``"""
+    """Return a count of parameters as text, for example ``7.30B``."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"

@@ -1,4 +1,4 @@
-"""The numbers of a decoder, in megatron-core's terms, read from a Hugging Face config."""
+"""Config of a decoder by megatron-core's names, read from a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 from .hf_values import MAX_HEADS, MAX_LAYERS, HFValues, check_count
 
 Rope = dict[str, Any]
-"""``rope_theta``, ``rope_type`` and what belongs to the type, as transformers 5 spells it."""
+"""``rope_theta``, ``rope_type`` and the type's own parameters, as transformers 5 spells them."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The numbers that fix the shapes and the arithmetic of a model of OLMo's families.
+    """Values that fix the shapes and the arithmetic of a model of the OLMo families.
 
     Field names are megatron-core's; :meth:`from_hf` reads them from a ``config.json``.
     """
@@ -44,10 +44,10 @@ class DecoderConfig:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Rows of gate_proj and of up_proj, each."""
+    """Rows of gate_proj, and of up_proj."""
     num_attention_heads: int
     num_query_groups: int
-    """Key/value heads; equal to ``num_attention_heads`` without grouped queries."""
+    """Number of key/value heads; equal to ``num_attention_heads`` without grouped queries."""
     kv_channels: int
     """Width of one head."""
     vocab_size: int
@@ -70,7 +70,7 @@ class DecoderConfig:
             check_count(name, getattr(self, name))
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
-                f"{self.num_attention_heads} attention heads cannot be shared out evenly over "
+                f"{self.num_attention_heads} attention heads cannot be divided evenly over "
                 f"{self.num_query_groups} key/value heads"
             )
 
@@ -86,7 +86,7 @@ class DecoderConfig:
 
     @classmethod
     def read(cls, hf: HFValues) -> dict[str, Any]:
-        """The fields' values. A family with fields of its own adds them."""
+        """Return the fields' values; a family with fields of its own extends this."""
         if hf.flag("attention_bias"):
             raise UnsupportedError(
                 f"the config sets attention_bias; published {cls.label} models have none"
@@ -115,9 +115,9 @@ class DecoderConfig:
 
     @classmethod
     def read_theta(cls, hf: HFValues) -> float:
-        """Theta of a model with one plain rope."""
-        rope, *others = ropes(hf).values()
-        if any(other != rope for other in others):
+        """Return theta of a model with a single plain rope."""
+        rope, *more = ropes(hf).values()
+        if any(other != rope for other in more):
             raise UnsupportedError(
                 f"the config asks for another rope in each of {', '.join(ropes(hf))}; {cls.label} "
                 "has one"
@@ -143,7 +143,7 @@ def published(
     pad: int,
     **own: Any,
 ) -> dict[str, Any]:
-    """A ``config.json`` as released checkpoints have it; ``own`` is what the family adds."""
+    """Return a ``config.json`` like the released ones; ``own`` holds the family's own keys."""
     return {
         "architectures": [architecture],
         "attention_bias": False,

@@ -1,4 +1,4 @@
-"""The families, and the one that a ``config.json`` is of."""
+"""List of the families, and the lookup of a ``config.json``'s family."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAMILIES = {
     "flex_olmo": "FlexOlmoBridge",
     "gpt2": "GPT2Bridge",
 }
-"""Folder beside this file, and the class in its ``bridge.py``; in the order of all lists."""
+"""Folder of each family and the class in its ``bridge.py``, in the order of all lists."""
 
 
 @cache
@@ -60,9 +60,9 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
     """Return the bridge for a ``config.json``, by ``architectures`` or else by ``model_type``.
 
     Raises:
-        UnsupportedError: No bridge handles it; the message lists those that are known.
+        UnsupportedError: No bridge handles it; the message lists the supported ones.
         InputError: ``model_type`` is not that of the family that ``architectures`` names.
-        BridgeError: The bridge that handles it can't make sense of its values.
+        BridgeError: A value is invalid for the family.
     """
     bridge = _family_of(hf_config, where)
     try:
@@ -95,7 +95,7 @@ def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
 
 
 def _is_variant(name: str, bridge: type[ModelBridge]) -> bool:
-    """Return whether a class is a known one with a prefix, as FSDP's, or the base model's."""
+    """Return whether a class is a known one with a prefix, such as FSDP's, or the base model."""
     return name.endswith((*bridge.architectures, bridge.hf_base))
 
 
@@ -109,7 +109,7 @@ def may_be_tied(hf_name: str) -> bool:
     return hf_name in _tied()
 
 
-# Both are asked of every tensor of a file.
+# Cached: both are looked up for every tensor of a file.
 @cache
 def _buffers() -> re.Pattern[str]:
     patterns = {pattern for bridge in bridges() for pattern in bridge.ignored}

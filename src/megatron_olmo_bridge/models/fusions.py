@@ -1,4 +1,4 @@
-"""megatron-core's fused kernels: which of them run here; and what is refused beside them."""
+"""megatron-core's fused kernels: turn on those that run here, refuse those never tested."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CUDA_GRAPHS = (
 )
 """Fields of megatron-core 0.16.1 and 0.19.2 that turn CUDA graphs on."""
 _OFF: tuple[Any, ...] = (None, False, "none", "full", [])
-"""What they are set to where they turn nothing on; scopes are "full", and then [], by default."""
+"""Values of these fields that leave CUDA graphs off; scopes default to "full" or []."""
 
 
 def set_fused_fields(config: Any) -> None:
-    """Turn on in a provider what can be fused beside Transformer Engine, on a GPU.
+    """Turn on the fused kernels that run with Transformer Engine on a GPU.
 
     Bias and dropout, and SwiGLU, are compiled by torch, for which a CPU would need a C++ compiler.
     megatron-core's fused GeLU is the tanh approximation whatever the model's is: it stays off. The
@@ -45,7 +45,7 @@ def set_fused_fields(config: Any) -> None:
 
 
 def can_fuse_gradients() -> bool:
-    """Whether gradients can be added to float32 buffers by the kernel that computes them.
+    """Return whether the kernel that computes gradients can add them to float32 buffers.
 
     Transformer Engine's linears can do so; megatron-core's output layer only with APEX's extension.
     """
@@ -53,10 +53,10 @@ def can_fuse_gradients() -> bool:
 
 
 def refuse_unsupported(config: TransformerConfig) -> None:
-    """Refuse what was never run with these models, and would fail far from its cause.
+    """Refuse options that were never run with these models and would fail obscurely.
 
     Raises:
-        UnsupportedError: CUDA graphs, or communication that overlaps with tensor parallelism.
+        UnsupportedError: CUDA graphs, or tensor-parallel communication overlap.
     """
     if config.tp_comm_overlap:
         raise UnsupportedError("tp_comm_overlap is not supported: set it to False")

@@ -1,4 +1,4 @@
-"""Which head a ``config.json`` asks for: a language model's or a classifier's."""
+"""Read from a ``config.json`` whether the model is a language model or a classifier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_olmo_bridge.nn.problem_types import check_problem_type
 from .hf_values import HFValues
 
 CLASSIFIER = "ForSequenceClassification"
-"""How the names of classifiers end."""
+"""Suffix of the class names of classifiers."""
 CONFIG = "config.json"
 
 
@@ -28,7 +28,7 @@ def architectures_of_config(hf_config: dict[str, Any], where: object = CONFIG) -
 
 
 def num_labels_of(hf_config: dict[str, Any]) -> int | None:
-    """Return the classes of a classification head; None for a language model.
+    """Return the number of classes of a classification head; None for a language model.
 
     The default is transformers', 2.
 

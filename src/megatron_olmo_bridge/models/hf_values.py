@@ -1,4 +1,4 @@
-"""Values of a ``config.json`` or of an object in it, each checked for its type and range."""
+"""Read values of a ``config.json``, each checked for its type and range."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from megatron_olmo_bridge.errors import InputError, quote
 
 COUNT = "a positive whole number"
-# The largest numbers that are read: far above those of real models. What is made for each layer,
-# head or expert takes time and memory before any tensor is looked at.
+# Limits far above real models: whatever is built per layer, head or expert takes time and memory
+# before any tensor is read.
 MAX_COUNT = 2**31 - 1
 MAX_LAYERS = 100_000
 MAX_HEADS = MAX_EXPERTS = 4096
 MAX_LABELS = 100_000
 _SHOWN = 200
-"""Characters of a value in a message."""
+"""Most characters of a value that a message shows."""
 
 
 class HFValues:
@@ -41,7 +41,7 @@ class HFValues:
             values: as they were read.
             defaults: by key, for those that are absent.
             aliases: other names for keys.
-            where: said after a key in messages, `` in rope_parameters`` for example.
+            where: suffix of a key in messages, for example `` in rope_parameters``.
 
         Raises:
             InputError: a key and an alias of it have different values.
@@ -126,7 +126,7 @@ def shown(value: object) -> str:
 
 
 def _bounded(value: object, depth: int) -> object:
-    """Return what is shown of a value: args of a checkpoint may hold lists without end."""
+    """Return a value cut to what is shown: a checkpoint's args may hold very long lists."""
     match value:
         case str():
             return value[: _SHOWN + 1]

@@ -1,4 +1,4 @@
-"""A decoder layer out of megatron-core's modules; families differ in a few of them."""
+"""Build decoder layer specs from megatron-core's modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_olmo_bridge.nn.backends import Backend
 
 _PRE_NORM_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _PRE_MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-"""Keys of the norms before a linear in checkpoints: as megatron-core's own specs have them, whether
+"""Checkpoint keys of the norms before a linear, the same as in megatron-core's own specs whether
 norm and linear are one module (Transformer Engine's) or two."""
 
 
@@ -31,15 +31,15 @@ def decoder_layer(
     qk_norm: bool = False,
     mlp: ModuleSpec | None = None,
 ) -> ModuleSpec:
-    """One layer.
+    """Return the spec of one decoder layer.
 
     Args:
-        modules: what it is made of.
+        modules: modules that the layer is built from.
         pre_norm: the norm before attention and MLP.
         attention: a ``SelfAttention``.
         row_parallel_linear: for ``linear_proj`` and ``linear_fc2``.
-        qk_norm: whether queries and keys are normalised, over their full width.
-        mlp: instead of a dense one.
+        qk_norm: normalise queries and keys over their full width.
+        mlp: replaces the dense MLP.
     """
     self_attention = SelfAttentionSubmodules(
         linear_qkv=modules.column_parallel_linear,
@@ -74,7 +74,7 @@ def decoder_layer(
 
 
 def mixture_of_experts(modules: Backend, config: TransformerConfig) -> ModuleSpec:
-    """megatron-core's own: one expert after the other, or all at once by Transformer Engine."""
+    """Return megatron-core's mixture of experts: sequential, or grouped by Transformer Engine."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # 0.16.1's router asks for it also where there is none
     return get_moe_module_spec(

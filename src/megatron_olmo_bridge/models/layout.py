@@ -1,4 +1,4 @@
-"""Whether a model can be divided over the ranks of a parallel layout."""
+"""Check that a model can be divided over the ranks of a parallel layout."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _UNEVEN_STAGES = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
-"""Fields of megatron-core's config by which stages get different numbers of layers."""
+"""Fields of megatron-core's config that give stages different numbers of layers."""
 
 
 def check_layout(config: TransformerConfig) -> None:
-    """Refuse a layout that the model's sizes cannot be divided over.
+    """Refuse a layout over which the model's sizes cannot be divided evenly.
 
     Raises:
         InputError: Heads, rows, layers or experts do not divide.
@@ -40,8 +40,7 @@ def check_layout(config: TransformerConfig) -> None:
     ranks, experts = config.expert_model_parallel_size, config.num_moe_experts
     if ranks > 1 and (experts is None or experts % ranks):
         raise InputError(
-            f"{experts or 'no'} experts cannot be shared out evenly over {ranks} "
-            "expert-parallel ranks"
+            f"{experts or 'no'} experts cannot be divided evenly over {ranks} expert-parallel ranks"
         )
 
 
@@ -51,7 +50,7 @@ def _check_tensor_parallel(config: TransformerConfig) -> None:
     groups = config.num_query_groups or heads
     if heads % groups:
         raise InputError(
-            f"{heads} attention heads cannot be shared out evenly over {groups} key/value heads"
+            f"{heads} attention heads cannot be divided evenly over {groups} key/value heads"
         )
     for count, what in (
         (heads, "attention heads"),
@@ -60,7 +59,7 @@ def _check_tensor_parallel(config: TransformerConfig) -> None:
     ):
         if count % ranks:
             raise InputError(
-                f"{count} {what} cannot be shared out evenly over {ranks} tensor-parallel ranks"
+                f"{count} {what} cannot be divided evenly over {ranks} tensor-parallel ranks"
             )
 
 
@@ -75,6 +74,6 @@ def _check_pipeline(config: TransformerConfig) -> None:
     if config.num_layers % (stages * (virtual or 1)) and not uneven:
         chunks = f" of {virtual} chunks each" if virtual else ""
         raise InputError(
-            f"{config.num_layers} layers cannot be shared out evenly over {stages} pipeline "
+            f"{config.num_layers} layers cannot be divided evenly over {stages} pipeline "
             f"stages{chunks}; say how with one of {', '.join(_UNEVEN_STAGES)}"
         )

@@ -1,4 +1,4 @@
-"""Names and keywords of Megatron-Bridge that this package refuses, each with what to do instead.
+"""Names and keywords of Megatron-Bridge that this package refuses, with what to use instead.
 
 Source: ``AutoBridge`` and ``ModelProviderMixin`` of megatron-bridge 0.3.1. docs/megatron-bridge.md
 lists every name.
@@ -77,11 +77,11 @@ _IGNORED = frozenset(
         "pg_collection",
     }
 )
-"""Keywords that ask for nothing that isn't so anyway."""
+"""Keywords that have no effect here: what they ask for is always so."""
 
 
 def check_keywords(function: str, given: Mapping[str, Any], refused: Mapping[str, str]) -> None:
-    """Accept what has no effect here, and refuse the rest by a sentence that says what to do.
+    """Accept keywords that have no effect here; refuse the rest and say what to do instead.
 
     Raises:
         UnsupportedError: A keyword is refused.

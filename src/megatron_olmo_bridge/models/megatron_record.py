@@ -1,4 +1,4 @@
-"""What Megatron's own files record of a model, and the way back to a ``config.json``."""
+"""Write a model's settings into Megatron's own files, and recover a ``config.json``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .record_check import RecordedModel
 
 
 class MegatronRecord:
-    """The record of a model: by default its numbers, by megatron-core's names.
+    """Settings of a model in Megatron's files: by default its config values.
 
-    A family that stock Megatron-LM can build says the rest in a subclass.
+    A family that stock Megatron-LM can build adds Megatron-LM's arguments in a subclass.
     """
 
     def __init__(self, bridge: RecordedModel) -> None:
         self.bridge = bridge
 
     def args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-        """Return ``args`` of a checkpoint, read by Megatron-LM's ``--use-checkpoint-args``."""
+        """Return a checkpoint's ``args``, which Megatron-LM's ``--use-checkpoint-args`` reads."""
         return self.bridge.config_values | {
             "padded_vocab_size": padded_vocab_size,
             "bf16": dtype == "bfloat16",
@@ -31,9 +31,9 @@ class MegatronRecord:
         }
 
     def flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
-        """Return what stock Megatron-LM needs on its command line beside ``--load``.
+        """Return the flags that stock Megatron-LM needs besides ``--load``.
 
-        Nothing where no command line describes the model.
+        The list is empty where no command line describes the model.
         """
         return []
 
@@ -56,12 +56,12 @@ class MegatronRecord:
         """Return a ``config.json`` for Megatron-LM's ``args`` or a ``model`` section.
 
         Args:
-            record: one of the two.
-            vocab_size: rows of the Hugging Face embedding; None takes those that are recorded.
+            record: ``args`` or ``model`` section.
+            vocab_size: rows of the Hugging Face embedding; None takes the recorded number.
 
         Raises:
             InputError: The record lacks something.
-            UnsupportedError: It is of another family, or does not say enough for this one.
+            UnsupportedError: It is of another family, or is incomplete for this one.
         """
         raise UnsupportedError(
             "the family can't be told from these settings: pass --hf-config with a folder that has "

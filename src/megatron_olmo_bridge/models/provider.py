@@ -1,4 +1,4 @@
-"""What the providers of all families share: from a config to this rank's part of a model."""
+"""Base provider of all families: builds this rank's part of a model from a config."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if anything, takes their place."""
 
 @dataclass
 class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
-    """megatron-core's config of a decoder, with what the model needs beside it.
+    """megatron-core's config of a decoder, extended by what is needed to build the model.
 
     Every field of ``TransformerConfig`` can be set, also after construction: dtypes, parallel
     sizes, recomputation. They are checked when the model is built.
@@ -78,17 +78,17 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     """Modules of the layers: ``transformer_engine``, ``local``, or ``auto`` for the best that runs
     here."""
     fusions: bool = True
-    """Whether what can be fused beside Transformer Engine is fused: ``models/fusions.py``."""
+    """Use the fused kernels that run with Transformer Engine, see ``models/fusions.py``."""
     init_truncation: float | None = None
-    """Initial weights are normal with ``init_method_std``, all of them alike, cut off at so many
-    standard deviations: OLMo's are at 3. None leaves them to megatron-core, whose last layers of
-    blocks are narrower."""
+    """Truncate initial weights, all normal with ``init_method_std``, at this many standard
+    deviations; OLMo uses 3. None keeps megatron-core's initialization, which scales the output
+    layers of each block down."""
     initialize: bool = True
-    """False leaves weights as they come out of memory: for those that are loaded. Not the same as
-    ``perform_initialization=False``, with which megatron-core doesn't mark what tensor-parallel
-    ranks share out either, and counts it once in the gradient's norm."""
+    """False leaves weights uninitialized, to be loaded. Not ``perform_initialization=False``, with
+    which megatron-core doesn't mark tensor-parallel weights as sharded, and so computes a wrong
+    gradient norm."""
     pre_wrap_hooks: list[PreWrapHook] = field(default_factory=list, repr=False, compare=False)
-    """Called in order by :meth:`provide_distributed_model`; this is how weights come in."""
+    """Hooks that :meth:`provide_distributed_model` calls in order; weights are loaded by one."""
 
     _derived: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
     """Fields that were derived from others: what was set, and what was derived. A field, so that
@@ -161,7 +161,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         return made
 
     def __getattr__(self, name: str) -> Any:
-        """Say what to do instead of a name of Megatron-Bridge that is not here."""
+        """Raise an error that says what to use instead of Megatron-Bridge's ``name``."""
         raise missing_name(type(self).__name__, name, PROVIDER_NAMES)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -189,24 +189,24 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any, **overrides: Any) -> Self:
-        """A provider with the numbers of a family's config; ``overrides`` are any of the fields."""
+        """Return a provider with the values of a family's config; ``overrides`` replace fields."""
         return cls(**{**asdict(config), **overrides})
 
     @property
     def modules(self) -> Backend:
-        """What the layers are made of."""
+        """Modules that the layers are built from."""
         return backend_named(self.backend)
 
     @abstractmethod
     def layer_spec(self) -> ModuleSpec:
-        """One layer."""
+        """Return the spec of one layer."""
 
     def final_norm(self) -> Any:
-        """The norm after the last layer."""
+        """Return the module of the norm after the last layer."""
         return self.modules.norm
 
     def block_spec(self, vp_stage: int | None) -> TransformerBlockSubmodules:
-        """The layers of this rank's stage, and the norm after the last (built there only).
+        """Return the specs of this stage's layers and of the final norm (last stage only).
 
         A bare layer spec would leave that norm to megatron-core, whose local one refuses sequence
         parallelism.
@@ -216,12 +216,12 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding in Megatron, over all tensor-parallel ranks."""
+        """Rows of the padded embedding, over all tensor-parallel ranks."""
         multiple = self.make_vocab_size_divisible_by
         padded = -(-self.vocab_size // multiple) * multiple
         if padded % self.tensor_model_parallel_size:
             raise InputError(
-                f"a vocabulary of {padded} rows cannot be shared out evenly over "
+                f"a vocabulary of {padded} rows cannot be divided evenly over "
                 f"{self.tensor_model_parallel_size} tensor-parallel ranks; set "
                 "make_vocab_size_divisible_by to a multiple of that"
             )
@@ -231,8 +231,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         """Check that the fields fit together, as they are now.
 
         Raises:
-            InputError: a combination that can't be.
-            UnsupportedError: one that could be, but isn't supported.
+            InputError: the combination is invalid.
+            UnsupportedError: the combination is valid, but not supported.
         """
         self._restore_what_was_set()
         fusions.refuse_unsupported(self)
@@ -282,7 +282,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         )
 
     def register_pre_wrap_hook(self, hook: PreWrapHook, prepend: bool = False) -> None:
-        """Have a function called with the chunks when they are built, before they are wrapped.
+        """Register a function to call with the chunks when they are built, before wrapping.
 
         Args:
             hook: may return other chunks in their place.
@@ -291,9 +291,9 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         self.pre_wrap_hooks.insert(0 if prepend else len(self.pre_wrap_hooks), hook)
 
     def initialize_model_parallel(self, seed: int = SEED) -> None:
-        """Set up process groups as the fields say, where they aren't yet.
+        """Create the process groups of the layout unless they exist.
 
-        :meth:`provide_distributed_model` does it too.
+        :meth:`provide_distributed_model` calls this.
 
         Raises:
             InputError: The processes are too few, or not a multiple of what the layout takes.
@@ -309,16 +309,16 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         seed: int = SEED,
         **megatron_bridge: Any,
     ) -> list[MegatronModule]:
-        """Build this rank's chunks of the model, on its GPU or on the CPU, and fill them.
+        """Build this rank's chunks of the model, on its GPU or on the CPU, and load their weights.
 
-        Process groups are set up where they aren't yet. In bfloat16 and float16 the chunks are
+        Missing process groups are created. In bfloat16 and float16 the chunks are
         wrapped so that the logits come out in float32.
 
         Args:
             ddp_config: of the gradients' reduction; megatron-core's defaults if absent.
             wrap_with_ddp: for training; without it for inference.
             seed: of initial weights (where none are loaded) and of dropout.
-            megatron_bridge: keywords of Megatron-Bridge's provider, if they ask for nothing else.
+            megatron_bridge: keywords of Megatron-Bridge's provider, if they have no effect here.
 
         Returns:
             One chunk, or as many as ``virtual_pipeline_model_parallel_size``. A chunk is called as
@@ -362,7 +362,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
 
 @dataclass
 class DecoderProvider(GPTModelProvider):
-    """What the models of all OLMo families have in common: a gated MLP, and no biases."""
+    """Base provider of the OLMo families: a gated MLP and no biases."""
 
     add_bias_linear: bool = False
     """No linear has a bias."""
@@ -373,7 +373,7 @@ class DecoderProvider(GPTModelProvider):
 
 
 def _leave(weight: torch.Tensor) -> None:
-    """Initialises nothing."""
+    """Leave the weight uninitialized."""
 
 
 def _truncated_normal(weight: torch.Tensor, std: float, at: float) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What Megatron records of a model, compared with the model that a config.json describes.
+"""Compare the model settings that Megatron recorded with a config.json.
 
-A record is Megatron-LM's ``args`` or the ``model`` section of a run_config.yaml. It seldom says
-everything, and some of what it says is a default that was never used: such values are no evidence.
+A record is Megatron-LM's ``args`` or the ``model`` section of a run_config.yaml. It is seldom
+complete, and some values are defaults that were never used: these are not compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_olmo_bridge.errors import quote
 
 
 class RecordedModel(Protocol):
-    """What a record says of a model; every :class:`ModelBridge` is one."""
+    """Model that a record is compared with; every :class:`ModelBridge` is one."""
 
     family: ClassVar[str]
     provider_class: ClassVar[str]
@@ -47,7 +47,7 @@ NEVER = dict.fromkeys(
         "moe_router_topk_scaling_factor",
     )
 )
-"""Settings that must be absent, false, zero or null, unless they are numbers of the family."""
+"""Settings that must be absent, false, zero or null, unless they are the family's config values."""
 DECODER_SETTINGS: dict[str, Any] = NEVER | {
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
@@ -55,7 +55,7 @@ DECODER_SETTINGS: dict[str, Any] = NEVER | {
     "gated_linear_unit": True,
     "moe_router_score_function": "softmax",
 }
-"""How Megatron records what all models of a family have in common. No tensor shows any of it."""
+"""Settings that all models of the OLMo families share, and that no tensor shows."""
 
 _SPELLINGS = {
     "layernorm_epsilon": ("layernorm_epsilon", "norm_epsilon"),
@@ -65,9 +65,9 @@ _SPELLINGS = {
     "gated_linear_unit": ("gated_linear_unit", "swiglu"),
     "num_moe_experts": ("num_moe_experts", "num_experts"),
 }  # fmt: skip
-"""Names of one setting: TransformerConfig's, and the one that Megatron-LM's args have or had."""
+"""Names of one setting: TransformerConfig's, and that of some version of Megatron-LM's args."""
 _EITHER = ("layernorm_epsilon",)
-"""Settings of which one spelling is enough: the other may be a default that was never used."""
+"""Settings for which one matching spelling is enough: the other may be an unused default."""
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -78,20 +78,20 @@ _SIZES = (
     "num_moe_experts",
 )
 _NOT_COMPARED = frozenset({"max_position_embeddings", "moe_aux_loss_coeff", "vocab_size"})
-"""Numbers that don't change what the weights compute, or that are compared in their own way."""
+"""Values that don't change what the weights compute, or that are compared separately."""
 _OWN = frozenset({"clip_qkv", "full_attention_rope"})
-"""Names that only this package records: then null means none, in these and in windows."""
+"""Names that only this package records, so that null means none; the same goes for windows."""
 _FAMILY = re.compile(r"megatron_olmo_bridge[.]models[.](\w+)[.]")
 _POSITIONS = "embedding.position_embeddings.weight"
 
 
 def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recorded values that are not the settings', by the names they have there.
+    """Return the recorded values that differ from the settings, by their recorded names.
 
     Args:
         record: Megatron-LM's args, or a run_config's model section.
-        settings: by TransformerConfig's names; None for those that must be absent, false, zero or
-            null.
+        settings: expected values by TransformerConfig's names; None for those that must be absent,
+            false, zero or null.
     """
     different: dict[str, Any] = {}
     for setting, expected in settings.items():
@@ -107,12 +107,12 @@ def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
 def contradictions(
     bridge: RecordedModel, record: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> list[str]:
-    """List what a checkpoint's record and a config say differently, as lines of a message.
+    """Return one line of message for each setting in which a record and a config differ.
 
     Args:
-        bridge: of the config.
+        bridge: bridge of the config.
         record: Megatron-LM's args, or a run_config's model section.
-        tensors: the checkpoint's, by name.
+        tensors: tensors of the checkpoint, by name.
     """
     expected = bridge.settings | _compared_numbers(bridge)
     record = _normalized(record, expected)
@@ -143,7 +143,7 @@ def _compared_numbers(bridge: RecordedModel) -> dict[str, Any]:
 
 
 def _normalized(record: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with each value under the name, and in the form, of the config's numbers."""
+    """Return the record with the names and forms of the config's values."""
     values = dict(record)
     heads, grouped = values.get("num_attention_heads"), values.get("group_query_attention")
     if grouped is False or (grouped is None and values.get("num_query_groups", 0) is None):
@@ -174,7 +174,7 @@ def _said(expected: Mapping[str, Any], name: str) -> str:
 
 
 def _families(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
-    """A layer spec or a provider of this package is one family's."""
+    """Yield a line if the recorded spec or provider of this package is of another family."""
     expected = _FAMILY.match(bridge.provider_class.replace(":", "."))
     for name in ("_target_", "spec"):
         value = record.get(name)
@@ -185,7 +185,7 @@ def _families(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]
 
 
 def _vocabularies(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
-    """Rows that the record counts as tokens may not be cut off as padding."""
+    """Yield a line if tokens of the recorded vocabulary would be cut off as padding."""
     size = record.get("vocab_size")
     # Without padding by Megatron, the size may be one that was padded before.
     if (

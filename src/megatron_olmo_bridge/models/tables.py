@@ -20,7 +20,7 @@ HF_HEAD, HF_SCORE = "lm_head.weight", "score.weight"
 
 
 def embedding(c: DecoderConfig, padded_vocab_size: int | None) -> Mapping:
-    """A row for each token, and zeros below up to the padded size."""
+    """Map the embedding; rows beyond the vocabulary are zero padding."""
     return DirectMapping(
         megatron_param=EMBEDDING,
         hf_param="model.embed_tokens.weight",
@@ -30,7 +30,7 @@ def embedding(c: DecoderConfig, padded_vocab_size: int | None) -> Mapping:
 
 
 def attention(c: DecoderConfig, *, qk_norm: bool) -> list[Mapping]:
-    """``linear_qkv`` and ``linear_proj``; QK norm over the full width of the projections."""
+    """Map ``linear_qkv`` and ``linear_proj``, and the QK norm over the full projection width."""
     q_width, k_width = (n * c.kv_channels for n in (c.num_attention_heads, c.num_query_groups))
     norms: list[Mapping] = [
         DirectMapping(
@@ -65,7 +65,7 @@ def attention(c: DecoderConfig, *, qk_norm: bool) -> list[Mapping]:
 
 
 def gated_mlp(c: DecoderConfig, megatron: str = MLP, hf: str = HF_MLP) -> list[Mapping]:
-    """``linear_fc1`` is gate over up; of the layer's MLP, or of each expert."""
+    """Map a gated MLP, of a layer or of each expert; ``linear_fc1`` stacks gate above up."""
     return [
         GatedMLPMapping(
             megatron_param=f"{megatron}.linear_fc1.weight",
@@ -83,7 +83,7 @@ def gated_mlp(c: DecoderConfig, megatron: str = MLP, hf: str = HF_MLP) -> list[M
 
 
 def experts(c: DecoderConfig, num_experts: int) -> list[Mapping]:
-    """The router, and each expert's gated MLP."""
+    """Map the router and each expert's gated MLP."""
     router = DirectMapping(
         megatron_param=f"{MLP}.router.weight",
         hf_param=f"{HF_MLP}.gate.weight",
@@ -93,12 +93,12 @@ def experts(c: DecoderConfig, num_experts: int) -> list[Mapping]:
 
 
 def norm(c: DecoderConfig, megatron: str, hf: str) -> Mapping:
-    """A norm's gain, [hidden_size]; what is before ``weight`` in the names."""
+    """Map a norm's gain [hidden_size]; arguments are the names without ``weight``."""
     return DirectMapping(
         megatron_param=f"{megatron}weight", hf_param=f"{hf}weight", hf_shape=(c.hidden_size,)
     )
 
 
 def post_norm(c: DecoderConfig, megatron: str, hf: str) -> Mapping:
-    """The gain of the norm after a row-parallel linear."""
+    """Map the gain of the norm after a row-parallel linear."""
     return norm(c, f"{megatron}.post_layernorm.", f"model.layers.*.{hf}.")

@@ -1,7 +1,7 @@
 """Attention on ``torch.nn.functional.scaled_dot_product_attention``.
 
-megatron-core's own, without Transformer Engine, keeps the scores of all pairs of positions in
-memory. This one keeps none, on the CPU as on GPUs.
+megatron-core's own attention without Transformer Engine stores the scores of all pairs of
+positions. This one doesn't, on the CPU or on GPUs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _NOTHING = contextlib.nullcontext()
 
 
 class ScaledDotProductAttention(torch.nn.Module):
-    """Stands where megatron-core expects ``core_attention``; has no parameters.
+    """``core_attention`` for megatron-core's layers; has no parameters.
 
     Args:
-        config: gives dropout and windows; context parallelism and other softmaxes are refused.
-        layer_number: from 1; layers may have a window or none.
-        softmax_scale: of the scores; by default 1 / sqrt(head_dim).
-        unused: what megatron-core passes besides: mask type, process groups.
+        config: dropout and windows; context parallelism and other softmax types are refused.
+        layer_number: index from 1, which decides whether the layer has a window.
+        softmax_scale: factor of the scores; by default 1 / sqrt(head_dim).
+        unused: other arguments of megatron-core: mask type, process groups.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ScaledDotProductAttention(torch.nn.Module):
             config.window_size, config.window_attn_skip_freq, layer_number
         )
         self.window: int | None = config.window_size[0] + 1 if windowed else None
-        """Tokens that a query sees, itself among them."""
+        """Number of tokens that a query sees, including itself."""
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.dropout, self.sequence_parallel = dropout, config.sequence_parallel
@@ -67,19 +67,19 @@ class ScaledDotProductAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Causal attention, unless there is a mask.
+        """Compute causal attention, or attention under a mask.
 
         Args:
             query: [s, b, heads / TP, head_dim].
             key, value: [t, b, key/value heads / TP, head_dim]; t > s where keys are cached, and
-                then the queries are the last ones. Queries and keys are cast to the values' dtype.
+                the queries are then the last s. Queries and keys are cast to the values' dtype.
             attention_mask: bool, [b or 1, 1, s, t], True where attention is not allowed.
 
         Returns:
             [s, b, heads / TP * head_dim]
 
         Raises:
-            InputError: the mask is of another shape or dtype.
+            InputError: the mask has the wrong shape or dtype.
             UnsupportedError: packed sequences or an attention bias.
         """
         if packed_seq_params is not None or attention_bias is not None:
@@ -110,8 +110,8 @@ class ScaledDotProductAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _seen(self, length: int, past: int, device: torch.device) -> torch.Tensor | None:
-        """bool [length, length + past], True where a key is before the query and in its window;
-        None where that is plain causality, or all keys."""
+        """Return bool [length, length + past], True where a key is before the query and in its
+        window; None for plain causal attention, or if every key is seen."""
         narrow = self.window is not None and length + past > self.window
         if not narrow and (length == 1 or not past):
             return None

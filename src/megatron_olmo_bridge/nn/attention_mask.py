@@ -1,4 +1,4 @@
-"""What a decoder's attention mask may be, and whether it says more than causality."""
+"""Check a decoder's attention mask, and tell whether it is plainly causal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_olmo_bridge.errors import InputError
 def check_mask(mask: torch.Tensor, queries: int, keys: int) -> None:
     """Check that a mask is [batch or 1, heads or 1, queries, keys] of bool.
 
-    Of a mask of keys alone, [b, 1, 1, keys], megatron-core would let queries see later keys; and
+    With a mask of keys alone, [b, 1, 1, keys], megatron-core would let queries see later keys;
     transformers' masks are True where megatron-core's are False.
 
     Raises:
-        InputError: another shape or dtype.
+        InputError: the mask has the wrong shape or dtype.
     """
     if mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[2:] == (queries, keys):
         return
@@ -37,13 +37,13 @@ class _Answer:
 
 
 _last: _Answer | None = None
-"""Of the mask that was looked at last: every layer of a model asks for the same one."""
+"""Answer for the last mask: every layer of a model passes the same one."""
 
 
 def is_causal(mask: torch.Tensor) -> bool:
-    """Whether a mask hides exactly the later keys, as Megatron-LM's data loader makes it.
+    """Return whether a mask hides exactly the later keys, like that of Megatron-LM's data loader.
 
-    Waits for the device once for each mask, not once for each layer.
+    Synchronizes with the device once for each mask, not once for each layer.
     """
     global _last
     version = 0 if mask.is_inference() else mask._version

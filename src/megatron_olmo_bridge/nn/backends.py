@@ -1,4 +1,4 @@
-"""The two sets of modules that a layer is made of: Transformer Engine's, and plain PyTorch's."""
+"""Two sets of modules to build layers from: Transformer Engine's and plain PyTorch's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AUTO, LOCAL, TRANSFORMER_ENGINE = "auto", "local", "transformer_engine"
 
 @dataclass(frozen=True)
 class Backend:
-    """What a layer spec is filled with; each as megatron-core's specs take it."""
+    """Modules of a layer spec, as megatron-core's specs take them."""
 
     column_parallel_linear: Any
     row_parallel_linear: Any
@@ -35,15 +35,15 @@ class Backend:
 
     @property
     def transformer_engine(self) -> bool:
-        """Whether these are Transformer Engine's modules."""
+        """True for Transformer Engine's modules."""
         return self.norm is not RMSNorm
 
 
 def backend_named(name: str = AUTO) -> Backend:
-    """The modules of ``local`` or ``transformer_engine``; for ``auto`` the best that runs here.
+    """Return the modules of a backend; ``auto`` takes Transformer Engine where it can be used.
 
     Raises:
-        InputError: no such backend, or Transformer Engine isn't there.
+        InputError: the backend is unknown, or Transformer Engine can't be used.
     """
     if resolved_name(name) == LOCAL:
         return Backend(
@@ -78,7 +78,7 @@ def backend_named(name: str = AUTO) -> Backend:
 
 
 def resolved_name(name: str) -> str:
-    """``local`` or ``transformer_engine``: what a name, ``auto`` among them, means here.
+    """Resolve a backend's name, ``auto`` included, to ``local`` or ``transformer_engine``.
 
     Raises:
         InputError: as :func:`backend_named`.
@@ -95,7 +95,7 @@ def resolved_name(name: str) -> str:
 
 @cache
 def why_no_transformer_engine() -> str | None:
-    """Why Transformer Engine's modules can't be built here; None where they can."""
+    """Return why Transformer Engine's modules can't be built here; None where they can."""
     if reason := te_import.why_no_transformer_engine():
         return reason
     from megatron.core.extensions.transformer_engine import HAVE_TE

@@ -1,4 +1,4 @@
-"""A classification head: the class of a sequence, from its last token's state."""
+"""Classification head: the class of a sequence from the hidden state of its last token."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .sequence_loss import sequence_losses
 class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
     """``GPTModel`` with ``score`` instead of the output layer, on the last pipeline stage.
 
-    ``score`` has no bias, and every tensor-parallel rank has all of it: it is small, and the state
-    that it reads is whole on each rank. ``config`` gives ``num_labels``, ``pad_token_id`` and
+    ``score`` has no bias and is replicated on every tensor-parallel rank: it is small, and each
+    rank has the whole hidden state. ``config`` provides ``num_labels``, ``pad_token_id`` and
     ``problem_type``.
     """
 
@@ -33,7 +33,7 @@ class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
                 config.init_method(self.score.weight)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As every module's: GPTModel's own takes it for granted that there is an output layer."""
+        """Return MegatronModule's state dict: GPTModel's own expects an output layer."""
         return MegatronModule.sharded_state_dict(self, *args, **kwargs)
 
     def _postprocess(
@@ -45,18 +45,18 @@ class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
         *unused: Any,
         **unused_too: Any,
     ) -> torch.Tensor:
-        """Return logits [b, num_labels], or given labels the losses [b], float32, whose mean is
-        the loss of transformers: see :func:`.sequence_loss.sequence_losses` for the labels. Stages
+        """Return logits [b, num_labels], or, with labels, losses [b] of float32, whose mean is the
+        loss of transformers: see :func:`.sequence_loss.sequence_losses` for the labels. Stages
         before the last return hidden states [s, b, h].
 
         Raises:
-            InputError: several sequences, and no pad_token_id to find their ends by; or labels
-                that the problem type doesn't have.
+            InputError: several sequences without a pad_token_id to find their ends by, or labels
+                that don't match the problem type.
         """
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            # All ranks compute the same from here on: their gradients are equal, not parts.
+            # All ranks compute the same from here on: their gradients are equal, not partial sums.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
@@ -69,12 +69,12 @@ class GPTModelForSequenceClassification(GPTModel):  # type: ignore[misc]
 
 
 def last_tokens(input_ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:
-    """Position [b] of the rightmost token [b, s] of each sequence that isn't padding.
+    """Return the position [b] of the last token that isn't padding in each sequence [b, s].
 
     Source: ``GenericForSequenceClassification.forward`` of transformers.
 
     Raises:
-        InputError: several sequences and no ``pad_token_id``.
+        InputError: several sequences without a ``pad_token_id``.
     """
     count, length = input_ids.shape
     if pad_token_id is None:
@@ -89,9 +89,9 @@ def last_tokens(input_ids: torch.Tensor, pad_token_id: int | None) -> torch.Tens
 
 
 def padding_mask(input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """The attention mask [b, 1, s, s] of padded sequences, True where attention is not allowed.
+    """Return the attention mask [b, 1, s, s] of padded sequences, True where attention is hidden.
 
-    Padding is seen by itself alone: a query that sees nothing would be NaN.
+    Padding attends to itself alone: a query that sees no key would give NaN.
     """
     length = input_ids.shape[1]
     ones = torch.ones(length, length, dtype=torch.bool, device=input_ids.device)

@@ -1,7 +1,7 @@
-"""Cross entropy of logits whose vocabulary is shared out over tensor-parallel ranks.
+"""Cross entropy of logits whose vocabulary is sharded over tensor-parallel ranks.
 
-megatron-core's own counts the rows that pad a vocabulary as tokens, and gives no log-sum-exp, of
-which the z-loss is made.
+megatron-core's own counts padding rows of the vocabulary as tokens, and doesn't return the
+log-sum-exp that the z-loss needs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from megatron.core import parallel_state
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy and log-sum-exp of every position; both can be differentiated.
+    """Return cross entropy and log-sum-exp of every position, both differentiable.
 
     Args:
         logits: [..., padded vocabulary / TP], this rank's rows of the vocabulary; any dtype.
         labels: [...], token ids; the same on all tensor-parallel ranks.
-        vocab_size: rows that are tokens. What comes after them is padding, and gets no probability.
+        vocab_size: number of rows that are tokens; the rest is padding with zero probability.
 
     Returns:
         Two tensors [...], float32, in nats; the same on all ranks.
@@ -34,7 +34,7 @@ def vocab_parallel_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """One pass over the logits in either direction; ranks exchange a number for each position."""
+    """One pass over the logits in each direction; ranks exchange one number per position."""
 
     @staticmethod
     def forward(
@@ -45,7 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
         scores = logits.float()
         if first + columns > vocab_size:
             real = max(0, vocab_size - first)
-            # Not -inf: a rank may have nothing but padding, of which the softmax would be NaN.
+            # Not -inf: a rank may have only padding, whose softmax would be NaN.
             scores = scores.clone()
             scores[..., real:] = torch.finfo(torch.float32).min
         logp = scores.log_softmax(-1)

@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm
 class LayerNorm(torch.nn.Module):
     """LayerNorm over the last dimension, with gain and bias: GPT-2's.
 
-    As :class:`~megatron_olmo_bridge.nn.post_norm.RMSNorm`, its parameters say
+    Like :class:`~megatron_olmo_bridge.nn.post_norm.RMSNorm`, marks its parameters as
     ``sequence_parallel``, which megatron-core's ``WrappedTorchNorm`` refuses.
     """
 

@@ -13,14 +13,14 @@ from megatron.core.transformer import TransformerConfig
 def scale_by_rms(
     x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """``weight * x / sqrt(mean_square + eps)``, all in float32: the caller casts the result.
+    """Return ``weight * x / sqrt(mean_square + eps)`` in float32; the caller casts it.
 
-    OLMo's order of operations: the weight is applied before the cast (Llama casts first). Source:
+    OLMo applies the weight before the cast (Llama casts first). Source:
     ``Olmo2RMSNorm.forward`` of transformers.
 
     Args:
-        x: float32, any shape. Cast once for this and for the mean square: of two casts the
-            gradients would be rounded one by one.
+        x: float32, any shape. Use one cast for x and for the mean square: with two, their gradients
+            would be rounded separately.
         mean_square: float32, broadcastable to x.
         weight: any dtype, broadcastable to x.
     """
@@ -30,9 +30,9 @@ def scale_by_rms(
 class RMSNorm(torch.nn.Module):
     """RMSNorm over the last dimension, also under sequence parallelism.
 
-    megatron-core's ``WrappedTorchNorm`` refuses sequence parallelism. There each rank sees a part
-    of the sequence, so that the weight's gradients have to be summed over the ranks; megatron-core
-    does this for parameters that say ``sequence_parallel``.
+    megatron-core's ``WrappedTorchNorm`` refuses sequence parallelism, under which each rank sees a
+    part of the sequence and the weight's gradients must be summed over the ranks; megatron-core
+    does this for parameters marked ``sequence_parallel``.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
@@ -49,7 +49,7 @@ class RMSNorm(torch.nn.Module):
 
 
 def refuse_bias(kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for the arguments of a linear that has a bias: megatron-core would add it
+    """Raise ValueError for the arguments of a linear with a bias, which megatron-core would add
     after the norm."""
     if kwargs["bias"]:
         raise ValueError("a linear with a norm after it cannot have a bias")
@@ -58,8 +58,8 @@ def refuse_bias(kwargs: Mapping[str, Any]) -> None:
 class RowParallelLinearPostLN(RowParallelLinear):  # type: ignore[misc]
     """Row-parallel linear whose output, after the reduction over the ranks, is normalised.
 
-    Stands where megatron-core expects ``linear_proj`` or ``linear_fc2``; the norm is the child
-    ``post_layernorm``. The linear must be without bias.
+    Replaces ``linear_proj`` or ``linear_fc2``; the norm is the child ``post_layernorm``. The linear
+    must have no bias.
     """
 
     def __init__(
@@ -70,6 +70,6 @@ class RowParallelLinearPostLN(RowParallelLinear):  # type: ignore[misc]
         self.post_layernorm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """x [s, b, input_size / TP] to [s, b, output_size] (s / TP under sequence parallelism)."""
+        """Map x [s, b, input_size / TP] to [s, b, output_size], s / TP if sequence-parallel."""
         output, _ = super().forward(x)
         return self.post_layernorm(output), None

@@ -1,4 +1,4 @@
-"""The problem types of a classification head, as ``config.json`` names them."""
+"""Problem types of a classification head, as ``config.json`` names them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_problem_type(problem_type: str | None, num_labels: int | None) -> None
 
 
 def infer_problem_type(problem_type: str | None, num_labels: int, integer_labels: bool) -> str:
-    """Return the problem type that labels are scored by where the config leaves it open.
+    """Return the problem type, inferred from the labels where the config leaves it open.
 
     Source: ``ForSequenceClassificationLoss`` of transformers.
 

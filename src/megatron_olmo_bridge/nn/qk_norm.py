@@ -2,11 +2,11 @@
 
 OLMo-2 normalises the whole output of q_proj (and of k_proj) before it is split into heads.
 megatron-core calls ``q_layernorm`` and ``k_layernorm`` after the split, with this rank's heads
-only, and builds them at the width of one head. So these modules take the whole width from the
-config, sum the squares over the ranks, and keep a whole weight of which each rank uses the slice
-of its heads.
+only, and builds them at the width of one head. So these modules take the full width from the
+config, sum the squares over the ranks, and hold the full weight, of which each rank uses the slice
+for its heads.
 
-The weight is replicated and not sharded on purpose: megatron-core sums the gradients of parameters
+The weight is deliberately replicated, not sharded: megatron-core sums the gradients of parameters
 named q_layernorm and k_layernorm over the tensor-parallel ranks (``finalize_model_grads``), which
 is right for this one, and a checkpoint holds one plain tensor of the full width at any layout.
 """
@@ -26,7 +26,7 @@ from megatron_olmo_bridge.nn.post_norm import scale_by_rms
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce, forward and backward.
 
-    Every rank uses the total, so the gradient of one rank's share is the sum of all ranks'
+    Every rank uses the total, so the gradient of one rank's summand is the sum of the ranks'
     gradients of the total.
     """
 
@@ -48,13 +48,13 @@ class FullWidthRMSNorm(torch.nn.Module):
     """RMSNorm over ``num_heads * head_dim`` elements, of which this rank holds some heads.
 
     Args:
-        num_heads: heads of all ranks together.
+        num_heads: number of heads over all ranks.
         head_dim: width of one head.
-        group: the tensor-parallel ranks, which hold the heads in order.
+        group: tensor-parallel ranks, which hold the heads in order.
     """
 
     widens = False
-    """Whether the result, rounded to the input's dtype, is given as float32."""
+    """Return the result, rounded to the input's dtype, as float32."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class FullWidthRMSNorm(torch.nn.Module):
 def _check_layout(config: TransformerConfig) -> None:
     if config.num_query_groups % config.tensor_model_parallel_size:
         raise InputError(
-            f"{config.num_query_groups} key/value heads cannot be shared out evenly over "
+            f"{config.num_query_groups} key/value heads cannot be divided evenly over "
             f"{config.tensor_model_parallel_size} tensor-parallel ranks"
         )
 
@@ -111,14 +111,14 @@ class KRMSNorm(FullWidthRMSNorm):
 class WideningQRMSNorm(QRMSNorm):
     """``q_layernorm`` for a core attention that casts queries and keys itself, after rope.
 
-    megatron-core's unfused rope rounds sines and cosines to the dtype of what it turns. Given
-    float32, it turns in float32, as transformers does.
+    megatron-core's unfused rope rounds sines and cosines to the dtype of its input. Given float32,
+    it rotates in float32, as transformers does.
     """
 
     widens = True
 
 
 class WideningKRMSNorm(KRMSNorm):
-    """``k_layernorm``, as :class:`WideningQRMSNorm`."""
+    """``k_layernorm`` like :class:`WideningQRMSNorm`."""
 
     widens = True

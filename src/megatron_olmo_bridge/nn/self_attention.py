@@ -1,4 +1,4 @@
-"""megatron-core's self attention, with what OLMo's families do to queries, keys and values."""
+"""megatron-core's self attention with OLMo's changes to queries, keys and values."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 
 class ClippedSelfAttention(SelfAttention):  # type: ignore[misc]
-    """Queries, keys and values are clamped to ``config.clip_qkv``, after the QK norm if there is
-    one, before rope. Source: ``OlmoAttention`` and ``OlmoeAttention`` of transformers."""
+    """Self attention that clamps queries, keys and values to ``config.clip_qkv``, after any QK norm
+    and before rope. Source: ``OlmoAttention`` and ``OlmoeAttention`` of transformers."""
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().get_query_key_value_tensors(*args, **kwargs)
+        qkv = super().get_query_key_value_tensors(*args, **kwargs)
         limit = self.config.clip_qkv
-        return found if limit is None else tuple(x.clamp(-limit, limit) for x in found)
+        return qkv if limit is None else tuple(x.clamp(-limit, limit) for x in qkv)
 
 
 class RopePerLayerTypeSelfAttention(SelfAttention):  # type: ignore[misc]
-    """Layers with a window have the model's rope, those without one of their own: OLMo-3's.
+    """Self attention of OLMo-3: layers without a window have a rope of their own.
 
-    ``config.full_attention_rope`` has the numbers of that one, which is YaRN's; None for the
-    model's own. YaRN's attention factor, which transformers applies to sines and cosines, is
-    applied to queries and keys: rotations are linear.
+    ``config.full_attention_rope`` has the YaRN parameters of that rope; None uses
+    the model's rope in every layer. YaRN's attention factor, which transformers applies to sines
+    and cosines, is applied to queries and keys: rotations are linear.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class RopePerLayerTypeSelfAttention(SelfAttention):  # type: ignore[misc]
             )
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As SelfAttention's. The angles [s, 1, 1, kv_channels] come from the model."""
+        """Run SelfAttention with this layer's angles instead of the model's, [s, 1, 1, width]."""
         if self.rope is not None and rotary_pos_emb is not None:
             rotary_pos_emb = self.rope.get_emb(rotary_pos_emb.shape[0])[0]
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)

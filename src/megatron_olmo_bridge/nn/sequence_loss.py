@@ -1,4 +1,4 @@
-"""The losses of a classification head, for each problem type."""
+"""Losses of a classification head for each problem type."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def sequence_losses(
             Regression: [b, num_labels], or [b] if num_labels is 1.
         problem_type: One of :data:`.problem_types.PROBLEM_TYPES`; None infers it from the number
             of logits and the dtype of the labels.
-        class_weights: [num_labels], of single-label losses only.
+        class_weights: [num_labels], for single-label losses only.
 
     Raises:
-        InputError: The labels have a shape or a dtype that the problem type doesn't have.
+        InputError: The shape or dtype of the labels doesn't match the problem type.
     """
     logits = logits.float()
     integers = labels.dtype in (torch.int32, torch.int64)

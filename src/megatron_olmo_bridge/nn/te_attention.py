@@ -1,4 +1,4 @@
-"""Transformer Engine's attention, with attention masks honoured. Needs CUDA."""
+"""Transformer Engine's attention that respects attention masks. Needs CUDA."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .attention_mask import check_mask, is_causal
 
 
 class MaskedTEDotProductAttention(TEDotProductAttention):  # type: ignore[misc]
-    """``TEDotProductAttention`` that doesn't ignore the mask it is given.
+    """``TEDotProductAttention`` that doesn't ignore its attention mask.
 
-    Under the mask type ``causal`` flash attention and cuDNN's kernel take no mask, so that
-    Transformer Engine drops it in 16 bits (in float32 it doesn't). Only its unfused attention takes
-    one, as the type ``arbitrary``, and hides beside it what a window hides; it keeps the scores of
-    all pairs of positions in memory. A mask that is the causal one is left to the fast kernels.
+    With the mask type ``causal``, flash attention and cuDNN's kernel take no mask, so Transformer
+    Engine drops it in 16 bits (but not in float32). Only its unfused attention takes a mask, of
+    type ``arbitrary``, and combines it with the window; it stores the scores of all pairs of
+    positions. Plainly causal masks still use the fast kernels.
     Source: ``get_attention_backend`` and ``get_full_mask`` of Transformer Engine 2.6 to 2.20,
     ``attention/dot_product_attention/utils.py``.
     """
@@ -33,14 +33,14 @@ class MaskedTEDotProductAttention(TEDotProductAttention):  # type: ignore[misc]
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As TEDotProductAttention's.
+        """Run TEDotProductAttention with the mask.
 
         Args:
             attention_mask: bool, [b or 1, 1, s, t], True where attention is not allowed. Packed
                 sequences are masked by their lengths instead, as in megatron-core.
 
         Raises:
-            InputError: the mask is of another shape or dtype.
+            InputError: the mask has the wrong shape or dtype.
         """
         if packed_seq_params is None and attention_mask is not None:
             check_mask(attention_mask, len(query), len(key))

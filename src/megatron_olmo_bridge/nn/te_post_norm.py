@@ -1,4 +1,4 @@
-"""Transformer Engine's row-parallel linear with a norm after it. Needs CUDA."""
+"""Transformer Engine's row-parallel linear followed by a norm. Needs CUDA."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .post_norm import refuse_bias
 
 
 class TERowParallelLinearPostLN(TERowParallelLinear):  # type: ignore[misc]
-    """``RowParallelLinearPostLN`` made of Transformer Engine's modules.
+    """``RowParallelLinearPostLN`` built from Transformer Engine's modules.
 
-    Same names of parameters, so that the same checkpoint loads into either; the norm's arithmetic
-    is OLMo's order too (the weight is applied in float32, before the cast).
+    Parameter names are the same, so a checkpoint loads into either; the norm follows OLMo's order
+    of operations too (the weight is applied in float32, before the cast).
     """
 
     def __init__(
@@ -26,6 +26,6 @@ class TERowParallelLinearPostLN(TERowParallelLinear):  # type: ignore[misc]
         self.post_layernorm = TENorm(config, output_size, eps=config.layernorm_epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """x [s, b, input_size / TP] to [s, b, output_size] (s / TP under sequence parallelism)."""
+        """Map x [s, b, input_size / TP] to [s, b, output_size], s / TP if sequence-parallel."""
         output, _ = super().forward(x)
         return self.post_layernorm(output), None

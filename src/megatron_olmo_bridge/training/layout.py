@@ -58,7 +58,7 @@ class Layout:
         at_once = dp * train.micro_batch_size
         if train.global_batch_size % at_once:
             raise InputError(
-                f"train.global_batch_size={train.global_batch_size} cannot be shared out evenly in "
+                f"train.global_batch_size={train.global_batch_size} cannot be divided evenly in "
                 f"micro-batches of {train.micro_batch_size} over {dp} data-parallel ranks; a "
                 f"multiple of {at_once} can"
             )

@@ -44,7 +44,7 @@ def test_a_size_that_the_tensors_do_not_have(tiny: Path, tmp_path: Path, size: i
     for key in sizes:
         (folder / "config.json").write_text(json.dumps(config | {key: size}))
         with pytest.raises(
-            BridgeError, match=r"must be|config asks|missing|sent to|shared out"
+            BridgeError, match=r"must be|config asks|missing|sent to|divided evenly"
         ) as caught:
             open_checkpoint(folder)
         assert len(str(caught.value)) < 2000

@@ -75,27 +75,27 @@ SAY_HOW = (
     "account_for_loss_in_pipeline_split"
 )
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
-    ({TP: 5}, "12 attention heads cannot be shared out evenly over 5 tensor-parallel ranks"),
-    ({TP: 4}, "6 key/value heads cannot be shared out evenly over 4 tensor-parallel ranks"),
+    ({TP: 5}, "12 attention heads cannot be divided evenly over 5 tensor-parallel ranks"),
+    ({TP: 4}, "6 key/value heads cannot be divided evenly over 4 tensor-parallel ranks"),
     ({TP: 4, "num_query_groups": 12, "ffn_hidden_size": 70, "vocab_size": 92},
-     "70 rows of the MLP cannot be shared out evenly over 4 tensor-parallel ranks"),
+     "70 rows of the MLP cannot be divided evenly over 4 tensor-parallel ranks"),
     ({TP: 2, "vocab_size": 91},
-     "a vocabulary of 91 rows cannot be shared out evenly over 2 tensor-parallel ranks; set "
+     "a vocabulary of 91 rows cannot be divided evenly over 2 tensor-parallel ranks; set "
      "make_vocab_size_divisible_by to a multiple of that"),
     ({TP: 2, "vocab_size": 91, "make_vocab_size_divisible_by": 31},
-     "a vocabulary of 93 rows cannot be shared out evenly over 2 tensor-parallel ranks; set "
+     "a vocabulary of 93 rows cannot be divided evenly over 2 tensor-parallel ranks; set "
      "make_vocab_size_divisible_by to a multiple of that"),
     ({VPP: 2}, "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size above 1"),
-    ({PP: 3}, f"4 layers cannot be shared out evenly over 3 pipeline stages; {SAY_HOW}"),
+    ({PP: 3}, f"4 layers cannot be divided evenly over 3 pipeline stages; {SAY_HOW}"),
     ({PP: 2, VPP: 4, "num_layers": 12},
-     f"12 layers cannot be shared out evenly over 2 pipeline stages of 4 chunks each; {SAY_HOW}"),
+     f"12 layers cannot be divided evenly over 2 pipeline stages of 4 chunks each; {SAY_HOW}"),
     ({"bf16": True}, "bf16 or fp16 is set, but params_dtype is float32: set params_dtype"),
     ({"fp16": True}, "bf16 or fp16 is set, but params_dtype is float32: set params_dtype"),
     ({"sequence_parallel": True},
      "megatron-core refuses this config: Cannot use sequence parallelism without tensor "
      "parallelism"),
     ({"expert_model_parallel_size": 2},
-     "no experts cannot be shared out evenly over 2 expert-parallel ranks"),
+     "no experts cannot be divided evenly over 2 expert-parallel ranks"),
 ]  # fmt: skip
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     (
@@ -132,7 +132,7 @@ def test_a_size_below_one_is_refused(name: str, value: int) -> None:
 
 
 def test_query_heads_that_key_heads_do_not_divide_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^12 attention heads cannot be shared out evenly over 5"):
+    with pytest.raises(InputError, match=r"^12 attention heads cannot be divided evenly over 5"):
         make(num_query_groups=5).finalize()
 
 

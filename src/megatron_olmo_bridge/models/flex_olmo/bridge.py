@@ -20,7 +20,7 @@ from megatron_olmo_bridge.models.tables import (
 
 
 class FlexOlmoConfig(MoEConfig):
-    """As OLMoE's, without clamping."""
+    """Config of FlexOlmo: OLMoE's without clamping."""
 
     label = "FlexOlmo"
     hf_defaults: ClassVar[dict[str, Any]] = MoEConfig.hf_defaults | {

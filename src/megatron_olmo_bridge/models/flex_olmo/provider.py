@@ -24,7 +24,7 @@ class FlexOlmoModelProvider(MoEModelProvider):
     def layer_spec(self) -> ModuleSpec:
         experts = mixture_of_experts(self.modules, self)
         # A ModuleSpec in megatron-core 0.16.1, a partial in 0.19.
-        given = experts.keywords if isinstance(experts, partial) else vars(experts)
+        spec = experts.keywords if isinstance(experts, partial) else vars(experts)
         return decoder_layer(
             self.modules,
             row_parallel_linear=self.modules.row_parallel_linear_post_norm,
@@ -32,6 +32,6 @@ class FlexOlmoModelProvider(MoEModelProvider):
             mlp=ModuleSpec(
                 module=PostNormMoELayer,
                 params={"norm": self.modules.norm},
-                submodules=given["submodules"],
+                submodules=spec["submodules"],
             ),
         )

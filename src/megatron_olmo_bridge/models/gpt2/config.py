@@ -1,4 +1,4 @@
-"""The numbers of a GPT-2 model."""
+"""Config of a GPT-2 model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _ONLY = {
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Field names are megatron-core's; :meth:`from_hf` reads them from a ``config.json``."""
+    """Values that fix the shapes and the arithmetic of a GPT-2 model.
+
+    Field names are megatron-core's; :meth:`from_hf` reads them from a ``config.json``.
+    """
 
     label: ClassVar[str] = "GPT-2"
     hf_defaults: ClassVar[dict[str, Any]] = {

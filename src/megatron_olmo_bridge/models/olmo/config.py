@@ -1,4 +1,4 @@
-"""The numbers of an OLMo model."""
+"""Config of an OLMo model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_olmo_bridge.models.hf_values import HFValues
 
 @dataclass(frozen=True)
 class OlmoConfig(DecoderConfig):
-    """Its norms have no weights, and an epsilon of 1e-5 that no config says."""
+    """Config of OLMo; its norms have no weights, and an epsilon of 1e-5 that no config states."""
 
     label = "OLMo"
     hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {"clip_qkv": None}

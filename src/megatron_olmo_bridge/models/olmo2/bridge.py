@@ -36,7 +36,7 @@ def _published(*shape: int, vocab: int = 100352) -> dict[str, Any]:
 
 
 def olmo2_table(bridge: ModelBridge, padded_vocab_size: int | None) -> list[Mapping]:
-    """The table of OLMo-2 and OLMo-3."""
+    """Return the mapping table of OLMo-2 and OLMo-3."""
     c = bridge.config
     return [
         embedding(c, padded_vocab_size),

@@ -1,4 +1,4 @@
-"""The numbers of an OLMo-2 model."""
+"""Config of an OLMo-2 model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from megatron_olmo_bridge.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Olmo2Config(DecoderConfig):
-    """As every decoder; nothing of its own."""
+    """Config of OLMo-2, which adds nothing to the decoder's."""
 
     label = "OLMo-2"

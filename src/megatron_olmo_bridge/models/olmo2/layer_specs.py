@@ -10,10 +10,10 @@ from megatron_olmo_bridge.nn.backends import AUTO, backend_named
 
 
 def olmo2_layer_spec(config: TransformerConfig | None = None, backend: str = AUTO) -> ModuleSpec:
-    """One layer.
+    """Return the spec of one layer.
 
     Args:
-        config: of the model; if given, it is checked that it asks for the QK norm.
+        config: config of the model, which must ask for the QK norm; None skips the check.
         backend: ``transformer_engine``, ``local``, or ``auto``: Transformer Engine where it is
             installed and there is CUDA, else local.
 

@@ -1,8 +1,8 @@
-"""OLMo-2 in stock Megatron-LM's words: the checkpoint's ``args``, the command line, and back.
+"""Convert an OLMo-2 config to stock Megatron-LM's ``args`` and flags, and back.
 
 ``--use-checkpoint-args`` restores most of a model from the ``args`` in the checkpoint, but not all
-of it, and older versions restore less. So every number goes into :func:`checkpoint_args`, and what
-some version doesn't restore into :func:`megatron_lm_flags` as well.
+of it, and older versions restore less. So every value goes into :func:`checkpoint_args`, and those
+that some version doesn't restore into :func:`megatron_lm_flags` as well.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ SPEC = ("megatron_olmo_bridge.models.olmo2.layer_specs", "OLMO2_LAYER_SPEC")
 """Module and name of the layer spec, as Megatron-LM's ``--spec`` takes them."""
 
 WITHOUT_APEX = ("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion")
-"""What stock Megatron-LM must be told besides where Apex isn't installed, whatever the model."""
+"""Flags that stock Megatron-LM also needs, for any model, where Apex isn't installed."""
 
 WITHOUT_TRANSFORMER_ENGINE = ("--no-rope-fusion", "--no-persist-layer-norm")
-"""What stock Megatron-LM must be told besides where Transformer Engine isn't installed."""
+"""Flags that stock Megatron-LM also needs where Transformer Engine isn't installed."""
 
 _DTYPE_FLAGS = {"float32": [], "bfloat16": ["--bf16"], "float16": ["--fp16"]}
 
 
 class Olmo2MegatronRecord(MegatronRecord):
-    """The record of an OLMo-2 model, which stock Megatron-LM can build.
+    """Record of an OLMo-2 model, which stock Megatron-LM can build.
 
-    It can't build a classifier: of that the numbers are recorded, as of every other model.
+    It can't build a classifier: for that the config values are recorded, as for other families.
     """
 
     def args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Olmo2MegatronRecord(MegatronRecord):
 
 
 def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-    """What to store as the ``args`` Namespace of a checkpoint; plain values only.
+    """Return the values of a checkpoint's ``args`` Namespace.
 
     Args:
         padded_vocab_size: rows of the embedding in the checkpoint.
@@ -115,7 +115,7 @@ def megatron_lm_flags(
     dtype: str,
     tokenizer_model: str | None = None,
 ) -> list[str]:
-    """All that stock Megatron-LM needs on its command line beside ``--load``; no parallel layout.
+    """Return the flags that stock Megatron-LM needs besides ``--load`` and the parallel layout.
 
     Args:
         padded_vocab_size: rows of the embedding in the checkpoint.
@@ -149,7 +149,7 @@ def megatron_lm_flags(
 
 
 def config_from_args(args: Mapping[str, Any], *, vocab_size: int | None) -> dict[str, Any]:
-    """A Hugging Face ``config.json`` for OLMo-2 from what a checkpoint says of its model.
+    """Return a Hugging Face ``config.json`` for OLMo-2 from a checkpoint's model settings.
 
     Token ids aren't recorded in Megatron, so they are null: absent ones would get the defaults of
     transformers, which are another tokenizer's.
@@ -222,7 +222,7 @@ def _name(args: Mapping[str, Any], *names: str) -> str:
 
 
 def _query_groups(args: Mapping[str, Any]) -> int | None:
-    """Key/value heads; None, as in TransformerConfig, for as many as query heads."""
+    """Return the number of key/value heads; None, as in TransformerConfig, means all heads."""
     # Megatron-LM records 1 group, its default, where grouped queries are off.
     if args.get("group_query_attention") is False:
         return None
@@ -231,9 +231,9 @@ def _query_groups(args: Mapping[str, Any]) -> int | None:
     return HFValues(args, {}).optional_count("num_query_groups")
 
 
-def _vocab_size(args: Mapping[str, Any], given: int | None) -> int:
+def _vocab_size(args: Mapping[str, Any], override: int | None) -> int:
     values = HFValues(args, {})
-    size = given if given is not None else values.optional_count("vocab_size")
+    size = override if override is not None else values.optional_count("vocab_size")
     padded = values.optional_count("padded_vocab_size")
     if size is None:
         rows = f" of {padded} rows" if padded else ""
@@ -247,7 +247,7 @@ def _vocab_size(args: Mapping[str, Any], given: int | None) -> int:
 
 
 def _dtype(args: Mapping[str, Any]) -> str | None:
-    """The dtype of the weights, if ``args`` say; they may be silent on float32."""
+    """Return the dtype of the weights, or None: ``args`` may not state float32."""
     if args.get("bf16"):
         return "bfloat16"
     if args.get("fp16"):
@@ -270,7 +270,7 @@ _SETTINGS = (
         )
     )
 )
-"""Settings that, where given, must have this value; None: must be absent, false, zero or null."""
+"""Required values of settings that are recorded; None: must be absent, false, zero or null."""
 
 
 def _refuse_other_models(args: Mapping[str, Any]) -> None:
@@ -279,5 +279,5 @@ def _refuse_other_models(args: Mapping[str, Any]) -> None:
     if args.get("activation_func") is not None and "silu" not in quote(args["activation_func"]):
         wrong["activation_func"] = args["activation_func"]
     if wrong:
-        said = ", ".join(f"{name}={quote(value)}" for name, value in wrong.items())
-        raise UnsupportedError(f"the checkpoint's model settings are not OLMo-2's: {said}")
+        settings = ", ".join(f"{name}={quote(value)}" for name, value in wrong.items())
+        raise UnsupportedError(f"the checkpoint's model settings are not OLMo-2's: {settings}")

@@ -31,12 +31,12 @@ class Olmo2ModelProvider(DecoderProvider):
 
 
 def _of_size(name: str, size: str) -> type[Olmo2ModelProvider]:
-    """A provider whose defaults are the numbers of a published size."""
+    """Return a provider class whose defaults are the values of a published size."""
     numbers = asdict(Olmo2Config.from_hf(Olmo2Bridge.sizes[size]))
     fields = [(key, type(value), value) for key, value in numbers.items()]
     cls = make_dataclass(name, fields, bases=(Olmo2ModelProvider,))
     cls.__module__ = __name__
-    cls.__doc__ = f"{size} as published; its numbers are in ``Olmo2Bridge.sizes``."
+    cls.__doc__ = f"{size} as published; its values are in ``Olmo2Bridge.sizes``."
     return cls
 
 

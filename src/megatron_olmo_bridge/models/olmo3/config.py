@@ -1,4 +1,4 @@
-"""The numbers of an OLMo-3 model: windows, and a rope for each layer type."""
+"""Config of an OLMo-3 model: windows, and a rope for each layer type."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megatron_olmo_bridge.models.hf_values import HFValues, shown
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 EVERY = 4
-"""One of so many layers has no window, where a config doesn't say which."""
+"""Every Nth layer has no window, where a config doesn't say which."""
 THETA = 500000.0
-"""Of transformers' Olmo3Config, where a config says none."""
+"""Default rope theta of transformers' Olmo3Config."""
 
 
 @dataclass(frozen=True)
 class Olmo3Config(DecoderConfig):
-    """As OLMo-2, with windows; ``rotary_base`` is of the layers that have one."""
+    """Config of OLMo-2 with windows; ``rotary_base`` is for the layers that have one."""
 
     label = "OLMo-3"
     hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {
@@ -29,11 +29,11 @@ class Olmo3Config(DecoderConfig):
     }
 
     window_size: tuple[int, int] | None = None
-    """Tokens before and after a query that it sees; None if no layer has a window."""
+    """Number of tokens before and after itself that a query sees; None without windows."""
     window_attn_skip_freq: int | list[int] | None = None
-    """Every so many layers one without a window; or of each layer, whether it has one."""
+    """N if every Nth layer has no window; or for each layer, whether it has one."""
     full_attention_rope: dict[str, Any] | None = None
-    """YaRN of the layers without a window; None for the same rope as the others."""
+    """YaRN parameters of the layers without a window; None if they use the same rope."""
 
     @classmethod
     def read(cls, hf: HFValues) -> dict[str, Any]:
@@ -61,12 +61,12 @@ class Olmo3Config(DecoderConfig):
 
 
 def layer_types(layers: int) -> list[str]:
-    """As published, and transformers' default."""
+    """Return the published layer types, which are also transformers' default."""
     return [SLIDING if (i + 1) % EVERY else FULL for i in range(layers)]
 
 
 def rope_notes(config: dict[str, Any]) -> list[str]:
-    """What some version of transformers would read otherwise from this spelling of rope."""
+    """Return notes on rope values that some version of transformers reads differently."""
     notes = []
     hf = HFValues(config, Olmo3Config.hf_defaults)
     by_type = ropes(hf)
@@ -101,7 +101,7 @@ def _windowed(hf: HFValues, layers: int) -> list[bool]:
 
 
 def _check_ropes(hf: HFValues, windowed: list[bool]) -> None:
-    """Raise InputError if ropes are given by layer type, and that of some layers is not."""
+    """Raise InputError if ropes are set by layer type, but not for all types."""
     by_type = ropes(hf)
     for kind in dict.fromkeys(SLIDING if window else FULL for window in windowed):
         if kind not in by_type and "" not in by_type:
@@ -115,7 +115,7 @@ def _rope_of(hf: HFValues, kind: str) -> Rope:
 
 
 def _full_attention_rope(hf: HFValues, decoder: dict[str, Any]) -> dict[str, Any] | None:
-    """YaRN of the layers without a window; ``decoder`` has the fields of every decoder."""
+    """Return YaRN parameters of the layers without a window; ``decoder`` has the base fields."""
     rope = _rope_of(hf, FULL)
     kind, theta = rope["rope_type"], float(rope["rope_theta"])
     if kind not in ("default", "yarn"):
@@ -129,7 +129,7 @@ def _full_attention_rope(hf: HFValues, decoder: dict[str, Any]) -> dict[str, Any
     odd = [key for key in ("mscale", "mscale_all_dim", "truncate") if rope.get(key) is not None]
     if odd:
         raise UnsupportedError(f"the config sets {', '.join(odd)} of YaRN; OLMo-3 has the defaults")
-    # What transformers takes where the config doesn't say (modeling_rope_utils.py).
+    # Defaults of transformers (modeling_rope_utils.py).
     defaults = {
         "original_max_position_embeddings": decoder["max_position_embeddings"],
         "beta_fast": 32.0,

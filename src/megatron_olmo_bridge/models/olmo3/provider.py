@@ -17,7 +17,7 @@ class Olmo3ModelProvider(Olmo2ModelProvider):
     """The config of an OLMo-3 model, and the model built from it.
 
     ``window_size`` and ``window_attn_skip_freq`` are megatron-core's own fields; ``rotary_base`` is
-    of the layers with a window.
+    for the layers with a window.
     """
 
     full_attention_rope: dict[str, Any] | None = None

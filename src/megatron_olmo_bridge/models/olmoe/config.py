@@ -1,4 +1,4 @@
-"""The numbers of an OLMoE model."""
+"""Config of an OLMoE model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_olmo_bridge.models.hf_values import MAX_EXPERTS, HFValues, check_c
 
 @dataclass(frozen=True)
 class MoEConfig(DecoderConfig):
-    """As every decoder, with experts; ``ffn_hidden_size`` is one expert's."""
+    """Config of a decoder with experts; ``ffn_hidden_size`` is that of one expert."""
 
     hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {
         "max_position_embeddings": 4096,
@@ -23,11 +23,11 @@ class MoEConfig(DecoderConfig):
 
     num_moe_experts: int = 0
     moe_router_topk: int = 0
-    """Experts that a token is sent to."""
+    """Number of experts that each token is routed to."""
     moe_router_pre_softmax: bool = True
-    """Whether the router's weights are of all experts' softmax; else they sum to one."""
+    """Take routing weights from the softmax over all experts; if False, they sum to one."""
     moe_aux_loss_coeff: float = 0.01
-    """Weight of the loss that keeps tokens spread over the experts, in training."""
+    """Weight of the load-balancing loss in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class MoEConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class OlmoeConfig(MoEConfig):
-    """OLMoE's."""
+    """Config of OLMoE: experts, and clamped queries, keys and values."""
 
     label = "OLMoE"
     hf_defaults: ClassVar[dict[str, Any]] = MoEConfig.hf_defaults | {

@@ -13,18 +13,18 @@ from megatron_olmo_bridge.nn.self_attention import ClippedSelfAttention
 
 @dataclass
 class MoEModelProvider(DecoderProvider):
-    """What OLMoE and FlexOlmo share: QK norm, and top-k experts by the router's softmax."""
+    """Base provider of OLMoE and FlexOlmo: QK norm, and top-k experts by the router's softmax."""
 
     normalization: str = "RMSNorm"
     """Kind of all norms."""
     qk_layernorm: bool = True
     """Queries and keys are normalised, over the full width of their projection."""
     moe_router_pre_softmax: bool = True
-    """Whether the router's weights are of all experts' softmax; else they sum to one."""
+    """Take routing weights from the softmax over all experts; if False, they sum to one."""
     moe_router_load_balancing_type: str = "aux_loss"
-    """How tokens are kept spread over the experts, in training."""
+    """Load-balancing method in training."""
     moe_aux_loss_coeff: float = 0.01
-    """Weight of the loss that spreads them."""
+    """Weight of the load-balancing loss."""
 
     def __post_init__(self) -> None:
         # On the CPU experts run one after the other; Transformer Engine has a kernel for all.
@@ -43,7 +43,7 @@ class OlmoeModelProvider(MoEModelProvider):
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to this, after the QK norm; None for not at all."""
     moe_z_loss_coeff: float | None = 0.001
-    """Weight of the loss that keeps the router's logits small, in training. Source: allenai/OLMo
+    """Weight of the router's z-loss in training. Source: allenai/OLMo
     ``configs/official/OLMoE-1B-7B-0824.yml``, ``moe_zloss_weight``."""
 
     def layer_spec(self) -> ModuleSpec:
