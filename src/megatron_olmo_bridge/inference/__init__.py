@@ -1,1 +1,1 @@
-"""Live models at work, in processes of their own: compared with transformers, and generating."""
+"""Run live models in separate processes: compare with transformers, and generate text."""

@@ -1,5 +1,7 @@
-"""Starts the worker. megatron-core's checkpoint writer starts a process that imports this again,
-so that there is no heavy import at the top."""
+"""Start the worker.
+
+megatron-core's checkpoint writer starts a process that imports this module again, so there is no
+heavy import at the top."""
 
 if __name__ == "__main__":
     from .worker import main

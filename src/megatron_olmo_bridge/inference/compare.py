@@ -1,4 +1,4 @@
-"""Does Megatron compute what transformers computes? Logits, loss, and layer by layer."""
+"""Compare a live Megatron model with transformers: logits, loss, and layer by layer."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def compare(
 
     Args:
         hf: the reference: a Hugging Face folder or hub id, run by transformers.
-        other: a checkpoint of either kind, run by megatron-core in processes of its own.
+        other: a checkpoint of either kind, run by megatron-core in separate processes.
         tp, pp, sp, ep: tensor and pipeline parallel size, sequence parallelism, expert parallel
             size of these.
-        dtype: of both models: ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch
-            dtype.
-        prompt: text to run on; it is read by the tokenizer of ``hf``.
-        tokens: without a prompt, how many random ones.
-        threshold: in float32 the error that is allowed, in 16 bits how many times transformers'
-            own; instead of what :mod:`inference.difference` measured.
+        dtype: dtype of both models: ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a
+            torch dtype.
+        prompt: text to run on, tokenized by the tokenizer of ``hf``.
+        tokens: number of random tokens to run on without a prompt.
+        threshold: allowed error in float32, or in 16 bits the allowed multiple of transformers'
+            own error; replaces the constants of :mod:`inference.difference`.
         tell: called with each step as it begins.
 
     Raises:
@@ -100,7 +100,7 @@ def comparison(
 
 
 def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
-    """Hidden states and logits by transformers, in float32 on the CPU, by the worker's names."""
+    """Return transformers' hidden states and logits, as float32 on the CPU, by name."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
@@ -130,7 +130,7 @@ def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
 
 @contextmanager
 def _collecting(model: Any, found: States) -> Iterator[None]:
-    """Keeps what the parts of a transformers model give, by the names of ``hidden_states``."""
+    """Collect the outputs of a transformers model's modules, by the names of ``hidden_states``."""
     if model.config.model_type == "gpt2":  # its dropout stands after tokens and positions are added
         embedding, layers, norm = model.drop, model.h, model.ln_f
     else:
@@ -201,5 +201,5 @@ def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
             f"{a.folder} and {b.folder} can't be compared: they hold models of different shapes "
             f"({a.bridge.family} and {b.bridge.family})"
         )
-    mine, theirs = a.bridge.config_values, b.bridge.config_values
-    return [f"{k}: {v} and {theirs[k]}" for k, v in mine.items() if v != theirs[k]]
+    first, second = a.bridge.config_values, b.bridge.config_values
+    return [f"{k}: {v} and {second[k]}" for k, v in first.items() if v != second[k]]

@@ -1,4 +1,4 @@
-"""How far two models' states are apart, and how far rounding alone can take them.
+"""Measure how far two models' states differ, and how far rounding alone explains it.
 
 In float32 the largest error of a state may be a fixed share (:data:`THRESHOLD`) of its largest
 value. In 16 bits rounding is orders of magnitude larger and depends on the model, so it is
@@ -41,7 +41,7 @@ CLASSIFIER_NOISE = 4.0
 
 @dataclass(frozen=True)
 class Layer:
-    """How far two models' states after one module are apart."""
+    """Difference between two models' states after one module."""
 
     name: str
     max_error: float
@@ -50,16 +50,16 @@ class Layer:
     allowed: float
     """Largest ``error`` that rounding explains; 0 where transformers itself rounds nothing."""
     error: float
-    """Largest error over magnitude in float32; in 16 bits as the module's docstring says."""
+    """Largest error over magnitude in float32; in 16 bits see the module's docstring."""
 
     @property
     def parts(self) -> bool:
-        """Whether they differ here by more than rounding."""
+        """True if the states differ here by more than rounding."""
         return not self.error <= self.allowed
 
     @property
     def share(self) -> float:
-        """Error over allowed error: above 1 is more than rounding."""
+        """Error divided by allowed error: above 1 is more than rounding."""
         if self.allowed:
             return self.error / self.allowed
         return float("inf") if self.error else 0.0
@@ -76,28 +76,28 @@ class Comparison:
     magnitude: float
     """Largest absolute logit of the reference."""
     top1_agreement: float
-    """Share of positions at which both find the same token likeliest."""
+    """Fraction of positions at which both models predict the same token."""
     kl_divergence: float
-    """Of the model from the reference, mean over positions, in nats."""
+    """KL divergence of the model from the reference, mean over positions, in nats."""
     loss: tuple[float, float] | None
-    """Mean cross-entropy of the next token: of the reference, of the model. None of a classifier.
+    """Mean next-token cross-entropy of the reference and of the model; None for a classifier.
     """
     layers: list[Layer]
     """Embedding, layers, final norm, logits."""
     measure: str
-    """What the ``error`` of a layer is, in words."""
+    """Description of a layer's ``error``."""
     bound: str
-    """Where the logits' ``allowed`` comes from, in words."""
+    """Description of where the logits' ``allowed`` comes from."""
     config_differences: list[str]
 
     @property
     def equal(self) -> bool:
-        """Whether the logits differ by no more than rounding."""
+        """True if the logits differ by no more than rounding."""
         return not self.layers[-1].parts
 
     @property
     def parts_at(self) -> str | None:
-        """The first place at which they differ by more than rounding."""
+        """Name of the first module at which the states differ by more than rounding."""
         return next((layer.name for layer in self.layers if layer.parts), None)
 
     @property
@@ -124,12 +124,12 @@ def difference(
     """Compare states of a model with those of a reference.
 
     Args:
-        reference: of transformers in float32.
-        model: of the model in ``dtype``, by the same names.
-        own: of transformers in ``dtype``; None in float32.
+        reference: states of transformers in float32.
+        model: states of the model in ``dtype``, by the same names.
+        own: states of transformers in ``dtype``; None in float32.
         ids: the tokens that both ran on, [b, s].
         mixture: whether tokens are routed to experts.
-        threshold: instead of :data:`THRESHOLD`, or of the factor of the logits in 16 bits.
+        threshold: replaces :data:`THRESHOLD`, or the factor of the logits in 16 bits.
     """
     a, b = reference[LOGITS].double(), model[LOGITS].double()
     classifier = a.dim() == 2

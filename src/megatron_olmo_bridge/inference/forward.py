@@ -22,12 +22,12 @@ def forward(
     start: int = 0,
     inference_context: Any = None,
 ) -> torch.Tensor | None:
-    """Logits of a batch, by megatron-core's own pipeline schedule; all processes call it.
+    """Return a batch's logits, by megatron-core's pipeline schedule; all processes call it.
 
     Args:
         chunks: as ``provide_distributed_model`` returns them.
         tokens: [b, s] of int64, the same in all processes.
-        vocab_size: of the model, without padding rows.
+        vocab_size: vocabulary of the model, without padding rows.
         start: position of the first token, where those before it are in the cache.
         inference_context: megatron-core's key/value cache, if there is one.
 
@@ -63,7 +63,7 @@ def forward(
 
 @contextlib.contextmanager
 def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """The chunks in evaluation mode: no dropout."""
+    """Put the chunks in evaluation mode (no dropout) within this context."""
     before = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -76,7 +76,7 @@ def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden_states(chunks: Sequence[torch.nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collects what embedding, layers and final norm give while the model runs.
+    """Collect the outputs of embedding, layers and final norm while the model runs.
 
     Yields:
         ``embedding``, ``layer 0`` ... and ``final norm`` to [b, s, hidden] of float32 on the CPU,

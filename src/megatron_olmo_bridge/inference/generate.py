@@ -1,4 +1,4 @@
-"""Generate text with a live model: greedy, by temperature, or from the likeliest tokens (top-p)."""
+"""Generate tokens with a live model: greedy, or sampled with temperature and top-p."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def generate(
     Args:
         chunks: as ``provide_distributed_model`` returns them.
         prompt: token ids.
-        vocab_size: of the model, without padding rows.
-        max_new_tokens: how many to generate at most.
+        vocab_size: vocabulary of the model, without padding rows.
+        max_new_tokens: most tokens to generate.
         temperature: 0 takes the likeliest token (greedy); 1 samples from the model's distribution.
         top_p: sample among the likeliest tokens that together have this probability.
-        seed: of the sampling.
+        seed: seed of the sampling.
         stop_at: end after one of these tokens.
 
     Raises:
-        InputError: an option out of its range, or a prompt that isn't the model's.
+        InputError: an option is out of range, or the prompt does not fit the model.
         UnsupportedError: virtual pipelining or sequence parallelism.
     """
     config = get_model_config(chunks[0])
@@ -76,7 +76,7 @@ def generate(
 
 
 def _agreed(token: int | None) -> int:
-    """The last pipeline stage's token, in all stages."""
+    """Broadcast the last pipeline stage's token to all stages."""
     group = parallel_state.get_pipeline_model_parallel_group()
     shared = torch.tensor([-1 if token is None else token], device=torch.cuda.current_device())
     dist.broadcast(shared, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)

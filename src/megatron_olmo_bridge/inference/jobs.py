@@ -1,4 +1,4 @@
-"""Work for live models in processes of their own; this process needs no megatron-core."""
+"""Jobs that run live models in separate processes; this process needs no megatron-core."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WORKER = "megatron_olmo_bridge.inference"
 
 @dataclass(frozen=True)
 class Job:
-    """A model, a layout, and what to do with it."""
+    """Checkpoint, layout, and what to do with the model."""
 
     checkpoint: str
     """A Hugging Face folder or a Megatron checkpoint."""
@@ -47,8 +47,10 @@ class Job:
     """Options of :func:`inference.generate.generate`."""
 
     def started(self) -> Any:
-        """Start the processes; a context manager that gives what they print. Their float32 is
-        compared with other float32, and so is not TF32."""
+        """Return a context manager that starts the processes and yields their output.
+
+        TF32 is off: their float32 is compared with other float32.
+        """
         count = self.tp * self.pp * self.ep
         return processes(_WORKER, [json.dumps(asdict(self))], count, environment=NO_TF32)
 
@@ -66,13 +68,13 @@ class Job:
 
     @property
     def starting(self) -> str:
-        """The first step, in words."""
+        """Description of the first step."""
         count = self.tp * self.pp * self.ep
         return f"start {count} process{'es' * (count > 1)} of megatron-core"
 
 
 def read_states(folder: Path) -> dict[str, torch.Tensor]:
-    """Logits and hidden states that the processes of a job wrote."""
+    """Read the logits and hidden states that a job's processes wrote."""
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("stage-*.safetensors")):
         found |= load_file(file)

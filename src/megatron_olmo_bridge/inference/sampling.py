@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest, or one drawn among the likely."""
+"""Choose the next token: greedy, or sampled with temperature and top-p."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_olmo_bridge.errors import InputError
 def choose(
     logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
 ) -> int:
-    """A token id, by the logits [vocab_size] of one position.
+    """Return a token id, chosen by the logits [vocab_size] of one position.
 
     Args:
         temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
@@ -37,7 +37,7 @@ def check_request(
     temperature: float,
     top_p: float,
 ) -> None:
-    """Raise InputError for an option out of its range, or a prompt that isn't the model's.
+    """Raise InputError if an option is out of range, or the prompt does not fit the model.
 
     Args:
         positions: the model's longest sequence; None if it has no limit.

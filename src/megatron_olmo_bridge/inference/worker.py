@@ -1,4 +1,4 @@
-"""What the processes do that ``compare``, ``roundtrip`` and ``generate`` start.
+"""Processes started by ``compare``, ``roundtrip`` and ``generate``.
 
 ``python -m megatron_olmo_bridge.inference JOB`` with a :class:`inference.jobs.Job` as JSON.
 """
@@ -26,7 +26,7 @@ from .jobs import LOGITS, STEP, TOKEN, Job
 
 
 def main() -> None:
-    """Do a job, as one of its processes."""
+    """Run a job, as one of its processes."""
     job = Job(**json.loads(sys.argv[1]))
     with reporting_errors():
         bridge = AutoBridge.from_checkpoint(job.checkpoint)

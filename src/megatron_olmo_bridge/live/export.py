@@ -16,7 +16,7 @@ from .load import cut
 from .shards import LiveModel, Shard
 
 ShardKey = tuple[str, Region]
-"""Name of a Megatron parameter, and the region of it that a process holds."""
+"""Name of a Megatron parameter and the region of it that a process holds."""
 _ORIGIN = Region(0, 0, 0, 0)
 
 
@@ -41,7 +41,7 @@ def stream_weights(
     to: int | None = None,
     cpu: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every Hugging Face tensor of a live model, by name; whole, and no more than one at a time.
+    """Yield every Hugging Face tensor of a live model with its name, one whole tensor at a time.
 
     All processes must iterate to the end: each sends what it holds of a tensor when its turn comes.
     Beside the tensor that is yielded, a process holds one process's part of it; a consumer that
@@ -74,7 +74,7 @@ def stream_weights(
 
 @dataclass(frozen=True)
 class _Assembly:
-    """Puts tensors together out of what the processes hold."""
+    """Assemble tensors from the shards of all processes."""
 
     mine: dict[ShardKey, Shard]
     to: int | None
@@ -83,7 +83,7 @@ class _Assembly:
     cpu: bool
 
     def tensor(self, shape: Shape, parts: list[OwnedRegion]) -> torch.Tensor | None:
-        """One tensor, where it is wanted; all processes take part."""
+        """Return one tensor on the processes that receive it; all processes take part."""
         whole = None
         if self.to is None or self.to == dist.get_rank():
             device = torch.device("cpu") if self.cpu else self.device
@@ -136,7 +136,7 @@ def _packed(blocks: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[OwnedRegion]]:
-    """Which process holds which block of each Hugging Face tensor."""
+    """Map each Hugging Face tensor to the blocks that the processes hold."""
     everybody: list[list[ShardKey]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everybody, held)
     regions: dict[str, list[tuple[int, Region]]] = {name: [] for name in live.mapping.parameters}

@@ -1,4 +1,4 @@
-"""Fill a live model from a checkpoint of either kind: each process reads its own share, no more."""
+"""Load a checkpoint of either kind into a live model: each process reads only what it needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_weights(
         Bytes of the checkpoint that this process asked for.
 
     Raises:
-        MappingError: the model is not the checkpoint's.
+        MappingError: the model does not match the checkpoint.
         FormatError: a file ends too soon.
         InputError: a value is too large for the model's dtype, or the checkpoint was changed
             while it was read.
@@ -98,7 +98,7 @@ def _fill_block(block: torch.Tensor, piece: Piece, transfer: Transfer) -> bool:
 
 
 def cut(matrix: torch.Tensor, region: Region) -> torch.Tensor:
-    """A region of a matrix; the same memory."""
+    """Return a view of a region of a matrix."""
     return matrix[region.top : region.bottom, region.left : region.right]
 
 

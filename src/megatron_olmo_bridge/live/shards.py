@@ -1,7 +1,7 @@
-"""What each process holds of a live model, by its own account.
+"""Shards of a live model, as reported by the model itself.
 
-``sharded_state_dict()`` of a megatron-core model says of every tensor which region of which global
-tensor it is, at any parallel layout. That is all that loading and exporting need.
+``sharded_state_dict()`` of a megatron-core model tells for every tensor which region of which
+global tensor it holds, at any parallel layout. Loading and exporting need nothing else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BEYOND_SHAPES = (
     "moe_router_pre_softmax",
     "activation",
 )
-"""Numbers in which two models can differ though every tensor of the one fits the other."""
+"""Config values in which two models can differ although their tensors have the same shapes."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Shard:
     data: torch.Tensor
     """Its elements, of the model's own dtype, on the model's device."""
     is_main: bool
-    """Of several processes with the same block, one has this set."""
+    """True on exactly one of the processes that hold this block."""
 
     @property
     def matrix(self) -> torch.Tensor:
-        """The elements as [rows, columns] of the region; the same memory."""
+        """View of the elements as [rows, columns] of the region."""
         return self.data.detach().view(self.region.rows, self.region.columns)
 
 
@@ -69,7 +69,7 @@ class LiveModel:
 
     @classmethod
     def of(cls, chunks: Sequence[torch.nn.Module], bridge: ModelBridge) -> LiveModel:
-        """Look at the chunks as ``provide_distributed_model`` returns them, wrapped or not.
+        """Read the shards of chunks from ``provide_distributed_model``, wrapped or not.
 
         Raises:
             InputError: no chunks.
@@ -91,7 +91,7 @@ class LiveModel:
 
 @dataclass(frozen=True)
 class Finder:
-    """Finds the parameter, and the region of it, that a sharded tensor is."""
+    """Find the parameter and region that a sharded tensor holds."""
 
     mapping: ResolvedMapping
     by_key: dict[tuple[str, tuple[int, ...]], Parameter]
@@ -99,7 +99,7 @@ class Finder:
 
     @classmethod
     def of(cls, bridge: ModelBridge, tensors: Iterable[ShardedTensor]) -> Finder:
-        """For a model with these tensors: they say to how many rows a vocabulary is padded."""
+        """Create a finder for these tensors, whose shapes give the padded vocabulary size."""
         mapping = bridge.mapping_registry().resolve()
         known = mapping.parameters
         padded = {
@@ -117,10 +117,10 @@ class Finder:
         return cls(mapping, by_key)
 
     def shard(self, tensor: ShardedTensor) -> Shard:
-        """The block that a tensor is.
+        """Return the shard that a tensor holds.
 
         Raises:
-            MappingError: it is no parameter of the mapping, or of another shape.
+            MappingError: the tensor is not in the mapping, or has another shape there.
         """
         axes = tensor.prepend_axis_num
         parameter = self.by_key.get((tensor.key, tuple(tensor.global_offset[:axes])))
@@ -159,7 +159,7 @@ def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
 
 
 def _check_numbers(config: TransformerConfig, bridge: ModelBridge) -> None:
-    """Raise MappingError if the model is another, though its tensors have the same shapes."""
+    """Raise MappingError if config values differ that no tensor's shape shows."""
     for name in _BEYOND_SHAPES:
         expected, found = bridge.config_values.get(name), getattr(config, name, None)
         if expected is not None and found != expected:

@@ -1,4 +1,4 @@
-"""Stock ``dist_checkpointing.load`` on a Hugging Face folder, without a conversion.
+"""Let stock ``dist_checkpointing.load`` read a Hugging Face folder without a conversion.
 
 megatron-core looks at the folder before it asks a strategy, so there is a temporary one beside the
 strategy, with a checkpoint's small files and no weights in it.
@@ -36,7 +36,7 @@ from .shards import Finder
 def hf_as_megatron(
     hf: str | Path, *, revision: str | None = None
 ) -> Iterator[tuple[str, HFLoadStrategy]]:
-    """A folder and a strategy with which stock megatron-core loads a Hugging Face checkpoint::
+    """Yield a folder and a strategy for stock megatron-core to load a Hugging Face checkpoint::
 
         with hf_as_megatron("allenai/OLMo-2-0425-1B") as (folder, strategy):
             state = dist_checkpointing.load(sharded_state_dict, folder, sharded_strategy=strategy)
@@ -46,7 +46,7 @@ def hf_as_megatron(
         revision: branch, tag or commit on the hub.
 
     Raises:
-        BridgeError: it is no Hugging Face checkpoint of a family that is known, or is damaged.
+        BridgeError: it is not a Hugging Face checkpoint of a supported family, or is damaged.
     """
     source = open_checkpoint(fetch(str(hf), revision)[0])
     if not isinstance(source, HFCheckpoint):
@@ -71,7 +71,7 @@ class HFLoadStrategy:
         """Fill the tensors of a sharded state dict in place; return it with their data.
 
         Raises:
-            MappingError: a tensor is none of the model's.
+            MappingError: a tensor does not belong to the model.
             InputError: an object is asked for that no Hugging Face checkpoint has, or the folder
                 was changed while it was read.
         """
@@ -94,7 +94,7 @@ class HFLoadStrategy:
         return filled
 
     def load_tensors_metadata(self, checkpoint_dir: Any) -> dict[str, ShardedTensor]:
-        """Every tensor by its key, without data: what there is to load."""
+        """Return every tensor that can be loaded, by key and without data."""
         mapping, found = self._source.mapping, {}
         dtype = getattr(torch, self._source.dtypes[0])
         for parameter in mapping.parameters.values():
@@ -106,14 +106,14 @@ class HFLoadStrategy:
         return found
 
     def load_sharded_metadata(self, checkpoint_dir: Any) -> dict[str, Any]:
-        """Every tensor and object by its key."""
+        """Return every tensor and object by key."""
         found: dict[str, Any] = dict(self.load_tensors_metadata(checkpoint_dir))
         for key in extra_state_keys(self._source.bridge):
             found[key] = ShardedObject.empty_from_unique_key(key)
         return found
 
     def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        """Asked by megatron-core 0.16; the backend that the folder names is of no importance."""
+        """Accept any backend; megatron-core 0.16 calls this."""
 
     def check_version_compatibility(self, loaded_version: Any) -> None:
-        """As the backend's."""
+        """Accept any version, as for the backend."""

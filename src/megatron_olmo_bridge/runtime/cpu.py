@@ -1,9 +1,9 @@
-"""megatron-core on gloo, where there is no CUDA.
+"""Run megatron-core on gloo on machines without CUDA.
 
-megatron-core takes a CUDA device for granted. :func:`cpu_runtime` redirects the few calls that
+megatron-core assumes a CUDA device. :func:`cpu_runtime` redirects the few calls that
 would need one, so that its real code (parallel layers, pipeline schedules, distributed optimizer,
-``dist_checkpointing``) runs on the CPU. All that is changed stands in :data:`PATCHES` and the two
-context managers below it, and is changed back on exit.
+``dist_checkpointing``) runs on the CPU. All changes are in :data:`PATCHES` and the two context
+managers below it, and are undone on exit.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _CPU = torch.device("cpu")
 _ABSENT = object()
 _FOR_GOOD = contextlib.ExitStack()
 _entered = 0
-"""How many :func:`cpu_runtime` the process is in."""
+"""Number of nested :func:`cpu_runtime` contexts that the process is in."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One attribute that has another value within :func:`cpu_runtime`."""
+    """Attribute that is replaced within :func:`cpu_runtime`."""
 
     owner: str
     """Module or class, as ``package.module`` or ``package.module:Class``."""
     name: str
     value: Any
     reason: str
-    """What in megatron-core needs it."""
+    """Code in megatron-core that needs the patch."""
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the replacement in place; on exit, what was there before."""
+        """Set the replacement; restore the original on exit."""
         owner = pkgutil.resolve_name(self.owner)
         # Look at the owner's own attributes: one that is inherited is restored by removing ours.
         before = vars(owner).get(self.name, _ABSENT)
@@ -54,7 +54,7 @@ class Patch:
 
 
 def _type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``Tensor.type``: without arguments the name that the same tensor would have on a GPU."""
+    """Return ``Tensor.type``; without arguments, the name the tensor would have on a GPU."""
     found = torch._C.TensorBase.type(self, *args, **kwargs)
     # A torch function mode looks Tensor.type up again, and so calls this twice.
     if isinstance(found, str) and not found.startswith("torch.cuda."):
@@ -105,7 +105,7 @@ PATCHES: tuple[Patch, ...] = (
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """Makes ``device="cuda"`` mean the CPU.
+    """Redirect ``device="cuda"`` to the CPU.
 
     Reason: gradient clipping, pipeline schedules and causal masks create tensors with a literal
     ``device="cuda"``, which no attribute can redirect.
@@ -143,7 +143,7 @@ def cpu_runtime() -> Iterator[None]:
     """Run stock megatron-core on the CPU within this context; process groups must be gloo.
 
     Raises:
-        RuntimeError: CUDA is available, so that there is nothing to stand in for.
+        RuntimeError: CUDA is available.
     """
     if torch.cuda.is_available():
         raise RuntimeError("cpu_runtime() is for machines without CUDA; here CUDA is available")
@@ -161,9 +161,9 @@ def cpu_runtime() -> Iterator[None]:
 
 
 def ensure_cpu_runtime() -> None:
-    """Where there is no CUDA, enter :func:`cpu_runtime` for the rest of the process, and say so.
+    """Without CUDA, enter :func:`cpu_runtime` for the rest of the process, and log it.
 
-    Does nothing where there is CUDA or where the process is in it already.
+    Do nothing with CUDA, or if the process is in it already.
     """
     if not torch.cuda.is_available() and not _entered:
         _FOR_GOOD.enter_context(cpu_runtime())

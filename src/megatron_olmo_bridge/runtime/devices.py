@@ -1,4 +1,4 @@
-"""Which GPU a process takes, and in which arithmetic it multiplies float32."""
+"""Choose the GPU of a process, and tell when float32 products are computed in TF32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from megatron_olmo_bridge.errors import InputError
 
 NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
-"""Environment of a process whose float32 is to be float32.
+"""Environment variables that keep a process from computing float32 products in TF32.
 
 Transformer Engine asks cuBLAS for TF32 in all float32 products (``CUBLAS_COMPUTE_32F_FAST_TF32`` in
 ``common/gemm/cublaslt_gemm.cu``), whatever ``torch.backends.cuda.matmul.allow_tf32`` says. Only
@@ -16,14 +16,11 @@ this variable stops it, and it is read when the CUDA libraries are loaded.
 
 
 def gpu_of(device_count: int, env: Mapping[str, str]) -> int | None:
-    """Index of the GPU that a process takes.
+    """Return the index of the GPU that a process uses; None without a GPU.
 
     Args:
-        device_count: GPUs that the process sees.
-        env: its environment, with torchrun's variables; also srun's, where that started it.
-
-    Returns:
-        None where there is no GPU: then the process computes on the CPU.
+        device_count: number of GPUs visible to the process.
+        env: environment of the process, with the variables of torchrun or srun.
 
     Raises:
         InputError: there are more processes on this machine than GPUs.
@@ -47,7 +44,7 @@ def gpu_of(device_count: int, env: Mapping[str, str]) -> int | None:
 
 
 def tf32_notice(precision: str, *, transformer_engine: bool, env: Mapping[str, str]) -> str | None:
-    """What a training run in float32 is told where its products are in TF32; else None."""
+    """Return a notice if a float32 training run computes its products in TF32; else None."""
     exact = all(env.get(name) == value for name, value in NO_TF32.items())
     if precision != "float32" or not transformer_engine or exact:
         return None

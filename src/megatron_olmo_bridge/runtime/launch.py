@@ -1,4 +1,4 @@
-"""Start a module of this package as one process or as several, and bring back what went wrong."""
+"""Run a module of this package in one or more processes, and re-raise their errors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from megatron_olmo_bridge.errors import BridgeError, ProcessError
 _ERROR_FILE = "OLMO_BRIDGE_ERROR_FILE"
 _LAST_LINES = 15
 _GRACE = 30.0
-"""Seconds that processes which know what to do on SIGTERM have for it, after one has failed."""
+"""Seconds to wait, after one process failed, for the others to handle SIGTERM."""
 _NO_MORE = "\0\n"
-"""Ends what the processes print."""
+"""End marker of the processes' output."""
 
 
 @contextlib.contextmanager
@@ -35,23 +35,22 @@ def processes(
     stoppable: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Iterator[str]]:
-    """Run ``python -m module`` in ``count`` processes, which find each other as under torchrun.
+    """Run ``python -m module`` in ``count`` processes, which connect as under torchrun.
 
-    They share the cores that torch may use. Neither they nor helpers that they start outlive this
-    context, or this process.
+    They split the cores that torch may use. Neither they nor their helper processes outlive this
+    context or this process.
 
     Args:
-        stoppable: they know what to do on SIGTERM. Then SIGTERM, Ctrl-C and the end of the terminal
-            don't end this process, but are handed on to them as SIGTERM.
-        environment: variables for them, in place of those of this process.
+        stoppable: the processes handle SIGTERM. SIGTERM, Ctrl-C and the end of the terminal then
+            don't end this process, but are forwarded to them as SIGTERM.
+        environment: variables that override those of this process.
 
     Yields:
-        What they print, line by line. On leaving, they are waited for; if the caller's code raises,
-        they are ended.
+        Their output, line by line. On exit, wait for them; if the caller's code raises, end them.
 
     Raises:
         BridgeError: the one that a process ended with (see :func:`reporting_errors`).
-        ProcessError: a process died otherwise; has the last lines that it wrote.
+        ProcessError: a process died otherwise; the message has its last lines of output.
     """
     command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as folder, _Store(count) as store:
@@ -74,7 +73,7 @@ def processes(
 
 
 def _inherited(count: int) -> dict[str, str]:
-    """This process's environment, without what torchrun said to it."""
+    """Return this process's environment without torchrun's variables."""
     of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {k: v for k, v in os.environ.items() if k not in of_torchrun}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -82,9 +81,9 @@ def _inherited(count: int) -> dict[str, str]:
 
 
 class _Store:
-    """Where several processes meet, as torchrun's agent has it: in the process that starts them.
+    """Rendezvous store of several processes, held like torchrun's in the process that starts them.
 
-    Its port is chosen by the system and in use at once, so that no other program can take it.
+    The system chooses its port and binds it at once, so no other program can take it.
     """
 
     def __init__(self, count: int) -> None:
@@ -104,7 +103,7 @@ class _Store:
             del self._store
 
     def environment(self, rank: int) -> dict[str, str]:
-        """Variables that lead a process there."""
+        """Return the environment variables that connect a process to the store."""
         if self._count == 1:
             return {}
         return {
@@ -121,7 +120,7 @@ class _Store:
 class _Group:
     """Processes that run the same command, in a process group of their own.
 
-    Ctrl-C in a terminal does not reach them, and a signal to the group reaches their helpers too:
+    Ctrl-C in a terminal does not reach them, and a signal to the group also reaches their helpers:
     one of megatron-core's outlives the process that started it.
     """
 
@@ -137,14 +136,14 @@ class _Group:
         self._stoppable = stoppable
         output, self._pipe = os.pipe()
         self.lines = _lines(output)
-        """What they print."""
-        theirs, self._lifeline = os.pipe()  # see _end_with_parent
+        """Their output, line by line."""
+        child_end, self._lifeline = os.pipe()  # see _end_with_parent
         self._running: list[subprocess.Popen[str]] = []
         for env in environments:
             self._running.append(
                 subprocess.Popen(
                     command,
-                    stdin=theirs,
+                    stdin=child_end,
                     stdout=self._pipe,
                     stderr=stderr,
                     text=True,
@@ -152,12 +151,12 @@ class _Group:
                     process_group=self._running[0].pid if self._running else 0,
                 )
             )
-        os.close(theirs)
+        os.close(child_end)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
     def _watch(self) -> None:
-        """Wait for all; if one fails, end the others: they may be waiting for it."""
+        """Wait for all processes; if one fails, end the others, which may be waiting for it."""
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         for process in self._running:
             wait = lambda process=process: ended.put(process.wait())  # noqa: E731
@@ -183,7 +182,7 @@ class _Group:
             process.terminate()
 
     def stop(self) -> None:
-        """Ask them to stop if they know how to, otherwise kill them."""
+        """Ask the processes to stop if they handle SIGTERM, otherwise kill them."""
         if self._stoppable:
             self.terminate()
         else:
@@ -195,7 +194,7 @@ class _Group:
 
     def close(self) -> None:
         """Wait until all have ended."""
-        for _ in self.lines:  # a full pipe would hold them up
+        for _ in self.lines:  # a full pipe would block them
             pass
         self._watcher.join()
         os.close(self._lifeline)
@@ -240,8 +239,7 @@ def _error(error_file: Path, written: str, code: int) -> BridgeError:
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """In a started process: hand an error of this package over to the one that started it, and end
-    with that process.
+    """In a process started here, pass errors of this package to the parent, and end with it.
 
     In any other process the error is raised.
     """
@@ -260,7 +258,7 @@ def reporting_errors() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of standard input, which is a pipe from the process that started this one:
-    it closes when that process is gone, however it ended."""
+    """Wait for the end of standard input, a pipe from the parent process that closes when the
+    parent is gone, however it ended."""
     os.read(0, 1)
     os.killpg(0, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Process groups for a parallel layout: one process, those of torchrun, or those of Slurm's srun.
+"""Process groups for a parallel layout, in a single process or under torchrun or Slurm's srun.
 
-Nothing here has to be called before a model is built: :func:`ensure_process_groups` sets up what is
-missing and leaves alone what the user's own code, Megatron-LM's for example, has set up.
+Nothing here has to be called before a model is built: :func:`ensure_process_groups` creates what is
+missing and keeps what the user's own code, for example Megatron-LM's, has set up.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from .devices import gpu_of
 T = TypeVar("T")
 
 SEED = 1234
-"""For dropout and for initial weights, where none is asked for; Megatron-LM's default."""
+"""Default seed of dropout and initial weights; the same as Megatron-LM's."""
 TIMEOUT_MINUTES = 60
-"""How long a process waits for others by default: longer than the first one works on files."""
+"""Default timeout of a process waiting for others: longer than the first one's file work."""
 _FIRST_PORT, _PORTS = 15000, 15000
-"""Ports for the rendezvous of a Slurm job: below those that Linux gives out by itself."""
+"""Ports for the rendezvous of a Slurm job, below Linux's ephemeral ports."""
 
 
 _waiting: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
-"""The default group, and the group on gloo that waits in its place."""
+"""Default group, and the gloo group that waits in its place."""
 _timeout = timedelta(minutes=TIMEOUT_MINUTES)
-"""Of the groups that are made here."""
+"""Timeout of the groups created here."""
 
 
 def ensure_process_groups(
     layout: ModelParallelConfig, seed: int = SEED, *, timeout_minutes: int = TIMEOUT_MINUTES
 ) -> None:
-    """Set up torch.distributed and megatron-core's groups for a layout, where they aren't yet.
+    """Create torch.distributed's and megatron-core's groups for a layout unless they exist.
 
-    Without CUDA the CPU runtime is entered and the groups are gloo's; with it they are NCCL's.
+    With CUDA the groups use NCCL; without it they use gloo, within the CPU runtime.
 
     Args:
         layout: a provider, or any other config with the parallel sizes.
-        seed: of megatron-core's random numbers.
-        timeout_minutes: how long a process waits for others before it gives up.
+        seed: seed of megatron-core's random numbers.
+        timeout_minutes: time after which a process stops waiting for others.
 
     Raises:
         InputError: the processes are not a multiple of those that the layout takes, there are more
@@ -89,7 +89,7 @@ def ensure_process_groups(
 
 
 def destroy_process_groups() -> None:
-    """Undo :func:`ensure_process_groups`; also after a part of it."""
+    """Undo :func:`ensure_process_groups`, even if it failed midway."""
     global _waiting
     _waiting = None
     if dist.is_initialized():
@@ -102,8 +102,8 @@ def destroy_process_groups() -> None:
 
 
 def started_together() -> int:
-    """Processes of this run: those of the groups, or before these exist what torchrun or srun says;
-    else 1."""
+    """Return the number of processes of this run: the groups' world size or, before they exist,
+    torchrun's or srun's; else 1."""
     if dist.is_initialized():
         return dist.get_world_size()
     says = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_STEP_NUM_TASKS"
@@ -111,11 +111,10 @@ def started_together() -> int:
 
 
 def on_first(action: Callable[[], T]) -> T | None:
-    """Do something in the first process, and return its result there; the others wait for it, on
-    the CPU.
+    """Run an action on rank 0 and return its result there; the other ranks wait on the CPU.
 
     Raises:
-        Exception: what the action raised, in all processes.
+        Exception: the action's exception, in all processes.
     """
     result: T | None = None
     errors: list[Exception | None] = [None]
@@ -131,19 +130,19 @@ def on_first(action: Callable[[], T]) -> T | None:
 
 
 def gather(value: T) -> list[T]:
-    """Return what each process passes, by rank, in all of them; they wait on the CPU."""
+    """Gather one value from each process, by rank, in all processes; they wait on the CPU."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, _waiting_group())
     return values
 
 
 def wait_for_all() -> None:
-    """Wait until all processes are here, on the CPU."""
+    """Wait on the CPU until all processes reach this call."""
     dist.barrier(_waiting_group())
 
 
 def _waiting_group() -> dist.ProcessGroup:
-    """A group of all processes on gloo: waiting in NCCL would keep the GPU busy."""
+    """Return a gloo group of all processes: waiting in NCCL would keep the GPU busy."""
     global _waiting
     world = dist.group.WORLD
     assert world is not None
@@ -174,12 +173,12 @@ def _init_distributed(timeout: timedelta) -> None:
 
 
 def add_slurm(env: MutableMapping[str, str]) -> None:
-    """Say in torchrun's variables what srun says in its own; of one task there is nothing to say.
+    """Set torchrun's variables from srun's; do nothing for a single task.
 
-    The first host of the step is the meeting place, at a port that follows from the job's number.
+    The rendezvous is at the first host of the step, at a port derived from the job id.
 
     Raises:
-        InputError: srun's variables are not all there.
+        InputError: a variable of srun is missing.
     """
     try:
         if env["SLURM_STEP_NUM_TASKS"] == "1":
@@ -196,10 +195,10 @@ def add_slurm(env: MutableMapping[str, str]) -> None:
 
 
 def first_host(nodelist: str) -> str:
-    """``gpu003`` of Slurm's ``gpu[003-005,7],login``.
+    """Return the first host of a Slurm node list: ``gpu003`` for ``gpu[003-005,7],login``.
 
     Raises:
-        InputError: it isn't a list of hosts.
+        InputError: the text is not a list of hosts.
     """
     match = re.match(r"[^\[\],](?:[^\[\],]|\[\w[\w,-]*\])*(?=,|$)", nodelist)
     if match is None:
@@ -208,7 +207,7 @@ def first_host(nodelist: str) -> str:
 
 
 def torchrun_command(processes: int) -> str:
-    """The command that starts the running script with so many processes."""
+    """Return the command that starts the running script with ``processes`` processes."""
     script = sys.argv[0] if sys.argv and sys.argv[0].endswith(".py") else None
     command = [script, *sys.argv[1:]] if script else ["YOUR_SCRIPT.py"]
     return f"torchrun --nproc_per_node {processes} {shlex.join(command)}"

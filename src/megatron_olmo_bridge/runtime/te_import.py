@@ -3,8 +3,8 @@
 megatron-core imports Transformer Engine wherever it is installed, and expects nothing but an
 ImportError if that fails. Wheels of different versions (AssertionError), a missing CUDA library
 (OSError) or the meta package alone (RuntimeError) make ``import megatron.core`` fail; and without a
-GPU, one that can be imported gives megatron-core optimizers that run on GPUs only. So before
-megatron-core is imported, this module looks, and hides what cannot be used.
+GPU, one that can be imported gives megatron-core optimizers that run on GPUs only. So this module
+hides an unusable Transformer Engine before megatron-core is imported.
 """
 
 from __future__ import annotations
@@ -26,14 +26,11 @@ _DISTRIBUTIONS = (
     "transformer-engine-cu13",
 )
 _hidden: str | None = None
-"""Why it was hidden."""
+"""Reason why Transformer Engine was hidden; None if it wasn't."""
 
 
 def why_no_transformer_engine() -> str | None:
-    """Why Transformer Engine cannot be imported or used here; None where it can.
-
-    Imports it.
-    """
+    """Import Transformer Engine; return why it cannot be used here, or None if it can."""
     if _hidden is not None:
         return _hidden
     if find_spec(TRANSFORMER_ENGINE) is None:
@@ -50,7 +47,7 @@ def why_no_transformer_engine() -> str | None:
 
 
 def _said(error: Exception) -> str:
-    """The first lines of what an error says; its name, where it says nothing."""
+    """Return the first lines of an error's message, or its class name if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -70,7 +67,7 @@ def _versions_that_differ() -> str:
 def hide_unusable_transformer_engine() -> None:
     """Make ``import transformer_engine`` raise ModuleNotFoundError where it cannot be used.
 
-    One that was imported already is left alone. Warns where there is CUDA, and so a loss.
+    Do nothing if it is imported already. Warn if CUDA is available, since speed is lost.
     """
     global _hidden
     if TRANSFORMER_ENGINE in sys.modules or find_spec(TRANSFORMER_ENGINE) is None:
@@ -88,7 +85,7 @@ def hide_unusable_transformer_engine() -> None:
 
 
 class _BeforeMegatronCore:
-    """Finds nothing; it is asked when megatron-core is about to be imported."""
+    """Import hook that finds nothing; it runs when megatron-core is about to be imported."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> None:
