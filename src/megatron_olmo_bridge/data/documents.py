@@ -1,8 +1,8 @@
-"""Documents out of files, as a stream: JSON Lines, text and Parquet.
+"""Read documents from JSON Lines, text and Parquet files as a stream.
 
 A file is read in spans that can be read independently of each other: byte ranges of a plain file
 (a line belongs to the span in which it begins), row groups of a Parquet file, a compressed file
-whole. Blank lines are no documents. Whatever else can't be read is told as a :class:`BadLine`.
+whole. Blank lines are skipped. Anything else that can't be read becomes a :class:`BadLine`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SPLITTABLE = (Kind.JSON, Kind.TXT)
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What of a file is a document."""
+    """Options that define the documents of a file."""
 
     text_field: str = "text"
     """Field of JSON Lines, or column of Parquet."""
@@ -84,7 +84,7 @@ class BadLine:
 
 @dataclass
 class Batch:
-    """Some documents, in the order of the file."""
+    """Documents in the order of the file."""
 
     texts: list[str] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Batch:
 
 
 def split_name(path: str | Path) -> tuple[Kind | None, str | None]:
-    """What a file holds and how it is compressed, by its name; None: nothing known, not at all."""
+    """Return a file's kind and compression by its name; None if unknown or uncompressed."""
     name, suffix = os.path.splitext(str(path))  # noqa: PTH122
     compression = _COMPRESSION.get(suffix)
     kind = _KINDS.get(Path(name).suffix if compression else suffix)
@@ -103,7 +103,7 @@ def split_name(path: str | Path) -> tuple[Kind | None, str | None]:
 
 
 def text_spans(path: str, limit: int, options: TextOptions) -> list[Span]:
-    """The spans of a file, in order: of at most ``limit`` bytes where it can be cut.
+    """Return the spans of a file in order, of at most ``limit`` bytes where it can be split.
 
     Raises:
         InputError: a Parquet file without the column.
@@ -178,7 +178,7 @@ def _decoded(data: bytes | None) -> str:
 
 
 def _field(line: str, name: str) -> str:
-    """The text of a line of JSON. Raises ValueError with what is wrong."""
+    """Return the text of a line of JSON, or raise ValueError that says what is wrong."""
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"{_kind_of(record)}, not an object with a field {name!r}")
@@ -211,7 +211,7 @@ def _why(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _opened(path: str, compression: str | None) -> Iterator[tuple[io.BufferedReader, IO[bytes]]]:
-    """A file's stream, decompressed, and the file itself, whose position tells of progress."""
+    """Open a file: its decompressed stream, and the file itself, whose position is the progress."""
     with Path(path).open("rb") as file:
         stream = file
         if compression:
@@ -243,7 +243,7 @@ def _lines(span: Span, compression: str | None) -> Iterator[tuple[int, bytes | N
 
 @lru_cache
 def _records_before(span: Span) -> int:
-    """Lines, or rows, of the file that come before a span's."""
+    """Return the number of lines or rows before a span."""
     if span.begin == 0:
         return 0
     if split_name(span.path)[0] is Kind.PARQUET:
@@ -271,7 +271,7 @@ def _parquet(path: str) -> Any:
 
 
 def _row_groups(path: str, size: int, column: str) -> list[Span]:
-    """A span for each row group; the file's bytes are shared out by what the groups hold."""
+    """Return a span for each row group; the file's bytes are divided by the groups' sizes."""
     import pyarrow.types as types
 
     file = _parquet(path)

@@ -29,7 +29,7 @@ _CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"
 
 @dataclass(frozen=True)
 class Indexed:
-    """An indexed dataset, mapped and not read."""
+    """Memory-mapped indexed dataset."""
 
     prefix: str
     dtype: np.dtype[Any]
@@ -52,7 +52,7 @@ class Indexed:
         return np.asarray(np.diff(ends[self.bounds]))
 
     def first_tokens(self, count: int) -> NDArray[Any]:
-        """The first ids, so many at most."""
+        """Return the first ``count`` ids, or fewer if there are fewer."""
         return np.fromfile(self.prefix + ".bin", self.dtype, min(count, self.tokens))
 
 
@@ -106,7 +106,7 @@ def read_indexed(path: str | Path) -> Indexed:
 
 
 def write_index(path: Path, lengths: NDArray[np.int32], dtype: np.dtype[Any]) -> None:
-    """The .idx of a .bin in which each document is one sequence."""
+    """Write the .idx of a .bin in which each document is one sequence."""
     code = next(code for code, name in _CODES.items() if name == dtype.name)
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     with path.open("wb") as out:

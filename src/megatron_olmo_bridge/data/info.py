@@ -1,4 +1,4 @@
-"""What an indexed dataset is: from the record that ``prepare-data`` left, and from its index."""
+"""Describe an indexed dataset by the record of ``prepare-data`` and by its index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIRST_TOKENS = 32
 
 @dataclass(frozen=True)
 class DataInfo:
-    """A prepared dataset. What only ``prepare-data`` records is None for one of other tools."""
+    """Prepared dataset; fields that only ``prepare-data`` records are None for other datasets."""
 
     prefix: str
     documents: int
@@ -29,7 +29,7 @@ class DataInfo:
     tokenizer: str | None = None
     """The folder or hub id that it was prepared with."""
     tokenizer_sha256: str | None = None
-    """Of its tokenizer.json."""
+    """SHA-256 of the tokenizer's tokenizer.json."""
     vocab_size: int | None = None
     """Ids that the tokenizer has: the largest one plus 1."""
     eos_id: int | None = None
@@ -47,12 +47,12 @@ class DataInfo:
     input_state: str | None = None
     """SHA-256 of the inputs' sizes, times and inodes, by which a change of them is noticed."""
     version: str | None = None
-    """Of this package."""
+    """Version of this package."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a look into a dataset shows besides its record."""
+    """Statistics and first tokens of a dataset."""
 
     info: DataInfo
     nbytes: int
@@ -67,7 +67,7 @@ class Description:
 
 
 def read_info(path: str | Path) -> DataInfo:
-    """Read a dataset's record; without one, what its index says.
+    """Read a dataset's record, or its index if there is no record.
 
     Args:
         path: its prefix, or one of its files.

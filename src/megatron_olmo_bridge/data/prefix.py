@@ -1,4 +1,4 @@
-"""The name of an indexed dataset: what stands before .bin and .idx. Needs no numpy."""
+"""Prefix of an indexed dataset: its path without .bin and .idx. Needs no numpy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def prefix_of(path: str | Path) -> str:
-    """The prefix of a dataset that is named by it, or by one of its two files."""
+    """Return the prefix of a dataset, given the prefix or one of its two files."""
     return str(path).removesuffix(".bin").removesuffix(".idx")
 
 
 def is_indexed(path: str | Path) -> bool:
-    """Whether a path names an indexed dataset: its prefix, or one of its files."""
+    """Return whether a path is the prefix or a file of an indexed dataset."""
     return str(path).endswith((".bin", ".idx")) or Path(f"{path}.idx").is_file()

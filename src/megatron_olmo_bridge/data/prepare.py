@@ -121,7 +121,7 @@ def prepare_data(
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What will be tokenized, and how. Nothing is written yet."""
+    """Inputs and options of a run; nothing is written yet."""
 
     files: list[str]
     tokenizer: TextTokenizer
@@ -200,7 +200,7 @@ def _check_paths(files: list[str], prefix: str) -> None:
 
 
 def _megatron() -> Any:
-    """megatron-core's module of indexed datasets, without its warnings of what is not installed."""
+    """Import megatron-core's indexed datasets without its warnings about missing packages."""
     with warnings.catch_warnings(action="ignore"):
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
@@ -227,7 +227,7 @@ def _record(
 
 
 def _parts(files: list[str], writer: PartWriter) -> list[Part]:
-    """The input in parts of about the same size; small files share one."""
+    """Divide the input into parts of similar size; small files share one."""
     total = sum(Path(file).stat().st_size for file in files)
     limit = min(max(total // PARTS, LEAST_PART_BYTES), PART_BYTES)
     parts: list[list[Span]] = []
@@ -270,7 +270,7 @@ def _write_parts(
 
 
 class _Shown:
-    """Hands progress on to a reporter."""
+    """Forward progress to a reporter."""
 
     def __init__(self, reporter: PrepareReporter, tokens: int) -> None:
         self._reporter, self._tokens = reporter, tokens

@@ -1,4 +1,4 @@
-"""How much is done at once, and who is told. Needs no numpy."""
+"""Default number of workers, and progress reports. Needs no numpy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 
 
 class PrepareReporter(Reporter):
-    """Also told how many tokens there are so far."""
+    """Reporter that also receives the number of tokens so far."""
 
     def tokens(self, count: int) -> None:
-        """``count`` tokens were written in all."""
+        """Report that ``count`` tokens have been written in total."""

@@ -1,4 +1,4 @@
-"""OLMo-core's token files: ids of one unsigned dtype and nothing else, documents ended by eos.
+"""Read OLMo-core's token files: headerless ids of one unsigned dtype, documents ended by eos.
 
 They are called .npy, but have no numpy header. Source: OLMo-core ``src/olmo_core/data/utils.py``.
 """
@@ -27,12 +27,12 @@ _NUMPY_MAGIC = b"\x93NUMPY"
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The dtype that OLMo-core gives token files: the smallest that holds every id."""
+    """Return OLMo-core's dtype of token files: the smallest that holds every id."""
     return np.min_scalar_type(vocab_size - 1).name
 
 
 def token_spans(path: str, limit: int, dtype: str) -> list[Span]:
-    """Spans of at most ``limit`` bytes. A document belongs to the span in which it begins.
+    """Return spans of at most ``limit`` bytes. A document belongs to the span where it begins.
 
     Raises:
         FormatError: the file has a numpy header, no whole number of tokens, or is of a wider dtype.
@@ -62,7 +62,7 @@ def token_spans(path: str, limit: int, dtype: str) -> list[Span]:
 def read_tokens(
     span: Span, dtype: str, eos_id: int, vocab_size: int
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], int, int]]:
-    """The documents that begin in a span, in blocks.
+    """Yield the documents that begin in a span, in blocks.
 
     An eos right after another ends a document without tokens: it is left out, and counted. A last
     document without an eos gets one.
@@ -95,7 +95,7 @@ def read_tokens(
 
 
 def _document_from(tokens: NDArray[Any], begin: int, path: str, eos_id: int) -> int:
-    """Where the first document begins that begins there or later."""
+    """Return the position of the first document that begins at ``begin`` or later."""
     if begin == 0:
         return 0
     for at in range(begin - 1, len(tokens), _BLOCK):

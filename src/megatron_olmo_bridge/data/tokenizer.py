@@ -1,4 +1,4 @@
-"""The tokenizer that data is prepared with: the part of it that makes ids of text."""
+"""Load the tokenizer that turns text into ids."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _FILE = "tokenizer.json"
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer and what is recorded of it."""
+    """Tokenizer, and the facts that are recorded about it."""
 
     name: str
     """Its folder, as an absolute path; or its hub id."""
     sha256: str | None
-    """Of its tokenizer.json, where there is one."""
+    """SHA-256 of its tokenizer.json, if there is one."""
     vocab_size: int
-    """The largest id that it has, plus 1."""
+    """Largest token id plus 1."""
     eos_id: int
     serialized: str
     """As a tokenizer.json, without padding and truncation. With it a process can tokenize that
