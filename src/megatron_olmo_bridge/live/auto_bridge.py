@@ -41,23 +41,25 @@ Model = torch.nn.Module | Sequence[torch.nn.Module]
 
 
 class AutoBridge(OfflineMethods):
-    """One model, between the two worlds. The names are those of Megatron-Bridge, whose keywords
-    are taken too or refused by a sentence (docs/megatron-bridge.md)::
+    """Convert one model between Hugging Face and live Megatron.
+
+    Names and keywords are Megatron-Bridge's; those that are not supported are refused with a
+    sentence that says what to do (docs/megatron-bridge.md)::
 
         provider = AutoBridge.from_hf_pretrained(path).to_megatron_provider()
         provider.tensor_model_parallel_size = 2
         model = provider.provide_distributed_model(wrap_with_ddp=False)
 
     Attributes:
-        bridge: the family's numbers and mapping.
+        model_bridge: config values and mapping of the model.
         source: the checkpoint; None if there is only a config.
     """
 
-    def __init__(self, bridge: ModelBridge, source: Checkpoint | None = None) -> None:
-        self.model_bridge = bridge
+    def __init__(self, model_bridge: ModelBridge, source: Checkpoint | None = None) -> None:
+        self.model_bridge = model_bridge
         self.source = source
         self.dtype: torch.dtype | None = None
-        """Of the providers' parameters; None takes the checkpoint's."""
+        """Dtype of the providers' parameters; None takes the checkpoint's."""
 
     def __repr__(self) -> str:
         where = self.source.folder if self.source is not None else "a config, without weights"
@@ -69,7 +71,7 @@ class AutoBridge(OfflineMethods):
         return f"AutoBridge({size}{head}, from {where})"
 
     def __getattr__(self, name: str) -> Any:
-        """Say what to do instead of a name of Megatron-Bridge that is not here."""
+        """Raise an error that says what to use instead of Megatron-Bridge's ``name``."""
         raise missing_name("AutoBridge", name, BRIDGE_NAMES)
 
     @classmethod
@@ -83,19 +85,20 @@ class AutoBridge(OfflineMethods):
         torch_dtype: str | torch.dtype | None = None,
         **megatron_bridge: Any,
     ) -> AutoBridge:
-        """Open a Hugging Face checkpoint; its headers are read, its weights not yet.
+        """Open a Hugging Face checkpoint; read its headers, but not its weights yet.
 
         Args:
             path: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``.
             revision: branch, tag or commit on the hub.
-            num_labels: instead of a language model's head, a new one of so many classes, of zeros.
-            problem_type: of the new head: ``regression``, ``single_label_classification`` or
-                ``multi_label_classification``.
-            torch_dtype: of the providers' parameters; by default the checkpoint's.
-            megatron_bridge: further keywords of Megatron-Bridge, if they ask for nothing else.
+            num_labels: number of classes of a new head, all zeros, that replaces the language
+                model's.
+            problem_type: problem type of the new head: ``regression``,
+                ``single_label_classification`` or ``multi_label_classification``.
+            torch_dtype: dtype of the providers' parameters; by default the checkpoint's.
+            megatron_bridge: further keywords of Megatron-Bridge, if they have no effect here.
 
         Raises:
-            BridgeError: there is none, it is damaged, or of a family that is not known.
+            BridgeError: there is no checkpoint, it is damaged, or its family is not supported.
         """
         check_keywords("from_hf_pretrained", megatron_bridge, LOADING)
         source = open_checkpoint(fetch(str(path), revision)[0], ReadOptions(num_labels=num_labels))
@@ -103,7 +106,7 @@ class AutoBridge(OfflineMethods):
             raise InputError(f"{path}: is a Megatron checkpoint; use AutoBridge.from_checkpoint()")
         if problem_type is not None:
             if num_labels is None:
-                raise InputError("problem_type is that of a new head: pass num_labels too")
+                raise InputError("problem_type belongs to a new head: pass num_labels too")
             config = source.hf_config | {"problem_type": problem_type}
             source = replace(source, bridge=bridge_for(config, source.config_from))
         bridge = cls(source.bridge, source)
@@ -116,18 +119,21 @@ class AutoBridge(OfflineMethods):
         """Open a checkpoint of either kind; ``options`` are those of :class:`ReadOptions`.
 
         Raises:
-            BridgeError: there is none, it is damaged, or it doesn't say what model it holds.
+            BridgeError: there is no checkpoint, it is damaged, or it doesn't say which model it
+                holds.
         """
         source = open_checkpoint(path, ReadOptions(**options))
         return cls(source.bridge, source)
 
     @classmethod
     def from_hf_config(cls, config: Any) -> AutoBridge:
-        """A model by its config alone: a ``config.json`` as a dictionary, its folder, or a
-        transformers config. There are no weights to load then.
+        """Describe a model by its config alone; there are no weights to load.
+
+        Args:
+            config: a ``config.json`` as a dictionary, its folder, or a transformers config.
 
         Raises:
-            BridgeError: the config is not sound, or of a family that is not known.
+            BridgeError: the config is invalid, or its family is not supported.
         """
         if isinstance(config, str | Path):
             return cls(bridge_for(read_config(Path(config)), config))
@@ -136,11 +142,7 @@ class AutoBridge(OfflineMethods):
 
     @staticmethod
     def supports(config: Any) -> bool:
-        """Return whether a config's ``architectures`` name a model that is known.
-
-        Args:
-            config: a ``config.json`` as a dictionary, or a transformers config.
-        """
+        """Return whether a config, as in :meth:`from_hf_config`, names a supported architecture."""
         values = config if isinstance(config, dict) else config.to_dict()
         return any(name in known_architectures() for name in values.get("architectures") or [])
 
@@ -148,7 +150,7 @@ class AutoBridge(OfflineMethods):
     def can_handle(
         cls, path: str | Path, trust_remote_code: bool = False, *, revision: str | None = None
     ) -> bool:
-        """Return whether :meth:`from_hf_pretrained` can open it; no code of it is ever run."""
+        """Return whether :meth:`from_hf_pretrained` can open ``path``; never run its code."""
         try:
             cls.from_hf_pretrained(path, revision=revision)
         except BridgeError:
@@ -157,12 +159,12 @@ class AutoBridge(OfflineMethods):
 
     @staticmethod
     def list_supported_models() -> list[str]:
-        """The ``architectures`` of ``config.json`` that are known."""
+        """Return the ``architectures`` of ``config.json`` that are supported."""
         return [name for name in known_architectures() if name[0].isupper()]
 
     @property
     def transformer_config(self) -> GPTModelProvider:
-        """The model's config for megatron-core: a provider, with nothing to load."""
+        """Model config for megatron-core: a finalized provider that loads no weights."""
         provider = self.to_megatron_provider(load_weights=False)
         provider.finalize()
         return provider
@@ -177,9 +179,9 @@ class AutoBridge(OfflineMethods):
         """Return the model's config for megatron-core, which also builds it.
 
         Args:
-            load_weights: fill the model when ``provide_distributed_model`` builds it.
+            load_weights: load the weights when ``provide_distributed_model`` builds the model.
             hf_path: another checkpoint of the same shape to load from.
-            dtype: of its parameters, as torch has it or by name; by default the checkpoint's.
+            dtype: dtype of the parameters, a torch dtype or a name; by default the checkpoint's.
 
         Raises:
             InputError: there are no weights to load, or they have several dtypes.
@@ -191,7 +193,7 @@ class AutoBridge(OfflineMethods):
                 raise InputError(
                     "made from a config, there are no weights: pass load_weights=False, or hf_path"
                 )
-            # Every parameter is set from the checkpoint; random ones would be made for nothing.
+            # Every parameter is overwritten from the checkpoint: skip random initialization.
             provider.initialize = False
             provider.register_pre_wrap_hook(partial(self.load_hf_weights, hf_path=hf_path))
         return provider
@@ -199,8 +201,7 @@ class AutoBridge(OfflineMethods):
     def to_megatron_model(
         self, load_weights: bool = True, hf_path: str | Path | None = None, **options: Any
     ) -> list[MegatronModule]:
-        """Build the model with its provider; ``options`` are those of
-        ``provide_distributed_model``."""
+        """Build the model; pass ``options`` to the provider's ``provide_distributed_model``."""
         return self.to_megatron_provider(load_weights, hf_path).provide_distributed_model(**options)
 
     def load_hf_weights(
@@ -211,17 +212,16 @@ class AutoBridge(OfflineMethods):
         reporter: Reporter | None = None,
         **megatron_bridge: Any,
     ) -> list[Any]:
-        """Set every parameter of a live model; each process reads its own share of the files.
+        """Set every parameter of a live model and return its chunks.
+
+        Each process reads only the parts of the files that its shards need.
 
         Args:
             model: the chunks, wrapped or not.
             hf_path: another checkpoint of the same shape to load from.
 
-        Returns:
-            The chunks.
-
         Raises:
-            MappingError: the model is not the checkpoint's.
+            MappingError: the model does not match the checkpoint.
             InputError: there is no checkpoint.
         """
         check_keywords("load_hf_weights", megatron_bridge, LOADING)
@@ -235,14 +235,14 @@ class AutoBridge(OfflineMethods):
     def export_hf_weights(
         self, model: Model, cpu: bool = False, *, rank: int | None = None, **megatron_bridge: Any
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return every Hugging Face tensor of a live model, by name, one at a time.
+        """Return an iterator over the Hugging Face tensors of a live model and their names.
 
-        All processes must iterate to the end; they come in the order of the checkpoint's files.
+        Tensors come in the order of the checkpoint's files. All processes must iterate to the end.
 
         Args:
             model: the chunks, wrapped or not.
-            cpu: give them on the CPU instead of the model's device.
-            rank: the only process that is given the tensors; by default all are.
+            cpu: return tensors on the CPU instead of the model's device.
+            rank: the only process that receives the tensors; by default all do.
         """
         check_keywords("export_hf_weights", megatron_bridge, LOADING)
         names = None
@@ -261,10 +261,10 @@ class AutoBridge(OfflineMethods):
         reporter: Reporter | None = None,
         **megatron_bridge: Any,
     ) -> None:
-        """Write a live model as a Hugging Face checkpoint, config and tokenizer with it.
+        """Write a live model as a Hugging Face checkpoint, with config and tokenizer.
 
         Raises:
-            OutputError: there is something at ``path``, or the disk is too small.
+            OutputError: ``path`` exists already, or there is not enough disk space.
         """
         check_keywords("save_hf_pretrained", megatron_bridge, LOADING)
         save_hf(
@@ -290,13 +290,12 @@ class AutoBridge(OfflineMethods):
 
         Args:
             model: the chunks, wrapped or not.
-            path: the checkpoint root to make.
-            hf_tokenizer_path: folder or hub id of the tokenizer that goes with it; by default the
-                source's.
-            iteration: number of training steps that are in the weights.
+            path: the checkpoint root to create.
+            hf_tokenizer_path: folder or hub id of the tokenizer to save; by default the source's.
+            iteration: number of training steps behind the weights.
 
         Raises:
-            OutputError: there is something at ``path``.
+            OutputError: ``path`` exists already.
         """
         check_keywords("save_megatron_model", megatron_bridge, LOADING)
         folder = (
@@ -316,13 +315,13 @@ class AutoBridge(OfflineMethods):
         mp_overrides: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> list[MegatronModule]:
-        """Build a live model from a Megatron checkpoint, saved at any layout, loaded at any other.
+        """Build a live model at any layout from a Megatron checkpoint saved at any other.
 
         Args:
             path: a checkpoint root or an iteration's folder.
-            wrap_with_ddp: for training.
+            wrap_with_ddp: wrap the model for training.
             mp_overrides: fields of the provider.
-            fields: the same as keywords, ``tensor_model_parallel_size=2`` for example.
+            fields: further fields as keywords, ``tensor_model_parallel_size=2`` for example.
 
         Raises:
             InputError: the provider has no such field.
@@ -336,23 +335,23 @@ class AutoBridge(OfflineMethods):
         if self.dtype is not None:
             return self.dtype
         if self.source is not None:
-            found = self.source.dtypes
-            if len(found) > 1:
-                raise InputError(f"the weights are {' and '.join(found)}: pass dtype=")
-            return getattr(torch, found[0])  # type: ignore[no-any-return]
+            dtypes = self.source.dtypes
+            if len(dtypes) > 1:
+                raise InputError(f"the weights are {' and '.join(dtypes)}: pass dtype=")
+            return getattr(torch, dtypes[0])  # type: ignore[no-any-return]
         config = self.model_bridge.hf_config
-        named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        named = named.removeprefix("torch.")
-        if named not in ITEM_SIZE:
-            raise InputError(f"the config's dtype {quote(named)} is none of {', '.join(ITEM_SIZE)}")
-        return getattr(torch, named)  # type: ignore[no-any-return]
+        name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        name = name.removeprefix("torch.")
+        if name not in ITEM_SIZE:
+            raise InputError(f"the config's dtype {quote(name)} is none of {', '.join(ITEM_SIZE)}")
+        return getattr(torch, name)  # type: ignore[no-any-return]
 
     def _artifacts_folder(self) -> Path | None:
         return self.source.artifacts_folder if self.source is not None else None
 
 
 def _chunks(model: Model) -> list[Any]:
-    """Return the chunks of a model that may be a single one."""
+    """Return the chunks as a list, also for a single one."""
     return [model] if isinstance(model, torch.nn.Module) else list(model)
 
 

@@ -61,10 +61,10 @@ def stream_weights(
         MappingError: the processes together don't hold the whole model, each element once.
     """
     live = LiveModel.of(chunks, bridge)
-    mine = {(s.parameter.name, s.region): s for s in live.shards if s.is_main}
-    parts = _parts(live, list(mine))
+    local_shards = {(s.parameter.name, s.region): s for s in live.shards if s.is_main}
+    parts = _parts(live, list(local_shards))
     first = live.shards[0].data
-    assembly = _Assembly(mine, to, first.dtype, first.device, cpu)
+    assembly = _Assembly(local_shards, to, first.dtype, first.device, cpu)
     for name in live.mapping.hf_shapes if names is None else names:
         whole = assembly.tensor(live.mapping.hf_shapes[name], parts[name])
         if whole is not None:
@@ -76,7 +76,7 @@ def stream_weights(
 class _Assembly:
     """Assemble tensors from the shards of all processes."""
 
-    mine: dict[ShardKey, Shard]
+    local_shards: dict[ShardKey, Shard]
     to: int | None
     dtype: torch.dtype
     device: torch.device
@@ -89,10 +89,10 @@ class _Assembly:
             device = torch.device("cpu") if self.cpu else self.device
             whole = torch.empty(shape, dtype=self.dtype, device=device)
         for owner in sorted({part.owner for part in parts}):
-            theirs = [part for part in parts if part.owner == owner]
-            blocks = self._exchange(theirs, owner, whole)
+            owned = [part for part in parts if part.owner == owner]
+            blocks = self._exchange(owned, owner, whole)
             if whole is not None:
-                for part, block in zip(theirs, blocks, strict=True):
+                for part, block in zip(owned, blocks, strict=True):
                     out = cut(whole.view(shape[0], -1), part.hf_region)
                     if out.data_ptr() != block.data_ptr():  # else it was received in its place
                         out.copy_(block.view_as(out))
@@ -107,7 +107,7 @@ class _Assembly:
             blocks = [
                 block.T if part.transposed else block
                 for part in parts
-                for block in [cut(self.mine[part.shard].matrix, part.shard_region)]
+                for block in [cut(self.local_shards[part.shard].matrix, part.shard_region)]
             ]
             if self.to is None and not alone:
                 dist.broadcast(_packed(blocks), owner)

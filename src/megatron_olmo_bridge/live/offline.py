@@ -31,12 +31,12 @@ class OfflineMethods:
         torch_dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        """Convert Hugging Face to Megatron without a model.
+        """Convert Hugging Face to Megatron without building the model.
 
         Args:
             hf_model_id: a folder or a hub id.
-            megatron_path: the checkpoint root to make.
-            torch_dtype: the same as ``dtype``.
+            megatron_path: the checkpoint root to create.
+            torch_dtype: Megatron-Bridge's name for ``dtype``.
             options: fields of ``ImportOptions`` and ``WriteOptions``.
         """
         if torch_dtype not in (None, "auto"):
@@ -46,11 +46,11 @@ class OfflineMethods:
 
     @staticmethod
     def export_ckpt(megatron_path: str | Path, hf_path: str | Path, **options: Any) -> None:
-        """Convert Megatron to Hugging Face without a model.
+        """Convert Megatron to Hugging Face without building the model.
 
         Args:
             megatron_path: a checkpoint root or an iteration's folder.
-            hf_path: the folder to make.
+            hf_path: the folder to create.
             options: fields of ``ExportOptions`` and ``WriteOptions``.
         """
         read, write = _split("export_ckpt", ExportOptions, options)
@@ -58,7 +58,7 @@ class OfflineMethods:
 
     @staticmethod
     def get_hf_model_id_from_checkpoint(path: str | Path) -> str | None:
-        """Return the folder or hub id that a Megatron checkpoint was made from, if it is recorded.
+        """Return the folder or hub id that a Megatron checkpoint was made from, if recorded.
 
         Raises:
             BridgeError: there is no checkpoint at ``path``.
