@@ -144,7 +144,7 @@ def test_a_config_beside_the_weights_that_contradicts_them_is_refused_everywhere
     # What was saved here says it right.
     for record in ("run_config.yaml", "hf/config.json"):
         (folder / record).unlink()
-    assert inspect(tmp_path / "m").config_values["num_query_groups"] == 4
+    assert inspect(tmp_path / "m").numbers["num_query_groups"] == 4
 
 
 def test_every_iteration_is_exported(hf: Path, tmp_path: Path) -> None:
