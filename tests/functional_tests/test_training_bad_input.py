@@ -137,9 +137,9 @@ VALUES = [
     Case("model.vocab_size=0", ("vocab_size must be a positive whole number, not 0",)),
     Case("model.architectures=[Foo]", ("architecture Foo is not known", "Olmo2ForCausalLM")),
     Case("model={}", ("no model", "init.hf=FOLDER")),
-    Case("provider.hidden_size=64", ("provider.hidden_size: is said by the model's config",)),
-    Case("provider.tensor_model_parallel_size=2", ("is said by parallel.tp",)),
-    Case("provider.num_moe_experts=two", ("is said by the model's config",)),
+    Case("provider.hidden_size=64", ("provider.hidden_size: is set by the model's config",)),
+    Case("provider.tensor_model_parallel_size=2", ("is set by parallel.tp",)),
+    Case("provider.num_moe_experts=two", ("is set by the model's config",)),
     Case("provider.backend=nope", ("'nope' is none of auto, transformer_engine, local",)),
     Case("provider.context_parallel_size=2", ("context_parallel_size=2 is not supported",)),
 ]  # fmt: skip

@@ -21,10 +21,10 @@ def write_card(
     """Write the card of an exported checkpoint, unless there is a README.md already.
 
     Args:
-        folder: the checkpoint's.
-        config: of the run.
-        figures: measures of the last step and the last evaluation.
-        further: more facts about the training, by label.
+        folder: folder of the checkpoint.
+        config: config of the run.
+        figures: metrics of the last step and the last evaluation.
+        further: additional facts about the training, by label.
     """
     base, data = config.init.hf, [Path(path).name for path in config.data.path]
     facts = {

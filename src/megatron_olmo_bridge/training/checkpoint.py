@@ -1,7 +1,7 @@
-"""A run's checkpoints: whole or not there, and enough to continue as if nothing had happened.
+"""A run's checkpoints, written atomically and sufficient for exact resume.
 
-They are Megatron checkpoints (``torch_dist``): weights, optimizer, random numbers. ``olmo-bridge
-export`` reads them, and so does Megatron-LM.
+They are Megatron checkpoints (``torch_dist``) with weights, optimizer and random states.
+``olmo-bridge export`` reads them, and so does Megatron-LM.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ if "async_strategy" not in inspect.signature(dist_checkpointing.save).parameters
 
 
 def iteration_folder(root: Path, step: int) -> Path:
-    """Where a step's checkpoint is."""
+    """Return the folder of a step's checkpoint."""
     return root / f"iter_{step:07d}"
 
 
@@ -115,8 +115,8 @@ class Checkpointer:
         """Write a checkpoint, or begin to.
 
         Args:
-            step: optimizer steps that are in the weights.
-            progress: plain values to have back from :meth:`restore`.
+            step: number of optimizer steps taken.
+            progress: plain values that :meth:`restore` returns.
             fully_reshardable: at any layout. Else it can be resumed at another data-parallel size,
                 and takes less memory to save; see :mod:`.optimizer_state`.
 
@@ -153,7 +153,7 @@ class Checkpointer:
                 request.execute_sync()
 
     def poll(self) -> None:
-        """Complete a checkpoint that was written meanwhile, if it is ready in every process."""
+        """Complete an asynchronous checkpoint if every process has written its part."""
         with self._translate_errors():
             self._queue.maybe_finalize_async_calls(blocking=False)
 
@@ -163,9 +163,9 @@ class Checkpointer:
             self._queue.maybe_finalize_async_calls(blocking=True)
 
     def restore(self, step: int) -> dict[str, Any]:
-        """Set model, optimizer and random numbers to what they were; returns the progress.
+        """Restore model, optimizer and random states; return the progress.
 
-        At another layout the random numbers, of which dropout alone is made, begin anew.
+        At another layout the random states, which only dropout uses, are reseeded.
 
         Raises:
             InputError: the checkpoint's optimizer state can't be loaded at this layout.
@@ -178,7 +178,7 @@ class Checkpointer:
             raise FormatError(f"{error}\n{_earlier(self.root, step)}") from error
 
     def is_fully_reshardable(self, step: int) -> bool:
-        """Whether a step's checkpoint can be resumed at any layout."""
+        """Return whether a step's checkpoint can be resumed at any layout."""
         return is_fully_reshardable(saved_content(iteration_folder(self.root, step)))
 
     def _begin(self, partial: Path) -> None:

@@ -33,17 +33,17 @@ from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
 _OF_RANK = ".sha256-"
 """Prefix of the file in which one process records the checksums of its own files."""
 _SHOWN = 8
-"""Damaged files that a message names."""
+"""Maximum number of damaged files in a message."""
 Entries = dict[str, dict[str, Any]]
-"""Size and SHA-256 of files, by their names in the checkpoint."""
+"""Size and SHA-256 of each file, by its name in the checkpoint."""
 
 
 def recording(request: AsyncRequest, folder: Path) -> AsyncRequest:
     """Have the process that writes a rank's files record them too, from the page cache.
 
     Args:
-        request: of ``dist_checkpointing.save``.
-        folder: that is saved into.
+        request: request of ``dist_checkpointing.save``.
+        folder: folder of the checkpoint.
     """
     if request.async_fn is None:
         return request  # nothing to write on this rank
@@ -71,7 +71,7 @@ def _entries(folder: Path, files: Iterable[Path]) -> Entries:
 
 
 def write_record(folder: Path) -> None:
-    """Record every file of a checkpoint that is written; the first process calls it."""
+    """Record every file of a finished checkpoint; the first process calls it."""
     entries: Entries = {}
     for part in folder.glob(f"{_OF_RANK}*"):
         with contextlib.suppress(ValueError):
@@ -123,7 +123,7 @@ def check(folder: Path) -> None:
 
 
 def recorded(folder: Path) -> Entries | None:
-    """The files that were recorded with their checksums; None of a checkpoint without them.
+    """Return the recorded files with their checksums; None if there are none.
 
     Raises:
         FormatError: the record is damaged.
@@ -136,7 +136,7 @@ def recorded(folder: Path) -> Entries | None:
 
 
 def _damage(file: Path, entry: dict[str, Any]) -> str | None:
-    """Say what is wrong with a file; None if nothing is."""
+    """Describe what is wrong with a file; None if nothing is."""
     try:
         if not file.is_file():
             return "is not there"

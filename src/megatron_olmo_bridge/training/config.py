@@ -1,9 +1,9 @@
-"""Everything that a training run is told, as plain dataclasses, and which values are possible.
+"""Config of a training run, as plain dataclasses, and the valid values of its fields.
 
 A recipe is a function that returns a :class:`TrainingConfig`; the command line overrides its fields
 as ``section.field=value``. Nothing here needs torch or megatron-core.
 
-:func:`check_values` looks at each value by itself. What depends on several values, on the model,
+:func:`check_values` checks each value by itself. What depends on several values, on the model,
 the data or the processes is checked where these are known: ``resolve.resolve``,
 ``optimizer.check_schedule``, ``token_data.check_data``.
 """
@@ -21,16 +21,16 @@ from megatron_olmo_bridge.formats.dtypes import canonical_dtype
 
 @dataclass
 class StepsConfig:
-    """Number and size of the optimizer steps, and their arithmetic."""
+    """Number, size and precision of the optimizer steps."""
 
     steps: int = 0
-    """Optimizer steps of the whole run; tokens = steps x global_batch_size x sequence_length."""
+    """Number of optimizer steps; tokens = steps x global_batch_size x sequence_length."""
     global_batch_size: int = 8
-    """Sequences of one optimizer step, over all processes."""
+    """Sequences per optimizer step, over all processes."""
     micro_batch_size: int = 1
-    """Sequences that a process runs at once; the rest of its share is accumulated."""
+    """Sequences that a process runs at once; gradients of its micro-batches are accumulated."""
     sequence_length: int = 4096
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     precision: str = "bfloat16"
     """Dtype of parameters and activations: float32, or bfloat16 (the optimizer then keeps float32);
     bf16, fp32 and torch dtypes are understood."""
@@ -43,25 +43,25 @@ class StepsConfig:
 
 @dataclass
 class DataConfig:
-    """What is trained on: the output of ``prepare-data``."""
+    """Training data: the output of ``prepare-data``."""
 
     path: list[str] = field(default_factory=list)
     """Prefixes of .bin and .idx files. Several are blended."""
     weights: list[float] | None = None
-    """Share of the samples that comes from each path; by default as many as it has."""
+    """Fraction of the samples from each path; by default proportional to its size."""
     validation: list[str] = field(default_factory=list)
-    """Prefixes of held-out data; without any, there is no evaluation."""
+    """Prefixes of held-out data; without any, nothing is evaluated."""
     cache: str | None = None
     """Folder for the index of samples; by default beside the data."""
     tokenizer: str | None = None
-    """Folder or hub id; by default the one that the data was prepared with."""
+    """Tokenizer folder or hub id; by default the one that the data was prepared with."""
     workers: int = 0
     """Processes that read ahead; 0 reads in the training process."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, and what is added to the loss."""
+    """AdamW, gradient clipping and z-loss."""
 
     lr: float = 3e-4
     """Peak learning rate."""
@@ -73,30 +73,30 @@ class OptimizerConfig:
     """Which parameters decay: ``all_but_embeddings`` (OLMo-2 and Olmo-3), ``all`` (OLMoE, OLMo 7B
     0424 and 0724), or ``matrices`` (GPT-2: embeddings, but neither norms nor biases)."""
     clip_grad: float = 1.0
-    """Largest norm of the gradient, over all parameters; 0 does not clip."""
+    """Maximum norm of the gradient, over all parameters; 0 disables clipping."""
     z_loss: float = 0.0
     """Weight of the mean square of log-sum-exp of the logits, in the loss that is trained on."""
 
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate, step by step: up linearly, then as ``decay`` says."""
+    """Learning rate schedule: linear warmup, then ``decay``."""
 
     warmup_steps: int = 0
     decay: str = "cosine"
     """``cosine``, ``linear``, ``wsd`` (warmup-stable-decay: constant, then linear to the minimum)
     or ``constant``."""
     min_lr_ratio: float = 0.1
-    """The lowest learning rate, as a share of the peak."""
+    """Minimum learning rate, as a fraction of the peak."""
     end_step: int | None = None
     """Step at which the minimum is reached; by default the last. OLMo-2's cosine ends after it."""
     wsd_decay_steps: int = 0
-    """Length of the last part of ``wsd``."""
+    """Number of decay steps of ``wsd``."""
 
 
 @dataclass
 class StabilityConfig:
-    """What happens when the loss spikes. A loss that is not a number always stops the run."""
+    """Handling of loss spikes. A loss that is not a number always stops the run."""
 
     on_spike: str = "stop"
     """``stop``; ``skip`` (the step is not taken: OLMo-core's SkipStepAdamW); or ``ignore``."""
@@ -104,13 +104,13 @@ class StabilityConfig:
     """A spike is a loss, or with ``skip`` a gradient norm too, this many standard deviations above
     the mean of the last ``window`` steps."""
     window: int = 128
-    """Steps that are looked back on. The first spike can be the step in the middle of the first
-    window (step 64 of 128)."""
+    """Number of preceding steps. Detection starts in the middle of the first window (step 64 of
+    128)."""
 
 
 @dataclass
 class ParallelConfig:
-    """How a model is split over processes; what is left over is data parallelism."""
+    """Parallel sizes; the remaining factor of the world size is data parallelism."""
 
     tp: int = 1
     """Tensor parallel size: processes that share each layer."""
@@ -121,32 +121,31 @@ class ParallelConfig:
     ep: int = 1
     """Expert parallel size."""
     sp: bool = False
-    """Sequence parallelism: what tensor parallelism leaves whole is split by tokens."""
+    """Sequence parallelism: also split by tokens what tensor parallelism leaves whole."""
     distributed_optimizer: bool = True
     """Each data-parallel rank keeps a part of the optimizer's state (ZeRO-1)."""
     timeout_minutes: int = 60
-    """How long a process waits for the others, while the first one writes files for example, before
-    it gives up."""
+    """Timeout of collective operations, for example while the first process writes files."""
     overlap: bool = False
     """Reduce gradients and gather parameters while computing; for GPUs."""
     recompute: str = "none"
-    """Activations that are computed again in the backward pass: ``none``, ``selective``
+    """Activations that are recomputed in the backward pass: ``none``, ``selective``
     (attention) or ``full`` (each layer)."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Where the run lives, and how often it is saved."""
+    """The run's folder, and how often it is saved."""
 
     save: str | None = None
-    """The run's folder: checkpoints, log, report. Started again on it, a run continues. Without
-    one nothing is saved."""
+    """The run's folder: checkpoints, log, report. A run that is started again on it resumes.
+    Without a folder, nothing is saved."""
     interval: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int | None = None
-    """Older checkpoints are deleted; by default all are kept."""
+    """Number of checkpoints to keep; by default all."""
     asynchronous: bool = False
-    """Write while training goes on."""
+    """Write checkpoints in the background."""
     fully_reshardable: str = "last"
     """Which checkpoints can be resumed at another tensor, pipeline or expert parallel size:
     ``last`` (that of the last step), ``all`` or ``none``. The others can be resumed at another
@@ -156,10 +155,10 @@ class CheckpointConfig:
 
 @dataclass
 class InitConfig:
-    """Where the weights come from; by default they are random."""
+    """Initial weights; random by default."""
 
     hf: str | None = None
-    """A Hugging Face folder or hub id; the model is then this one's. Nothing is converted."""
+    """A Hugging Face folder or hub id, which also defines the model. It is loaded directly."""
     revision: str | None = None
     """Revision on the hub."""
     checkpoint: str | None = None
@@ -173,9 +172,9 @@ class ExportConfig:
     """Hugging Face checkpoints, written while training."""
 
     hf: str | None = None
-    """Folder; each goes into ``step_N`` in it, with a model card."""
+    """Folder; each export goes into its ``step_N``, with a model card."""
     interval: int | None = None
-    """Steps between them; by default only the last step is exported."""
+    """Steps between exports; by default only the last step is exported."""
 
 
 @dataclass
@@ -183,17 +182,17 @@ class EvaluationConfig:
     """The loss on ``data.validation``."""
 
     interval: int = 1000
-    """Steps between evaluations; there is one before the first and one after the last step too."""
+    """Steps between evaluations, which also run before the first step and after the last."""
     batches: int = 10
-    """Global batches of each; always the same ones."""
+    """Global batches per evaluation; always the same ones."""
 
 
 @dataclass
 class LoggingConfig:
-    """What one sees. With a run's folder: ``log.jsonl`` and ``report.html`` in it."""
+    """Console lines and trackers. A run's folder also gets ``log.jsonl`` and ``report.html``."""
 
     interval: int = 10
-    """Steps between lines."""
+    """Steps between console lines."""
     tensorboard: bool = False
     """Also write ``tensorboard/`` into the run's folder."""
     wandb_project: str | None = None
@@ -207,7 +206,7 @@ class ClassificationConfig:
     train: str = ""
     """A .jsonl or .csv file."""
     validation: str = ""
-    """The same, held out; early stopping looks at it."""
+    """Held-out .jsonl or .csv file, used for early stopping."""
     text: str = "text"
     """Name of the field or column with the text."""
     label: str = "label"
@@ -216,21 +215,20 @@ class ClassificationConfig:
     problem_type: str = "single_label_classification"
     """``single_label_classification``, ``multi_label_classification`` or ``regression``."""
     class_weights: str = "none"
-    """``none``, or ``balanced``: inversely to how often a class occurs."""
+    """``none``, or ``balanced``: inversely proportional to the frequency of the class."""
     patience: int | None = None
-    """Stop after so many evaluations without a better macro-F1 (R2 of a regression), and keep the
-    best."""
+    """Stop after N evaluations without a better macro-F1 (or R2); keep the best weights."""
 
 
 @dataclass
 class TrainingConfig:
-    """A whole run."""
+    """Config of a run."""
 
     name: str = "run"
     model: dict[str, Any] = field(default_factory=dict)
-    """The model as its ``config.json`` says it; empty with ``init``, which brings it along."""
+    """The model, as in config.json; empty if ``init`` names a checkpoint, which defines it."""
     provider: dict[str, Any] = field(default_factory=dict)
-    """Any further fields of megatron-core's ``TransformerConfig`` or of the provider."""
+    """Additional fields of megatron-core's ``TransformerConfig`` or of the provider."""
     train: StepsConfig = field(default_factory=StepsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -244,7 +242,7 @@ class TrainingConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     classification: ClassificationConfig | None = None
     sources: dict[str, str] = field(default_factory=dict)
-    """Where published values come from: ``section.field`` (or ``section``) to a citation."""
+    """Sources of published values: ``section.field`` (or ``section``) to a citation."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -259,7 +257,7 @@ CHOICES = {
     "parallel.recompute": ("none", "selective", "full"),
     "checkpoint.fully_reshardable": ("last", "all", "none"),
 }
-"""The possible values of fields that name one of several ways."""
+"""Valid values of fields with a fixed set of choices."""
 RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 1": (lambda value: value >= 1, (
         "train.steps", "train.global_batch_size", "train.micro_batch_size",
@@ -285,11 +283,11 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "from 0 to 1": (lambda value: 0 <= value <= 1, ("schedule.min_lr_ratio",)),
     "from 0 to 4294967295": (lambda value: 0 <= value < 2**32, ("train.seed",)),  # numpy's
 }  # fmt: skip
-"""What a number must be, the test of it, and the fields that must pass it, if they are set."""
+"""Condition in words, its test, and the fields that must satisfy it if they are set."""
 
 
 def check_values(config: TrainingConfig) -> None:
-    """Refuse impossible values.
+    """Check each value.
 
     Raises:
         InputError: a number out of its range, an unknown choice, or a field without another one

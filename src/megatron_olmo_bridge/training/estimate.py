@@ -1,7 +1,7 @@
-"""What a run takes, before it runs: parameters, FLOPs, and memory by part.
+"""Estimate of a run's resources: parameters, FLOPs, and memory by component.
 
-Arithmetic on the family's mapping table; neither torch nor megatron-core is needed. Parameters are
-exact, also those of each rank; memory is an estimate, which says what it leaves out.
+Arithmetic on the family's mapping table; neither torch nor megatron-core is needed. Parameter
+counts are exact, also per rank; memory is an estimate, which lists what it leaves out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .monitor.gpu_peaks import peak_flops
 
 PEAK_FLOPS = peak_flops("NVIDIA H100 80GB HBM3") or math.nan
 UTILISATION = 0.4
-"""GPU-days are of an H100 SXM, at the share of its peak that good runs reach."""
+"""Fraction of an H100 SXM's peak assumed for GPU-days; good runs reach it."""
 LEFT_OUT = "CUDA's context, NCCL's buffers, workspaces, fragmentation: some GB on a GPU"
 """What the memory estimate does not count."""
 
@@ -39,38 +39,38 @@ class StageMemory:
     stage: int
     layers: int
     parameters: int
-    """Elements that the rank holds."""
+    """Number of parameters on the rank."""
     weights: int
     gradients: int
     """float32, in bfloat16 runs too: ``grad_reduce_in_fp32``."""
     optimizer: int
     """Two moments in float32, and float32 weights beside bfloat16 ones."""
     activations: int
-    """What the forward pass keeps for the backward pass, of all micro-batches under way."""
+    """Activations kept for the backward pass, over all micro-batches in flight."""
     logits: int
     """The last stage's: logits of one micro-batch, in float32 again, and their gradient."""
     total: int
-    """All of these: memory of the GPU."""
+    """Sum of the above: GPU memory."""
     save: int
-    """Host memory that a checkpoint on the way takes; none of the GPU's."""
+    """Host memory for saving a checkpoint before the last step."""
     last_save: int
-    """Host memory that the checkpoint of the last step takes."""
+    """Host memory for saving the checkpoint of the last step."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes."""
+    """Resources that a run needs."""
 
     processes: int
     data_parallel_size: int
     micro_batches: int
-    """Micro-batches of each process in one step."""
+    """Micro-batches per process and step."""
     parameters: int
-    """Elements of the Hugging Face model."""
+    """Number of parameters of the Hugging Face model."""
     parameters_without_embeddings: int
     """Without the embeddings of tokens and positions; an untied output layer counts."""
     active_parameters: int
-    """Parameters active per token: of the experts, those that it is routed to."""
+    """Parameters active per token (routed experts only)."""
     padded_vocab_size: int
     steps: int
     sequences: int
@@ -80,21 +80,21 @@ class Estimate:
     """Forward and backward; see :func:`flops_per_token`."""
     flops: float
     gpu_days: float
-    """Days of an H100 at 40 % utilisation: an orientation."""
+    """Days on one H100 at 40 % utilisation: a rough guide."""
     stages: list[StageMemory]
-    """One for each pipeline stage."""
+    """One entry per pipeline stage."""
 
     @property
     def worst(self) -> StageMemory:
-        """The stage that takes most memory."""
+        """The stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.total)
 
 
 def estimate(config: TrainingConfig, bridge: ModelBridge, layout: Layout) -> Estimate:
-    """Estimate what a run takes; :func:`.resolve.resolve` checks that the run is possible.
+    """Estimate the resources of a run; :func:`.resolve.resolve` checks that the run is possible.
 
     Raises:
-        UnsupportedError: stages of unequal depth that are not counted here.
+        UnsupportedError: the stages have unequal depths, which are not supported here.
     """
     per_token = flops_per_token(bridge, config.train.sequence_length)
     sequences = config.train.steps * config.train.global_batch_size
@@ -119,20 +119,19 @@ def estimate(config: TrainingConfig, bridge: ModelBridge, layout: Layout) -> Est
 
 
 def parameter_count(bridge: ModelBridge) -> int:
-    """Elements of the Hugging Face model; tied weights count once."""
+    """Return the number of parameters of the Hugging Face model; tied weights count once."""
     return _count(bridge)
 
 
 def flops_per_token(bridge: ModelBridge, sequence_length: int) -> float:
-    """Floating point operations of forward and backward pass, by each token of a full sequence.
+    """Return forward and backward FLOPs per token of a full sequence.
 
-    6 for each element of a matrix that a token is multiplied by: the output layer counts, the
-    embedding's rows are looked up and don't; of experts, those that a token is sent to. And 12 for
-    each element of a query and each key that it sees, on average: half of the sequence, as the mask
-    is causal, or less in layers with a window. Source: PaLM (Chowdhery et al. 2022), appendix B,
-    which counts masked keys too; that they are left out is how Megatron-LM counts
-    (``num_floating_point_operations`` in ``megatron/training/training.py``). Recomputation does
-    not count.
+    Count 6 per matrix element that a token is multiplied by: the output layer and the routed
+    experts, but not the embedding, which is a look-up. Count 12 per query element and visible key,
+    on average half of the sequence (causal mask), or fewer in layers with a window. Source: PaLM
+    (Chowdhery et al. 2022), appendix B, which counts masked keys too; leaving them out follows
+    Megatron-LM (``num_floating_point_operations`` in ``megatron/training/training.py``).
+    Recomputation is not counted.
     """
     config = bridge.config
     matrices = sum(
@@ -152,7 +151,7 @@ def flops_per_token(bridge: ModelBridge, sequence_length: int) -> float:
 
 
 def padded_vocab_size(config: TrainingConfig, bridge: ModelBridge) -> int:
-    """Rows of the embedding in Megatron; unless told otherwise, as many as ``tp`` divides."""
+    """Return the rows of Megatron's embedding; by default padded to a multiple of ``tp``."""
     multiple = int(config.provider.get("make_vocab_size_divisible_by", config.parallel.tp))
     return -(-bridge.vocab_size // multiple) * multiple
 
@@ -160,8 +159,8 @@ def padded_vocab_size(config: TrainingConfig, bridge: ModelBridge) -> int:
 def shards(name: str, tp: int) -> int:
     """Return the number of equal parts that tensor parallelism splits a parameter into.
 
-    Column-parallel linears are cut with their biases, row-parallel ones without; norms, routers and
-    the embedding of positions are whole on every rank.
+    Column-parallel linears are split with their biases, row-parallel ones without; norms, routers
+    and the embedding of positions are whole on every rank.
     """
     *_, module, kind = name.split(".")
     column = module in _COLUMN and kind in ("weight", "bias")
@@ -175,11 +174,11 @@ class _Row:
     name: str
     shape: tuple[int, ...]
     layers: int
-    """How often it is there: 1 outside of layers."""
+    """Number of occurrences over all layers: 1 outside of layers."""
     experts: int
-    """How often in a layer."""
+    """Number of occurrences per layer."""
     used: int
-    """How many of these a token is sent to."""
+    """Number of these that a token is routed to."""
 
     @property
     def size(self) -> int:
@@ -240,7 +239,7 @@ class _Rank:
 
     @property
     def layers(self) -> int:
-        """Layers of this stage, by megatron-core's ``get_num_layers_to_build``."""
+        """Number of layers of this stage, by megatron-core's ``get_num_layers_to_build``."""
         fields, stages = self.config.provider, self.layout.pp
         if odd := [name for name in _UNEVEN if fields.get(name)]:
             raise UnsupportedError(f"the estimate can't count stages made by {', '.join(odd)}")
@@ -253,7 +252,7 @@ class _Rank:
         return ends.get(self.stage, rest)
 
     def parameters(self) -> tuple[int, int]:
-        """Elements that the rank holds: without experts, and of experts."""
+        """Number of parameters on the rank: without experts, and of experts."""
         dense = experts = 0
         tied = self.bridge.config.share_embeddings_and_output_weights and not self.bridge.num_labels
         padded = padded_vocab_size(self.config, self.bridge)
@@ -327,7 +326,7 @@ class _Rank:
 
     @property
     def whole(self) -> float:
-        """Bytes of one hidden state on this rank; sequence parallelism shares it out."""
+        """Bytes of one hidden state on this rank; sequence parallelism divides it."""
         ranks = self.layout.tp if self.config.parallel.sp else 1
         return self.value_bytes * int(self.bridge.config.hidden_size) / ranks
 
@@ -351,10 +350,10 @@ class _Rank:
         return kept + ends
 
     def layer_bytes(self) -> float:
-        """Bytes that one layer keeps of a token.
+        """Bytes that one layer keeps per token.
 
         Whole on each tensor-parallel rank: the inputs of both halves of the layer, and of their
-        norms. Shared out: queries, keys, values and what attention gives; the MLP's hidden states
+        norms. Sharded: queries, keys, values and the output of attention; the MLP's hidden states
         before and after its activation. The QK norm calculates in float32 and keeps its input and
         its result in that. A token's experts keep their inputs and outputs as well.
         """
@@ -385,7 +384,7 @@ class _Rank:
         return min(begun, chunks * self.layout.micro_batches) / chunks
 
     def logits(self) -> float:
-        """Bytes that the loss works on: the logits, and in float32 their softmax and gradient."""
+        """Bytes needed by the loss: the logits, and in float32 their softmax and gradient."""
         if not self.last or self.bridge.num_labels:
             return 0.0
         columns = padded_vocab_size(self.config, self.bridge) / self.layout.tp

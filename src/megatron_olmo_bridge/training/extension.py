@@ -1,6 +1,6 @@
-"""Extending a run on purpose: more steps, in the folder of a run that was planned with fewer.
+"""Extending a run: more steps, in the folder of a run that was planned with fewer.
 
-What was trained stays as it is. Two things depend on the number of steps: the learning rate, where
+Completed steps stay as they are. Two things depend on the number of steps: the learning rate, where
 the schedule ends with the run, and the order of the data, once it is read more than once.
 """
 
@@ -37,7 +37,7 @@ class Extension:
         return self.config.train.steps
 
     def check(self) -> None:
-        """Refuse an extension that doesn't say what the learning rate is to be.
+        """Refuse an extension that leaves the learning rate ambiguous.
 
         Raises:
             InputError: the schedule would end at another step, and ``schedule.end_step`` is not
@@ -58,7 +58,7 @@ class Extension:
         )
 
     def message(self) -> str:
-        """What the extension does, in words.
+        """Describe the extension in words.
 
         Raises:
             BridgeError: the data can't be read.
@@ -80,8 +80,8 @@ class Extension:
         return f"from {self.planned_steps} to {self.steps} steps; {rate}{order}"
 
     def _order(self, steps: int) -> list[tuple[int, bool]]:
-        """Return what the order of the data depends on and the steps decide: for each path, the
-        epochs, and whether the last one is shuffled by itself."""
+        """Return what determines the order of the data: per path, the number of epochs and whether
+        the last one is shuffled by itself."""
         data, train = self.config.data, self.config.train
         info = [read_info(Path(prefix)) for prefix in data.path]
         shares = data.weights or [float(i.tokens) for i in info]

@@ -1,4 +1,4 @@
-"""A run's folder: which run it belongs to, so that two never mix in one."""
+"""Ownership of a run's folder, so that two runs never share one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .extension import Extension
 from .recipes import as_dict
 
 RUN_FILE = "run.yaml"
-"""The resolved config, in the run's folder."""
+"""File in the run's folder with the resolved config."""
 _MAY_CHANGE = {
     "name",
     "sources",
@@ -34,15 +34,15 @@ _MAY_CHANGE = {
     "data.workers",
     "data.tokenizer",
 }
-"""Sections and fields in which a run that continues may differ from what it was."""
+"""Sections and fields that may change when a run is resumed."""
 _EXTENDS = {"train.steps", "schedule.end_step"}
-"""Fields in which it may differ if there are more steps than before; see :mod:`.extension`."""
+"""Fields that may also change when a run is extended; see :mod:`.extension`."""
 _DIFFERENCES = 8
-"""Differences that a message lists at most."""
+"""Maximum number of differences in a message."""
 
 
 def what_is_lost(config: TrainingConfig) -> str | None:
-    """What is not saved of a run without a folder, in words; None for one that has a folder."""
+    """Describe what a run without a folder does not save; None if it has a folder."""
     if config.checkpoint.save is not None:
         return None
     weights = "" if config.export.hf else ", and the trained weights will be lost"
@@ -50,7 +50,7 @@ def what_is_lost(config: TrainingConfig) -> str | None:
 
 
 def check_folders(config: TrainingConfig) -> Extension | None:
-    """Look whether the run's folder is new or this run's own; nothing is written.
+    """Check, without writing, that the run's folder is new or belongs to this run.
 
     Returns:
         The extension, if the folder's run was planned with fewer steps.
@@ -94,7 +94,7 @@ def _check_exports(config: TrainingConfig, before: str | None) -> None:
     """Raise InputError if exports would replace those of another run.
 
     Args:
-        before: the folder of this run's exports, if the run has begun already.
+        before: the folder of this run's exports, if the run is resumed.
     """
     if config.export.hf is None:
         return
@@ -181,7 +181,7 @@ def _read(file: Path) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict):
         raise FormatError(
-            f"{file}: damaged, so that nobody can tell whose run this is. Name another folder as "
+            f"{file}: damaged, so it is not known which run this is. Name another folder as "
             "checkpoint.save, and this one as init.checkpoint."
         )
     return values

@@ -1,4 +1,4 @@
-"""How a run is divided over processes."""
+"""Division of a run over processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import TrainingConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes of a run, and what follows from its world size."""
+    """Parallel sizes of a run at a world size."""
 
     processes: int
     tp: int
@@ -22,7 +22,7 @@ class Layout:
     etp: int
     """Tensor parallel size of experts; megatron-core's default is ``tp``."""
     micro_batches: int
-    """Micro-batches of each process in one optimizer step."""
+    """Micro-batches per process and optimizer step."""
 
     @property
     def dp(self) -> int:
@@ -39,7 +39,7 @@ class Layout:
         """Return the layout of a run at a world size.
 
         Raises:
-            InputError: ``processes`` is not a multiple of what the parallel sizes take, or the
+            InputError: ``processes`` is not a multiple of the product of the parallel sizes, or the
                 batch can't be divided evenly over them.
         """
         parallel, train = config.parallel, config.train
@@ -58,7 +58,7 @@ class Layout:
         at_once = dp * train.micro_batch_size
         if train.global_batch_size % at_once:
             raise InputError(
-                f"train.global_batch_size={train.global_batch_size} cannot be divided evenly in "
+                f"train.global_batch_size={train.global_batch_size} cannot be divided evenly into "
                 f"micro-batches of {train.micro_batch_size} over {dp} data-parallel ranks; a "
                 f"multiple of {at_once} can"
             )

@@ -33,7 +33,7 @@ from .token_data import Batch
 
 @dataclass
 class Run:
-    """A run under way: what :func:`train_loop` works on."""
+    """State of a run, for :func:`train_loop`."""
 
     resolved: ResolvedRun
     task: Task
@@ -44,15 +44,15 @@ class Run:
     watch: Watch
     checkpointer: Checkpointer | None
     log: RunLog | None
-    """Only the first process has one."""
+    """None except in the first process."""
     step: int = 0
     """Optimizer steps taken so far."""
     asked_to_stop: bool = False
-    """Whether this process got a signal to stop."""
+    """True once this process has received a signal to stop."""
     stopped_early: bool = False
-    """Whether the task has decided that more steps are of no use."""
+    """True once the task has stopped the run early."""
     figures: dict[str, float] = field(default_factory=dict)
-    """Measures of the last step and the last evaluation."""
+    """Metrics of the last step and the last evaluation."""
 
     @property
     def finished(self) -> bool:
@@ -68,7 +68,7 @@ def train_loop(run: Run) -> None:
     with _stopping_on_signals(run), _logging_the_end(run):
         batches = run.task.train_batches(begin=run.step + 1)
         if run.step == 0:
-            evaluate(run)  # the curve begins with the model as it was given
+            evaluate(run)  # the curve starts with the initial model
         elif _saved_for_one_layout_only(run):
             save(run)
         while not run.finished:
@@ -80,7 +80,7 @@ def train_loop(run: Run) -> None:
 
 
 def one_step(run: Run, batches: Iterator[Batch]) -> tuple[StepRecord, bool]:
-    """Learn from the next global batch.
+    """Train on the next global batch.
 
     Returns:
         The record of the step, and whether any process was asked to stop.
@@ -119,7 +119,7 @@ def one_step(run: Run, batches: Iterator[Batch]) -> tuple[StepRecord, bool]:
 def forward_backward(
     run: Run, batches: Iterator[Batch], count: int, *, learn: bool = True
 ) -> list[Sums]:
-    """Run ``count`` micro-batches forward, and to learn also backward, on megatron-core's schedule.
+    """Run ``count`` micro-batches on megatron-core's schedule; backward only when training.
 
     Returns:
         The sums of each micro-batch's score on the last pipeline stage; elsewhere nothing.
@@ -248,9 +248,9 @@ def export(run: Run) -> None:
 
 @contextlib.contextmanager
 def whole_parameters(chunks: list[Any]) -> Iterator[None]:
-    """Have each process hold what the others' optimizers have changed.
+    """Gather the parameters that the other ranks' optimizers have updated.
 
-    Where gathering parameters overlaps with computing, that would come with the next forward pass.
+    With overlapped gathering this would otherwise wait for the next forward pass.
     """
     gathering = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in gathering:
@@ -281,7 +281,7 @@ def _global_sums(sums: list[Sums]) -> Sums:
 
 
 def _saved_for_one_layout_only(run: Run) -> bool:
-    """Whether the checkpoint that the run resumes from is to be saved again for any layout."""
+    """Return whether the resumed checkpoint must be saved again, fully reshardable."""
     return (
         run.resolved.config.checkpoint.fully_reshardable == "all"
         and run.checkpointer is not None
@@ -291,7 +291,7 @@ def _saved_for_one_layout_only(run: Run) -> bool:
 
 @contextlib.contextmanager
 def _stopping_on_signals(run: Run) -> Iterator[None]:
-    """End the run after its next step, with a checkpoint, on SIGTERM or Ctrl-C.
+    """On SIGTERM or Ctrl-C, save a checkpoint after the current step and stop.
 
     Slurm sends SIGTERM before it takes a node away. A second Ctrl-C ends the run at once.
     """
@@ -314,7 +314,7 @@ def _stopping_on_signals(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging_the_end(run: Run) -> Iterator[None]:
-    """Log how the run ends, and complete the checkpoint that is being written."""
+    """Log the end of the run, and complete an asynchronous checkpoint."""
     try:
         yield
         if run.checkpointer is not None:

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, and their names. No file is run."""
+"""Recipes in the package, and their names. Files are read but not executed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NamedRecipe:
 
 
 def named_recipes() -> list[NamedRecipe]:
-    """Every recipe that has a name, sorted by file."""
+    """Return all named recipes, sorted by file."""
     return [
         NamedRecipe(file.stem + (f":{function}" if i else ""), file, function)
         for file in sorted(FOLDER.glob("*/*.py"))
@@ -31,12 +31,12 @@ def named_recipes() -> list[NamedRecipe]:
 
 
 def recipe_files() -> dict[str, Path]:
-    """The files of these recipes, by the name of their first function's."""
+    """Return the recipe files, by the name of their first function."""
     return {recipe.file.stem: recipe.file for recipe in named_recipes()}
 
 
 def other_files() -> dict[str, Path]:
-    """Scripts, and what recipes share, by file name."""
+    """Return scripts and shared modules, by file name."""
     names = {"__init__.py", *(file.name for file in recipe_files().values())}
     files = sorted(FOLDER.glob("[!_]*/*"))  # not those of __pycache__
     return {file.name: file for file in files if file.is_file() and file.name not in names}

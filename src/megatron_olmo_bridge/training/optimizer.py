@@ -21,7 +21,7 @@ _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "co
 
 
 def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
-    """How gradients are summed over data-parallel ranks: in float32."""
+    """Return the config of data parallelism, which reduces gradients in float32."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -31,7 +31,7 @@ def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
 
 
 def make_optimizer(config: TrainingConfig, chunks: Sequence[Any]) -> MegatronOptimizer:
-    """AdamW over a model's chunks; in bfloat16 it keeps weights and moments in float32."""
+    """Return AdamW over a model's chunks; in bfloat16 it keeps weights and moments in float32."""
     values: OptimizerConfig = config.optimizer
     bf16 = config.train.precision == "bfloat16"
     return get_megatron_optimizer(
@@ -57,8 +57,8 @@ def make_optimizer(config: TrainingConfig, chunks: Sequence[Any]) -> MegatronOpt
 def olmo_weight_decay() -> Overrides:
     """Return ``config_overrides`` that decay everything but the embeddings.
 
-    megatron-core's own choice is the other way round: it decays the embeddings and spares every
-    vector, the norms' gains that is. Source: OLMo-core, ``src/scripts/official/OLMo2``, where
+    megatron-core does the opposite by default: it decays the embeddings but no vectors, such as
+    norm gains. Source: OLMo-core, ``src/scripts/official/OLMo2``, where
     AdamW has ``weight_decay=0.1`` and one ``OptimGroupOverride`` with ``weight_decay=0.0`` for
     ``embeddings.weight``. OLMoE and OLMo 7B 0424 and 0724 decay the embeddings too
     (``decay_embeddings: true`` in allenai/OLMo's ``configs/official``): ``optimizer.decayed=all``.
@@ -83,11 +83,13 @@ def decay_overrides(decayed: str) -> Overrides | None:
 
 
 def make_scheduler(config: TrainingConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """The learning rate of every step. Stepped *before* the optimizer is, so that step n has the
-    n-th value and the last step the minimum; as OLMo-core does it.
+    """Return the learning rate scheduler.
+
+    Step it *before* the optimizer, so that step n has the n-th value and the last step the minimum,
+    as in OLMo-core.
 
     Raises:
-        InputError: the numbers of steps don't fit together.
+        InputError: the step counts are inconsistent.
     """
     schedule, train = config.schedule, config.train
     end = check_schedule(schedule, train)
@@ -110,10 +112,10 @@ def make_scheduler(config: TrainingConfig, optimizer: Any) -> OptimizerParamSche
 
 
 def check_schedule(schedule: ScheduleConfig, train: StepsConfig) -> int:
-    """The step at which the schedule ends.
+    """Return the step at which the schedule ends.
 
     Raises:
-        InputError: the numbers of steps don't fit together.
+        InputError: the step counts are inconsistent.
     """
     end = schedule.end_step or train.steps
     if schedule.warmup_steps >= end:

@@ -1,4 +1,4 @@
-"""How a checkpoint stores the optimizer's state, and at which layouts it can be loaded again.
+"""Formats of the optimizer state in a checkpoint, and the layouts at which each can be loaded.
 
 megatron-core's distributed optimizer has two formats (``DistributedOptimizer.sharded_state_dict``):
 
@@ -28,7 +28,7 @@ _KEY, _DP, _FULLY = "distrib_optim_sharding_type", "dp_reshardable", "fully_resh
 
 
 def content_metadata(optimizer: Any, *, fully_reshardable: bool) -> dict[str, Any]:
-    """``content_metadata`` of a checkpoint, which megatron-core stores with it.
+    """Return the ``content_metadata`` that megatron-core stores with a checkpoint.
 
     What is fully reshardable is gathered on the CPU of the first data-parallel rank. By default
     megatron-core would gather it on every GPU, for ranks that then write nothing of it.
@@ -42,24 +42,24 @@ def content_metadata(optimizer: Any, *, fully_reshardable: bool) -> dict[str, An
 def optimizer_state(
     optimizer: Any, chunks: Sequence[Any], metadata: dict[str, Any], *, is_loading: bool
 ) -> Any:
-    """An optimizer's sharded state dict, to be saved or loaded."""
-    models = model_states(chunks)  # anew: those that are saved are taken apart by that
+    """Return an optimizer's sharded state dict, for saving or loading."""
+    models = model_states(chunks)  # a new copy, because saving consumes it
     return optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Whether each data-parallel rank keeps a part of the state."""
+    """Return whether the state is sharded over data-parallel ranks."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return any(isinstance(part, DistributedOptimizer) for part in parts)
 
 
 def is_fully_reshardable(metadata: dict[str, Any]) -> bool:
-    """Whether a checkpoint with this ``content_metadata`` can be loaded at any layout."""
+    """Return whether a checkpoint with this ``content_metadata`` can be loaded at any layout."""
     return metadata.get(_KEY) != _DP
 
 
 def model_parallel_layout(chunks: Sequence[Any]) -> dict[str, int | None]:
-    """All that the order of the gradient buffers depends on, by the field that sets it."""
+    """Return what the order of the gradient buffers depends on, by config field."""
     layout = {
         "parallel.tp": parallel_state.get_tensor_model_parallel_world_size(),
         "parallel.pp": parallel_state.get_pipeline_model_parallel_world_size(),

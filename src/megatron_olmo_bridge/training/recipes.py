@@ -21,9 +21,9 @@ from .config import ClassificationConfig, TrainingConfig
 from .named_recipes import recipe_files
 
 DEFAULT = "config"
-"""The function of a recipe that is taken where none is named."""
+"""Name of a recipe's default function."""
 OVERRIDDEN = "command line"
-"""The source of a field that was overridden."""
+"""Source of an overridden field."""
 _FREE = ("model", "provider", "sources")
 """Sections with keys that are not this package's to list; ``model`` has those of the recipe."""
 

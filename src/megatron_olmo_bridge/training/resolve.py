@@ -53,7 +53,7 @@ _SET_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A config that can be run, with all that follows from it before anything is built."""
+    """A valid config and everything derived from it before the model is built."""
 
     config: TrainingConfig
     """The config with its model filled in."""
@@ -66,9 +66,9 @@ class ResolvedRun:
 
 
 def resolve(config: TrainingConfig, source: Checkpoint | None, processes: int) -> ResolvedRun:
-    """Refuse what can't be run, and return what follows from a config, before anything is built.
+    """Check a config and derive everything else from it, before the model is built.
 
-    Needs megatron-core, whose rules are asked for, but no process group.
+    Needs megatron-core, which checks its own fields, but no process group.
 
     Args:
         config: with its model filled in.
@@ -116,10 +116,10 @@ def _check_settings(config: TrainingConfig, bridge: ModelBridge) -> None:
             "(model.max_position_embeddings)"
         )
     if parallel.sp and parallel.tp == 1:
-        raise InputError("parallel.sp=true shares out tokens over parallel.tp, which is 1")
+        raise InputError("parallel.sp=true splits tokens over parallel.tp, which is 1")
     if parallel.sp and length % parallel.tp:
         raise InputError(
-            f"parallel.sp shares out the train.sequence_length={length} tokens of a sequence: they "
+            f"parallel.sp splits the train.sequence_length={length} tokens of a sequence: they "
             f"must be a multiple of parallel.tp={parallel.tp}"
         )
     if parallel.vpp and parallel.pp == 1:
@@ -146,7 +146,7 @@ def _provider(config: TrainingConfig, bridge: ModelBridge) -> GPTModelProvider:
 
 
 def _provider_fields(config: TrainingConfig, bridge: ModelBridge) -> dict[str, Any]:
-    """Fields for layout and precision; ``config.provider`` overrides them."""
+    """Return the fields for layout and precision, overridden by ``config.provider``."""
     import torch
 
     known = pkgutil.resolve_name(bridge.provider_class).field_names()
@@ -156,7 +156,7 @@ def _provider_fields(config: TrainingConfig, bridge: ModelBridge) -> dict[str, A
                 f"provider.{name}: the provider has no such field{nearest(name, known)}"
             )
         if name in _SET_ELSEWHERE:
-            raise InputError(f"provider.{name}: is said by {_SET_ELSEWHERE[name]}; set it there")
+            raise InputError(f"provider.{name}: is set by {_SET_ELSEWHERE[name]}; change it there")
     parallel = config.parallel
     return {
         "params_dtype": getattr(torch, config.train.precision),

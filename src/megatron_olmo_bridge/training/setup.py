@@ -1,4 +1,4 @@
-"""Set up a run: everything that the loop works on, new or restored from the run's folder."""
+"""Set up a run for the loop: new, or restored from the run's folder."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .config import StabilityConfig
 
 @dataclass
 class Watch:
-    """Remembers the last steps' losses and gradient norms.
+    """Spike detector over the losses and gradient norms of the last steps.
 
     Source of ``skip``: OLMo-core's ``SkipStepOptimizer``, which skips a step whose loss or gradient
     norm is more than ``sigma`` standard deviations above the mean of the ``window`` steps before.

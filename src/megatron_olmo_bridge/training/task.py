@@ -1,4 +1,4 @@
-"""What the training loop knows of a task: where batches come from, and how outputs are scored."""
+"""Interface between the training loop and a task: batches, loss and metrics."""
 
 from __future__ import annotations
 
