@@ -30,7 +30,7 @@ CONTINUED = InitConfig(optimizer=True)
 
 
 def olmo2(size: str, lr: float, **sections: Any) -> TrainingConfig:
-    """A run of an OLMo-2 model, with all that is the same for every size and stage."""
+    """Return a run of an OLMo-2 model, with what all sizes and stages share."""
     return TrainingConfig(
         model=dict(published_sizes()[size].sizes[size]),
         provider={"init_method_std": 0.02, "init_truncation": 3.0},
@@ -45,7 +45,7 @@ def olmo2(size: str, lr: float, **sections: Any) -> TrainingConfig:
 
 
 def of_yaml(file: str, repository: str, revision: str) -> dict[str, str]:
-    """Where a config of the first OLMo trainer has each value.
+    """Return the source of each value in a config of the first OLMo trainer.
 
     Args:
         file: below ``configs/`` of allenai/OLMo.
@@ -78,7 +78,7 @@ def of_yaml(file: str, repository: str, revision: str) -> dict[str, str]:
 
 
 def of_script(file: str, repository: str, revision: str) -> dict[str, str]:
-    """Where a script of OLMo-core has each value; ``file`` is below ``src/scripts/official/``."""
+    """Return the source of each value in OLMo-core; ``file`` is below ``src/scripts/official/``."""
     optim = "SkipStepAdamWConfig"
     keys = {
         "provider.init_method_std": "TransformerConfig.init_std, by default",

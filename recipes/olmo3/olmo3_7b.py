@@ -75,7 +75,7 @@ def stage2() -> TrainingConfig:
 
 
 def _olmo3(lr: float, **sections: Any) -> TrainingConfig:
-    """A run of Olmo-3 7B, with what is the same in both stages."""
+    """Return a run of Olmo-3 7B, with what both stages share."""
     return TrainingConfig(
         model=dict(published_sizes()["olmo3-7b"].sizes["olmo3-7b"]),
         provider={
@@ -93,7 +93,7 @@ def _olmo3(lr: float, **sections: Any) -> TrainingConfig:
 
 
 def _sources(script: str, schedule: str) -> dict[str, str]:
-    """Where a script of OLMo-core has each value; ``schedule`` is its scheduler's class."""
+    """Return the source of each value in OLMo-core; ``schedule`` is its scheduler's class."""
     optim = f"{script}: SkipStepAdamWConfig"
     return {
         "model": f"{REPOSITORY}: config.json",

@@ -77,7 +77,7 @@ SLOTS = {"HERO": "PERSON", "FRIEND": "PERSON", "PLACE": "WHERE", "GOAL": "WHERE"
 
 
 def story(rng: random.Random) -> str:
-    """A story of one to two hundred words."""
+    """Return a story of 100 to 200 words."""
     drawn = {"TOWN": town(rng)}
 
     def expand(found: re.Match[str]) -> str:
@@ -105,7 +105,7 @@ def town(rng: random.Random) -> str:
 
 
 def stories(characters: int, seed: int, without: frozenset[str] = frozenset()) -> list[str]:
-    """Different stories, of so many characters in all."""
+    """Return distinct stories with about N characters in total."""
     rng = random.Random(seed)
     made: dict[str, None] = {}
     while characters > 0:

@@ -1,1 +1,1 @@
-"""What one sees of a run: lines while it goes on, a log, a report."""
+"""Monitoring of a run: console lines, log, report, trackers."""

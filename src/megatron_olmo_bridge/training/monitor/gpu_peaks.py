@@ -1,4 +1,4 @@
-"""What a GPU could do at most: the denominator of utilisation."""
+"""Peak FLOP/s of GPUs: the denominator of utilisation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Ada on they state the rate with sparsity; half of that stands here."""
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by its name; None if unknown, or only a slice of one (MIG).
+    """Return dense bfloat16 FLOP/s of a device; None if unknown, or only a slice of one (MIG).
 
     Nothing is guessed: an unknown variant of a known product has no peak.
     """

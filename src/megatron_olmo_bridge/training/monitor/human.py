@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formatting of numbers for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SI = ("", "k", "M", "G", "T", "P", "E")
 
 
 def short(value: float, units: tuple[str, ...] = COUNTS) -> str:
-    """Three digits and a unit: ``4.19B``; ``5e+34`` where no unit is large enough."""
+    """Format with three digits and a unit: ``4.19B``; ``5e+34`` where no unit is large enough."""
     scaled = value
     for unit in units:
         if abs(scaled) < 999.5:
@@ -26,12 +26,12 @@ def short(value: float, units: tuple[str, ...] = COUNTS) -> str:
 
 
 def compact(value: float, decimals: int) -> str:
-    """So many decimals, or three digits and a unit from 1000 on: ``22.72``, ``48.6K``."""
+    """Format with N decimals, or three digits and a unit from 1000 on: ``22.72``, ``48.6K``."""
     return f"{value:.{decimals}f}" if abs(value) < 1000 else short(value)
 
 
 def flops(per_second: float) -> str:
-    """``412 TFLOP/s``"""
+    """Format a rate: ``412 TFLOP/s``."""
     number = short(per_second, SI)
     digits = number.rstrip("".join(SI))
     return f"{digits} {number[len(digits) :]}FLOP/s"
@@ -50,7 +50,7 @@ def heading(name: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: ``3d 04h``, ``2h 05m``, ``4m 09s``, ``12s``."""
+    """Format with the two largest units: ``3d 04h``, ``2h 05m``, ``4m 09s``, ``12s``."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 9.95:
@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats a token; infinite where a float cannot hold it."""
+    """Return exp of a loss in nats per token; infinite on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -74,5 +74,5 @@ def perplexity(loss: float) -> float:
 
 
 def when(seconds: float) -> str:
-    """A time in seconds since 1970: ``2026-03-01 17:05 UTC``."""
+    """Format a time in seconds since 1970: ``2026-03-01 17:05 UTC``."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

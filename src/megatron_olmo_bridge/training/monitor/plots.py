@@ -28,7 +28,7 @@ FEW = 60
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, yet to be drawn."""
+    """Figure that is drawn on demand."""
 
     name: str
     title: str
@@ -204,7 +204,7 @@ def _draw_throughput(axes: Axes, history: RunHistory, theme: Theme) -> None:
 
 
 def _measured(axes: Axes, history: RunHistory, name: str, theme: Theme, label: str) -> None:
-    """What each line of the log says, and a smoothed curve."""
+    """Draw the logged values and a smoothed curve."""
     x, y = _curve(history, history.steps, name)
     if x.size <= FEW:
         axes.plot(x, y, color=theme.main, linewidth=1.6, marker="o", markersize=3.5, label=label)

@@ -1,4 +1,4 @@
-"""What a run logs: a record of the whole run, and one of each step."""
+"""Log records: facts of the whole run, and one record per step."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class StepRecord:
     step: int
     """Number of the step, from 1."""
     tokens: int
-    """Seen so far, in all."""
+    """Total tokens so far."""
     loss: float
     """Mean loss over the global batch, in the run's ``loss_unit``."""
     z_loss: float
-    """The z-loss term, weighted; 0 without."""
+    """Weighted z-loss term; 0 if unused."""
     lr: float
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     seconds: float
     """Duration of the step."""
     skipped: bool = False
-    """The optimizer did not take the step."""
+    """True if the optimizer skipped the step."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What holds for the whole run."""
+    """Facts that hold for the whole run."""
 
     name: str
     steps: int
@@ -53,12 +53,12 @@ class RunFacts:
 
     @property
     def has_perplexity(self) -> bool:
-        """Whether exp(loss) is a perplexity."""
+        """True if exp(loss) is a perplexity."""
         return self.loss_unit == NATS_PER_TOKEN
 
     @property
     def hardware(self) -> str:
-        """``8 x NVIDIA H100 80GB HBM3``"""
+        """Number and name of the devices: ``8 x NVIDIA H100 80GB HBM3``."""
         return f"{self.processes} x {self.device}" if self.processes > 1 else self.device
 
     @property

@@ -1,4 +1,4 @@
-"""What one sees of a run while it goes on, and the record that its report is made from."""
+"""Console lines of a run, and the log that its report is made from."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .report import write_report
 from .trackers import trackers
 
 HEADER_EVERY = 20
-"""Lines between two headers of the table on the console."""
+"""Number of lines between headers of the console table."""
 RECENT = 100
-"""Steps whose median time tells the time left."""
+"""Number of steps whose median time determines the time left."""
 
 
 class RunLog:
     """Prints, and writes ``log.jsonl`` and ``report.html``. Only the first process has one.
 
     Args:
-        facts: What holds for the whole run.
+        facts: Facts that hold for the whole run.
         settings: The section ``logging`` of the config.
         folder: The run's folder; without one, nothing is written.
         resumed_at: The step of the checkpoint that the run goes on from. What was logged of later

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides its own folder: TensorBoard, Weights & Biases."""
+"""External trackers: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trackers(
     folder: Path | None,
     resumed_at: int | None,
 ) -> Iterator[Tracker]:
-    """Those that the settings ask for.
+    """Return the trackers that the settings enable.
 
     Raises:
         InputError: A package is missing, or TensorBoard has no folder to write to.
@@ -45,7 +45,7 @@ def trackers(
 
 
 class TensorBoard:
-    """``tensorboard --logdir RUN/tensorboard``"""
+    """Tracker that writes ``RUN/tensorboard``."""
 
     def __init__(self, folder: Path, config: dict[str, Any], resumed_at: int | None) -> None:
         try:
