@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as exceptions. Each message says what, where, and what to do."""
+"""Exceptions of this package. Each message says what is wrong, where, and what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -80,7 +80,7 @@ class BridgeError(Exception):
     """
 
     exit_code = 2
-    """Of the command line."""
+    """Exit code of the command line."""
 
     def __str__(self) -> str:
         return fit_screen(super().__str__())
@@ -115,7 +115,7 @@ class MissingPackageError(BridgeError):
 
 
 class SkippedError(BridgeError):
-    """Of several iterations some could not be read; the others were converted all the same."""
+    """Some of several iterations could not be read; the rest were converted."""
 
 
 class ProcessError(BridgeError):
@@ -127,7 +127,7 @@ class TrainingStopped(BridgeError):  # noqa: N818
 
 
 class AskedToStop(TrainingStopped):
-    """By SIGTERM or Ctrl-C; the step it stopped at is saved, and the same command goes on."""
+    """Stopped by SIGTERM or Ctrl-C after saving; the same command resumes at that step."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 

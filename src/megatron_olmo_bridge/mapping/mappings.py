@@ -22,7 +22,7 @@ class Mapping(ABC):
     @property
     @abstractmethod
     def shape(self) -> Shape:
-        """Shape of the whole Megatron parameter, in no way sharded."""
+        """Shape of the whole Megatron parameter, before sharding."""
 
     @abstractmethod
     def hf_shapes(self) -> dict[str, Shape]:
@@ -47,7 +47,7 @@ class Mapping(ABC):
 
 
 def numbered(pattern: str, index: tuple[int, ...]) -> str:
-    """A name with its first wildcards replaced by these numbers."""
+    """Return a name with its first wildcards replaced by these numbers."""
     for number in index:
         pattern = pattern.replace(WILDCARD, str(number), 1)
     return pattern

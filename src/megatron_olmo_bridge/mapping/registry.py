@@ -32,7 +32,7 @@ class Parameter:
     pattern: str
     """``decoder.layers.*.mlp.linear_fc2.weight``"""
     index: tuple[int, ...]
-    """Of the layer; of layer and expert; empty for what is in no layer."""
+    """Layer, or layer and expert; empty for a parameter outside the layers."""
     shape: Shape
     placements: tuple[Placement, ...]
     chunks: tuple[Region, ...]
@@ -49,7 +49,7 @@ class ResolvedMapping:
     """What the registry says of one model. Built only if both sides are covered exactly once."""
 
     counts: tuple[int, ...]
-    """Of layers, and of experts where there are any."""
+    """Number of layers and, if there are any, of experts."""
     parameters: dict[str, Parameter]
     hf_shapes: dict[str, Shape]
     """Hugging Face tensors in the order of the model's state dict."""
@@ -79,7 +79,7 @@ class ResolvedMapping:
             raise MappingError("the mapping does not cover the model:\n" + bulleted(faults))
 
     def reason_to_ignore(self, hf_name: str) -> str | None:
-        """Why a Hugging Face tensor has no place in Megatron, if the registry says so."""
+        """Return why the registry ignores a Hugging Face tensor; None if it does not."""
         for pattern, reason in self.ignored.items():
             if fnmatchcase(hf_name, pattern):
                 return reason
@@ -200,7 +200,7 @@ def check_tensors(
 
 
 def bulleted(lines: list[str], most: int = SHOWN_NAMES) -> str:
-    """The lines as a list, cut short after so many."""
+    """Return the lines as a bulleted list that ends after ``most`` of them."""
     rest = len(lines) - most
     shown = [f"  - {line}" for line in lines[:most]]
     return "\n".join([*shown, f"  - and {rest} more"] if rest > 0 else shown)
