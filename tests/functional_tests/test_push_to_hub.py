@@ -257,7 +257,7 @@ def test_a_wrong_token_and_no_network(hub: Hub, megatron: Path, tmp_path: Path) 
     [
         (("--push-to-hub", REPO), "", "the hub wants a token. Run `hf auth login`, or set"),
         (("--push-to-hub", "no-owner"), TOKEN, "no-owner: is not a hub id; write owner/name"),
-        (("--push-to-hub", REPO, "--iteration", "all"), TOKEN, "takes a single model"),
+        (("--push-to-hub", REPO, "--iteration", "all"), TOKEN, "uploads a single model"),
         (("--private",), TOKEN, "--private and --revision need --push-to-hub"),
         (("--revision", "v1"), TOKEN, "--private and --revision need --push-to-hub"),
     ],

@@ -42,8 +42,6 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
     revision = revision or named
     from huggingface_hub import snapshot_download
 
-    from megatron_olmo_bridge.storage.hub import why_not_fetched
-
     try:
         # Where the hub can't be reached, this takes what is in the cache.
         folder = snapshot_download(repo, revision=revision, allow_patterns=list(HUB_PATTERNS))
@@ -92,9 +90,9 @@ def push_to_hub(
 ) -> str:
     """Upload a Hugging Face folder; the repository, and the branch, are made if there are none.
 
-    All but the record of the conversion, which names local paths, goes up; a link to a file outside
-    of the folder is refused. What is on the hub
-    already is not sent again, so that a push that was cut off is simply repeated.
+    Everything is uploaded except the record of the conversion, which names local paths; a link to a
+    file outside the folder is refused. Files that are already on the hub are not sent again, so an
+    interrupted push can simply be repeated.
 
     Args:
         folder: what ``export`` wrote.

@@ -15,7 +15,7 @@ from megatron_olmo_bridge.formats.iterations import TRACKER, iteration_folders
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
 from megatron_olmo_bridge.storage.atomic import replace_file
 
-from .config import TrainingConfig
+from .config import ClassificationConfig, TrainingConfig
 from .extension import Extension
 from .recipes import as_dict
 
@@ -190,6 +190,9 @@ def _read(file: Path) -> dict[str, Any]:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return ``section.field: was X, is Y``, by field, for all in which the runs differ."""
     old, new = _flat(before), _flat(now)
+    classification = ClassificationConfig() if before.get("classification") else None
+    # A run that was begun before a field existed was trained as the field's default trains.
+    old = _flat(as_dict(TrainingConfig(classification=classification))) | old
     return {
         name: f"{name}: was {old.get(name)}, is {new.get(name)}"
         for name in dict.fromkeys([*old, *new])

@@ -105,6 +105,15 @@ def test_but_not_of_another_kind(folder: Path, override: str, differs: str) -> N
     assert (folder / RUN_FILE).read_bytes() == before
 
 
+def test_a_run_that_is_older_than_a_field_goes_on_at_its_default(folder: Path) -> None:
+    recorded = yaml.safe_load((folder / RUN_FILE).read_text())
+    del recorded["stability"], recorded["optimizer"]["z_loss"]
+    (folder / RUN_FILE).write_text(yaml.safe_dump(recorded))
+    check_folders(run(folder))
+    with pytest.raises(InputError, match=r"optimizer.z_loss: was 0.0, is 0.1"):
+        check_folders(run(folder, "optimizer.z_loss=0.1"))
+
+
 def test_a_run_may_be_extended(folder: Path) -> None:
     """By more steps, once it is said what becomes of the learning rate."""
     more = "train.steps=9"
