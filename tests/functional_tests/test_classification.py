@@ -382,6 +382,7 @@ def test_a_line_that_is_not_json_is_named(data: Path, tmp_path: Path) -> None:
         ("classification.problem_type=regression", "not a number or a list of numbers"),
         ("classification.class_weights=equal", "neither none nor balanced"),
         ("checkpoint.save=null", "checkpoint.save is not set"),
+        ("optimizer.z_loss=1e-4", "is for language models; set it to 0"),
         ("init.hf=null", "init.hf is not set"),
         ("classification.labels=x", "Did you mean"),
     ],

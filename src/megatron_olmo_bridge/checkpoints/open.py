@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def find_kind(path: Path, iteration: int | str | None = None) -> tuple[type[Chec
         if found := kind.find(path, iteration):
             return kind, found
     known = " nor ".join(f"{kind.kind} ({kind.looks_like})" for kind in reversed(KINDS))
-    is_file = "is a file; " if path.is_file() else ""
-    raise InputError(f"{path}: {is_file}not a checkpoint: neither {known}")
+    way_out = ". Name the folder that the file is in, if that is one" if path.is_file() else ""
+    raise InputError(f"{path}: not a checkpoint: neither {known}{way_out}")
 
 
 def kind_options() -> tuple[KindOption, ...]:
@@ -73,19 +74,30 @@ def kind_options() -> tuple[KindOption, ...]:
     return tuple(option for kind in KINDS for option in kind.options)
 
 
-def options_for(path: str | Path, options: ReadOptions) -> ReadOptions:
-    """Return the options without those of other kinds than the path's: for one of two paths."""
-    kind, _ = find_kind(Path(path).expanduser(), options.iteration)
-    kept = {name: value for name, value in options.kind_options.items() if kind.knows(name)}
-    return replace(options, kind_options=kept)
+def options_for_each(paths: Sequence[Path], options: ReadOptions) -> list[ReadOptions]:
+    """Return the options for each path: of those that only one kind has, those of its kind.
+
+    Raises:
+        InputError: no path has a use for an option; or see :func:`find_kind`.
+    """
+    kinds = [find_kind(path, options.iteration)[0] for path in paths]
+    for name in options.kind_options:
+        if not any(kind.knows(name) for kind in kinds):
+            _check_options(kinds[0], paths[0], options)
+    return [
+        replace(
+            options, kind_options={n: v for n, v in options.kind_options.items() if kind.knows(n)}
+        )
+        for kind in kinds
+    ]
 
 
 def _check_options(kind: type[Checkpoint], path: Path, options: ReadOptions) -> None:
     """Raise InputError for an option that the kind has no use for."""
-    common = {f.name: getattr(options, f.name) for f in fields(ReadOptions)}
-    named = common | dict(options.kind_options)
-    for name in named.keys() - {"kind_options"}:
-        if named[name] is not None and not kind.knows(name):
+    values = {f.name: getattr(options, f.name) for f in fields(ReadOptions)}
+    values |= values.pop("kind_options")
+    for name, value in values.items():
+        if value is not None and not kind.knows(name):
             flag = f"--{name.replace('_', '-')}"
             others = " and ".join(k.kind for k in reversed(KINDS) if k.knows(name)) or "other"
             raise InputError(f"{path}: {flag} is for {others} checkpoints; this is {kind.kind}")

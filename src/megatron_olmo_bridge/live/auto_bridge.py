@@ -103,7 +103,9 @@ class AutoBridge(OfflineMethods):
         check_keywords("from_hf_pretrained", megatron_bridge, LOADING)
         source = open_checkpoint(fetch(str(path), revision)[0], ReadOptions(num_labels=num_labels))
         if not isinstance(source, HFCheckpoint):
-            raise InputError(f"{path}: is a Megatron checkpoint; use AutoBridge.from_checkpoint()")
+            raise InputError(
+                f"{path}: is a {source.kind} checkpoint; use AutoBridge.from_checkpoint()"
+            )
         if problem_type is not None:
             if num_labels is None:
                 raise InputError("problem_type belongs to a new head: pass num_labels too")

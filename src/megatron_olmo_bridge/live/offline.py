@@ -79,6 +79,7 @@ def _split(
     function: str, reading: type[ImportOptions | ExportOptions], options: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the keywords that are fields of an options class, and those of ``WriteOptions``."""
-    read, write = ({f.name for f in fields(c)} for c in (reading, WriteOptions))
-    known = check_options(function, read | write, options, LOADING)
-    return tuple({n: v for n, v in known.items() if n in part} for part in (read, write))  # type: ignore[return-value]
+    names = {f.name for f in fields(WriteOptions)}
+    known = check_options(function, names | {f.name for f in fields(reading)}, options, LOADING)
+    write = {name: value for name, value in known.items() if name in names}
+    return {name: value for name, value in known.items() if name not in names}, write

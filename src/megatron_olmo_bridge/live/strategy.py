@@ -50,7 +50,7 @@ def hf_as_megatron(
     """
     source = open_checkpoint(fetch(str(hf), revision)[0])
     if not isinstance(source, HFCheckpoint):
-        raise InputError(f"{hf}: is a Megatron checkpoint already; megatron-core loads it as it is")
+        raise InputError(f"{hf}: is a {source.kind} checkpoint, not a Hugging Face one")
     with tempfile.TemporaryDirectory(prefix="hf-as-megatron-") as name:
         folder = Path(name)
         (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))

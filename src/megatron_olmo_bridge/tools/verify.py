@@ -15,7 +15,7 @@ from megatron_olmo_bridge.checkpoints.differences import (
     name_differences,
     side_differences,
 )
-from megatron_olmo_bridge.checkpoints.open import find_kind, open_checkpoint, options_for
+from megatron_olmo_bridge.checkpoints.open import find_kind, open_checkpoint, options_for_each
 from megatron_olmo_bridge.errors import InputError, MappingError
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
@@ -61,19 +61,19 @@ def verify(
 
     Both are read as Hugging Face tensors through the placements; no more than a few MiB of a tensor
     are in memory. With one path, compare its files with what was recorded when they were written.
-    Options of one kind of checkpoint go to whichever is of that kind.
+    Each gets those of the options of one kind that are for its kind.
 
     Raises:
-        BridgeError: a path is no checkpoint, or is damaged.
+        BridgeError: a path is not a checkpoint, or is damaged; or an option is for neither.
     """
     reporter = reporter or Reporter()
     first = local_path(first)
     if second is None:
         return _verify_recorded(Path(first).expanduser(), workers, reporter)
     opened = []
-    for path in (first, local_path(second)):
+    paths = first, local_path(second)
+    for path, own in zip(paths, options_for_each(paths, options or ReadOptions()), strict=True):
         try:
-            own = options_for(path, options or ReadOptions())
             opened.append(open_checkpoint(path, own, strict=False))
         except MappingError as error:
             return Verification([Difference("mapping", str(path), str(error))], 0, 0)

@@ -13,7 +13,7 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from megatron_olmo_bridge import ExportOptions, ReadOptions, export_checkpoint
+from megatron_olmo_bridge import ExportOptions, ReadOptions, export_checkpoint, verify
 from megatron_olmo_bridge.checkpoints import open as opening
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, KindOption
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
@@ -115,6 +115,11 @@ def test_the_command_line_reads_it_and_has_its_option(hf: Path, flat: Path, tmp_
 def test_python_reads_it(hf: Path, flat: Path, tmp_path: Path) -> None:
     export_checkpoint(flat, tmp_path / "out", ExportOptions(kind_options={"skip": 3}))
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_verify_refuses_an_option_that_is_for_neither(hf: Path, flat: Path) -> None:
+    with pytest.raises(InputError, match="--skip is for flat checkpoints; this is Hugging Face"):
+        verify(hf, hf, ReadOptions(kind_options={"skip": 3}))
 
 
 def test_other_kinds_refuse_its_option(hf: Path, flat: Path) -> None:

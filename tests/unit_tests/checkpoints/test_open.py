@@ -98,7 +98,10 @@ def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         find_kind(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file; not a checkpoint: neither Hugging Face"):
+    with pytest.raises(
+        InputError,
+        match="not a checkpoint: neither Hugging Face",
+    ):
         find_kind(tmp_path / "file")
 
 

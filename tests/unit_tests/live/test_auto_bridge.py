@@ -79,7 +79,7 @@ def test_a_megatron_checkpoint_is_opened_by_another_name(
     with pytest.raises(InputError) as caught:
         AutoBridge.from_hf_pretrained(tiny_megatron)
     assert str(caught.value) == (
-        f"{tiny_megatron}: is a Megatron checkpoint; use AutoBridge.from_checkpoint()"
+        f"{tiny_megatron}: is a Megatron torch_dist checkpoint; use AutoBridge.from_checkpoint()"
     )
 
 

@@ -88,6 +88,10 @@ class Classifier:
         """
         if config.classification is None:
             raise InputError("the recipe has no section classification")
+        if config.optimizer.z_loss:
+            raise InputError(
+                f"optimizer.z_loss={config.optimizer.z_loss}: is for language models; set it to 0"
+            )
         if config.checkpoint.save is None:
             raise InputError("checkpoint.save is not set: name a folder for the classifier")
         train, held_out = load_examples(config.classification)
