@@ -1,4 +1,4 @@
-"""Measure a trained classifier, and beside it an encoder trained on the same texts.
+"""Compare a trained classifier with an encoder trained on the same texts.
 
     python examples/classification/compare.py RUN --baseline ENCODER
 

@@ -128,7 +128,7 @@ def make_models(out: Path, texts: list[str]) -> None:
 
 
 def _rows(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Of the embedding: a multiple that any small tensor-parallel size shares out evenly."""
+    """Return the rows of the embedding: a multiple that small tensor-parallel sizes divide."""
     return -(-len(tokenizer) // 64) * 64
 
 

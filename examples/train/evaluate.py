@@ -32,7 +32,7 @@ from megatron_olmo_bridge.training.recipes import from_dict
 from megatron_olmo_bridge.training.token_data import TokenData
 
 TOLERANCE = 1e-4
-"""By which the two losses may differ, in nats a token."""
+"""Largest allowed difference between the two losses, in nats per token."""
 
 
 def held_out(data: TokenData, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What differs between problem types."""
+    """Measures, predictions and words of one problem type."""
 
     bounded: tuple[str, ...]
     """Measures that the report gives confidence intervals for."""
@@ -62,4 +62,4 @@ OUTCOMES = {
         distance=_largest_error,
     ),
 }
-"""By problem type."""
+"""What differs between problem types, by problem type."""

@@ -53,7 +53,7 @@ class Result:
     intervals: dict[str, Interval]
     """95 % confidence intervals over the held-out texts, of some measures."""
     misread: Sequence[Misread] = ()
-    """The furthest off first."""
+    """Texts that were misread, the largest errors first."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Report:
     """What a reader must know of data and device, in the order of the page."""
     results: Sequence[Result]
     difference: Interval | None = None
-    """Of two classifiers: 95 % confidence interval of the first one's score minus the second
-    one's, on the same texts."""
+    """95 % confidence interval of the first classifier's score minus the second's, on the same
+    texts; None for a single classifier."""
 
 
 def columns(report: Report) -> list[str]:

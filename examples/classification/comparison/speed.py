@@ -56,7 +56,7 @@ def speeds(predictors: Sequence[Predict], texts: Sequence[str], batch_size: int)
 
 
 def _seconds(predictors: Sequence[Predict], calls: list[list[str]]) -> list[list[float]]:
-    """Of each predictor, the time that each call takes."""
+    """Return the seconds that each call takes, for each predictor."""
     for i in range(WARM_UP):
         for predict in predictors:
             predict(calls[i % len(calls)])

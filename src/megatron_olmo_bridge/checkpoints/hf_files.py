@@ -19,7 +19,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of ``5GB``, ``200MiB`` or a plain number.
+    """Return the bytes in ``5GB``, ``200MiB`` or a plain number.
 
     Raises:
         InputError: not a size.
@@ -27,7 +27,7 @@ def parse_size(size: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if not count:
-        raise InputError(f"{size!r} is no size: write 5GB, 500MB or a number of bytes")
+        raise InputError(f"{size!r} is not a size: write 5GB, 500MB or a number of bytes")
     return count
 
 

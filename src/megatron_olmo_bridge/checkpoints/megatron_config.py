@@ -57,7 +57,7 @@ def config_of(
             return bridge.record_class.hf_config(values, vocab_size), where, None
         except (BridgeError, TypeError, ValueError) as error:
             errors.append(error)
-    # A family that lacks something is nearer to it than one that it isn't.
+    # "Not supported" comes from a family that the values don't fit: report another error first.
     errors.sort(key=lambda error: isinstance(error, UnsupportedError))
     kind = UnsupportedError if isinstance(errors[0], UnsupportedError) else InputError
     raise kind(f"{where}: {errors[0]}") from errors[0]

@@ -272,7 +272,7 @@ def _push(folder: Path, repo: str, private: bool, revision: str | None) -> str:
 def average(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="A B ...", help="Folders of either kind, iter_ folders, hub ids."),
+        typer.Argument(metavar="A B ...", help="Folders of any kind, iter_ folders, hub ids."),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
     weights: Annotated[

@@ -70,7 +70,7 @@ def _show_step(step: str) -> None:
 def compare(
     hf: Annotated[str, typer.Argument(metavar="HF", help="The reference: a folder or a hub id.")],
     other: Annotated[
-        str, typer.Argument(metavar="OTHER", help="A checkpoint of either kind, or a hub id.")
+        str, typer.Argument(metavar="OTHER", help="A checkpoint of any kind, or a hub id.")
     ],
     tp: Tp = 1,
     pp: Pp = 1,
@@ -207,7 +207,7 @@ def roundtrip(
 
 def generate(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", help="A checkpoint of either kind, or a hub id.")
+        str, typer.Argument(metavar="CKPT", help="A checkpoint of any kind, or a hub id.")
     ],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     tokens: Annotated[

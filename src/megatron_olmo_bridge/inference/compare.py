@@ -43,7 +43,7 @@ def compare(
 
     Args:
         hf: the reference: a Hugging Face folder or hub id, run by transformers.
-        other: a checkpoint of either kind, run by megatron-core in separate processes.
+        other: a checkpoint of any kind, run by megatron-core in separate processes.
         tp, pp, sp, ep: tensor and pipeline parallel size, sequence parallelism, expert parallel
             size of these.
         dtype: dtype of both models: ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a

@@ -29,7 +29,7 @@ class Generation:
     """One prompt, continued by a live model in processes of its own.
 
     Args:
-        checkpoint: of either kind, or a hub id.
+        checkpoint: of any kind, or a hub id.
         prompt: text; or else
         tokens: token ids.
         tokenizer: folder or hub id of the tokenizer of the text, if the checkpoint has none or

@@ -118,7 +118,7 @@ class AutoBridge(OfflineMethods):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> AutoBridge:
-        """Open a checkpoint of either kind; ``options`` are those of :class:`ReadOptions`.
+        """Open a checkpoint of any kind; ``options`` are those of :class:`ReadOptions`.
 
         Raises:
             BridgeError: there is no checkpoint, it is damaged, or it doesn't say which model it

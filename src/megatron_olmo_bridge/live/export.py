@@ -101,7 +101,7 @@ class _Assembly:
     def _exchange(
         self, parts: list[OwnedRegion], owner: int, whole: torch.Tensor | None
     ) -> Sequence[torch.Tensor]:
-        """What one process holds of a tensor, block by block, where it is wanted; else nothing."""
+        """Return one owner's blocks of a tensor on the processes that receive it, else none."""
         rank, alone = dist.get_rank(), dist.get_world_size() == 1
         if rank == owner:
             blocks = [
@@ -137,10 +137,10 @@ def _packed(blocks: list[torch.Tensor]) -> torch.Tensor:
 
 def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[OwnedRegion]]:
     """Map each Hugging Face tensor to the blocks that the processes hold."""
-    everybody: list[list[ShardKey]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, held)
+    held_by_rank: list[list[ShardKey]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(held_by_rank, held)
     regions: dict[str, list[tuple[int, Region]]] = {name: [] for name in live.mapping.parameters}
-    for owner, keys in enumerate(everybody):
+    for owner, keys in enumerate(held_by_rank):
         for parameter, region in keys:
             regions[parameter].append((owner, region))
     parts: dict[str, list[OwnedRegion]] = {}

@@ -1,4 +1,4 @@
-"""Load a checkpoint of either kind into a live model: each process reads only what it needs."""
+"""Load a checkpoint of any kind into a live model: each process reads the rows that it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carry out a plan: share its files out over threads and processes, sync, and commit."""
+"""Carry out a plan: divide its files among threads and processes, sync, and commit."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def finish(
 
 
 def share(files: Iterable[OutputFile], count: int) -> list[list[OutputFile]]:
-    """Share files out by bytes: each to whoever has least so far, the largest first."""
+    """Divide files by bytes: the largest first, each to whoever has the least so far."""
     shares: list[list[OutputFile]] = [[] for _ in range(count)]
     filled = [0] * count
     for file in sorted(files, key=lambda f: (-f.size, f.name)):
@@ -253,9 +253,12 @@ def sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def cleaning_up(stage: Stage) -> Iterator[None]:
-    """After an error that would come again: nothing is left. After a full disk, or another error of
-    the system: what is complete, and an error that says so. After an interruption: all, to be
-    resumed."""
+    """Keep what can be resumed if the block fails.
+
+    A :class:`BridgeError` would come again, so nothing is kept. After a full disk or another error
+    of the system the complete files are kept, and the error says so. After an interruption
+    everything is kept.
+    """
     try:
         yield
     except BridgeError:

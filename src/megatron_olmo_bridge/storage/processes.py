@@ -9,15 +9,15 @@ from functools import cache
 from typing import Any
 
 _BARRIERS = itertools.count()
-"""Numbers the times that this process waited for the others: in all of them the same."""
+"""Numbers the barriers; every process counts the same."""
 _LONGEST_WAIT = timedelta(days=1)
 
 
 class Processes:
-    """This process among those that torchrun started; alone if it started none.
+    """The processes that torchrun started; only this one if it started none.
 
-    They meet at torchrun's key/value store. A process group would be in the way of the caller's
-    own, and can't be set up twice.
+    They synchronize through torchrun's key/value store. A process group would conflict with one
+    that the caller creates, since the default group can't be initialized twice.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Processes:
         return self.index == 0
 
     def wait_for_each_other(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has called this."""
         if self.count > 1:
             number = next(_BARRIERS)
             self._arrive(f"{number}/here", wait=True)
@@ -37,7 +37,7 @@ class Processes:
             self._arrive(f"{number}/left", wait=self.first)
 
     def agree(self, value: str) -> bool:
-        """Return whether every process came here with the same value; waits for all."""
+        """Return whether every process called this with the same value; wait for all."""
         if self.count == 1:
             return True
         place = f"olmo-bridge/{next(_BARRIERS)}/value"
@@ -57,7 +57,7 @@ class Processes:
 
 @cache
 def _store() -> Any:
-    """Of this process, for good: with it the last connection would go."""
+    """Return torchrun's store, cached for the process lifetime: dropping it closes the store."""
     import torch.distributed as dist
 
     store, _, _ = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]

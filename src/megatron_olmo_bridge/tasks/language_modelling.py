@@ -191,7 +191,7 @@ def _check_tokens(batch: Batch, vocab_size: int) -> None:
         least, most = (int(token) for token in batch[name].aminmax())
         if least < 0 or most >= vocab_size:
             raise InputError(
-                f"the data have token {least if least < 0 else most}, the model has {vocab_size}: "
-                "they were prepared with another tokenizer. Prepare them with the model's, or set "
-                "model.vocab_size."
+                f"the data have token {least if least < 0 else most}, the model has {vocab_size} "
+                "tokens: they were prepared with another tokenizer. Prepare them with the model's, "
+                "or set model.vocab_size."
             )

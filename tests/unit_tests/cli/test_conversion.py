@@ -278,7 +278,7 @@ def test_other_processes_of_torchrun_say_nothing(
         (("export", "absent", "x"), "absent: no such file or folder"),
         (("export", "{hf}", "x"), "is a Hugging Face checkpoint already"),
         (("export", "{megatron}", "x", "--iteration", "7"), "has no iter_0000007"),
-        (("export", "{megatron}", "x", "--max-shard-size", "big"), "'big' is no size"),
+        (("export", "{megatron}", "x", "--max-shard-size", "big"), "'big' is not a size"),
         (("import", "{hf}", "x", "--workers", "0"), "--workers"),
         (("import", "{hf}", "x", "--workers", "many"), "--workers"),
         (("import", "{hf}"), "Missing argument 'DST'"),

@@ -144,7 +144,7 @@ def test_sizes(text: str | int, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "5TB", "0", "0GB", "5 G", "1e9", "0.1"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(InputError, match="is no size"):
+    with pytest.raises(InputError, match="is not a size"):
         parse_size(text)
 
 

@@ -104,7 +104,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         synth("olmo2-tiny", tmp_path / "t", dtype="int8")
     with pytest.raises(InputError, match="--layers must be a number from 1 to 100,000"):
         synth("olmo2-tiny", tmp_path / "t", layers=0)
-    with pytest.raises(InputError, match="is no size"):
+    with pytest.raises(InputError, match="is not a size"):
         synth("olmo2-tiny", tmp_path / "t", max_shard_size="big")
     assert not (tmp_path / "t").exists()
     (tmp_path / "file").write_text("mine")
