@@ -239,7 +239,7 @@ DATA = [
 
 INIT = [
     Case("init.hf=HERE/none", ("HERE/none: no such folder",)),
-    Case("init.hf=DATA/olmo2.py", ("olmo2.py: not a checkpoint",)),
+    Case("init.hf=DATA/olmo2.py", ("olmo2.py: is a file, not a checkpoint",)),
     Case("init.checkpoint=HERE/none", ("HERE/none: no such file or folder",)),
     Case("init.hf=DATA/hf init.checkpoint=HERE/run", ("either init.hf or init.checkpoint",)),
     Case("init.revision=main", ("init.revision=main", "init.hf")),

@@ -65,8 +65,10 @@ def find_kind(path: Path, iteration: int | str | None = None) -> tuple[type[Chec
         if found := kind.find(path, iteration):
             return kind, found
     known = " nor ".join(f"{kind.kind} ({kind.looks_like})" for kind in reversed(KINDS))
-    way_out = ". Name the folder that the file is in, if that is one" if path.is_file() else ""
-    raise InputError(f"{path}: not a checkpoint: neither {known}{way_out}")
+    message = f"not a checkpoint: neither {known}"
+    if path.is_file():
+        message = f"is a file, {message}. Is its folder a checkpoint? Then name that"
+    raise InputError(f"{path}: {message}")
 
 
 def kind_options() -> tuple[KindOption, ...]:

@@ -100,7 +100,7 @@ def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(
         InputError,
-        match="not a checkpoint: neither Hugging Face",
+        match="is a file, not a checkpoint: neither Hugging Face",
     ):
         find_kind(tmp_path / "file")
 
