@@ -114,7 +114,6 @@ def findings(
 ) -> Iterator[Callable[[Callable[[Path], Any]], list[Path]]]:
     """What the fuzzer finds in a reader, by a few changes of a file."""
     monkeypatch.setattr(fuzz, "Worker", Forking)
-    monkeypatch.setattr(fuzz, "MOST_SECONDS", 0.3)
 
     def find(reader: Callable[[Path], Any]) -> list[Path]:
         target = Target("text", "folder", Path("file"), "changed_bytes", reader)
