@@ -33,16 +33,14 @@ class ReadOptions:
     """What a checkpoint may not say itself. A kind refuses what it has no use for."""
 
     iteration: int | str | None = None
-    """Number of an iteration under a Megatron checkpoint root, or ``release``; None takes the one
-    that the tracker names."""
+    """Iteration of a Megatron checkpoint: a number, or ``release``. Default: the one that the
+    tracker file names."""
     hf_config: str | Path | None = None
-    """Folder with config.json and tokenizer, for a checkpoint that has none."""
+    """Folder with config.json and tokenizer, for a checkpoint without them."""
     vocab_size: int | None = None
-    """Rows of the Hugging Face embedding, where a Megatron checkpoint with a padded vocabulary does
-    not record it."""
+    """Rows to keep of a padded vocabulary, if the Megatron checkpoint does not record them."""
     num_labels: int | None = None
-    """Give a language model a new classification head of zeros, for this many classes, instead of
-    its own."""
+    """Replace the head by a zero-initialized classification head for this many classes."""
     kind_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of one kind alone, by :attr:`KindOption.name`: ``{"heads": 12}``."""
 

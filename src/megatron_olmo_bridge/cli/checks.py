@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.storage.plan import WORKERS
 
-from .command import DIFFERENT, NO_KIND_OPTIONS, KindOptions, Outcome, register
-from .completion import iterations
+from .command import DIFFERENT, Outcome, register
 from .console import ProgressBar, Workers, human_bytes, say, table
 from .data import inspect_dataset
+from .options import Omit
 
 if TYPE_CHECKING:
     from megatron_olmo_bridge.checkpoints.differences import Difference
@@ -40,7 +41,8 @@ def verify(
     second: Annotated[
         Path | None, typer.Argument(metavar="[B]", help="Checkpoint to compare A with.")
     ] = None,
-    kind_options: KindOptions = NO_KIND_OPTIONS,
+    *,
+    options: Annotated[ReadOptions, Omit("iteration", "hf_config", "vocab_size", "num_labels")],
     workers: Workers = WORKERS,
 ) -> Outcome:
     """Prove that two checkpoints hold the same model: bit for bit, no tolerance.
@@ -54,11 +56,9 @@ def verify(
         olmo-bridge verify ./megatron
         olmo-bridge verify ./checkpoints/step_100.pt ./megatron --heads 4
     """
-    from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
     from megatron_olmo_bridge.tools.verify import verify as run
 
     with ProgressBar() as bar:
-        options = ReadOptions(kind_options=kind_options)
         result = run(first, second, options, workers=workers, reporter=bar)
     _print_differences(result.differences)
     for note in result.notes:
@@ -99,14 +99,8 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page with diagrams of the mapping.")
     ] = None,
-    iteration: Annotated[
-        str | None, typer.Option(help="A number or 'release'.", autocompletion=iterations)
-    ] = None,
-    hf_config: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with config.json, if PATH has none.")
-    ] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="If not recorded.")] = None,
-    kind_options: KindOptions = NO_KIND_OPTIONS,
+    *,
+    options: Annotated[ReadOptions, Omit("num_labels")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> Outcome:
     """Describe a checkpoint: model, size, dtype, files, layout and origin.
@@ -120,7 +114,6 @@ def inspect(
         olmo-bridge inspect ./hf --json --tensors
         olmo-bridge inspect ./hf --html mapping.html
     """
-    from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
     from megatron_olmo_bridge.checkpoints.open import open_checkpoint
     from megatron_olmo_bridge.data.prefix import is_indexed
     from megatron_olmo_bridge.tools.inspect import inspect as run
@@ -130,9 +123,6 @@ def inspect(
     if is_indexed(path):
         return inspect_dataset(path)
     check_page(html)
-    options = ReadOptions(
-        iteration=iteration, hf_config=hf_config, vocab_size=vocab_size, kind_options=kind_options
-    )
     inspection = run(path, options, revision=revision)
     if html is not None:
         write_page(html, mapping_page(open_checkpoint(inspection.folder, options)))

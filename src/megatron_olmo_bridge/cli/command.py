@@ -9,12 +9,11 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -24,6 +23,7 @@ from megatron_olmo_bridge.errors import INTERRUPTED, BridgeError, fit_screen, mi
 
 from .console import first_process, is_repeated, output
 from .logs import logging_to
+from .options import find_options
 
 INTERNAL_ERROR = 70
 """Exit code for a bug in olmo-bridge: EX_SOFTWARE of sysexits.h."""
@@ -47,11 +47,6 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "log_file": (_LogFile, None),
 }  # fmt: skip
 """Options of every command: the typer declaration and the default of each."""
-
-KindOptions = Mapping[str, Any]
-NO_KIND_OPTIONS: KindOptions = MappingProxyType({})
-"""Default of a ``kind_options`` parameter, which the command line expands into one option for each
-option that is specific to a kind of checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +87,19 @@ def register(
         needs: modules from optional extras that the command requires.
         exit_codes: exit codes specific to this command, such as ``1 a difference was found``.
     """
-    own, kind_options = _with_kind_options(inspect.signature(function, eval_str=True))
+    own = inspect.signature(function, eval_str=True)
+    dataclasses = find_options(own)
     common = [
         inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=usual, annotation=kind)
         for option, (kind, usual) in _COMMON.items()
     ]
-    parameters = [*own.parameters.values(), *common]
-    required = any(p.default is inspect.Parameter.empty for p in own.parameters.values())
+    parameters = [
+        shown
+        for p in own.parameters.values()
+        for shown in (dataclasses[p.name].parameters if p.name in dataclasses else [p])
+    ]
+    parameters += common
+    required = any(p.default is inspect.Parameter.empty for p in parameters)
 
     def command(
         *, quiet: bool, json: bool, verbose: bool, log_file: Path | None, **arguments: Any
@@ -108,17 +109,15 @@ def register(
                 for module in needs:
                     if find_spec(module) is None and (missing := missing_package(module)):
                         raise missing
-                if kind_options:
-                    named = {name: arguments.pop(name) for name in kind_options}
-                    given = {name: value for name, value in named.items() if value is not None}
-                    arguments["kind_options"] = given
+                for options in dataclasses.values():
+                    options.collect(arguments)
                 return function(**arguments)
 
         output.quiet, output.json, output.verbose = quiet, json, verbose
         # Raised when torch is imported without NumPy, which these commands do not need.
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
-            code = _run(name, work, resumable="resume" in own.parameters)
+            code = _run(name, work, resumable="resume" in arguments)
         finally:
             output.quiet = output.json = output.verbose = False
         if code:
@@ -128,28 +127,6 @@ def register(
     command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     text, epilog = _help(function, exit_codes)
     app.command(name, help=text, epilog=epilog, no_args_is_help=required)(command)
-
-
-def _with_kind_options(own: inspect.Signature) -> tuple[inspect.Signature, list[str]]:
-    """Expand the parameter ``kind_options`` of a signature into one parameter per option.
-
-    Returns:
-        The signature, and the names of the options (empty without such a parameter).
-    """
-    if "kind_options" not in own.parameters:
-        return own, []
-    from megatron_olmo_bridge.checkpoints.open import kind_options
-
-    parameters: list[inspect.Parameter] = []
-    for parameter in own.parameters.values():
-        if parameter.name != "kind_options":
-            parameters.append(parameter)
-            continue
-        for option in kind_options():
-            declared = typer.Option(min=option.minimum, help=option.help)
-            kind = Annotated[option.type | None, declared]  # type: ignore[name-defined]
-            parameters.append(parameter.replace(name=option.name, default=None, annotation=kind))
-    return own.replace(parameters=parameters), [option.name for option in kind_options()]
 
 
 def _help(function: Callable[..., Outcome], exit_codes: str) -> tuple[str, str]:

@@ -10,30 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_olmo_bridge.checkpoints.hf_files import MAX_SHARD_SIZE
 from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions, ImportOptions
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.storage.execute import WriteOptions, check_output
-from megatron_olmo_bridge.storage.plan import WORKERS, CopyPlan
+from megatron_olmo_bridge.storage.plan import CopyPlan
 
-from .command import NO_KIND_OPTIONS, KindOptions, Outcome, register
-from .completion import dtypes, dtypes_or_keep, iterations, sizes
-from .console import ProgressBar, Workers, first_process, human_bytes, output, say, table
+from .command import Outcome, register
+from .completion import dtypes, sizes
+from .console import ProgressBar, first_process, human_bytes, output, say, table
+from .options import Omit
 
-Dtype = Annotated[
-    str, typer.Option(help="keep, float32, bfloat16 or float16.", autocompletion=dtypes_or_keep)
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue an interrupted run, if there is one.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")]
-Checksum = Annotated[
-    bool, typer.Option("--checksum", help="Record a SHA-256 of each file (reads all once more).")
-]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
 ]
-ShardSize = Annotated[str, typer.Option(help="Maximum size of a file: 5GB, 500MB.")]
 EXPECTED_RATE = 500e6
 """Bytes per second that --dry-run assumes: a mid-range SSD (docs/benchmarks.md)."""
 
@@ -59,7 +50,9 @@ def synth(
     ] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     layers: Annotated[int | None, typer.Option(help="Layers; default: as published.")] = None,
-    max_shard_size: ShardSize = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Maximum bytes of tensors in a file: 5GB, 500MB.")
+    ] = MAX_SHARD_SIZE,
 ) -> Outcome:
     """Create a Hugging Face checkpoint with random weights in a published architecture.
 
@@ -86,27 +79,9 @@ def import_(
         str, typer.Argument(metavar="SRC", help="A folder, a hub id, or OLM's step_N.pt.")
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint root to create.")],
-    dtype: Dtype = "keep",
-    workers: Workers = WORKERS,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    make_vocab_size_divisible_by: Annotated[
-        int, typer.Option(min=1, help="Pad the vocabulary with zero rows to a multiple of N.")
-    ] = 1,
-    release: Annotated[
-        bool, typer.Option("--release", help="Write for Megatron-LM older than November 2025.")
-    ] = False,
-    num_labels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Add a zero-initialized classification head for N classes."),
-    ] = None,
-    kind_options: KindOptions = NO_KIND_OPTIONS,
-    hf_config: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with config.json and tokenizer, for OLM's SRC."),
-    ] = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    checksum: Checksum = False,
+    *,
+    options: Annotated[ImportOptions, Omit("iteration", "vocab_size")],
+    write: WriteOptions,
     dry_run: DryRun = False,
 ) -> Outcome:
     """Write a Hugging Face checkpoint as a Megatron checkpoint (torch_dist).
@@ -123,16 +98,6 @@ def import_(
     from megatron_olmo_bridge.formats.hf_folder import read_config
     from megatron_olmo_bridge.models.families import bridge_for
 
-    options = ImportOptions(
-        dtype=dtype,
-        revision=revision,
-        release=release,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-        num_labels=num_labels,
-        kind_options=kind_options,
-        hf_config=hf_config,
-    )
-    write = WriteOptions(workers=workers, resume=resume, overwrite=overwrite, checksum=checksum)
     if output.silent:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # hide the bar of the download
     if dry_run:
@@ -143,11 +108,13 @@ def import_(
         plan = to_megatron.import_checkpoint(source, destination, options, write, bar)
     result = _show_done([plan], destination, begin)
     if not output.silent:
-        if dtype == "keep" and not any((revision, num_labels, hf_config)):
-            option = "".join(f" --{name} {value}" for name, value in kind_options.items())
+        if options.dtype == "keep" and not (
+            options.revision or options.num_labels or options.hf_config
+        ):
+            option = "".join(f" --{name} {value}" for name, value in options.kind_options.items())
             say(f"Prove it:    olmo-bridge verify {source} {destination}{option}")
-        if num_labels is not None:
-            say(f"The head is new: score.weight, {num_labels} rows of zeros. Train it before use.")
+        if rows := options.num_labels:
+            say(f"The head is new: score.weight, {rows} rows of zeros. Train it before use.")
         for note in plan.notes:
             say(f"Note: {note}.")
         bridge = bridge_for(read_config(destination / plan.weights_folder / HF_SUBFOLDER), "")
@@ -164,23 +131,8 @@ def export(
         ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
-    dtype: Dtype = "keep",
-    iteration: Annotated[
-        str | None,
-        typer.Option(
-            help="A number, 'release' or 'all'; default: the latest.", autocompletion=iterations
-        ),
-    ] = None,
-    max_shard_size: ShardSize = "5GB",
-    hf_config: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with config.json and tokenizer, if SRC has none."),
-    ] = None,
-    vocab_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows to keep of a padded vocabulary, if not recorded."),
-    ] = None,
-    kind_options: KindOptions = NO_KIND_OPTIONS,
+    *,
+    options: Annotated[ExportOptions, Omit("num_labels")],
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload DST, with a model card.")
     ] = None,
@@ -190,10 +142,7 @@ def export(
     revision: Annotated[
         str | None, typer.Option(help="Hub branch to push to; created if missing.")
     ] = None,
-    workers: Workers = WORKERS,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    checksum: Checksum = False,
+    write: WriteOptions,
     dry_run: DryRun = False,
 ) -> Outcome:
     """Write a Megatron checkpoint as a Hugging Face checkpoint, as save_pretrained writes it.
@@ -209,18 +158,9 @@ def export(
     """
     from megatron_olmo_bridge.convert import to_hf
 
-    options = ExportOptions(
-        dtype=dtype,
-        iteration=iteration,
-        max_shard_size=max_shard_size,
-        hf_config=hf_config,
-        vocab_size=vocab_size,
-        kind_options=kind_options,
-    )
-    write = WriteOptions(workers=workers, resume=resume, overwrite=overwrite, checksum=checksum)
     if output.silent:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # hide the bar of the upload
-    _check_push(push_to_hub, private, revision, iteration)
+    _check_push(push_to_hub, private, revision, options.iteration)
     if dry_run:
         exports = to_hf.plan_exports(source, destination, options)
         planned = [(plan, folder) for plan, _, folder in exports.plans]
@@ -242,7 +182,7 @@ def export(
 
 
 def _check_push(
-    repo: str | None, private: bool, revision: str | None, iteration: str | None
+    repo: str | None, private: bool, revision: str | None, iteration: int | str | None
 ) -> None:
     """Refuse, before a long export, what would fail when it is pushed."""
     from megatron_olmo_bridge.storage.hub import check_can_push
@@ -275,16 +215,9 @@ def average(
         typer.Argument(metavar="A B ...", help="Folders of any kind, iter_ folders, hub ids."),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="0.5,0.25,0.25", help="Weight of each checkpoint; default: equal."),
-    ] = None,
-    dtype: Dtype = "keep",
-    max_shard_size: ShardSize = "5GB",
-    workers: Workers = WORKERS,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    checksum: Checksum = False,
+    *,
+    options: AverageOptions,
+    write: WriteOptions,
     dry_run: DryRun = False,
 ) -> Outcome:
     """Average the weights of several checkpoints of one model ("souping").
@@ -297,8 +230,6 @@ def average(
     """
     from megatron_olmo_bridge.convert.average import average_checkpoints, plan_average
 
-    options = AverageOptions(weights=_numbers(weights), dtype=dtype, max_shard_size=max_shard_size)
-    write = WriteOptions(workers=workers, resume=resume, overwrite=overwrite, checksum=checksum)
     if dry_run:
         plan, _ = plan_average(sources, destination, options)
         return _dry_run([(plan, destination)], write)
@@ -306,13 +237,6 @@ def average(
     with ProgressBar() as bar:
         plan = average_checkpoints(sources, destination, options, write, bar)
     return Outcome(_show_done([plan], destination, begin))
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--weights {text}: not a list of numbers such as 0.5,0.25,0.25") from None
 
 
 def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:

@@ -18,23 +18,25 @@ class ImportOptions(ReadOptions):
     """Options of an import, and of reading its source."""
 
     dtype: str | torch.dtype = "keep"
-    """``keep``, ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch dtype."""
+    """``keep``, ``float32``, ``bfloat16`` or ``float16``."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     make_vocab_size_divisible_by: int = 1
-    """Pad the vocabulary with zero rows up to a multiple of this."""
+    """Pad the vocabulary with zero rows to a multiple of N."""
     release: bool = False
-    """Name the iteration ``release``, for Megatron-LM older than November 2025."""
+    """Write for Megatron-LM older than November 2025: name the iteration ``release``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(ReadOptions):
-    """Options of an export, and of reading its source; ``iteration`` may also be ``all``."""
+    """Options of an export, and of reading its source."""
 
     dtype: str | torch.dtype = "keep"
-    """``keep``, ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch dtype."""
+    """``keep``, ``float32``, ``bfloat16`` or ``float16``."""
+    iteration: int | str | None = None
+    """A number, ``release`` or ``all``. Default: the iteration that the tracker file names."""
     max_shard_size: str | int = MAX_SHARD_SIZE
-    """Most bytes of tensors in a file: a number, or a text such as ``5GB``."""
+    """Maximum bytes of tensors in a file: ``5GB``, ``500MB``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ class AverageOptions:
     """Options of an average."""
 
     weights: Sequence[float] | None = None
-    """A share for each source, above 0; they are divided by their sum. None counts all the same."""
+    """Weight of each checkpoint, above 0; divided by their sum. Default: equal."""
     dtype: str | torch.dtype = "keep"
-    """``keep`` (all sources must have the same then), or as for :class:`ExportOptions`."""
+    """``keep`` (if all have the same), ``float32``, ``bfloat16`` or ``float16``."""
     max_shard_size: str | int = MAX_SHARD_SIZE
-    """Most bytes of tensors in a file: a number, or a text such as ``5GB``."""
+    """Maximum bytes of tensors in a file: ``5GB``, ``500MB``."""

@@ -34,13 +34,13 @@ class WriteOptions:
     """How an output is written."""
 
     workers: int = WORKERS
-    """Threads that write, in each process."""
+    """Threads of each process. torchrun adds processes."""
     resume: bool = False
-    """Continue an interrupted run; starts afresh where there is none."""
+    """Continue an interrupted run, if there is one."""
     overwrite: bool = False
-    """Replace what is at the destination."""
+    """Replace the output if it exists."""
     checksum: bool = False
-    """Record a SHA-256 of each file, which reads all of them once more."""
+    """Record a SHA-256 of each file (reads all once more)."""
 
 
 def execute(
