@@ -180,7 +180,7 @@ def test_the_command_line(hf: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "50 tokens in bfloat16" in done.stdout
     assert "(1.5 x transformers' own in bfloat16)" in done.stdout
-    assert f"NOT the same. The hidden states part at: layer {LAYER}." in done.stdout
+    assert f"NOT the same. They differ from layer {LAYER} on." in done.stdout
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert sum(line.endswith("differs") for line in lines) >= 2

@@ -118,7 +118,8 @@ def inspect(
     from megatron_olmo_bridge.data.prefix import is_indexed
     from megatron_olmo_bridge.tools.inspect import inspect as run
 
-    from .pages import check_page, mapping_page, write_page
+    from .mapping_page import mapping_page
+    from .pages import check_page, write_page
 
     if is_indexed(path):
         return inspect_dataset(path)

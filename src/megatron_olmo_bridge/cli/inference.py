@@ -92,7 +92,9 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Write a page with the error per layer.")
     ] = None,
 ) -> Outcome:
-    """Run HF in transformers and OTHER in megatron-core, and report where they diverge.
+    """Run HF in transformers and OTHER in megatron-core, and report where they differ.
+
+    The weights are compared too: a layer may differ because its weights do.
 
     In float32 the logits may differ by 1e-4 of the largest; in 16 bits by 1.5 times (mixtures of
     experts: 2 times) the difference between transformers' own logits in that dtype and in float32.
@@ -103,7 +105,8 @@ def compare(
     """
     from megatron_olmo_bridge.inference.compare import compare as run
 
-    from .pages import check_page, comparison_page, write_page
+    from .comparison_page import comparison_page
+    from .pages import check_page, write_page
 
     check_page(html)
     comparison = run(
@@ -129,6 +132,8 @@ def compare(
 
 
 def _print_comparison(comparison: Comparison) -> None:
+    from megatron_olmo_bridge.inference.weights import summarize
+
     logits = comparison.layers[-1]
     table(
         ["", ""],
@@ -143,6 +148,7 @@ def _print_comparison(comparison: Comparison) -> None:
             ["found, allowed", f"{logits.error:.3g}, {logits.allowed:.3g} ({comparison.bound})"],
             ["top-1 agreement", f"{comparison.top1_agreement:.2%}"],
             ["KL divergence", f"{comparison.kl_divergence:.3g} nats"],
+            ["weights", summarize(comparison.weights)],
             *(
                 [["loss", f"{comparison.loss[0]:.6f} and {comparison.loss[1]:.6f}"]]
                 if comparison.loss
@@ -167,7 +173,7 @@ def _print_comparison(comparison: Comparison) -> None:
     if comparison.equal:
         say(f"The same, but for rounding, on {comparison.tokens} tokens.")
     else:
-        say(f"NOT the same. The hidden states part at: {comparison.parts_at}.")
+        say(f"NOT the same. They differ from {comparison.parts_at} on.")
 
 
 def _shown(layers: list[Layer]) -> list[Layer]:

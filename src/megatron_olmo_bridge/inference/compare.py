@@ -6,6 +6,7 @@ import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_olmo_bridge.storage.hub import fetch
 
 from .difference import Comparison, States, difference
 from .jobs import EMBEDDING, FINAL_NORM, LOGITS, Job, Tell, read_states
+from .weights import weight_differences
 
 
 def compare(
@@ -68,7 +70,9 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as work:
         Job(str(model.folder), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=work).run(tell)
         states = read_states(Path(work))
-    return comparison(reference, states, batch, dtype, threshold, differences, tell)
+    found = comparison(reference, states, batch, dtype, threshold, differences, tell)
+    tell("compare the weights")
+    return replace(found, weights=weight_differences(reference, model))
 
 
 def comparison(

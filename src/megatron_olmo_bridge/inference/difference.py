@@ -19,11 +19,12 @@ in docs/verification.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .jobs import EMBEDDING, FINAL_NORM, LOGITS
+from .weights import WeightDifference
 
 States = dict[str, torch.Tensor]
 """Float32 states by name: hidden states [b, s, hidden], logits [b, s, vocab] or [b, classes]."""
@@ -89,6 +90,8 @@ class Comparison:
     bound: str
     """Description of where the logits' ``allowed`` comes from."""
     config_differences: list[str]
+    weights: list[WeightDifference] = field(default_factory=list)
+    """Every weight; empty if only states were compared."""
 
     @property
     def equal(self) -> bool:

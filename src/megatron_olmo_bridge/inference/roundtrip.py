@@ -125,5 +125,5 @@ def _verdict(result: Verification) -> tuple[bool, str]:
 
 
 def _logits(result: Comparison) -> tuple[bool, str]:
-    apart = "" if result.equal else f"; the hidden states part at {result.parts_at}"
+    apart = "" if result.equal else f"; they differ from {result.parts_at} on"
     return result.equal, result.verdict + apart
