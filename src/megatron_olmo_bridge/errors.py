@@ -5,17 +5,17 @@ from difflib import get_close_matches
 from itertools import islice
 
 MOST_LINES, MOST_CHARACTERS = 60, 5000
-"""Limits of a message: about one screen."""
+"""Maximum length of a message: about one screen."""
 
 
 def quote(value: object, most: int = 80, depth: int = 2) -> str:
-    """Return a stranger's value as a message shows it: on one line, escaped and cut short.
+    """Return an untrusted value for a message: on one line, escaped and truncated.
 
-    Unlike ``repr``, this ends soon whatever the value is.
+    Unlike ``repr``, this is fast for any value.
 
     Args:
-        most: characters of a text.
-        depth: of lists in lists that are shown.
+        most: maximum number of characters of a text.
+        depth: maximum number of nested lists.
     """
     match value:
         case None | bool() | float():
@@ -34,15 +34,15 @@ def quote(value: object, most: int = 80, depth: int = 2) -> str:
             items = islice(value.items(), 8)
             shown = [f"{quote(k, most, 0)}: {quote(v, most, depth - 1)}" for k, v in items]
             return f"{{{', '.join(shown + ['...'] * (len(value) > 8))}}}"
-        case _:  # a function or a class by its own name, an object by its class's
+        case _:  # the name of a function or class; the class name of another object
             return f"<{getattr(value, '__name__', type(value).__name__)}>"
 
 
 def escape(text: str, keep: str = "") -> str:
-    r"""Return a text with escapes such as ``\x1b`` for characters that can't be printed.
+    r"""Replace unprintable characters by escapes such as ``\x1b``.
 
     Args:
-        keep: control characters that stay, ``"\n"`` for example.
+        keep: control characters to leave as they are, for example ``"\n"``.
     """
     if text.isprintable():
         return text
@@ -52,11 +52,7 @@ def escape(text: str, keep: str = "") -> str:
 
 
 def fit_screen(text: str) -> str:
-    """Return a message, which may hold words of a file, as it may be shown on a terminal.
-
-    Lines stay lines, other control characters are escaped, and what is longer than ``MOST_LINES``
-    or ``MOST_CHARACTERS`` is cut off.
-    """
+    """Return a message with control characters escaped and its length limited to a screen."""
     lines = text[:MOST_CHARACTERS].split("\n", MOST_LINES)
     shown = escape("\n".join(lines[:MOST_LINES]), keep="\n")
     cut = len(text) > MOST_CHARACTERS or len(lines) > MOST_LINES
@@ -64,7 +60,7 @@ def fit_screen(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for a message, or nothing where no known name is near."""
+    """Return ``; did you mean 'x'?`` for a message; empty if no known name is similar."""
     found = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -76,7 +72,7 @@ INTERRUPTED = 130
 class BridgeError(Exception):
     """Base of all errors that this package raises on purpose.
 
-    The message fits a screen, though it may show values of a stranger's file.
+    The message fits one screen, even if it quotes a hostile file.
     """
 
     exit_code = 2
@@ -87,27 +83,27 @@ class BridgeError(Exception):
 
 
 class InputError(BridgeError):
-    """The input is not what it should be: wrong path, wrong option, a combination that can't be."""
+    """The input is wrong: a path, an option, or options that contradict each other."""
 
 
 class FormatError(BridgeError):
-    """A file is damaged, or is not of the format that its place or name promises."""
+    """A file is damaged, or is not in the format that its name or place implies."""
 
 
 class UnsupportedError(BridgeError):
-    """The input is sound, but of a kind that this package does not convert."""
+    """The input is valid, but this package does not convert this kind of input."""
 
 
 class UnsafePickleError(FormatError):
-    """A pickle asks for a name that is not on the allow-list. Nothing of it was run."""
+    """A pickle refers to a name that is not on the allow-list. None of it was executed."""
 
 
 class MappingError(BridgeError):
-    """Tensors and mapping disagree: missing, unexpected, misshapen, covered twice or not at all."""
+    """Tensors do not match the mapping: missing, unexpected, of another shape, or overlapping."""
 
 
 class OutputError(BridgeError):
-    """The output can't be written: it exists, overlaps the source, or the disk is too small."""
+    """The output can't be written: it exists, overlaps the source, or the disk is full."""
 
 
 class MissingPackageError(BridgeError):
@@ -119,7 +115,7 @@ class SkippedError(BridgeError):
 
 
 class ProcessError(BridgeError):
-    """A process that was started died of an error that is not one of these."""
+    """A started process ended with an error that is not a BridgeError."""
 
 
 class TrainingStopped(BridgeError):  # noqa: N818
@@ -136,16 +132,16 @@ EXTRAS = {
     "megatron": ("megatron", "transformers", "tokenizers", "numpy"),
     "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard"),
 }
-"""Extras, and packages that come with them and that only some commands need."""
+"""Packages that each extra installs, and that only some commands need."""
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs an extra: from an index, and in a clone."""
+    """Return the command that installs an extra: from PyPI, and in a clone."""
     return f"pip install 'megatron-olmo-bridge[{extra}]' (in a clone: pip install -e '.[{extra}]')"
 
 
 def missing_package(module: str) -> MissingPackageError | None:
-    """Return the error that a module is not installed; None if no extra brings it."""
+    """Return an error that says how to install a module; None if no extra installs it."""
     package = module.partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:

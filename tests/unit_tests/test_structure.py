@@ -233,7 +233,6 @@ TESTED_BY = {
     "functional_tests/test_classification.py": ["tasks/classification/train"],
     "unit_tests/cli/test_command.py": ["cli/logs"],
     "unit_tests/training/monitor/test_report.py": [
-        "cli/report",
         "training/monitor/drawing",
         "training/monitor/history",
         "training/monitor/page",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import checks, conversion, data, inference, recipes, report, training
+from . import checks, conversion, data, inference, recipes, training
 from .command import CommandGroup
 from .console import show_version
 
@@ -35,7 +35,6 @@ inference.add_to(app)
 data.add_to(app)
 recipes.add_to(app)
 training.add_to(app)
-report.add_to(app)
 
 
 @app.callback()

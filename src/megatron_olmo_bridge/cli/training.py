@@ -1,4 +1,4 @@
-"""The train command."""
+"""Commands of a training run: train, report."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def add_to(app: typer.Typer) -> None:
     register(
         app, "train", train, needs=("omegaconf", "megatron", "transformers"), exit_codes=STOPPED
     )
+    register(app, "report", report, needs=("matplotlib",))
 
 
 def train(
@@ -129,3 +130,23 @@ def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     estimated = estimate(config, resolved.bridge, resolved.layout)
     print_dry_run(resolved, estimated)
     return dry_run_result(config, estimated)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, with log.jsonl.")],
+) -> Outcome:
+    """Write RUN/report.html from RUN/log.jsonl: curves, key figures, config.
+
+    Works during the run, and after it was killed.
+
+    Examples:
+        olmo-bridge report ./run
+        olmo-bridge report ./run --json | jq .result.evaluation_loss
+    """
+    from megatron_olmo_bridge.training.monitor.history import RunHistory
+    from megatron_olmo_bridge.training.monitor.report import write_report
+
+    path = write_report(run)
+    history = RunHistory.read(run)
+    say(f"{history.sentence}\n{path}")
+    return Outcome(history.figures() | {"report": path})
