@@ -52,7 +52,7 @@ def mapping_tables() -> str:
             shapes = row.hf_shapes()
             hf = "<br>".join(map(code, shapes))
             hf_shapes = "<br>".join(str(list(shape)) for shape in shapes.values())
-            cells = [code(row.megatron_param), str(list(row.shape)), hf, hf_shapes]
+            cells = [code(row.megatron_param), str(list(row.megatron_shape)), hf, hf_shapes]
             text += f"| {' | '.join([*cells, type(row).__name__])} |\n"
         for pattern, reason in registry.ignored.items():
             text += f"| | | {code(pattern)} | | not converted: {reason} |\n"

@@ -113,9 +113,9 @@ class MegatronCheckpoint(Checkpoint):
     def layout(self) -> str:
         dist = TorchDistFolder.read(self.folder)
         layered = [p for p in self.mapping.parameters.values() if p.index]
-        stacked = any(p.key(len(p.index)) in dist.tensors for p in layered)
+        layers_are_stacked = any(p.key(len(p.index)) in dist.tensors for p in layered)
         chunks = max(len(view.pieces) for view in self.megatron.values())
-        keys = "layers stacked in one key" if stacked else "a key for each layer"
+        keys = "layers stacked in one key" if layers_are_stacked else "a key for each layer"
         others = len(dist.tensors) - len(dist.weights)
         state = f", {others} tensors of optimizer state" if others else ""
         return f"{keys}, tensors in up to {chunks} chunk(s){state}"

@@ -23,7 +23,7 @@ from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import bulleted, check_tensors
 from megatron_olmo_bridge.models.families import bridge_for
-from megatron_olmo_bridge.models.gpt2.bridge import HF, GPT2Bridge
+from megatron_olmo_bridge.models.gpt2.bridge import GPT2Bridge
 
 from .checkpoint import Checkpoint, KindOption, ReadOptions
 
@@ -35,37 +35,47 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 TOKENS = "blocks.0.blocks.0.embedding.weight"
 POSITIONS = "blocks.0.blocks.1.pos_embedding.weight"
-A = f"blocks.1.stack.{WILDCARD}.blocks.0.block.blocks"
-F = f"blocks.1.stack.{WILDCARD}.blocks.1.block.blocks"
-UP = f"{F}.1.up_proj.weight"
+UP = "blocks.1.stack.*.blocks.1.block.blocks.1.up_proj.weight"
 HEAD = "blocks.2.blocks.1.weight"
 """With ``tie_weights`` it is the embedding once more, and has no place of its own."""
 
-AS_IT_IS = {
-    "transformer.wte.weight": [TOKENS],
-    "transformer.wpe.weight": [POSITIONS],
-    f"{HF}.ln_1.weight": [f"{A}.0.gamma"],
-    f"{HF}.ln_1.bias": [f"{A}.0.beta"],
-    f"{HF}.attn.c_attn.bias": [f"{A}.1.{x}_proj.bias" for x in "qkv"],
-    f"{HF}.attn.c_proj.bias": [f"{A}.1.out_proj.bias"],
-    f"{HF}.ln_2.weight": [f"{F}.0.gamma"],
-    f"{HF}.ln_2.bias": [f"{F}.0.beta"],
-    f"{HF}.mlp.c_fc.bias": [f"{F}.1.up_proj.bias"],
-    f"{HF}.mlp.c_proj.bias": [f"{F}.1.down_proj.bias"],
+UNCHANGED = {
+    "transformer.wte.weight": ["blocks.0.blocks.0.embedding.weight"],
+    "transformer.wpe.weight": ["blocks.0.blocks.1.pos_embedding.weight"],
+    "transformer.h.*.ln_1.weight": ["blocks.1.stack.*.blocks.0.block.blocks.0.gamma"],
+    "transformer.h.*.ln_1.bias": ["blocks.1.stack.*.blocks.0.block.blocks.0.beta"],
+    "transformer.h.*.attn.c_attn.bias": [
+        "blocks.1.stack.*.blocks.0.block.blocks.1.q_proj.bias",
+        "blocks.1.stack.*.blocks.0.block.blocks.1.k_proj.bias",
+        "blocks.1.stack.*.blocks.0.block.blocks.1.v_proj.bias",
+    ],
+    "transformer.h.*.attn.c_proj.bias": ["blocks.1.stack.*.blocks.0.block.blocks.1.out_proj.bias"],
+    "transformer.h.*.ln_2.weight": ["blocks.1.stack.*.blocks.1.block.blocks.0.gamma"],
+    "transformer.h.*.ln_2.bias": ["blocks.1.stack.*.blocks.1.block.blocks.0.beta"],
+    "transformer.h.*.mlp.c_fc.bias": ["blocks.1.stack.*.blocks.1.block.blocks.1.up_proj.bias"],
+    "transformer.h.*.mlp.c_proj.bias": ["blocks.1.stack.*.blocks.1.block.blocks.1.down_proj.bias"],
     "transformer.ln_f.weight": ["blocks.2.blocks.0.gamma"],
     "transformer.ln_f.bias": ["blocks.2.blocks.0.beta"],
-    "lm_head.weight": [HEAD],
+    "lm_head.weight": ["blocks.2.blocks.1.weight"],
 }
-"""Hugging Face tensor to OLM's, which stand in it one below the other."""
+"""Hugging Face tensor: the OLM tensors that it consists of, concatenated along the rows."""
 TRANSPOSED = {
-    f"{HF}.attn.c_attn.weight": [f"{A}.1.{x}_proj.weight" for x in "qkv"],
-    f"{HF}.attn.c_proj.weight": [f"{A}.1.out_proj.weight"],
-    f"{HF}.mlp.c_fc.weight": [UP],
-    f"{HF}.mlp.c_proj.weight": [f"{F}.1.down_proj.weight"],
+    "transformer.h.*.attn.c_attn.weight": [
+        "blocks.1.stack.*.blocks.0.block.blocks.1.q_proj.weight",
+        "blocks.1.stack.*.blocks.0.block.blocks.1.k_proj.weight",
+        "blocks.1.stack.*.blocks.0.block.blocks.1.v_proj.weight",
+    ],
+    "transformer.h.*.attn.c_proj.weight": [
+        "blocks.1.stack.*.blocks.0.block.blocks.1.out_proj.weight"
+    ],
+    "transformer.h.*.mlp.c_fc.weight": ["blocks.1.stack.*.blocks.1.block.blocks.1.up_proj.weight"],
+    "transformer.h.*.mlp.c_proj.weight": [
+        "blocks.1.stack.*.blocks.1.block.blocks.1.down_proj.weight"
+    ],
 }
-"""OLM's are [out, in]; one below the other and transposed they are Hugging Face's ``Conv1D``."""
+"""The same for ``Conv1D`` weights [in, out]; OLM's are [out, in], concatenated, then transposed."""
 
-SAID_BY_THE_CODE = {
+OLM_CONSTANTS = {
     # LayerNorm's default in olm/nn/norms/layer_norm.py, which GPT2Model leaves as it is.
     "layer_norm_epsilon": 1e-5,
     # ClassicFFN's default in olm/nn/feedforward/classic_ffn.py: GELU(approximate="none").
@@ -199,7 +209,7 @@ def bridge_of(
         "n_layer": len(_layers(arrays)),
         "n_head": heads or (config or {}).get("n_head"),
         "n_inner": None if ffn == 4 * hidden else ffn,
-        **SAID_BY_THE_CODE,
+        **OLM_CONSTANTS,
         # Without them transformers takes GPT-2's own, which lie outside a small vocabulary.
         "bos_token_id": None,
         "eos_token_id": None,
@@ -237,7 +247,7 @@ def hf_views(
         index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
         pattern = re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)
         transposed = pattern in TRANSPOSED
-        names = (TRANSPOSED if transposed else AS_IT_IS)[pattern]
+        names = (TRANSPOSED if transposed else UNCHANGED)[pattern]
         rows, *columns = shape[::-1] if transposed else shape
         for i, name in enumerate(numbered(n, index) for n in names):
             expected[name] = (rows // len(names), *columns)

@@ -13,7 +13,7 @@ WILDCARD = "*"
 """In names: the layer's number; a second one is the expert's. As in Megatron-Bridge."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mapping(ABC):
     """How one Megatron parameter is made of Hugging Face tensors. Names may hold wildcards."""
 
@@ -21,7 +21,7 @@ class Mapping(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> Shape:
+    def megatron_shape(self) -> Shape:
         """Shape of the whole Megatron parameter, before sharding."""
 
     @abstractmethod
@@ -34,7 +34,7 @@ class Mapping(ABC):
 
     def chunks(self) -> list[Region]:
         """The blocks that megatron-core's own ``sharded_state_dict`` stores separately."""
-        return [Region.whole(self.shape)]
+        return [Region.whole(self.megatron_shape)]
 
     def at(self, index: tuple[int, ...]) -> Self:
         """The same mapping with each ``*`` replaced by a number: the layer's, the expert's."""
@@ -53,7 +53,7 @@ def numbered(pattern: str, index: tuple[int, ...]) -> str:
     return pattern
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DirectMapping(Mapping):
     """One to one, shapes equal; with ``padded_rows``, zeros below (a padded vocabulary)."""
 
@@ -62,7 +62,7 @@ class DirectMapping(Mapping):
     padded_rows: int | None = None
 
     @property
-    def shape(self) -> Shape:
+    def megatron_shape(self) -> Shape:
         return (self.padded_rows or self.hf_shape[0], *self.hf_shape[1:])
 
     def hf_shapes(self) -> dict[str, Shape]:
@@ -71,12 +71,12 @@ class DirectMapping(Mapping):
     def placements(self) -> Iterator[Placement]:
         rows = Region.whole(self.hf_shape)
         yield Placement(self.hf_param, rows, self.megatron_param, rows)
-        padding = Region.whole(self.shape)._replace(top=rows.bottom)
+        padding = Region.whole(self.megatron_shape)._replace(top=rows.bottom)
         if padding.rows:
             yield Placement(None, padding, self.megatron_param, padding)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransposedMapping(Mapping):
     """A matrix that Hugging Face stores as [in, out]: GPT-2's ``Conv1D``."""
 
@@ -84,7 +84,7 @@ class TransposedMapping(Mapping):
     hf_shape: Shape
 
     @property
-    def shape(self) -> Shape:
+    def megatron_shape(self) -> Shape:
         return self.hf_shape[::-1]
 
     def hf_shapes(self) -> dict[str, Shape]:
@@ -95,7 +95,7 @@ class TransposedMapping(Mapping):
         yield Placement(self.hf_param, hf, self.megatron_param, hf.transposed, transposed=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QKVMapping(Mapping):
     """megatron-core's ``linear_qkv``: for each query group its q heads, then its k, then its v.
 
@@ -112,7 +112,7 @@ class QKVMapping(Mapping):
     hidden_size: int
 
     @property
-    def shape(self) -> Shape:
+    def megatron_shape(self) -> Shape:
         heads = self.num_attention_heads + 2 * self.num_query_groups
         return (heads * self.kv_channels, self.hidden_size)
 
@@ -139,7 +139,7 @@ class QKVMapping(Mapping):
                 row += rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GatedMLPMapping(Mapping):
     """megatron-core's ``linear_fc1`` of a gated MLP: gate over up, each [ffn, hidden]."""
 
@@ -149,7 +149,7 @@ class GatedMLPMapping(Mapping):
     hidden_size: int
 
     @property
-    def shape(self) -> Shape:
+    def megatron_shape(self) -> Shape:
         return (2 * self.ffn_hidden_size, self.hidden_size)
 
     def hf_shapes(self) -> dict[str, Shape]:
@@ -165,7 +165,7 @@ class GatedMLPMapping(Mapping):
         return [gate, gate._replace(top=gate.bottom, bottom=2 * gate.bottom)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FusedQKVMapping(Mapping):
     """``linear_qkv`` out of one tensor with all of q, then all of k, then all of v: GPT-2's.
 
@@ -179,12 +179,12 @@ class FusedQKVMapping(Mapping):
     hidden_size: int | None
 
     @property
-    def shape(self) -> Shape:
+    def megatron_shape(self) -> Shape:
         rows = 3 * self.num_attention_heads * self.kv_channels
         return (rows,) if self.hidden_size is None else (rows, self.hidden_size)
 
     def hf_shapes(self) -> dict[str, Shape]:
-        return {self.hf_param: self.shape[::-1]}
+        return {self.hf_param: self.megatron_shape[::-1]}
 
     def placements(self) -> Iterator[Placement]:
         width, columns = self.num_attention_heads * self.kv_channels, self.hidden_size or 1

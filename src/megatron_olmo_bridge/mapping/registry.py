@@ -37,10 +37,12 @@ class Parameter:
     placements: tuple[Placement, ...]
     chunks: tuple[Region, ...]
 
-    def key(self, stacked: int) -> str:
-        """The name with the last indices left out, as megatron-core names what it stacks along an
-        axis: ``decoder.layers.mlp.linear_fc2.weight``."""
-        kept = numbered(self.pattern, self.index[: len(self.index) - stacked])
+    def key(self, stacked_axes: int) -> str:
+        """Return the checkpoint key if the last ``stacked_axes`` indices are axes of the tensor.
+
+        ``decoder.layers.mlp.linear_fc2.weight`` for the layers' one index.
+        """
+        kept = numbered(self.pattern, self.index[: len(self.index) - stacked_axes])
         return kept.replace(f".{WILDCARD}", "")
 
 
@@ -145,7 +147,7 @@ class MegatronMappingRegistry:
                 name,
                 pattern,
                 index,
-                mapping.shape,
+                mapping.megatron_shape,
                 tuple(mapping.placements()),
                 tuple(mapping.chunks()),
             )

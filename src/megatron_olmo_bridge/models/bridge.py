@@ -110,13 +110,22 @@ class ModelBridge(ABC):
         rows, ignored = self.table(padded_vocab_size), dict(self.ignored)
         if self.num_labels:
             shape = (self.num_labels, self.config.hidden_size)
-            rows.append(DirectMapping(HF_SCORE, HF_SCORE, shape))
+            rows.append(
+                DirectMapping(megatron_param="score.weight", hf_param=HF_SCORE, hf_shape=shape)
+            )
             ignored[HF_HEAD] = "a language model's head, which a classifier doesn't use"
         elif self.is_tied:
             ignored[HF_HEAD] = f"tied to {self.hf_embedding}"
         else:
             shape = (self.config.vocab_size, self.config.hidden_size)
-            rows.append(DirectMapping("output_layer.weight", HF_HEAD, shape, padded_vocab_size))
+            rows.append(
+                DirectMapping(
+                    megatron_param="output_layer.weight",
+                    hf_param=HF_HEAD,
+                    hf_shape=shape,
+                    padded_rows=padded_vocab_size,
+                )
+            )
         return MegatronMappingRegistry(
             *rows, num_layers=self.num_layers, num_experts=self.num_experts, ignored=ignored
         )

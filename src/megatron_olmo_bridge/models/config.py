@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 
-from .hf_values import MAX_HEADS, MAX_LAYERS, HFValues, check_count
+from .hf_values import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, HFValues, check_count
 
 Rope = dict[str, Any]
 """``rope_theta``, ``rope_type`` and the type's own parameters, as transformers 5 spells them."""
@@ -128,6 +128,44 @@ class DecoderConfig:
                 "plain rope"
             )
         return float(rope["rope_theta"])
+
+
+@dataclass(frozen=True)
+class MoEConfig(DecoderConfig):
+    """Config of a decoder with experts; ``ffn_hidden_size`` is that of one expert."""
+
+    hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+    }
+    hf_aliases: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
+
+    num_moe_experts: int = 0
+    moe_router_topk: int = 0
+    """Number of experts that each token is routed to."""
+    moe_router_pre_softmax: bool = True
+    """Take routing weights from the softmax over all experts; if False, they sum to one."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the load-balancing loss in training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_moe_experts", self.num_moe_experts)
+        check_count("moe_router_topk", self.moe_router_topk)
+        if self.moe_router_topk > self.num_moe_experts:
+            raise InputError(
+                f"a token can't be sent to {self.moe_router_topk} of {self.num_moe_experts} experts"
+            )
+
+    @classmethod
+    def read(cls, hf: HFValues) -> dict[str, Any]:
+        return super().read(hf) | {
+            "num_moe_experts": hf.count("num_experts", MAX_EXPERTS),
+            "moe_router_topk": hf.count("num_experts_per_tok"),
+            "moe_router_pre_softmax": not hf.flag("norm_topk_prob"),
+            "moe_aux_loss_coeff": hf.number("router_aux_loss_coef", least=0.0),
+        }
 
 
 def published(

@@ -1,4 +1,4 @@
-"""Base provider of all families: builds this rank's part of a model from a config."""
+"""Base providers of the families: build this rank's part of a model from a config."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from torch.nn.init import trunc_normal_
 
 from megatron_olmo_bridge.errors import InputError, nearest
 from megatron_olmo_bridge.models import fusions
@@ -37,8 +38,8 @@ from .layout import check_layout
 from .megatron_bridge import BUILDING, PROVIDER_NAMES, check_keywords, missing_name
 
 PreWrapHook = Callable[[list[MegatronModule]], Sequence[MegatronModule] | None]
-"""Called with this rank's chunks when they are built and before they are wrapped; what it returns,
-if anything, takes their place."""
+"""Called with this rank's chunks after they are built and before they are wrapped. If it returns
+chunks, they replace these."""
 
 
 @dataclass
@@ -67,9 +68,9 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     share_embeddings_and_output_weights: bool = False
     """Whether the output layer is the embedding's matrix."""
     num_labels: int = 0
-    """Rows of a classification head, which stands instead of the output layer; 0 for none."""
+    """Rows of the classification head that replaces the output layer; 0 without one."""
     problem_type: str | None = None
-    """What the classification head's loss is: ``regression``, ``single_label_classification`` or
+    """Loss of the classification head: ``regression``, ``single_label_classification`` or
     ``multi_label_classification``. None infers it from ``num_labels`` and the labels, as
     transformers does."""
     pad_token_id: int | None = None
@@ -84,15 +85,15 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     deviations; OLMo uses 3. None keeps megatron-core's initialization, which scales the output
     layers of each block down."""
     initialize: bool = True
-    """False leaves weights uninitialized, to be loaded. Not ``perform_initialization=False``, with
-    which megatron-core doesn't mark tensor-parallel weights as sharded, and so computes a wrong
-    gradient norm."""
+    """False leaves weights uninitialized, to be loaded. Do not use ``perform_initialization=False``
+    for this: with it megatron-core doesn't mark tensor-parallel weights as sharded, and so computes
+    a wrong gradient norm."""
     pre_wrap_hooks: list[PreWrapHook] = field(default_factory=list, repr=False, compare=False)
-    """Hooks that :meth:`provide_distributed_model` calls in order; weights are loaded by one."""
+    """Hooks that :meth:`provide_distributed_model` calls in order; one of them loads weights."""
 
     _derived: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
-    """Fields that were derived from others: what was set, and what was derived. A field, so that
-    copies by ``dataclasses.replace`` have it too."""
+    """Derived fields by name, each with its value before and after the derivation. This is a field
+    so that copies made with ``dataclasses.replace`` keep it."""
 
     def __post_init__(self) -> None:
         """Derive the fields that follow from others; called on construction and by finalize().
@@ -110,10 +111,11 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         }
 
     def _restore_what_was_set(self) -> None:
-        """Undo the derivation: the fields that it started from may differ now."""
+        """Undo the derivation, since the fields that it started from may have changed."""
         derived, self._derived = self._derived, {}
         for name, (value, derived_value) in derived.items():
-            if getattr(self, name) == derived_value:  # else dataclasses.replace was given another
+            # A different value was passed to dataclasses.replace: keep that one.
+            if getattr(self, name) == derived_value:
                 setattr(self, name, value)
 
     def _derive(self) -> None:
@@ -126,15 +128,16 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             # Stages send each other tensors of the parameters' dtype unless another is set.
             self.pipeline_dtype: torch.dtype = self.pipeline_dtype or self.params_dtype
         if self.virtual_pipeline_model_parallel_size is not None:
-            # Else two stages mix up what they send each other in both directions at once. Source:
-            # Megatron-LM's arguments.py, which refuses it.
+            # Otherwise two stages mix up what they send each other at the same time. Source:
+            # Megatron-LM's arguments.py, which refuses other values.
             self.overlap_p2p_comm = True
             self.batch_p2p_comm = False
         if not self.initialize:
-            self._init_all_by(_leave)
+            self._initialize_with(_leave)
         elif self.init_truncation is not None:
-            self._init_all_by(
-                partial(_truncated_normal, std=self.init_method_std, at=self.init_truncation)
+            bound = self.init_truncation * self.init_method_std
+            self._initialize_with(
+                partial(trunc_normal_, std=self.init_method_std, a=-bound, b=bound)
             )
         if resolved_name(self.backend) == TRANSFORMER_ENGINE:
             fusions.set_fused_fields(self)
@@ -143,22 +146,20 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         except (AssertionError, ValueError) as error:
             raise InputError(f"megatron-core refuses this config: {error}") from error
 
-    def _init_all_by(self, method: Callable[[torch.Tensor], Any]) -> None:
-        self.init_method = method
-        self.output_layer_init_method = method
-        self.embedding_init_method = method
+    def _initialize_with(self, method: Callable[[torch.Tensor], Any]) -> None:
+        self.init_method = self.output_layer_init_method = self.embedding_init_method = method
 
-    def __new__(cls, *args: Any, **given: Any) -> Self:
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
         """Refuse names of fields that don't exist, with the nearest one.
 
         Raises:
             InputError: There is no such field.
         """
-        for name in given:
+        for name in fields:
             if not (name.startswith("_") or name in cls.field_names()):
                 raise cls._unknown(name)
-        made: Self = super().__new__(cls)
-        return made
+        provider: Self = super().__new__(cls)
+        return provider
 
     def __getattr__(self, name: str) -> Any:
         """Raise an error that says what to use instead of Megatron-Bridge's ``name``."""
@@ -167,8 +168,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a field that does not exist: a typo would have no effect.
 
-        A field that is set is no longer derived from others, even if its value is the derived one;
-        comparing values later could not tell.
+        A field that is set is no longer derived, even if it is set to the derived value.
 
         Raises:
             InputError: There is no such field.
@@ -228,7 +228,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         return padded
 
     def finalize(self) -> None:
-        """Check that the fields fit together, as they are now.
+        """Check that the current fields fit together, and derive the others.
 
         Raises:
             InputError: the combination is invalid.
@@ -250,22 +250,19 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         """Build this rank's part of the model; the process groups must exist.
 
         Args:
-            pre_process: with the embedding; by default as the pipeline stage says.
-            post_process: with final norm and output layer; by default as the pipeline stage says.
-            vp_stage: which of this rank's chunks, under virtual pipeline parallelism.
+            pre_process: build the embedding; by default on the first pipeline stage.
+            post_process: build final norm and output layer; by default on the last pipeline stage.
+            vp_stage: index of the chunk on this rank, under virtual pipeline parallelism.
 
         Raises:
             InputError, UnsupportedError: as :meth:`finalize`.
         """
         self.finalize()
+        stage: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
         if pre_process is None:
-            pre_process = parallel_state.is_pipeline_first_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            )
+            pre_process = parallel_state.is_pipeline_first_stage(**stage)
         if post_process is None:
-            post_process = parallel_state.is_pipeline_last_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            )
+            post_process = parallel_state.is_pipeline_last_stage(**stage)
         model = GPTModelForSequenceClassification if self.num_labels else GPTModel
         tied = self.share_embeddings_and_output_weights and not self.num_labels
         return model(
@@ -282,12 +279,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         )
 
     def register_pre_wrap_hook(self, hook: PreWrapHook, prepend: bool = False) -> None:
-        """Register a function to call with the chunks when they are built, before wrapping.
-
-        Args:
-            hook: may return other chunks in their place.
-            prepend: call it before the hooks that are registered already.
-        """
+        """Add a hook after those that are registered already, or before them if ``prepend``."""
         self.pre_wrap_hooks.insert(0 if prepend else len(self.pre_wrap_hooks), hook)
 
     def initialize_model_parallel(self, seed: int = SEED) -> None:
@@ -315,19 +307,20 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         wrapped so that the logits come out in float32.
 
         Args:
-            ddp_config: of the gradients' reduction; megatron-core's defaults if absent.
-            wrap_with_ddp: for training; without it for inference.
-            seed: of initial weights (where none are loaded) and of dropout.
-            megatron_bridge: keywords of Megatron-Bridge's provider, if they have no effect here.
+            ddp_config: config of the gradient reduction; None for megatron-core's defaults.
+            wrap_with_ddp: True for training, False for inference.
+            seed: seed of dropout, and of the initial weights unless weights are loaded.
+            megatron_bridge: keywords of Megatron-Bridge's provider that have no effect here.
 
         Returns:
-            One chunk, or as many as ``virtual_pipeline_model_parallel_size``. A chunk is called as
-            ``chunk(input_ids [b, s], position_ids [b, s], attention_mask)`` and gives this rank's
-            part of the vocabulary, [b, s, padded_vocab_size / TP]. The mask is None for causal
-            attention, or bool [b or 1, 1, s, s], True where attention is not allowed.
+            One chunk, or ``virtual_pipeline_model_parallel_size`` chunks. Call a chunk as
+            ``chunk(input_ids [b, s], position_ids [b, s], attention_mask)``; the last stage returns
+            the logits of this rank's part of the vocabulary, [b, s, padded_vocab_size / TP]. The
+            mask is None for causal attention, or bool [b or 1, 1, s, s], True where attention is
+            not allowed.
 
         Raises:
-            InputError, UnsupportedError: the layout can't be, or the processes are too few.
+            InputError, UnsupportedError: the layout is invalid, or there are too few processes.
         """
         check_keywords("provide_distributed_model", megatron_bridge, BUILDING)
         self.initialize_model_parallel(seed)
@@ -352,7 +345,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         if self.bf16 or self.fp16:
             chunks = [Float16Module(self, chunk) for chunk in chunks]
         if wrap_with_ddp:
-            # As Megatron-LM does: buckets of later chunks would be reduced too early to overlap.
+            # As in Megatron-LM: buckets of later chunks would be reduced too early to overlap.
             chunks = [
                 DistributedDataParallel(self, ddp_config, chunk, disable_bucketing=i > 0)
                 for i, chunk in enumerate(chunks)
@@ -372,9 +365,26 @@ class DecoderProvider(GPTModelProvider):
     """``act`` of the MLP."""
 
 
+@dataclass
+class MoEProvider(DecoderProvider):
+    """Base provider of OLMoE and FlexOlmo: QK norm, and top-k routing by softmax."""
+
+    normalization: str = "RMSNorm"
+    """Kind of all norms."""
+    qk_layernorm: bool = True
+    """Queries and keys are normalised, over the full width of their projection."""
+    moe_router_pre_softmax: bool = True
+    """Take routing weights from the softmax over all experts; if False, they sum to one."""
+    moe_router_load_balancing_type: str = "aux_loss"
+    """Load-balancing method in training."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the load-balancing loss."""
+
+    def __post_init__(self) -> None:
+        # Transformer Engine computes all experts in one kernel; local experts run one by one.
+        self.moe_grouped_gemm = self.modules.transformer_engine
+        super().__post_init__()
+
+
 def _leave(weight: torch.Tensor) -> None:
     """Leave the weight uninitialized."""
-
-
-def _truncated_normal(weight: torch.Tensor, std: float, at: float) -> torch.Tensor:
-    return torch.nn.init.trunc_normal_(weight, std=std, a=-at * std, b=at * std)

@@ -9,12 +9,8 @@ from megatron_olmo_bridge.mapping.mappings import (
     QKVMapping,
 )
 
-from .config import DecoderConfig
+from .config import DecoderConfig, MoEConfig
 
-ATTENTION, MLP = "decoder.layers.*.self_attention", "decoder.layers.*.mlp"
-EXPERTS = f"{MLP}.experts.experts.*"
-HF_ATTENTION, HF_MLP = "model.layers.*.self_attn", "model.layers.*.mlp"
-HF_EXPERTS = f"{HF_MLP}.experts.*"
 EMBEDDING = "embedding.word_embeddings.weight"
 HF_HEAD, HF_SCORE = "lm_head.weight", "score.weight"
 
@@ -34,22 +30,22 @@ def attention(c: DecoderConfig, *, qk_norm: bool) -> list[Mapping]:
     q_width, k_width = (n * c.kv_channels for n in (c.num_attention_heads, c.num_query_groups))
     norms: list[Mapping] = [
         DirectMapping(
-            megatron_param=f"{ATTENTION}.q_layernorm.weight",
-            hf_param=f"{HF_ATTENTION}.q_norm.weight",
+            megatron_param="decoder.layers.*.self_attention.q_layernorm.weight",
+            hf_param="model.layers.*.self_attn.q_norm.weight",
             hf_shape=(q_width,),
         ),
         DirectMapping(
-            megatron_param=f"{ATTENTION}.k_layernorm.weight",
-            hf_param=f"{HF_ATTENTION}.k_norm.weight",
+            megatron_param="decoder.layers.*.self_attention.k_layernorm.weight",
+            hf_param="model.layers.*.self_attn.k_norm.weight",
             hf_shape=(k_width,),
         ),
     ]
     return [
         QKVMapping(
-            megatron_param=f"{ATTENTION}.linear_qkv.weight",
-            q=f"{HF_ATTENTION}.q_proj.weight",
-            k=f"{HF_ATTENTION}.k_proj.weight",
-            v=f"{HF_ATTENTION}.v_proj.weight",
+            megatron_param="decoder.layers.*.self_attention.linear_qkv.weight",
+            q="model.layers.*.self_attn.q_proj.weight",
+            k="model.layers.*.self_attn.k_proj.weight",
+            v="model.layers.*.self_attn.v_proj.weight",
             num_attention_heads=c.num_attention_heads,
             num_query_groups=c.num_query_groups,
             kv_channels=c.kv_channels,
@@ -57,48 +53,61 @@ def attention(c: DecoderConfig, *, qk_norm: bool) -> list[Mapping]:
         ),
         *(norms if qk_norm else []),
         DirectMapping(
-            megatron_param=f"{ATTENTION}.linear_proj.weight",
-            hf_param=f"{HF_ATTENTION}.o_proj.weight",
+            megatron_param="decoder.layers.*.self_attention.linear_proj.weight",
+            hf_param="model.layers.*.self_attn.o_proj.weight",
             hf_shape=(c.hidden_size, q_width),
         ),
     ]
 
 
-def gated_mlp(c: DecoderConfig, megatron: str = MLP, hf: str = HF_MLP) -> list[Mapping]:
-    """Map a gated MLP, of a layer or of each expert; ``linear_fc1`` stacks gate above up."""
+def gated_mlp(c: DecoderConfig) -> list[Mapping]:
+    """Map a layer's gated MLP; ``linear_fc1`` stacks gate above up."""
     return [
         GatedMLPMapping(
-            megatron_param=f"{megatron}.linear_fc1.weight",
-            gate=f"{hf}.gate_proj.weight",
-            up=f"{hf}.up_proj.weight",
+            megatron_param="decoder.layers.*.mlp.linear_fc1.weight",
+            gate="model.layers.*.mlp.gate_proj.weight",
+            up="model.layers.*.mlp.up_proj.weight",
             ffn_hidden_size=c.ffn_hidden_size,
             hidden_size=c.hidden_size,
         ),
         DirectMapping(
-            megatron_param=f"{megatron}.linear_fc2.weight",
-            hf_param=f"{hf}.down_proj.weight",
+            megatron_param="decoder.layers.*.mlp.linear_fc2.weight",
+            hf_param="model.layers.*.mlp.down_proj.weight",
             hf_shape=(c.hidden_size, c.ffn_hidden_size),
         ),
     ]
 
 
-def experts(c: DecoderConfig, num_experts: int) -> list[Mapping]:
+def experts(c: MoEConfig) -> list[Mapping]:
     """Map the router and each expert's gated MLP."""
-    router = DirectMapping(
-        megatron_param=f"{MLP}.router.weight",
-        hf_param=f"{HF_MLP}.gate.weight",
-        hf_shape=(num_experts, c.hidden_size),
-    )
-    return [router, *gated_mlp(c, EXPERTS, HF_EXPERTS)]
+    return [
+        DirectMapping(
+            megatron_param="decoder.layers.*.mlp.router.weight",
+            hf_param="model.layers.*.mlp.gate.weight",
+            hf_shape=(c.num_moe_experts, c.hidden_size),
+        ),
+        GatedMLPMapping(
+            megatron_param="decoder.layers.*.mlp.experts.experts.*.linear_fc1.weight",
+            gate="model.layers.*.mlp.experts.*.gate_proj.weight",
+            up="model.layers.*.mlp.experts.*.up_proj.weight",
+            ffn_hidden_size=c.ffn_hidden_size,
+            hidden_size=c.hidden_size,
+        ),
+        DirectMapping(
+            megatron_param="decoder.layers.*.mlp.experts.experts.*.linear_fc2.weight",
+            hf_param="model.layers.*.mlp.experts.*.down_proj.weight",
+            hf_shape=(c.hidden_size, c.ffn_hidden_size),
+        ),
+    ]
 
 
-def norm(c: DecoderConfig, megatron: str, hf: str) -> Mapping:
-    """Map a norm's gain [hidden_size]; arguments are the names without ``weight``."""
+def norm(c: DecoderConfig, *, megatron_param: str, hf_param: str) -> Mapping:
+    """Map a norm's gain [hidden_size]."""
     return DirectMapping(
-        megatron_param=f"{megatron}weight", hf_param=f"{hf}weight", hf_shape=(c.hidden_size,)
+        megatron_param=megatron_param, hf_param=hf_param, hf_shape=(c.hidden_size,)
     )
 
 
-def post_norm(c: DecoderConfig, megatron: str, hf: str) -> Mapping:
-    """Map the gain of the norm after a row-parallel linear."""
-    return norm(c, f"{megatron}.post_layernorm.", f"model.layers.*.{hf}.")
+def final_norm(c: DecoderConfig) -> Mapping:
+    """Map the gain of the norm after the last layer."""
+    return norm(c, megatron_param="decoder.final_layernorm.weight", hf_param="model.norm.weight")

@@ -196,7 +196,7 @@ def _rows(bridge: ModelBridge, padded_vocab_size: int | None = None) -> Iterator
         experts, used = 1, 1
         if wildcards > 1:
             experts, used = bridge.num_experts or 1, int(bridge.config.moe_router_topk)
-        yield _Row(mapping.megatron_param, mapping.shape, layers, experts, used)
+        yield _Row(mapping.megatron_param, mapping.megatron_shape, layers, experts, used)
 
 
 def _count(bridge: ModelBridge, *, embeddings: bool = True, active: bool = False) -> int:

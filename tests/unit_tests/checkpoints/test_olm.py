@@ -145,9 +145,11 @@ def test_a_head_of_its_own_with_the_embeddings_values_stays_one(tmp_path: Path) 
 
 
 def test_the_table_names_every_tensor_once(tmp_path: Path) -> None:
-    table = [name for names in (*olm.AS_IT_IS.values(), *olm.TRANSPOSED.values()) for name in names]
+    table = [
+        name for names in (*olm.UNCHANGED.values(), *olm.TRANSPOSED.values()) for name in names
+    ]
     assert len(table) == len(set(table))
-    assert not olm.AS_IT_IS.keys() & olm.TRANSPOSED.keys()
+    assert not olm.UNCHANGED.keys() & olm.TRANSPOSED.keys()
     assert {
         n.replace(".0.blocks.0.block", ".*.blocks.0.block").replace(
             ".0.blocks.1.block", ".*.blocks.1.block"
@@ -308,11 +310,11 @@ def test_what_the_code_says_is_what_the_package_does() -> None:
     gpt2 = pytest.importorskip("olm.models.openai.gpt2")
     model = gpt2.GPT2Model(VOCAB, WIDTH, LAYERS, HEADS, POSITIONS)
     norms = [m for m in model.modules() if type(m).__name__ == "LayerNorm"]
-    assert {norm.eps for norm in norms} == {olm.SAID_BY_THE_CODE["layer_norm_epsilon"]}
+    assert {norm.eps for norm in norms} == {olm.OLM_CONSTANTS["layer_norm_epsilon"]}
     assert len(norms) == 2 * LAYERS + 1
     approximations = {m.approximate for m in model.modules() if isinstance(m, torch.nn.GELU)}
     assert approximations == {"none"}  # what transformers calls "gelu"
-    assert olm.SAID_BY_THE_CODE["activation_function"] == "gelu"
+    assert olm.OLM_CONSTANTS["activation_function"] == "gelu"
 
 
 def test_another_model_of_the_package_is_refused(tmp_path: Path) -> None:

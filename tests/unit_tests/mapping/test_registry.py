@@ -42,10 +42,16 @@ class ReadsAnother(DirectMapping):
 
 def small(num_layers: int = 2) -> ResolvedMapping:
     return MegatronMappingRegistry(
-        DirectMapping("embedding", "embed", (4, 3), padded_rows=6),
-        DirectMapping("layers.*.norm", "h.*.ln", (3,)),
-        GatedMLPMapping("layers.*.fc1", "h.*.gate", "h.*.up", 5, 3),
-        DirectMapping("final", "norm", (3,)),
+        DirectMapping(megatron_param="embedding", hf_param="embed", hf_shape=(4, 3), padded_rows=6),
+        DirectMapping(megatron_param="layers.*.norm", hf_param="h.*.ln", hf_shape=(3,)),
+        GatedMLPMapping(
+            megatron_param="layers.*.fc1",
+            gate="h.*.gate",
+            up="h.*.up",
+            ffn_hidden_size=5,
+            hidden_size=3,
+        ),
+        DirectMapping(megatron_param="final", hf_param="norm", hf_shape=(3,)),
         num_layers=num_layers,
         ignored={"*.inv_freq": "computed", "head": "tied to embed"},
     ).resolve()
@@ -91,12 +97,16 @@ def test_the_placements_are_also_found_by_hf_name_without_padding() -> None:
 
 
 def test_a_table_without_layers() -> None:
-    registry = MegatronMappingRegistry(DirectMapping("a", "b", (2,)), num_layers=7)
+    registry = MegatronMappingRegistry(
+        DirectMapping(megatron_param="a", hf_param="b", hf_shape=(2,)), num_layers=7
+    )
     assert list(registry.resolve().parameters) == ["a"]
 
 
 def test_covered_twice_is_refused() -> None:
-    registry = MegatronMappingRegistry(Overlapping("mine", "theirs", (4, 3)), num_layers=1)
+    registry = MegatronMappingRegistry(
+        Overlapping(megatron_param="mine", hf_param="theirs", hf_shape=(4, 3)), num_layers=1
+    )
     with pytest.raises(MappingError) as caught:
         registry.resolve()
     assert "- mine: block [0:1, 0:3] is covered twice" in str(caught.value)
@@ -104,7 +114,9 @@ def test_covered_twice_is_refused() -> None:
 
 
 def test_not_covered_is_refused_for_each_layer() -> None:
-    registry = MegatronMappingRegistry(Gapped("l.*.mine", "h.*.theirs", (4, 3)), num_layers=2)
+    registry = MegatronMappingRegistry(
+        Gapped(megatron_param="l.*.mine", hf_param="h.*.theirs", hf_shape=(4, 3)), num_layers=2
+    )
     with pytest.raises(MappingError) as caught:
         registry.resolve()
     for name in ("l.0.mine", "l.1.mine", "h.0.theirs", "h.1.theirs"):
@@ -112,15 +124,17 @@ def test_not_covered_is_refused_for_each_layer() -> None:
 
 
 def test_a_tensor_that_is_read_nowhere_is_refused() -> None:
-    registry = MegatronMappingRegistry(ReadsAnother("mine", "theirs", (4, 3)), num_layers=1)
+    registry = MegatronMappingRegistry(
+        ReadsAnother(megatron_param="mine", hf_param="theirs", hf_shape=(4, 3)), num_layers=1
+    )
     with pytest.raises(MappingError, match=r"theirs: 12 of 12 elements are not covered"):
         registry.resolve()
 
 
 def test_a_tensor_used_by_two_parameters_is_refused() -> None:
     registry = MegatronMappingRegistry(
-        DirectMapping("first", "shared", (2,)),
-        DirectMapping("second", "shared", (2,)),
+        DirectMapping(megatron_param="first", hf_param="shared", hf_shape=(2,)),
+        DirectMapping(megatron_param="second", hf_param="shared", hf_shape=(2,)),
         num_layers=1,
     )
     with pytest.raises(MappingError, match=r"shared: block \[0:2, 0:1\] is covered twice"):
@@ -129,7 +143,9 @@ def test_a_tensor_used_by_two_parameters_is_refused() -> None:
 
 def test_two_mappings_for_one_name_are_refused() -> None:
     registry = MegatronMappingRegistry(
-        DirectMapping("l.*.a", "x.*", (2,)), DirectMapping("l.*.a", "y.*", (2,)), num_layers=2
+        DirectMapping(megatron_param="l.*.a", hf_param="x.*", hf_shape=(2,)),
+        DirectMapping(megatron_param="l.*.a", hf_param="y.*", hf_shape=(2,)),
+        num_layers=2,
     )
     with pytest.raises(MappingError, match=r"two mappings write .* l\.0\.a"):
         registry.resolve()
@@ -137,7 +153,9 @@ def test_two_mappings_for_one_name_are_refused() -> None:
 
 def test_two_shapes_for_one_tensor_are_refused() -> None:
     registry = MegatronMappingRegistry(
-        DirectMapping("a", "shared", (2,)), DirectMapping("b", "shared", (3,)), num_layers=1
+        DirectMapping(megatron_param="a", hf_param="shared", hf_shape=(2,)),
+        DirectMapping(megatron_param="b", hf_param="shared", hf_shape=(3,)),
+        num_layers=1,
     )
     with pytest.raises(MappingError, match="two mappings give shared different shapes"):
         registry.resolve()
@@ -187,8 +205,12 @@ def test_check_megatron_asks_for_padded_rows() -> None:
 
 def test_a_model_far_larger_than_its_checkpoint_is_refused_before_it_is_written_out() -> None:
     rows = [
-        DirectMapping("decoder.layers.*.a", "layers.*.a", (2,)),
-        DirectMapping("decoder.layers.*.experts.*.b", "layers.*.experts.*.b", (2,)),
+        DirectMapping(megatron_param="decoder.layers.*.a", hf_param="layers.*.a", hf_shape=(2,)),
+        DirectMapping(
+            megatron_param="decoder.layers.*.experts.*.b",
+            hf_param="layers.*.experts.*.b",
+            hf_shape=(2,),
+        ),
     ]
     registry = MegatronMappingRegistry(*rows, num_layers=10**8, num_experts=10**9)
     with pytest.raises(

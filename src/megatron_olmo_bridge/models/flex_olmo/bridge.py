@@ -6,17 +6,8 @@ from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
 from megatron_olmo_bridge.models.bridge import DecoderBridge
-from megatron_olmo_bridge.models.config import published
-from megatron_olmo_bridge.models.olmoe.config import MoEConfig
-from megatron_olmo_bridge.models.tables import (
-    ATTENTION,
-    MLP,
-    attention,
-    embedding,
-    experts,
-    norm,
-    post_norm,
-)
+from megatron_olmo_bridge.models.config import MoEConfig, published
+from megatron_olmo_bridge.models.tables import attention, embedding, experts, final_norm, norm
 
 
 class FlexOlmoConfig(MoEConfig):
@@ -70,8 +61,16 @@ class FlexOlmoBridge(DecoderBridge):
         return [
             embedding(c, padded_vocab_size),
             *attention(c, qk_norm=True),
-            post_norm(c, f"{ATTENTION}.linear_proj", "post_attention_layernorm"),
-            *experts(c, c.num_moe_experts),
-            post_norm(c, MLP, "post_feedforward_layernorm"),
-            norm(c, "decoder.final_layernorm.", "model.norm."),
+            norm(
+                c,
+                megatron_param="decoder.layers.*.self_attention.linear_proj.post_layernorm.weight",
+                hf_param="model.layers.*.post_attention_layernorm.weight",
+            ),
+            *experts(c),
+            norm(
+                c,
+                megatron_param="decoder.layers.*.mlp.post_layernorm.weight",
+                hf_param="model.layers.*.post_feedforward_layernorm.weight",
+            ),
+            final_norm(c),
         ]

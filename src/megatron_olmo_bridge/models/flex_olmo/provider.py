@@ -8,12 +8,12 @@ from functools import partial
 from megatron.core.transformer import ModuleSpec
 
 from megatron_olmo_bridge.models.layer_specs import decoder_layer, mixture_of_experts
-from megatron_olmo_bridge.models.olmoe.provider import MoEModelProvider
+from megatron_olmo_bridge.models.provider import MoEProvider
 from megatron_olmo_bridge.nn.post_norm_moe import PostNormMoELayer
 
 
 @dataclass
-class FlexOlmoModelProvider(MoEModelProvider):
+class FlexOlmoModelProvider(MoEProvider):
     """The config of a FlexOlmo model, and the model built from it."""
 
     layernorm_epsilon: float = 1e-6

@@ -14,9 +14,6 @@ from megatron_olmo_bridge.models.bridge import ModelBridge
 
 from .config import GPT2Config
 
-ATTENTION, MLP = "decoder.layers.*.self_attention", "decoder.layers.*.mlp"
-HF = "transformer.h.*"
-
 
 def _published(
     layers: int, hidden: int, heads: int, vocab: int = 50257, positions: int = 1024
@@ -82,31 +79,90 @@ class GPT2Bridge(ModelBridge):
 
     def table(self, padded_vocab_size: int | None) -> list[Mapping]:
         c = self.config
-        h, ffn = c.hidden_size, c.ffn_hidden_size
-        heads = (c.num_attention_heads, c.kv_channels)
-        positions, qkv = (c.max_position_embeddings, h), f"{ATTENTION}.linear_qkv"
         return [
-            DirectMapping(self.vocab_param, self.hf_embedding, (c.vocab_size, h),
-                          padded_vocab_size),
-            DirectMapping("embedding.position_embeddings.weight", "transformer.wpe.weight",
-                          positions),
-            *_norm(h, f"{qkv}.layer_norm_", f"{HF}.ln_1."),
-            FusedQKVMapping(f"{qkv}.weight", f"{HF}.attn.c_attn.weight", *heads, h),
-            FusedQKVMapping(f"{qkv}.bias", f"{HF}.attn.c_attn.bias", *heads, None),
-            *_linear(f"{ATTENTION}.linear_proj", f"{HF}.attn.c_proj", h, h),
-            *_norm(h, f"{MLP}.linear_fc1.layer_norm_", f"{HF}.ln_2."),
-            *_linear(f"{MLP}.linear_fc1", f"{HF}.mlp.c_fc", h, ffn),
-            *_linear(f"{MLP}.linear_fc2", f"{HF}.mlp.c_proj", ffn, h),
-            *_norm(h, "decoder.final_layernorm.", "transformer.ln_f."),
-        ]  # fmt: skip
-
-
-def _norm(width: int, megatron: str, hf: str) -> list[Mapping]:
-    return [DirectMapping(f"{megatron}{n}", f"{hf}{n}", (width,)) for n in ("weight", "bias")]
-
-
-def _linear(megatron: str, hf: str, inputs: int, outputs: int) -> list[Mapping]:
-    return [
-        TransposedMapping(f"{megatron}.weight", f"{hf}.weight", (inputs, outputs)),
-        DirectMapping(f"{megatron}.bias", f"{hf}.bias", (outputs,)),
-    ]
+            DirectMapping(
+                megatron_param="embedding.word_embeddings.weight",
+                hf_param="transformer.wte.weight",
+                hf_shape=(c.vocab_size, c.hidden_size),
+                padded_rows=padded_vocab_size,
+            ),
+            DirectMapping(
+                megatron_param="embedding.position_embeddings.weight",
+                hf_param="transformer.wpe.weight",
+                hf_shape=(c.max_position_embeddings, c.hidden_size),
+            ),
+            DirectMapping(
+                megatron_param="decoder.layers.*.self_attention.linear_qkv.layer_norm_weight",
+                hf_param="transformer.h.*.ln_1.weight",
+                hf_shape=(c.hidden_size,),
+            ),
+            DirectMapping(
+                megatron_param="decoder.layers.*.self_attention.linear_qkv.layer_norm_bias",
+                hf_param="transformer.h.*.ln_1.bias",
+                hf_shape=(c.hidden_size,),
+            ),
+            FusedQKVMapping(
+                megatron_param="decoder.layers.*.self_attention.linear_qkv.weight",
+                hf_param="transformer.h.*.attn.c_attn.weight",
+                num_attention_heads=c.num_attention_heads,
+                kv_channels=c.kv_channels,
+                hidden_size=c.hidden_size,
+            ),
+            FusedQKVMapping(
+                megatron_param="decoder.layers.*.self_attention.linear_qkv.bias",
+                hf_param="transformer.h.*.attn.c_attn.bias",
+                num_attention_heads=c.num_attention_heads,
+                kv_channels=c.kv_channels,
+                hidden_size=None,
+            ),
+            TransposedMapping(
+                megatron_param="decoder.layers.*.self_attention.linear_proj.weight",
+                hf_param="transformer.h.*.attn.c_proj.weight",
+                hf_shape=(c.hidden_size, c.hidden_size),
+            ),
+            DirectMapping(
+                megatron_param="decoder.layers.*.self_attention.linear_proj.bias",
+                hf_param="transformer.h.*.attn.c_proj.bias",
+                hf_shape=(c.hidden_size,),
+            ),
+            DirectMapping(
+                megatron_param="decoder.layers.*.mlp.linear_fc1.layer_norm_weight",
+                hf_param="transformer.h.*.ln_2.weight",
+                hf_shape=(c.hidden_size,),
+            ),
+            DirectMapping(
+                megatron_param="decoder.layers.*.mlp.linear_fc1.layer_norm_bias",
+                hf_param="transformer.h.*.ln_2.bias",
+                hf_shape=(c.hidden_size,),
+            ),
+            TransposedMapping(
+                megatron_param="decoder.layers.*.mlp.linear_fc1.weight",
+                hf_param="transformer.h.*.mlp.c_fc.weight",
+                hf_shape=(c.hidden_size, c.ffn_hidden_size),
+            ),
+            DirectMapping(
+                megatron_param="decoder.layers.*.mlp.linear_fc1.bias",
+                hf_param="transformer.h.*.mlp.c_fc.bias",
+                hf_shape=(c.ffn_hidden_size,),
+            ),
+            TransposedMapping(
+                megatron_param="decoder.layers.*.mlp.linear_fc2.weight",
+                hf_param="transformer.h.*.mlp.c_proj.weight",
+                hf_shape=(c.ffn_hidden_size, c.hidden_size),
+            ),
+            DirectMapping(
+                megatron_param="decoder.layers.*.mlp.linear_fc2.bias",
+                hf_param="transformer.h.*.mlp.c_proj.bias",
+                hf_shape=(c.hidden_size,),
+            ),
+            DirectMapping(
+                megatron_param="decoder.final_layernorm.weight",
+                hf_param="transformer.ln_f.weight",
+                hf_shape=(c.hidden_size,),
+            ),
+            DirectMapping(
+                megatron_param="decoder.final_layernorm.bias",
+                hf_param="transformer.ln_f.bias",
+                hf_shape=(c.hidden_size,),
+            ),
+        ]

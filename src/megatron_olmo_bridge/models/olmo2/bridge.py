@@ -7,15 +7,7 @@ from typing import Any, ClassVar
 from megatron_olmo_bridge.mapping.mappings import Mapping
 from megatron_olmo_bridge.models.bridge import DecoderBridge, ModelBridge
 from megatron_olmo_bridge.models.config import published
-from megatron_olmo_bridge.models.tables import (
-    ATTENTION,
-    MLP,
-    attention,
-    embedding,
-    gated_mlp,
-    norm,
-    post_norm,
-)
+from megatron_olmo_bridge.models.tables import attention, embedding, final_norm, gated_mlp, norm
 
 from .config import Olmo2Config
 from .megatron_lm import Olmo2MegatronRecord
@@ -41,10 +33,18 @@ def olmo2_table(bridge: ModelBridge, padded_vocab_size: int | None) -> list[Mapp
     return [
         embedding(c, padded_vocab_size),
         *attention(c, qk_norm=True),
-        post_norm(c, f"{ATTENTION}.linear_proj", "post_attention_layernorm"),
+        norm(
+            c,
+            megatron_param="decoder.layers.*.self_attention.linear_proj.post_layernorm.weight",
+            hf_param="model.layers.*.post_attention_layernorm.weight",
+        ),
         *gated_mlp(c),
-        post_norm(c, f"{MLP}.linear_fc2", "post_feedforward_layernorm"),
-        norm(c, "decoder.final_layernorm.", "model.norm."),
+        norm(
+            c,
+            megatron_param="decoder.layers.*.mlp.linear_fc2.post_layernorm.weight",
+            hf_param="model.layers.*.post_feedforward_layernorm.weight",
+        ),
+        final_norm(c),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from megatron_olmo_bridge.mapping.mappings import Mapping
 from megatron_olmo_bridge.models.bridge import DecoderBridge
 from megatron_olmo_bridge.models.config import published
-from megatron_olmo_bridge.models.tables import ATTENTION, attention, embedding, experts, norm
+from megatron_olmo_bridge.models.tables import attention, embedding, experts, final_norm, norm
 
 from .config import OlmoeConfig
 
@@ -52,11 +52,18 @@ class OlmoeBridge(DecoderBridge):
         c = self.config
         return [
             embedding(c, padded_vocab_size),
-            # The norm before attention, by the name that checkpoints have it under.
-            norm(c, f"{ATTENTION}.linear_qkv.layer_norm_", "model.layers.*.input_layernorm."),
+            # The norm before attention, by its name in checkpoints.
+            norm(
+                c,
+                megatron_param="decoder.layers.*.self_attention.linear_qkv.layer_norm_weight",
+                hf_param="model.layers.*.input_layernorm.weight",
+            ),
             *attention(c, qk_norm=True),
-            norm(c, "decoder.layers.*.pre_mlp_layernorm.",
-                 "model.layers.*.post_attention_layernorm."),
-            *experts(c, c.num_moe_experts),
-            norm(c, "decoder.final_layernorm.", "model.norm."),
-        ]  # fmt: skip
+            norm(
+                c,
+                megatron_param="decoder.layers.*.pre_mlp_layernorm.weight",
+                hf_param="model.layers.*.post_attention_layernorm.weight",
+            ),
+            *experts(c),
+            final_norm(c),
+        ]
