@@ -9,7 +9,7 @@ from typing import Any
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.errors import FormatError, quote
 from megatron_olmo_bridge.formats.files import parse_json
-from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, artifact_files
 from megatron_olmo_bridge.formats.tensors import TensorView
 
 # Keys that say nothing of the model, or whose meaning is compared as a number of the model.
@@ -57,14 +57,14 @@ def _task(source: Checkpoint) -> str:
     return "a language model" if not name or name.endswith(known) else name
 
 
-def side_differences(a: Checkpoint, b: Checkpoint) -> tuple[list[Difference], list[str]]:
+def artifact_differences(a: Checkpoint, b: Checkpoint) -> tuple[list[Difference], list[str]]:
     """Compare generation config, tokenizer, chat templates and the like: JSON files by what they
     say, others byte by byte.
 
     Returns:
         The differences, and notes on what only one of the two has, so that it wasn't compared.
     """
-    files = [_side_files(a), _side_files(b)]
+    files = [_artifact_files(a), _artifact_files(b)]
     names = sorted(files[0].keys() | files[1].keys())
     groups = (
         (_GENERATION_CONFIG, [n for n in names if n == _GENERATION_CONFIG]),
@@ -81,8 +81,8 @@ def side_differences(a: Checkpoint, b: Checkpoint) -> tuple[list[Difference], li
     return differences, notes
 
 
-def _side_files(source: Checkpoint) -> dict[str, bytes]:
-    found = side_files(source.artifacts_folder) if source.artifacts_folder else {}
+def _artifact_files(source: Checkpoint) -> dict[str, bytes]:
+    found = artifact_files(source.artifacts_folder) if source.artifacts_folder else {}
     return {name: data for name, data in found.items() if name != CONFIG}
 
 

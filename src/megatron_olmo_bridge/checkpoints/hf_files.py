@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, side_files
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, artifact_files
 from megatron_olmo_bridge.formats.safetensors import write_header
 from megatron_olmo_bridge.formats.tensors import TensorSpec
 from megatron_olmo_bridge.storage.plan import Literal, OutputFile, Payload
@@ -31,17 +31,22 @@ def parse_size(size: str | int) -> int:
     return count
 
 
-def side_texts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[str, bytes]:
-    """The small files beside weights of a dtype, by name: config.json, and what the folder has.
+def output_artifacts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[str, bytes]:
+    """Return the config and tokenizer files to write with the weights, by name.
 
-    The folder's config.json is taken byte for byte if it says the same.
+    The folder's config.json is copied byte for byte if it has the same values and dtype.
+
+    Args:
+        config: values of config.json.
+        dtype: dtype of the weights.
+        folder: folder to copy the other files from; None for config.json alone.
     """
-    texts = {} if folder is None else side_files(folder)
-    recorded = recorded_dtypes(config)
-    right = recorded and all(value == dtype for value in recorded.values())
-    if CONFIG not in texts or not right or json.loads(texts[CONFIG]) != config:
-        texts[CONFIG] = config_with_dtype(config, dtype)
-    return texts
+    files = {} if folder is None else artifact_files(folder)
+    dtypes = recorded_dtypes(config).values()
+    names_dtype = dtypes and all(recorded == dtype for recorded in dtypes)
+    if CONFIG not in files or not names_dtype or json.loads(files[CONFIG]) != config:
+        files[CONFIG] = config_with_dtype(config, dtype)
+    return files
 
 
 def shards(tensors: Mapping[str, TensorSpec], dtype: str, limit: int) -> tuple[OutputFile, ...]:

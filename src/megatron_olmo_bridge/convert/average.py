@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.checkpoints.differences import config_differences, name_differences
-from megatron_olmo_bridge.checkpoints.hf_files import index_of, parse_size, shards, side_texts
+from megatron_olmo_bridge.checkpoints.hf_files import index_of, output_artifacts, parse_size, shards
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
@@ -81,7 +81,7 @@ def plan_average(
     }
     files = shards(tensors, "keep", limit)
     stored = next(iter(tensors.values())).dtype
-    texts = index_of(files) | side_texts(first.hf_config, stored, first.artifacts_folder)
+    texts = index_of(files) | output_artifacts(first.hf_config, stored, first.artifacts_folder)
     snapshots = tuple(source.snapshot for source in opened)
     plan = CopyPlan("average", first.folder, files, texts, ".", snapshots=snapshots)
     names = [f"{name} at {commit}" if commit else name for _, name, commit in fetched]

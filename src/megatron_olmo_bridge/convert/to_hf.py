@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
-from megatron_olmo_bridge.checkpoints.hf_files import index_of, parse_size, shards, side_texts
+from megatron_olmo_bridge.checkpoints.hf_files import index_of, output_artifacts, parse_size, shards
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError, SkippedError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
@@ -114,5 +114,5 @@ def plan_exports(
 def _plan(source: Checkpoint, dtype: str, limit: int) -> CopyPlan:
     files = shards(source.tensors, dtype, limit)
     stored = dtype if dtype != "keep" else source.tensors[next(iter(source.tensors))].dtype
-    texts = index_of(files) | side_texts(source.hf_config, stored, source.artifacts_folder)
+    texts = index_of(files) | output_artifacts(source.hf_config, stored, source.artifacts_folder)
     return CopyPlan("export", source.folder, files, texts, ".", snapshots=(source.snapshot,))

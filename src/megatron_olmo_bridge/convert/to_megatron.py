@@ -25,7 +25,7 @@ from megatron_olmo_bridge.formats.dcp_metadata import (
     encode_metadata,
 )
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
-from megatron_olmo_bridge.formats.hf_folder import CONFIG, side_files
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, artifact_files
 from megatron_olmo_bridge.formats.inert import built
 from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.tensors import MixedView, TensorView
@@ -119,8 +119,8 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
         COMMON: object_archive(common),
         RUN_CONFIG: yaml.safe_dump(run_config, sort_keys=False).encode(),
     }
-    side = side_files(source.artifacts_folder) if source.artifacts_folder else {}
-    texts |= {f"{HF_SUBFOLDER}/{name}": data for name, data in side.items()}
+    artifacts = artifact_files(source.artifacts_folder) if source.artifacts_folder else {}
+    texts |= {f"{HF_SUBFOLDER}/{name}": data for name, data in artifacts.items()}
     config = f"{HF_SUBFOLDER}/{CONFIG}"
     is_own = source.config_from == source.folder / CONFIG
     if dtype != "keep" or not is_own or json.loads(texts[config]) != source.hf_config:

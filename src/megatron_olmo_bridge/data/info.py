@@ -9,7 +9,7 @@ from typing import Any, get_origin, get_type_hints
 import numpy as np
 
 from megatron_olmo_bridge.errors import FormatError, InputError, quote
-from megatron_olmo_bridge.formats.files import SIDE_FILES_LIMIT, read_json, read_small
+from megatron_olmo_bridge.formats.files import ARTIFACT_FILES_LIMIT, read_json, read_small
 
 from .indexed import Indexed, read_indexed
 from .prefix import prefix_of
@@ -147,7 +147,7 @@ def _decoded(info: DataInfo, ids: list[int]) -> str | None:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_buffer(read_small(file, SIDE_FILES_LIMIT))
+        tokenizer = Tokenizer.from_buffer(read_small(file, ARTIFACT_FILES_LIMIT))
         return str(tokenizer.decode(ids, skip_special_tokens=False))
     except Exception:  # the library has no class of its own; the text is an extra
         return None

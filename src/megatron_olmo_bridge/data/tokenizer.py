@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.formats.hf_folder import side_files
+from megatron_olmo_bridge.formats.hf_folder import artifact_files
 from megatron_olmo_bridge.storage.execute import sha256
 from megatron_olmo_bridge.storage.hub import is_on_hub
 
@@ -67,7 +67,7 @@ def load_pretrained(name: str) -> tuple[Any, Path | None]:
 
     Raises:
         InputError: there is none.
-        FormatError: see :func:`~megatron_olmo_bridge.formats.hf_folder.side_files`.
+        FormatError: see :func:`~megatron_olmo_bridge.formats.hf_folder.artifact_files`.
     """
     from transformers import AutoTokenizer
 
@@ -78,7 +78,7 @@ def load_pretrained(name: str) -> tuple[Any, Path | None]:
         )
     local = folder.resolve() if folder.is_dir() else None
     if local is not None:
-        side_files(local)  # refuses what transformers would wait for, or read whole
+        artifact_files(local)  # refuses what transformers would wait for, or read whole
     try:
         return AutoTokenizer.from_pretrained(local or name), local
     except Exception as error:  # many kinds, of transformers, tokenizers and the hub

@@ -25,7 +25,7 @@ RECIPE_LIMIT = 1 << 20
 JSON_LIMIT = 24 << 20
 """config.json, the index of shards, headers of safetensors files (200,000 tensors), and the records
 that this package writes."""
-SIDE_FILES_LIMIT = 64 << 20
+ARTIFACT_FILES_LIMIT = 64 << 20
 """Config and tokenizer files of a folder, together."""
 PICKLE_LIMIT = 256 << 20
 """.metadata, and the pickle in an archive: 5 MB for a 32B model with its optimizer's state. Reading

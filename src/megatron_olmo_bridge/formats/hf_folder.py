@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError, quote
 
-from .files import SIDE_FILES_LIMIT, read_json, read_small
+from .files import ARTIFACT_FILES_LIMIT, read_json, read_small
 from .safetensors import read_header
 from .tensors import StoredArray
 
@@ -20,7 +20,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"
-SIDE_FILES = (
+ARTIFACT_FILES = (
     CONFIG,
     "generation_config.json",
     "modelcard.json",
@@ -55,7 +55,7 @@ _SETTINGS = "config.json"
 """How the names of files that may have an ``auto_map`` end."""
 CODE = "*.py"
 """A model's own code, which ``save_pretrained`` writes where a config has an ``auto_map``."""
-HUB_PATTERNS = (*SIDE_FILES, CODE, "*.safetensors", INDEX)
+HUB_PATTERNS = (*ARTIFACT_FILES, CODE, "*.safetensors", INDEX)
 """What is fetched from the hub."""
 
 
@@ -145,7 +145,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path / CONFIG)
 
 
-def side_files(path: Path) -> dict[str, bytes]:
+def artifact_files(path: Path) -> dict[str, bytes]:
     """Return the folder's files beside the weights that belong to its model, by name in it.
 
     Python files are among them where a config or tokenizer names them in its ``auto_map``.
@@ -161,7 +161,7 @@ def side_files(path: Path) -> dict[str, bytes]:
     if (path / CHAT_TEMPLATES).is_dir():
         names += [f"{CHAT_TEMPLATES}/{entry.name}" for entry in (path / CHAT_TEMPLATES).iterdir()]
     names = sorted(name for name in names if not (path / name).is_dir())
-    own = _read_all(path, [name for name in names if _matches(name, SIDE_FILES)])
+    own = _read_all(path, [name for name in names if _matches(name, ARTIFACT_FILES)])
     if any(b'"auto_map"' in data for name, data in own.items() if name.endswith(_SETTINGS)):
         own |= _read_all(path, [name for name in names if _matches(name, (CODE,))])
     return own
@@ -174,12 +174,12 @@ def _read_all(path: Path, names: list[str]) -> dict[str, bytes]:
         refuse_outside(path / name, path)
         if not (path / name).exists():
             raise FormatError(f"{path / name}: is a link to a file that is not there")
-        files[name] = read_small(path / name, SIDE_FILES_LIMIT)
+        files[name] = read_small(path / name, ARTIFACT_FILES_LIMIT)
         total += len(files[name])
-        if total > SIDE_FILES_LIMIT:
+        if total > ARTIFACT_FILES_LIMIT:
             raise FormatError(
-                f"{path}: its config and tokenizer files have more than {SIDE_FILES_LIMIT:,} bytes "
-                "together"
+                f"{path}: its config and tokenizer files have more than {ARTIFACT_FILES_LIMIT:,} "
+                "bytes together"
             )
     return files
 

@@ -17,9 +17,9 @@ from megatron.core.utils import unwrap_model
 from megatron_olmo_bridge.checkpoints.hf_files import (
     MAX_SHARD_SIZE,
     index_of,
+    output_artifacts,
     parse_size,
     shards,
-    side_texts,
 )
 from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER, RUN_CONFIG
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
@@ -73,7 +73,7 @@ def save_hf(
     dtype = _dtype(live)
     specs = {n: TensorSpec(n, shape, dtype) for n, shape in live.mapping.hf_shapes.items()}
     files = shards(specs, "keep", parse_size(max_shard_size))
-    texts = index_of(files) | side_texts(bridge.hf_config, dtype, artifacts_folder)
+    texts = index_of(files) | output_artifacts(bridge.hf_config, dtype, artifacts_folder)
     plan = CopyPlan("export", artifacts_folder, files, texts, ".")
     target = Path(destination).expanduser()
     # What a killed save left is of other weights, perhaps: begin anew.
@@ -182,7 +182,7 @@ def megatron_state(
         "iteration": iteration,
         **model_states(chunks),
     }
-    artifacts = side_texts(bridge.hf_config, dtype, artifacts_folder)
+    artifacts = output_artifacts(bridge.hf_config, dtype, artifacts_folder)
     texts = {f"{HF_SUBFOLDER}/{name}": data for name, data in artifacts.items()}
     run_config = {"model": bridge.megatron_record.run_config(rows, dtype)}
     texts[RUN_CONFIG] = yaml.safe_dump(run_config, sort_keys=False).encode()

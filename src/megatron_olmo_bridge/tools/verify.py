@@ -11,9 +11,9 @@ from typing import Any
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
 from megatron_olmo_bridge.checkpoints.differences import (
     Difference,
+    artifact_differences,
     config_differences,
     name_differences,
-    side_differences,
 )
 from megatron_olmo_bridge.checkpoints.open import find_kind, open_checkpoint, options_for_each
 from megatron_olmo_bridge.errors import InputError, MappingError
@@ -84,7 +84,7 @@ def verify(
         for name in a.mapping.hf_shapes
         if name not in a.tensors and name not in b.tensors
     ]
-    found, notes = side_differences(a, b)
+    found, notes = artifact_differences(a, b)
     differences += found
     pairs, untold = _pairs(a, b)
     total = sum(view.nbytes for view, _ in pairs)

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError
-from megatron_olmo_bridge.formats.files import SIDE_FILES_LIMIT
+from megatron_olmo_bridge.formats.files import ARTIFACT_FILES_LIMIT
 from megatron_olmo_bridge.formats.hf_folder import (
     HFFolder,
+    artifact_files,
     is_hf_folder,
     read_config,
-    side_files,
 )
 
 
@@ -168,7 +168,7 @@ def test_bin_files_are_refused_but_not_beside_safetensors(tmp_path: Path, sharde
         HFFolder.read(other)
 
 
-def test_side_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
+def test_artifact_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
     ours = [
         "added_tokens.json",
         "chat_template.jinja",
@@ -184,12 +184,12 @@ def test_side_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
     for name in [*ours, "README.md", "model.safetensors", "training_args.bin", "notes.txt"]:
         (tmp_path / name).write_text("x")
     (tmp_path / "tokenizer").mkdir()
-    assert side_files(tmp_path) == dict.fromkeys(ours, b"x")
+    assert artifact_files(tmp_path) == dict.fromkeys(ours, b"x")
 
 
 @pytest.mark.parametrize(
     ("read", "name"),
-    [(HFFolder.read, b"w\xff.safetensors"), (side_files, b"tokenizer\xff.json")],
+    [(HFFolder.read, b"w\xff.safetensors"), (artifact_files, b"tokenizer\xff.json")],
 )
 def test_file_names_that_are_not_utf8_are_refused(
     tmp_path: Path, read: Callable[[Path], object], name: bytes
@@ -204,9 +204,9 @@ def test_file_names_that_are_not_utf8_are_refused(
 def test_code_is_a_models_own_where_a_config_names_it(tmp_path: Path) -> None:
     for name in ("modeling_own.py", "config.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
-    assert "modeling_own.py" not in side_files(tmp_path)
+    assert "modeling_own.py" not in artifact_files(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {}}')
-    assert "modeling_own.py" in side_files(tmp_path)
+    assert "modeling_own.py" in artifact_files(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(
         (folder / "between").symlink_to(secret)
         file.symlink_to(folder / "between")
     with pytest.raises(FormatError, match=f"{name}: is a link to {secret}, outside of its folder"):
-        side_files(folder)
+        artifact_files(folder)
     if name == "config.json":
         with pytest.raises(FormatError, match="outside of its folder"):
             read_config(folder)
@@ -261,19 +261,19 @@ def test_a_folder_of_templates_that_is_a_link_out_of_the_folder_is_refused(folde
     (folder.parent / "other/a.jinja").touch()
     (folder / "additional_chat_templates").symlink_to(folder.parent / "other")
     with pytest.raises(FormatError, match=r"a\.jinja: is a link to .*other/a\.jinja"):
-        side_files(folder)
+        artifact_files(folder)
 
 
 def test_a_link_to_nothing_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").symlink_to("absent")
     with pytest.raises(FormatError, match=r"tokenizer\.json: is a link to a file that is not"):
-        side_files(folder)
+        artifact_files(folder)
 
 
 def test_links_inside_the_folder_and_to_the_folder_are_followed(folder: Path) -> None:
     (folder / "tokenizer.json").symlink_to("config.json")
     (folder.parent / "link").symlink_to(folder)
-    assert side_files(folder.parent / "link") == {"config.json": b"{}", "tokenizer.json": b"{}"}
+    assert artifact_files(folder.parent / "link") == {"config.json": b"{}", "tokenizer.json": b"{}"}
 
 
 @pytest.mark.parametrize(
@@ -293,11 +293,11 @@ def test_links_into_the_blobs_of_the_same_model_in_the_hubs_cache_are_followed(
     (tmp_path / blob).write_text("{}")
     (snapshot / "config.json").symlink_to(os.path.relpath(tmp_path / blob, snapshot))
     if says is None:
-        assert side_files(snapshot) == {"config.json": b"{}"}
+        assert artifact_files(snapshot) == {"config.json": b"{}"}
         assert read_config(snapshot) == {}
         return
     with pytest.raises(FormatError, match=says):
-        side_files(snapshot)
+        artifact_files(snapshot)
 
 
 def test_shards_may_be_links_to_anywhere(sharded: Path, tmp_path: Path) -> None:
@@ -312,15 +312,15 @@ def test_a_pipe_is_refused_and_nobody_waits_for_its_writer(folder: Path, name: s
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     with pytest.raises(FormatError, match=f"{name}"):
-        side_files(folder) and HFFolder.read(folder)
+        artifact_files(folder) and HFFolder.read(folder)
 
 
-def test_side_files_that_are_too_large_together(folder: Path) -> None:
+def test_artifact_files_that_are_too_large_together(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model"):
         with (folder / name).open("wb") as file:
-            file.truncate(SIDE_FILES_LIMIT // 2 + 1)
+            file.truncate(ARTIFACT_FILES_LIMIT // 2 + 1)
     with pytest.raises(FormatError, match="hf: its config and tokenizer files have more than"):
-        side_files(folder)
+        artifact_files(folder)
 
 
 def test_thousands_of_shards_use_one_descriptor_at_a_time(tmp_path: Path) -> None:
