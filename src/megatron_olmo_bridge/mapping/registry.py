@@ -92,10 +92,6 @@ class ResolvedMapping:
         found = {name: s for name, s in shapes.items() if self.reason_to_ignore(name) is None}
         check_tensors(self.hf_shapes, found, where)
 
-    def check_megatron(self, shapes: MappingABC[str, Shape], where: object) -> None:
-        """Raise MappingError unless the parameters found are those of the mapping."""
-        check_tensors({n: p.shape for n, p in self.parameters.items()}, shapes, where)
-
 
 class MegatronMappingRegistry:
     """A family's table: one mapping for each Megatron parameter, ``*`` for layer and expert."""

@@ -1,6 +1,5 @@
 """The registry: every parameter of every layer, or an error that names what is wrong."""
 
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -191,16 +190,6 @@ def test_check_hf_names_everything_that_is_wrong_at_once() -> None:
         "unexpected (1):\n  - h.2.ln\n"
         "wrong shape (1):\n  - norm has shape [4], the config asks for [3]"
     )
-
-
-def test_check_megatron_asks_for_padded_rows() -> None:
-    mapping = small()
-    shapes = {name: p.shape for name, p in mapping.parameters.items()}
-    mapping.check_megatron(shapes, "folder")
-    shapes["embedding"] = (4, 3)
-    message = re.escape("embedding has shape [4, 3], the config asks for [6, 3]")
-    with pytest.raises(MappingError, match=message):
-        mapping.check_megatron(shapes, "folder")
 
 
 def test_a_model_far_larger_than_its_checkpoint_is_refused_before_it_is_written_out() -> None:

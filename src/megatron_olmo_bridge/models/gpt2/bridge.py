@@ -41,8 +41,54 @@ def _published(
     }
 
 
+def gpt2_table(bridge: ModelBridge, padded_vocab_size: int | None) -> list[Mapping]:
+    """Return GPT-2's mapping table; ``Conv1D`` weights are [in, out]."""
+    c = bridge.config
+    hidden, ffn = c.hidden_size, c.ffn_hidden_size
+    return [
+        DirectMapping(megatron_param="embedding.word_embeddings.weight",
+                      hf_param="transformer.wte.weight", hf_shape=(c.vocab_size, hidden),
+                      padded_rows=padded_vocab_size),
+        DirectMapping(megatron_param="embedding.position_embeddings.weight",
+                      hf_param="transformer.wpe.weight",
+                      hf_shape=(c.max_position_embeddings, hidden)),
+        DirectMapping(megatron_param="decoder.layers.*.self_attention.linear_qkv.layer_norm_weight",
+                      hf_param="transformer.h.*.ln_1.weight", hf_shape=(hidden,)),
+        DirectMapping(megatron_param="decoder.layers.*.self_attention.linear_qkv.layer_norm_bias",
+                      hf_param="transformer.h.*.ln_1.bias", hf_shape=(hidden,)),
+        FusedQKVMapping(megatron_param="decoder.layers.*.self_attention.linear_qkv.weight",
+                        hf_param="transformer.h.*.attn.c_attn.weight",
+                        num_attention_heads=c.num_attention_heads, kv_channels=c.kv_channels,
+                        hidden_size=hidden),
+        FusedQKVMapping(megatron_param="decoder.layers.*.self_attention.linear_qkv.bias",
+                        hf_param="transformer.h.*.attn.c_attn.bias",
+                        num_attention_heads=c.num_attention_heads, kv_channels=c.kv_channels,
+                        hidden_size=None),
+        TransposedMapping(megatron_param="decoder.layers.*.self_attention.linear_proj.weight",
+                          hf_param="transformer.h.*.attn.c_proj.weight", hf_shape=(hidden, hidden)),
+        DirectMapping(megatron_param="decoder.layers.*.self_attention.linear_proj.bias",
+                      hf_param="transformer.h.*.attn.c_proj.bias", hf_shape=(hidden,)),
+        DirectMapping(megatron_param="decoder.layers.*.mlp.linear_fc1.layer_norm_weight",
+                      hf_param="transformer.h.*.ln_2.weight", hf_shape=(hidden,)),
+        DirectMapping(megatron_param="decoder.layers.*.mlp.linear_fc1.layer_norm_bias",
+                      hf_param="transformer.h.*.ln_2.bias", hf_shape=(hidden,)),
+        TransposedMapping(megatron_param="decoder.layers.*.mlp.linear_fc1.weight",
+                          hf_param="transformer.h.*.mlp.c_fc.weight", hf_shape=(hidden, ffn)),
+        DirectMapping(megatron_param="decoder.layers.*.mlp.linear_fc1.bias",
+                      hf_param="transformer.h.*.mlp.c_fc.bias", hf_shape=(ffn,)),
+        TransposedMapping(megatron_param="decoder.layers.*.mlp.linear_fc2.weight",
+                          hf_param="transformer.h.*.mlp.c_proj.weight", hf_shape=(ffn, hidden)),
+        DirectMapping(megatron_param="decoder.layers.*.mlp.linear_fc2.bias",
+                      hf_param="transformer.h.*.mlp.c_proj.bias", hf_shape=(hidden,)),
+        DirectMapping(megatron_param="decoder.final_layernorm.weight",
+                      hf_param="transformer.ln_f.weight", hf_shape=(hidden,)),
+        DirectMapping(megatron_param="decoder.final_layernorm.bias",
+                      hf_param="transformer.ln_f.bias", hf_shape=(hidden,)),
+    ]  # fmt: skip
+
+
 class GPT2Bridge(ModelBridge):
-    """GPT-2: pre-norm blocks with biases, learned positions, ``Conv1D`` weights [in, out]."""
+    """GPT-2: pre-norm blocks with biases, and learned positions."""
 
     family = "gpt2"
     architectures = ("GPT2LMHeadModel", "gpt2")
@@ -73,96 +119,8 @@ class GPT2Bridge(ModelBridge):
         "*h.*.attn.masked_bias": "a constant, not a weight",
     }
 
+    table = gpt2_table
+
     @classmethod
     def with_layers(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
         return {**config, "n_layer": layers}
-
-    def table(self, padded_vocab_size: int | None) -> list[Mapping]:
-        c = self.config
-        return [
-            DirectMapping(
-                megatron_param="embedding.word_embeddings.weight",
-                hf_param="transformer.wte.weight",
-                hf_shape=(c.vocab_size, c.hidden_size),
-                padded_rows=padded_vocab_size,
-            ),
-            DirectMapping(
-                megatron_param="embedding.position_embeddings.weight",
-                hf_param="transformer.wpe.weight",
-                hf_shape=(c.max_position_embeddings, c.hidden_size),
-            ),
-            DirectMapping(
-                megatron_param="decoder.layers.*.self_attention.linear_qkv.layer_norm_weight",
-                hf_param="transformer.h.*.ln_1.weight",
-                hf_shape=(c.hidden_size,),
-            ),
-            DirectMapping(
-                megatron_param="decoder.layers.*.self_attention.linear_qkv.layer_norm_bias",
-                hf_param="transformer.h.*.ln_1.bias",
-                hf_shape=(c.hidden_size,),
-            ),
-            FusedQKVMapping(
-                megatron_param="decoder.layers.*.self_attention.linear_qkv.weight",
-                hf_param="transformer.h.*.attn.c_attn.weight",
-                num_attention_heads=c.num_attention_heads,
-                kv_channels=c.kv_channels,
-                hidden_size=c.hidden_size,
-            ),
-            FusedQKVMapping(
-                megatron_param="decoder.layers.*.self_attention.linear_qkv.bias",
-                hf_param="transformer.h.*.attn.c_attn.bias",
-                num_attention_heads=c.num_attention_heads,
-                kv_channels=c.kv_channels,
-                hidden_size=None,
-            ),
-            TransposedMapping(
-                megatron_param="decoder.layers.*.self_attention.linear_proj.weight",
-                hf_param="transformer.h.*.attn.c_proj.weight",
-                hf_shape=(c.hidden_size, c.hidden_size),
-            ),
-            DirectMapping(
-                megatron_param="decoder.layers.*.self_attention.linear_proj.bias",
-                hf_param="transformer.h.*.attn.c_proj.bias",
-                hf_shape=(c.hidden_size,),
-            ),
-            DirectMapping(
-                megatron_param="decoder.layers.*.mlp.linear_fc1.layer_norm_weight",
-                hf_param="transformer.h.*.ln_2.weight",
-                hf_shape=(c.hidden_size,),
-            ),
-            DirectMapping(
-                megatron_param="decoder.layers.*.mlp.linear_fc1.layer_norm_bias",
-                hf_param="transformer.h.*.ln_2.bias",
-                hf_shape=(c.hidden_size,),
-            ),
-            TransposedMapping(
-                megatron_param="decoder.layers.*.mlp.linear_fc1.weight",
-                hf_param="transformer.h.*.mlp.c_fc.weight",
-                hf_shape=(c.hidden_size, c.ffn_hidden_size),
-            ),
-            DirectMapping(
-                megatron_param="decoder.layers.*.mlp.linear_fc1.bias",
-                hf_param="transformer.h.*.mlp.c_fc.bias",
-                hf_shape=(c.ffn_hidden_size,),
-            ),
-            TransposedMapping(
-                megatron_param="decoder.layers.*.mlp.linear_fc2.weight",
-                hf_param="transformer.h.*.mlp.c_proj.weight",
-                hf_shape=(c.ffn_hidden_size, c.hidden_size),
-            ),
-            DirectMapping(
-                megatron_param="decoder.layers.*.mlp.linear_fc2.bias",
-                hf_param="transformer.h.*.mlp.c_proj.bias",
-                hf_shape=(c.hidden_size,),
-            ),
-            DirectMapping(
-                megatron_param="decoder.final_layernorm.weight",
-                hf_param="transformer.ln_f.weight",
-                hf_shape=(c.hidden_size,),
-            ),
-            DirectMapping(
-                megatron_param="decoder.final_layernorm.bias",
-                hf_param="transformer.ln_f.bias",
-                hf_shape=(c.hidden_size,),
-            ),
-        ]
