@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,29 +34,28 @@ def attention_kernels() -> list[AttentionKernel]:
     if why_no_transformer_engine() is not None:
         return []
     largest = {bridge: size for size, bridge in published_sizes().items()}
-    return [
-        AttentionKernel(size, layers, _kernel(config, window))
-        for bridge, size in largest.items()
-        for config in [bridge(bridge.sizes[size]).config]
-        for layers, window in _windows(config)
-    ]
-
-
-def _windows(config: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield each kind of layer with its window, as Transformer Engine counts it."""
-    heads = f"heads of {config.kv_channels}"
-    yield heads, (-1, 0)
-    if window := getattr(config, "window_size", None):
-        yield f"{heads}, window of {window[0] + 1}", window
+    kernels = []
+    for bridge, size in largest.items():
+        config = bridge(bridge.sizes[size]).config
+        heads = f"heads of {config.kv_channels}"
+        kernels.append(AttentionKernel(size, heads, _kernel(config, (-1, 0))))
+        if window := getattr(config, "window_size", None):
+            layers = f"{heads}, window of {window[0] + 1}"
+            kernels.append(AttentionKernel(size, layers, _kernel(config, window)))
+    return kernels
 
 
 def _kernel(config: Any, window: tuple[int, int]) -> str:
-    """Return the choice of Transformer Engine's ``get_attention_backend`` (2.6 to 2.20)."""
+    """Return the choice of Transformer Engine's ``get_attention_backend`` (2.6 to 2.20).
+
+    Args:
+        window: tokens before and after itself that a query sees; -1 for all.
+    """
     try:
         from transformer_engine.pytorch.attention.dot_product_attention import utils
 
-        known = {field.name for field in fields(utils.AttentionParams)}
-        asked: dict[str, Any] = {
+        known_fields = {field.name for field in fields(utils.AttentionParams)}
+        values: dict[str, Any] = {
             "qkv_layout": "sbhd_sbhd_sbhd",
             "num_heads": config.num_attention_heads,
             "num_gqa_groups": getattr(config, "num_query_groups", config.num_attention_heads),
@@ -69,11 +67,11 @@ def _kernel(config: Any, window: tuple[int, int]) -> str:
             "window_size": window,
             "bottom_right_diagonal": False,
         }
-        params = utils.AttentionParams(**{k: v for k, v in asked.items() if k in known})
+        params = utils.AttentionParams(**{k: v for k, v in values.items() if k in known_fields})
         flash, flash_version, fused, fused_backend, unfused, *_ = utils.get_attention_backend(
             params
         )
-    except Exception as error:  # an internal function: no reason for the caller to fail
+    except Exception as error:  # the function is internal and may change: report, don't fail
         return f"not known: {type(error).__name__}: {error}"
     if flash:
         return f"flash attention {flash_version}"

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import DirectMapping, Mapping
+from megatron_olmo_bridge.mapping.placement import Shape
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 
 from .heads import num_labels_of
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 class ModelBridge(ABC):
     """Config values and mapping of one model; each family subclasses this.
 
-    Creating a bridge reads no weights. A family defines its mapping table and names its classes;
-    the rest is derived.
+    Creating a bridge reads no weights.
     """
 
     family: ClassVar[str]
@@ -35,10 +35,9 @@ class ModelBridge(ABC):
     sizes: ClassVar[dict[str, dict[str, Any]]]
     """Published sizes: ``config.json`` by name."""
     config_class: ClassVar[Any]
-    """Dataclass of the values that fix shapes and arithmetic, by megatron-core's names; its
-    ``from_hf`` reads them from a ``config.json``."""
+    """Dataclass of the config values; its ``from_hf`` reads them from a ``config.json``."""
     provider_class: ClassVar[str]
-    """``module:Class`` of the provider, which needs megatron-core."""
+    """``module:Class`` of the provider. Only the provider needs megatron-core."""
     record_class: ClassVar[type[MegatronRecord]] = MegatronRecord
     """Class that reads and writes the model settings in Megatron's own files."""
     layouts: ClassVar[str] = "TP, PP, SP"
@@ -46,7 +45,7 @@ class ModelBridge(ABC):
     default_pad_token_id: ClassVar[int | None] = None
     """Default of transformers' config class."""
     settings: ClassVar[dict[str, Any]]
-    """Settings that are the same for every model of the family, besides :attr:`config_values`."""
+    """Settings that all models of the family share, besides :attr:`config_values`."""
     hf_base: ClassVar[str]
     """Name of transformers' class without a head, for example ``Olmo2Model``."""
     hf_embedding: ClassVar[str]
@@ -65,7 +64,7 @@ class ModelBridge(ABC):
         """Number of classes of the classification head; None for a language model."""
         values = HFValues(hf_config, {"pad_token_id": self.default_pad_token_id})
         self.pad_token_id = values.optional_whole("pad_token_id") if self.num_labels else None
-        """Padding token, by which a classifier finds the end of a sequence; None without one."""
+        """Padding token, with which a classifier finds the end of a sequence; None without one."""
 
     @classmethod
     def with_layers(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -105,6 +104,11 @@ class ModelBridge(ABC):
         """Rows of the Hugging Face embedding."""
         return int(self.config.vocab_size)
 
+    @property
+    def hf_shapes(self) -> dict[str, Shape]:
+        """Name and shape of every Hugging Face tensor of this model."""
+        return self.mapping_registry().resolve_hf()
+
     def mapping_registry(self, padded_vocab_size: int | None = None) -> MegatronMappingRegistry:
         """Return the mapping of this model: the family's table and the head."""
         rows, ignored = self.table(padded_vocab_size), dict(self.ignored)
@@ -141,30 +145,27 @@ class ModelBridge(ABC):
         return []
 
     def hf_names(self, stored: Collection[str]) -> dict[str, str]:
-        """Map stored tensor names to the mapping table's names, where they differ.
+        """Map the stored names that are not the mapping table's to the table's.
 
-        Follows transformers: a base model saved alone has no ``model.`` prefix, and tied embeddings
-        may be stored under either name.
+        As in transformers, a base model saved without its head has no ``model.`` prefix, and tied
+        embeddings may be stored under the name of the head.
         """
         prefix, _, layers = self.hf_layers.partition(".")
-        embedding = self.hf_embedding.removeprefix(f"{prefix}.")
+        prefix += "."
         names = {}
-        if any(name == embedding or name.startswith(layers) for name in stored):
+        if any(prefix + n == self.hf_embedding or n.startswith(layers) for n in stored):
             heads = (HF_HEAD, HF_SCORE)
-            names = {
-                n: f"{prefix}.{n}"
-                for n in stored
-                if n not in heads and not n.startswith(f"{prefix}.")
-            }
-        known = {names.get(name, name) for name in stored}
-        has_layers = any(name.startswith(self.hf_layers) for name in known)
-        if self.is_tied and has_layers and HF_HEAD in known and self.hf_embedding not in known:
+            names = {n: prefix + n for n in stored if n not in heads and not n.startswith(prefix)}
+        in_table = {names.get(name, name) for name in stored}
+        has_layers = any(name.startswith(self.hf_layers) for name in in_table)
+        has_head_alone = HF_HEAD in in_table and self.hf_embedding not in in_table
+        if self.is_tied and has_layers and has_head_alone:
             names[HF_HEAD] = self.hf_embedding
         return names
 
     def extra_state_patterns(self) -> Iterator[str]:
-        """Yield the names of the ``_extra_state`` objects that the layer specs load: one for each
-        linear and each norm of megatron-core."""
+        """Yield the names of the ``_extra_state`` objects that megatron-core loads, one for each
+        linear and norm."""
         for mapping in self.mapping_registry().mappings:
             module, _, last = mapping.megatron_param.rpartition(".")
             if not module.startswith("decoder.") or not last.endswith("weight"):
@@ -188,18 +189,13 @@ class ModelBridge(ABC):
 
     def size_name(self) -> str | None:
         """Return the name of the published size with this model's shapes, or None."""
-        shape = self.mapping_registry().resolve().hf_shapes
-        for name, config in self.sizes.items():
-            known = type(self)(config)
-            if known.num_layers == self.num_layers and (
-                known.mapping_registry().resolve().hf_shapes == shape
-            ):
-                return name
-        return None
+        shapes = self.hf_shapes
+        published = {name: type(self)(config) for name, config in self.sizes.items()}
+        return next((name for name, model in published.items() if model.hf_shapes == shapes), None)
 
 
 class DecoderBridge(ModelBridge):
-    """Base of the OLMo families: rope, RMSNorm, and transformers' names."""
+    """Base of the OLMo families, with the names of transformers' Llama."""
 
     settings = DECODER_SETTINGS
     default_pad_token_id = 1

@@ -32,8 +32,8 @@ def catalogue() -> list[Family]:
             bridge.family,
             [name for name in bridge.architectures if name[0].isupper()],
             {
-                name: sum(math.prod(s) for s in bridge(c).mapping_registry().resolve_hf().values())
-                for name, c in bridge.sizes.items()
+                name: sum(map(math.prod, bridge(config).hf_shapes.values()))
+                for name, config in bridge.sizes.items()
             },
             bridge.layouts,
             VERIFIED,

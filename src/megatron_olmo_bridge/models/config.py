@@ -15,10 +15,7 @@ Rope = dict[str, Any]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Values that fix the shapes and the arithmetic of a model of the OLMo families.
-
-    Field names are megatron-core's; :meth:`from_hf` reads them from a ``config.json``.
-    """
+    """Values that fix shapes and arithmetic of an OLMo-family model, by megatron-core's names."""
 
     label: ClassVar[str]
     """The family's name in messages."""
@@ -37,7 +34,7 @@ class DecoderConfig:
         "attention_bias": False,
         "hidden_act": "silu",
     }
-    """Keys of ``config.json`` that are read, with the defaults of transformers' config class."""
+    """Keys read from ``config.json``, with the defaults of transformers' config class."""
     hf_aliases: ClassVar[dict[str, str]] = {}
     """Other names of keys: ``attribute_map`` of transformers' config class."""
 
@@ -80,13 +77,13 @@ class DecoderConfig:
 
         Raises:
             InputError: a value is not of its type or range, or the head counts don't divide.
-            UnsupportedError: the config asks for arithmetic that the family doesn't have.
+            UnsupportedError: the config asks for arithmetic that the family does not have.
         """
         return cls(**cls.read(HFValues(hf, cls.hf_defaults, cls.hf_aliases)))
 
     @classmethod
     def read(cls, hf: HFValues) -> dict[str, Any]:
-        """Return the fields' values; a family with fields of its own extends this."""
+        """Return the values of the fields; a family with more fields extends this."""
         if hf.flag("attention_bias"):
             raise UnsupportedError(
                 f"the config sets attention_bias; published {cls.label} models have none"
@@ -116,11 +113,12 @@ class DecoderConfig:
     @classmethod
     def read_theta(cls, hf: HFValues) -> float:
         """Return theta of a model with a single plain rope."""
-        rope, *more = ropes(hf).values()
-        if any(other != rope for other in more):
+        by_layer_type = ropes(hf)
+        rope = next(iter(by_layer_type.values()))
+        if any(other != rope for other in by_layer_type.values()):
             raise UnsupportedError(
-                f"the config asks for another rope in each of {', '.join(ropes(hf))}; {cls.label} "
-                "has one"
+                f"the config asks for another rope in each of {', '.join(by_layer_type)}; "
+                f"{cls.label} has one"
             )
         if rope["rope_type"] != "default":
             raise UnsupportedError(
@@ -206,10 +204,10 @@ def published(
 
 
 def ropes(hf: HFValues) -> dict[str, Rope]:
-    """Return the rope of each layer type, or the only one under the key ``""``.
+    """Return the rope of each layer type, or a single rope under the key ``""``.
 
-    Three spellings are read: ``rope_theta`` with ``rope_scaling``, ``rope_parameters``, and these
-    nested by layer type. ``rope_type`` and ``rope_theta`` are always there.
+    Three spellings are read: ``rope_theta`` with ``rope_scaling``, ``rope_parameters``, and
+    ``rope_parameters`` nested by layer type. A rope always has ``rope_type`` and ``rope_theta``.
 
     Raises:
         InputError: a value is not of its type, or two spellings contradict each other.
@@ -234,7 +232,7 @@ def ropes(hf: HFValues) -> dict[str, Rope]:
 
 def _rope(values: Rope, hf: HFValues, where: str) -> Rope:
     rope = HFValues(values, {"rope_type": values.get("type", "default")}, where=where)
-    if any(of.get("partial_rotary_factor", 1.0) != 1.0 for of in (rope, hf)):
+    if any(source.get("partial_rotary_factor", 1.0) != 1.0 for source in (rope, hf)):
         raise UnsupportedError("the config sets partial_rotary_factor; OLMo rotates whole heads")
     theta = (rope if "rope_theta" in values else hf).number("rope_theta")
     return {**values, "rope_type": rope.text("rope_type"), "rope_theta": theta}

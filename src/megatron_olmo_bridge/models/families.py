@@ -61,7 +61,7 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
 
     Raises:
         UnsupportedError: No bridge handles it; the message lists the supported ones.
-        InputError: ``model_type`` is not that of the family that ``architectures`` names.
+        InputError: ``model_type`` and ``architectures`` name different families.
         BridgeError: A value is invalid for the family.
     """
     bridge = _family_of(hf_config, where)
@@ -75,9 +75,9 @@ def bridge_for(hf_config: dict[str, Any], where: object) -> ModelBridge:
 
 def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
     names = architectures_of_config(hf_config, where)
-    known, model_type = _by_architecture(), hf_config.get("model_type")
-    by_type = known.get(str(model_type))
-    by_name = next((known[name] for name in names if name in known), None)
+    bridge_by_name, model_type = _by_architecture(), hf_config.get("model_type")
+    by_type = bridge_by_name.get(str(model_type))
+    by_name = next((bridge_by_name[name] for name in names if name in bridge_by_name), None)
     if by_name and model_type is not None and by_name is not by_type:
         raise InputError(
             f"{where}: architectures {', '.join(names)} are of {by_name.family}, but model_type "
@@ -85,27 +85,25 @@ def _family_of(hf_config: dict[str, Any], where: object) -> type[ModelBridge]:
         )
     if by_name:
         return by_name
-    if by_type and (not names or any(_is_variant(name, by_type) for name in names)):
-        return by_type
-    asked = ", ".join(names) or f"model_type {quote(model_type)}"
+    if by_type:
+        # A class name with a prefix, such as FSDP's, or that of the base model.
+        variants = (*by_type.architectures, by_type.hf_base)
+        if not names or any(name.endswith(variants) for name in names):
+            return by_type
+    unknown = ", ".join(names) or f"model_type {quote(model_type)}"
     raise UnsupportedError(
-        f"{where}: architecture {asked} is not known here. "
+        f"{where}: architecture {unknown} is not known here. "
         f"Known are: {', '.join(known_architectures())}."
     )
 
 
-def _is_variant(name: str, bridge: type[ModelBridge]) -> bool:
-    """Return whether a class is a known one with a prefix, such as FSDP's, or the base model."""
-    return name.endswith((*bridge.architectures, bridge.hf_base))
-
-
 def is_buffer(hf_name: str) -> bool:
-    """Return whether a tensor of this name is computed, not a weight, in some family."""
+    """Return whether some family computes a tensor of this name, so that it is not a weight."""
     return _buffers().fullmatch(hf_name) is not None
 
 
 def may_be_tied(hf_name: str) -> bool:
-    """Return whether a tensor of this name is one of two that are tied in some model."""
+    """Return whether some model ties the tensor of this name to another."""
     return hf_name in _tied()
 
 

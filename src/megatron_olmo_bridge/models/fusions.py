@@ -27,33 +27,35 @@ _OFF: tuple[Any, ...] = (None, False, "none", "full", [])
 def set_fused_fields(config: Any) -> None:
     """Turn on the fused kernels that run with Transformer Engine on a GPU.
 
-    Bias and dropout, and SwiGLU, are compiled by torch, for which a CPU would need a C++ compiler.
-    megatron-core's fused GeLU is the tanh approximation whatever the model's is: it stays off. The
-    tokens of experts are sent by all-to-all, and sorted and routed by Transformer Engine's kernels
-    where its version has them. With ``fusions=False`` rope alone is fused.
+    With ``fusions=False`` only rope is fused.
     """
-    # Its kernel takes sines and cosines in float32; the unfused rope rounds them.
+    # The kernel takes sines and cosines in float32; the unfused rope rounds them.
     config.apply_rope_fusion = True
     if not config.fusions:
         return
-    swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
-    config.bias_dropout_fusion, config.bias_activation_fusion = True, swiglu
+    # torch compiles these two; on a CPU it would need a C++ compiler.
+    config.bias_dropout_fusion = True
+    # SwiGLU only: megatron-core's fused GeLU is always the tanh approximation.
+    config.bias_activation_fusion = (
+        config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+    )
     if config.num_moe_experts is not None:
         config.moe_token_dispatcher_type = "alltoall"
+        # Only some versions of Transformer Engine have these kernels.
         config.moe_permute_fusion = moe_utils.fused_permute is not None
         config.moe_router_fusion = moe_utils.fused_topk_with_score_function is not None
 
 
 def can_fuse_gradients() -> bool:
-    """Return whether the kernel that computes gradients can add them to float32 buffers.
+    """Return whether all linears can add their gradients to float32 buffers.
 
-    Transformer Engine's linears can do so; megatron-core's output layer only with APEX's extension.
+    Transformer Engine's linears can; megatron-core's output layer needs APEX's extension.
     """
     return bool(layers._grad_accum_fusion_available)
 
 
 def refuse_unsupported(config: TransformerConfig) -> None:
-    """Refuse options that were never run with these models and would fail obscurely.
+    """Refuse options that these models were never tested with, before they fail obscurely.
 
     Raises:
         UnsupportedError: CUDA graphs, or tensor-parallel communication overlap.

@@ -15,7 +15,7 @@ CONFIG = "config.json"
 
 
 def architectures_of_config(hf_config: dict[str, Any], where: object = CONFIG) -> list[str]:
-    """Return the ``architectures`` of a ``config.json``; a single one may be a string.
+    """Return the ``architectures`` of a ``config.json`` as a list; there a string is allowed too.
 
     Raises:
         InputError: They are not names.
@@ -39,10 +39,10 @@ def num_labels_of(hf_config: dict[str, Any]) -> int | None:
     if not names or not names[0].endswith(CLASSIFIER):
         return None
     values = HFValues(hf_config, {"num_labels": 2})
-    labels, stated = len(values.table("id2label")), values.count("num_labels")
-    if labels and "num_labels" in hf_config and labels != stated:
+    labels, num_labels = len(values.table("id2label")), values.count("num_labels")
+    if labels and "num_labels" in hf_config and labels != num_labels:
         raise InputError(
-            f"num_labels is {stated}, but id2label has {labels} labels: correct one of them"
+            f"num_labels is {num_labels}, but id2label has {labels} labels: correct one of them"
         )
-    check_problem_type(hf_config.get("problem_type"), labels or stated)
-    return labels or stated
+    check_problem_type(hf_config.get("problem_type"), labels or num_labels)
+    return labels or num_labels

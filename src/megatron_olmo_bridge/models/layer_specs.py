@@ -18,8 +18,8 @@ from megatron_olmo_bridge.nn.backends import Backend
 
 _PRE_NORM_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _PRE_MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-"""Checkpoint keys of the norms before a linear, the same as in megatron-core's own specs whether
-norm and linear are one module (Transformer Engine's) or two."""
+"""Checkpoint keys of the norms before a linear. Source: megatron-core's own specs, which use them
+whether norm and linear are one module (Transformer Engine's) or two."""
 
 
 def decoder_layer(
@@ -35,11 +35,11 @@ def decoder_layer(
 
     Args:
         modules: modules that the layer is built from.
-        pre_norm: the norm before attention and MLP.
-        attention: a ``SelfAttention``.
-        row_parallel_linear: for ``linear_proj`` and ``linear_fc2``.
+        pre_norm: class of the norms before attention and MLP.
+        attention: class of the attention, a ``SelfAttention``.
+        row_parallel_linear: class of ``linear_proj`` and ``linear_fc2``.
         qk_norm: normalise queries and keys over their full width.
-        mlp: replaces the dense MLP.
+        mlp: spec that replaces the dense MLP.
     """
     self_attention = SelfAttentionSubmodules(
         linear_qkv=modules.column_parallel_linear,
@@ -76,7 +76,7 @@ def decoder_layer(
 def mixture_of_experts(modules: Backend, config: TransformerConfig) -> ModuleSpec:
     """Return megatron-core's mixture of experts: sequential, or grouped by Transformer Engine."""
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16.1's router asks for it also where there is none
+        moe_utils.te_general_gemm = None  # megatron-core 0.16.1's router reads it in any case
     return get_moe_module_spec(
         use_te=modules.transformer_engine,
         num_experts=config.num_moe_experts,

@@ -75,5 +75,5 @@ def _check_pipeline(config: TransformerConfig) -> None:
         chunks = f" of {virtual} chunks each" if virtual else ""
         raise InputError(
             f"{config.num_layers} layers cannot be divided evenly over {stages} pipeline "
-            f"stages{chunks}; say how with one of {', '.join(_UNEVEN_STAGES)}"
+            f"stages{chunks}; set one of {', '.join(_UNEVEN_STAGES)}"
         )

@@ -6,7 +6,7 @@ lists every name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_olmo_bridge.errors import UnsupportedError, nearest
@@ -80,14 +80,14 @@ _IGNORED = frozenset(
 """Keywords that have no effect here: what they ask for is always so."""
 
 
-def check_keywords(function: str, given: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+def check_keywords(function: str, keywords: Mapping[str, Any], refused: Mapping[str, str]) -> None:
     """Accept keywords that have no effect here; refuse the rest and say what to do instead.
 
     Raises:
         UnsupportedError: A keyword is refused.
         TypeError: A keyword exists in neither package.
     """
-    for name, value in given.items():
+    for name, value in keywords.items():
         if name in _IGNORED or (name in refused and not value):
             continue
         if name in refused:
@@ -98,17 +98,16 @@ def check_keywords(function: str, given: Mapping[str, Any], refused: Mapping[str
 
 
 def check_options(
-    function: str, known: Iterable[str], given: Mapping[str, Any], refused: Mapping[str, str]
+    function: str, options: Collection[str], keywords: Mapping[str, Any], refused: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the keywords that are known; the others are checked by :func:`check_keywords`.
+    """Return the keywords that are among the options; :func:`check_keywords` checks the others.
 
     Raises:
         UnsupportedError, TypeError: as :func:`check_keywords`.
     """
-    known = set(known)
-    others = {name: value for name, value in given.items() if name not in known}
+    others = {name: value for name, value in keywords.items() if name not in options}
     check_keywords(function, others, refused)
-    return {name: value for name, value in given.items() if name in known}
+    return {name: value for name, value in keywords.items() if name in options}
 
 
 class MissingNameError(UnsupportedError, AttributeError):

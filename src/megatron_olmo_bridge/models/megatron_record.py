@@ -31,21 +31,20 @@ class MegatronRecord:
         }
 
     def flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
-        """Return the flags that stock Megatron-LM needs besides ``--load``.
-
-        The list is empty where no command line describes the model.
-        """
+        """Return the flags that stock Megatron-LM needs besides ``--load``; [] if it can't build
+        the model."""
         return []
 
     def run_config(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
         """Return the ``model`` section of ``run_config.yaml``: ``_target_`` and its fields."""
-        rows, usual = self.bridge.vocab_size, gcd(padded_vocab_size, 128)
-        # A multiple that pads the vocabulary to just the checkpoint's rows.
-        multiple = usual if padded_vocab_size - rows < usual else padded_vocab_size
+        # A divisor that pads the vocabulary to exactly padded_vocab_size rows.
+        divisor = gcd(padded_vocab_size, 128)
+        if padded_vocab_size - self.bridge.vocab_size >= divisor:
+            divisor = padded_vocab_size
         return {
             "_target_": self.bridge.provider_class.replace(":", "."),
             **self.bridge.config_values,
-            "make_vocab_size_divisible_by": multiple,
+            "make_vocab_size_divisible_by": divisor,
             "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
             "bf16": dtype == "bfloat16",
             "fp16": dtype == "float16",
@@ -60,8 +59,8 @@ class MegatronRecord:
             vocab_size: rows of the Hugging Face embedding; None takes the recorded number.
 
         Raises:
-            InputError: The record lacks something.
-            UnsupportedError: It is of another family, or is incomplete for this one.
+            InputError: A value that the config needs is missing.
+            UnsupportedError: The record is of a model that this family doesn't have.
         """
         raise UnsupportedError(
             "the family can't be told from these settings: pass --hf-config with a folder that has "

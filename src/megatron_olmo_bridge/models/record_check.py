@@ -1,7 +1,7 @@
 """Compare the model settings that Megatron recorded with a config.json.
 
-A record is Megatron-LM's ``args`` or the ``model`` section of a run_config.yaml. It is seldom
-complete, and some values are defaults that were never used: these are not compared.
+A record is Megatron-LM's ``args`` or the ``model`` section of a run_config.yaml. Few records are
+complete, and some values in them are defaults that were never used; these are not compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_olmo_bridge.errors import quote
 
 
 class RecordedModel(Protocol):
-    """Model that a record is compared with; every :class:`ModelBridge` is one."""
+    """Interface of :class:`ModelBridge` that this module needs."""
 
     family: ClassVar[str]
     provider_class: ClassVar[str]
@@ -29,7 +29,7 @@ class RecordedModel(Protocol):
     def vocab_size(self) -> int: ...
 
 
-NEVER = dict.fromkeys(
+UNUSED_SETTINGS = dict.fromkeys(
     (
         "layernorm_zero_centered_gamma",
         "apply_residual_connection_post_layernorm",
@@ -47,8 +47,8 @@ NEVER = dict.fromkeys(
         "moe_router_topk_scaling_factor",
     )
 )
-"""Settings that must be absent, false, zero or null, unless they are the family's config values."""
-DECODER_SETTINGS: dict[str, Any] = NEVER | {
+"""Settings that must be absent, false, zero or null, unless the family's config has them."""
+DECODER_SETTINGS: dict[str, Any] = UNUSED_SETTINGS | {
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
@@ -57,17 +57,14 @@ DECODER_SETTINGS: dict[str, Any] = NEVER | {
 }
 """Settings that all models of the OLMo families share, and that no tensor shows."""
 
-_SPELLINGS = {
-    "layernorm_epsilon": ("layernorm_epsilon", "norm_epsilon"),
-    "layernorm_zero_centered_gamma": ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
-    "seq_len_interpolation_factor":
-        ("seq_len_interpolation_factor", "rotary_seq_len_interpolation_factor"),
-    "gated_linear_unit": ("gated_linear_unit", "swiglu"),
-    "num_moe_experts": ("num_moe_experts", "num_experts"),
-}  # fmt: skip
-"""Names of one setting: TransformerConfig's, and that of some version of Megatron-LM's args."""
-_EITHER = ("layernorm_epsilon",)
-"""Settings for which one matching spelling is enough: the other may be an unused default."""
+_ALIASES = {
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+    "swiglu": "gated_linear_unit",
+    "num_experts": "num_moe_experts",
+}
+"""Names in Megatron-LM's args, of some version, and TransformerConfig's names for the same."""
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -78,11 +75,8 @@ _SIZES = (
     "num_moe_experts",
 )
 _NOT_COMPARED = frozenset({"max_position_embeddings", "moe_aux_loss_coeff", "vocab_size"})
-"""Values that don't change what the weights compute, or that are compared separately."""
-_OWN = frozenset({"clip_qkv", "full_attention_rope"})
-"""Names that only this package records, so that null means none; the same goes for windows."""
+"""Config values that don't change what the weights compute, or that are compared separately."""
 _FAMILY = re.compile(r"megatron_olmo_bridge[.]models[.](\w+)[.]")
-_POSITIONS = "embedding.position_embeddings.weight"
 
 
 def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,11 +89,12 @@ def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
     """
     different: dict[str, Any] = {}
     for setting, expected in settings.items():
-        names = _SPELLINGS.get(setting, (setting,))
+        names = [setting, *(alias for alias, name in _ALIASES.items() if name == setting)]
         recorded = {name: record[name] for name in names if _is_plain(record.get(name))}
         if expected is None:
             different |= {name: value for name, value in recorded.items() if value}
-        elif not (setting in _EITHER and expected in recorded.values()):
+        # Of layernorm_epsilon and norm_epsilon one may be a default that was not used.
+        elif not (setting == "layernorm_epsilon" and expected in recorded.values()):
             different |= {name: value for name, value in recorded.items() if value != expected}
     return different
 
@@ -107,47 +102,52 @@ def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
 def contradictions(
     bridge: RecordedModel, record: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> list[str]:
-    """Return one line of message for each setting in which a record and a config differ.
+    """Return a line of a message for each setting in which a record and a config differ.
 
     Args:
         bridge: bridge of the config.
         record: Megatron-LM's args, or a run_config's model section.
         tensors: tensors of the checkpoint, by name.
     """
-    expected = bridge.settings | _compared_numbers(bridge)
+    expected = bridge.settings | _compared_values(bridge)
     record = _normalized(record, expected)
-    if bridge.settings["position_embedding_type"] == "rope" and (
-        record.get("position_embedding_type") == "learned_absolute" and _POSITIONS not in tensors
+    if (
+        bridge.settings["position_embedding_type"] == "rope"
+        and record.get("position_embedding_type") == "learned_absolute"
+        and "embedding.position_embeddings.weight" not in tensors
     ):
-        # Not what built this model: defaults, beside the sizes without which Megatron-LM won't run.
+        # Another program built this model: the args are Megatron-LM's defaults, but for the sizes,
+        # without which Megatron-LM does not start.
         expected = {name: expected[name] for name in _SIZES if name in expected}
-    if all(record.get(name) is None for name in _SPELLINGS["num_moe_experts"]):
+    if record.get("num_moe_experts") is None and record.get("num_experts") is None:
         expected = {n: v for n, v in expected.items() if not n.startswith("moe_")}
-    lines = [
-        f"{name} is {quote(value)} in the checkpoint, {_said(expected, name)} in the config"
-        for name, value in differing(record, expected).items()
-    ]
+    lines = []
+    for name, value in differing(record, expected).items():
+        wanted = expected[_ALIASES.get(name, name)]
+        in_config = "not set" if wanted is None else quote(wanted)
+        lines.append(f"{name} is {quote(value)} in the checkpoint, {in_config} in the config")
     lines += [
-        f"{name} is null in the checkpoint, {quote(value)} in the config"
-        for name, value in expected.items()
-        if name in _null_means_none(record) and value is not None and record[name] is None
+        f"{name} is null in the checkpoint, {quote(expected[name])} in the config"
+        for name in expected
+        if name in _nullable(record) and expected[name] is not None and record[name] is None
     ]
-    return [*_families(bridge, record), *lines, *_vocabularies(bridge, record)]
+    return [*_other_families(bridge, record), *lines, *_larger_vocabulary(bridge, record)]
 
 
-def _compared_numbers(bridge: RecordedModel) -> dict[str, Any]:
-    numbers = {n: v for n, v in bridge.config_values.items() if n not in _NOT_COMPARED}
+def _compared_values(bridge: RecordedModel) -> dict[str, Any]:
+    values = {n: v for n, v in bridge.config_values.items() if n not in _NOT_COMPARED}
     if bridge.num_labels:  # a classifier has no output layer
-        del numbers["share_embeddings_and_output_weights"]
-    return numbers
+        del values["share_embeddings_and_output_weights"]
+    return values
 
 
 def _normalized(record: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record with the names and forms of the config's values."""
     values = dict(record)
-    heads, grouped = values.get("num_attention_heads"), values.get("group_query_attention")
+    grouped = values.get("group_query_attention")
     if grouped is False or (grouped is None and values.get("num_query_groups", 0) is None):
-        values["num_query_groups"] = heads  # Megatron-LM keeps its default, 1, where it is off
+        # Without grouped queries Megatron-LM records its default, 1.
+        values["num_query_groups"] = values.get("num_attention_heads")
     if expected.get("num_moe_experts") and values.get("moe_ffn_hidden_size") is not None:
         values["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
     untied = values.get("untie_embeddings_and_output_weights")
@@ -156,24 +156,20 @@ def _normalized(record: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[
     window, pattern = values.get("window_size"), values.get("window_attn_skip_freq")
     if isinstance(window, list | tuple):  # YAML has no tuples; -1 is an infinite window
         values["window_size"] = tuple(window) if any(size != -1 for size in window) else None
-    if type(expected.get("window_attn_skip_freq")) is int and isinstance(pattern, list):
-        every = expected["window_attn_skip_freq"]
-        if [bool(w) for w in pattern] == [i % every != 0 for i in range(1, len(pattern) + 1)]:
-            values["window_attn_skip_freq"] = every
+    every = expected.get("window_attn_skip_freq")
+    if type(every) is int and isinstance(pattern, list):
+        usual = [i % every != 0 for i in range(1, len(pattern) + 1)]
+        values["window_attn_skip_freq"] = every if list(map(bool, pattern)) == usual else pattern
     return values
 
 
-def _null_means_none(record: Mapping[str, Any]) -> frozenset[str]:
+def _nullable(record: Mapping[str, Any]) -> set[str]:
+    """Return the recorded names whose null means none: only this package records them."""
     windows = {"window_size", "window_attn_skip_freq"} if "full_attention_rope" in record else set()
-    return frozenset((_OWN | windows) & record.keys())
+    return ({"clip_qkv", "full_attention_rope"} | windows) & record.keys()
 
 
-def _said(expected: Mapping[str, Any], name: str) -> str:
-    setting = next((s for s, names in _SPELLINGS.items() if name in names), name)
-    return "not set" if expected[setting] is None else quote(expected[setting])
-
-
-def _families(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
+def _other_families(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line if the recorded spec or provider of this package is of another family."""
     expected = _FAMILY.match(bridge.provider_class.replace(":", "."))
     for name in ("_target_", "spec"):
@@ -184,15 +180,12 @@ def _families(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]
             yield f"{name} is {module} in the checkpoint, the config is of {bridge.family}"
 
 
-def _vocabularies(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
+def _larger_vocabulary(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line if tokens of the recorded vocabulary would be cut off as padding."""
     size = record.get("vocab_size")
-    # Without padding by Megatron, the size may be one that was padded before.
-    if (
-        type(size) is int
-        and size > bridge.vocab_size
-        and record.get("should_pad_vocab") is not False
-    ):
+    # If Megatron did not pad the vocabulary, its recorded size may include padding from before.
+    is_unpadded = record.get("should_pad_vocab") is not False
+    if type(size) is int and size > bridge.vocab_size and is_unpadded:
         yield f"vocab_size is {size} in the checkpoint, {bridge.vocab_size} in the config"
 
 

@@ -105,12 +105,11 @@ def write_model_card(
 
 def _facts(bridge: ModelBridge, base: str | None) -> dict[str, Any]:
     config = bridge.hf_config
-    shapes = bridge.mapping_registry().resolve().hf_shapes
     labels = list((config.get("id2label") or {}).values())
     facts = {
         "family": getattr(bridge.config, "label", bridge.family),
         "size": bridge.size_name(),
-        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "parameters": sum(map(math.prod, bridge.hf_shapes.values())),
         "dtype": config.get("dtype", config.get("torch_dtype")),
         "layers": bridge.num_layers,
         "hidden size": bridge.config.hidden_size,

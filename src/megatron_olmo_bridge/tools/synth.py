@@ -69,7 +69,7 @@ def synth(
     config = dict(sizes[name].sizes[name])
     if layers is not None:
         config = sizes[name].with_layers(config, layers)
-    shapes = sizes[name](config).mapping_registry().resolve().hf_shapes
+    shapes = sizes[name](config).hf_shapes
     files = shards(
         {n: TensorSpec(n, shape, dtype) for n, shape in shapes.items()},
         dtype, parse_size(max_shard_size),

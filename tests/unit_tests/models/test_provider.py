@@ -70,7 +70,7 @@ TP, PP, VPP = (
     "virtual_pipeline_model_parallel_size",
 )
 SAY_HOW = (
-    "say how with one of num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, "
+    "set one of num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, "
     "pipeline_model_parallel_layout, account_for_embedding_in_pipeline_split, "
     "account_for_loss_in_pipeline_split"
 )

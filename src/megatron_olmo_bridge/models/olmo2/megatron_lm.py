@@ -1,8 +1,8 @@
 """Convert an OLMo-2 config to stock Megatron-LM's ``args`` and flags, and back.
 
-``--use-checkpoint-args`` restores most of a model from the ``args`` in the checkpoint, but not all
-of it, and older versions restore less. So every value goes into :func:`checkpoint_args`, and those
-that some version doesn't restore into :func:`megatron_lm_flags` as well.
+``--use-checkpoint-args`` restores most values of a model from the ``args`` in the checkpoint; older
+versions restore fewer. So :func:`checkpoint_args` has every value, and :func:`megatron_lm_flags`
+repeats those that some version doesn't restore.
 """
 
 from __future__ import annotations
@@ -20,44 +20,78 @@ from megatron_olmo_bridge.models.record_check import DECODER_SETTINGS, differing
 SPEC = ("megatron_olmo_bridge.models.olmo2.layer_specs", "OLMO2_LAYER_SPEC")
 """Module and name of the layer spec, as Megatron-LM's ``--spec`` takes them."""
 
-WITHOUT_APEX = ("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion")
-"""Flags that stock Megatron-LM also needs, for any model, where Apex isn't installed."""
-
-WITHOUT_TRANSFORMER_ENGINE = ("--no-rope-fusion", "--no-persist-layer-norm")
-"""Flags that stock Megatron-LM also needs where Transformer Engine isn't installed."""
-
 _DTYPE_FLAGS = {"float32": [], "bfloat16": ["--bf16"], "float16": ["--fp16"]}
 
 
 class Olmo2MegatronRecord(MegatronRecord):
-    """Record of an OLMo-2 model, which stock Megatron-LM can build.
-
-    It can't build a classifier: for that the config values are recorded, as for other families.
-    """
+    """Record of an OLMo-2 model, which stock Megatron-LM can build unless it is a classifier."""
 
     def args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
         if self.bridge.num_labels:
             return super().args(padded_vocab_size, dtype)
-        config = self.bridge.config
-        return checkpoint_args(config, padded_vocab_size=padded_vocab_size, dtype=dtype)
+        return checkpoint_args(self.bridge.config, padded_vocab_size=padded_vocab_size, dtype=dtype)
 
     def flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
         if self.bridge.num_labels:
             return []
-        config = self.bridge.config
-        return megatron_lm_flags(config, padded_vocab_size=padded_vocab_size, dtype=dtype)
+        return megatron_lm_flags(
+            self.bridge.config, padded_vocab_size=padded_vocab_size, dtype=dtype
+        )
 
     @classmethod
     def hf_config(cls, record: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
-        return config_from_args(record, vocab_size=vocab_size)
+        _refuse_other_models(record)
+        values = HFValues(record, {})
+        hidden = values.count(_name(record, "hidden_size"))
+        heads = values.count(_name(record, "num_attention_heads"), MAX_HEADS)
+        head_dim = values.optional_count("kv_channels")
+        tying = _name(
+            record, "untie_embeddings_and_output_weights", "share_embeddings_and_output_weights"
+        )
+        tied = values.flag(tying) != tying.startswith("untie")
+        positions = _name(record, "max_position_embeddings", "seq_length")
+        epsilon = _name(record, "layernorm_epsilon", "norm_epsilon")
+        config = {
+            "architectures": ["Olmo2ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            # Megatron doesn't record token ids. Without null, transformers' defaults would apply,
+            # which belong to another tokenizer.
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "initializer_range": 0.02,
+            "intermediate_size": values.count(_name(record, "ffn_hidden_size")),
+            "max_position_embeddings": values.count(positions),
+            "model_type": "olmo2",
+            "num_attention_heads": heads,
+            "num_hidden_layers": values.count(_name(record, "num_layers"), MAX_LAYERS),
+            "num_key_value_heads": _query_groups(record) or heads,
+            "pad_token_id": None,
+            "rms_norm_eps": values.number(epsilon),
+            "rope_scaling": None,
+            # transformers 4 and 5 read this spelling; only 5 reads rope_parameters.
+            "rope_theta": values.number(_name(record, "rotary_base")),
+            "tie_word_embeddings": tied,
+            "use_cache": True,
+            "vocab_size": _vocab_size(record, vocab_size),
+        }
+        if head_dim and head_dim * heads != hidden:
+            config["head_dim"] = head_dim
+        if dtype := _dtype(record):
+            config["torch_dtype"] = dtype
+        Olmo2Config.from_hf(config)  # raises if the values don't fit together
+        return config
 
 
 def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
     """Return the values of a checkpoint's ``args`` Namespace.
 
     Args:
+        config: config of the model.
         padded_vocab_size: rows of the embedding in the checkpoint.
-        dtype: of the checkpoint's weights, ``float32``, ``bfloat16`` or ``float16``.
+        dtype: dtype of the weights, ``float32``, ``bfloat16`` or ``float16``.
     """
     _dtype_flags(dtype)
     base = config.rotary_base
@@ -79,7 +113,7 @@ def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) 
         "swiglu": True,
         "squared_relu": False,
         "normalization": "RMSNorm",
-        # One name before and one after Megatron-LM took its flags from TransformerConfig.
+        # Megatron-LM's name before and after it took its flags from TransformerConfig.
         "norm_epsilon": config.layernorm_epsilon,
         "layernorm_epsilon": config.layernorm_epsilon,
         "apply_layernorm_1p": False,
@@ -97,10 +131,10 @@ def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) 
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "ckpt_format": "torch_dist",
-        # There is neither an optimizer state nor a state of random numbers to load.
+        # The checkpoint has neither optimizer nor random number generator state.
         "no_save_optim": True,
         "no_save_rng": True,
-        # As saved without parallelism; the format loads into any layout.
+        # The format loads into any layout.
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "consumed_train_samples": 0,
@@ -108,20 +142,16 @@ def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) 
     }
 
 
-def megatron_lm_flags(
-    config: Olmo2Config,
-    *,
-    padded_vocab_size: int,
-    dtype: str,
-    tokenizer_model: str | None = None,
-) -> list[str]:
+def megatron_lm_flags(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) -> list[str]:
     """Return the flags that stock Megatron-LM needs besides ``--load`` and the parallel layout.
 
     Args:
+        config: config of the model.
         padded_vocab_size: rows of the embedding in the checkpoint.
-        dtype: to compute in, ``float32``, ``bfloat16`` or ``float16``.
-        tokenizer_model: folder of a Hugging Face tokenizer. Without one, ``NullTokenizer``, which
-            is enough for data that is tokenized already.
+        dtype: dtype to compute in, ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        InputError: The padded vocabulary is too small, or the dtype is none of these.
     """
     if padded_vocab_size < config.vocab_size:
         raise InputError(
@@ -129,82 +159,21 @@ def megatron_lm_flags(
             f"{config.vocab_size}"
         )
     flags = ["--use-checkpoint-args", "--ckpt-format", "torch_dist"]
-    # No optimizer state to load: begin at iteration 0.
+    # Begin at iteration 0: there is no optimizer state to load.
     flags += ["--finetune"]
     flags += ["--transformer-impl", "local", "--spec", *SPEC]
-    # Not restored from args by any version.
+    # No version restores these from args.
     flags += ["--qk-layernorm", "--norm-epsilon", repr(config.layernorm_epsilon)]
     flags += ["--attention-softmax-in-fp32"]
-    # Not restored from args by older versions, whose defaults are 10000 and 0.1.
+    # Older versions don't restore these from args; their defaults are 10000 and 0.1.
     if config.rotary_base.is_integer():  # the flag takes whole numbers only
         flags += ["--rotary-base", str(int(config.rotary_base))]
     flags += ["--attention-dropout", "0.0", "--hidden-dropout", "0.0"]
-    # Megatron-LM would save the padded size alone, and the way back needs the real one.
+    # Otherwise Megatron-LM saves the padded size only; export needs the real one.
     flags += ["--vocab-size", str(config.vocab_size)]
-    if tokenizer_model is None:
-        flags += ["--tokenizer-type", "NullTokenizer"]
-    else:
-        flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_model]
+    # Enough for tokenized data.
+    flags += ["--tokenizer-type", "NullTokenizer"]
     return flags + _dtype_flags(dtype)
-
-
-def config_from_args(args: Mapping[str, Any], *, vocab_size: int | None) -> dict[str, Any]:
-    """Return a Hugging Face ``config.json`` for OLMo-2 from a checkpoint's model settings.
-
-    Token ids aren't recorded in Megatron, so they are null: absent ones would get the defaults of
-    transformers, which are another tokenizer's.
-
-    Args:
-        args: ``vars()`` of Megatron-LM's ``args``, or the ``model`` section of Megatron-Bridge's
-            ``run_config.yaml``.
-        vocab_size: rows of the Hugging Face embedding, where ``args`` don't say or are to be
-            overruled.
-
-    Raises:
-        InputError: a value that the config needs is in ``args`` under none of its names.
-        UnsupportedError: ``args`` are of a model that isn't OLMo-2.
-    """
-    _refuse_other_models(args)
-    values = HFValues(args, {})
-    hidden = values.count(_name(args, "hidden_size"))
-    heads = values.count(_name(args, "num_attention_heads"), MAX_HEADS)
-    head_dim = values.optional_count("kv_channels")
-    tying = _name(
-        args, "untie_embeddings_and_output_weights", "share_embeddings_and_output_weights"
-    )
-    tied = values.flag(tying) != tying.startswith("untie")
-    config = {
-        "architectures": ["Olmo2ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": values.count(_name(args, "ffn_hidden_size")),
-        "max_position_embeddings": values.count(
-            _name(args, "max_position_embeddings", "seq_length")
-        ),
-        "model_type": "olmo2",
-        "num_attention_heads": heads,
-        "num_hidden_layers": values.count(_name(args, "num_layers"), MAX_LAYERS),
-        "num_key_value_heads": _query_groups(args) or heads,
-        "pad_token_id": None,
-        "rms_norm_eps": values.number(_name(args, "layernorm_epsilon", "norm_epsilon")),
-        "rope_scaling": None,
-        # This spelling is read by transformers 4 and 5; rope_parameters by 5 alone.
-        "rope_theta": values.number(_name(args, "rotary_base")),
-        "tie_word_embeddings": tied,
-        "use_cache": True,
-        "vocab_size": _vocab_size(args, vocab_size),
-    }
-    if head_dim and head_dim * heads != hidden:
-        config["head_dim"] = head_dim
-    if dtype := _dtype(args):
-        config["torch_dtype"] = dtype
-    Olmo2Config.from_hf(config)  # raises where the numbers don't fit together
-    return config
 
 
 def _dtype_flags(dtype: str) -> list[str]:
@@ -222,8 +191,8 @@ def _name(args: Mapping[str, Any], *names: str) -> str:
 
 
 def _query_groups(args: Mapping[str, Any]) -> int | None:
-    """Return the number of key/value heads; None, as in TransformerConfig, means all heads."""
-    # Megatron-LM records 1 group, its default, where grouped queries are off.
+    """Return the number of key/value heads; None means one for each attention head."""
+    # Without grouped queries, Megatron-LM records its default, 1.
     if args.get("group_query_attention") is False:
         return None
     if args.get("group_query_attention"):
@@ -247,7 +216,7 @@ def _vocab_size(args: Mapping[str, Any], override: int | None) -> int:
 
 
 def _dtype(args: Mapping[str, Any]) -> str | None:
-    """Return the dtype of the weights, or None: ``args`` may not state float32."""
+    """Return the dtype of the weights; None if ``args`` don't state it."""
     if args.get("bf16"):
         return "bfloat16"
     if args.get("fp16"):
@@ -270,12 +239,12 @@ _SETTINGS = (
         )
     )
 )
-"""Required values of settings that are recorded; None: must be absent, false, zero or null."""
+"""Required values of the settings; None: the setting must be absent, false, zero or null."""
 
 
 def _refuse_other_models(args: Mapping[str, Any]) -> None:
     wrong = differing(args, _SETTINGS)
-    # A function, or in YAML a reference to one.
+    # The value is a function, or in YAML a reference to one.
     if args.get("activation_func") is not None and "silu" not in quote(args["activation_func"]):
         wrong["activation_func"] = args["activation_func"]
     if wrong:

@@ -12,7 +12,7 @@ from megatron_olmo_bridge.models.hf_values import HFValues, shown
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 EVERY = 4
-"""Every Nth layer has no window, where a config doesn't say which."""
+"""Every Nth layer has no window, unless the config has ``layer_types``."""
 THETA = 500000.0
 """Default rope theta of transformers' Olmo3Config."""
 
@@ -29,9 +29,9 @@ class Olmo3Config(DecoderConfig):
     }
 
     window_size: tuple[int, int] | None = None
-    """Number of tokens before and after itself that a query sees; None without windows."""
+    """Number of tokens that a query sees before and after itself; None without windows."""
     window_attn_skip_freq: int | list[int] | None = None
-    """N if every Nth layer has no window; or for each layer, whether it has one."""
+    """N if every Nth layer has no window; otherwise 1 or 0 for each layer with or without one."""
     full_attention_rope: dict[str, Any] | None = None
     """YaRN parameters of the layers without a window; None if they use the same rope."""
 
@@ -39,13 +39,14 @@ class Olmo3Config(DecoderConfig):
     def read(cls, hf: HFValues) -> dict[str, Any]:
         decoder = super().read(hf)
         layers = decoder["num_layers"]
-        windowed = _windowed(hf, layers)
-        _check_ropes(hf, windowed)
-        usual = windowed == [kind == SLIDING for kind in layer_types(layers)]
-        window = hf.count("sliding_window") if any(windowed) else None
+        types = _read_layer_types(hf, layers)
+        by_type = ropes(hf)
+        if missing := [kind for kind in types if kind not in by_type and "" not in by_type]:
+            raise InputError(f"rope_parameters lacks {missing[0]}, which some of the layers are")
+        has_window = [int(kind == SLIDING) for kind in types]
         return decoder | {
-            "window_size": (window - 1, 0) if window is not None else None,
-            "window_attn_skip_freq": EVERY if usual else [int(w) for w in windowed],
+            "window_size": (hf.count("sliding_window") - 1, 0) if SLIDING in types else None,
+            "window_attn_skip_freq": EVERY if types == layer_types(layers) else has_window,
             "full_attention_rope": _full_attention_rope(hf, decoder),
         }
 
@@ -70,11 +71,14 @@ def rope_notes(config: dict[str, Any]) -> list[str]:
     notes = []
     hf = HFValues(config, Olmo3Config.hf_defaults)
     by_type = ropes(hf)
-    flat = bool(hf.table("rope_parameters")) and len(by_type) == 1
-    if flat and by_type.get("", {}).get("rope_type") != "default":
+    if (
+        hf.table("rope_parameters")
+        and len(by_type) == 1
+        and (by_type.get("", {}).get("rope_type") != "default")
+    ):
         notes.append(
-            "rope_parameters is not nested by layer type: read here as OLMo-3 was trained, YaRN in "
-            "full-attention layers alone; transformers 5.23 drops YaRN, 5.0 to 5.12 have it in "
+            "rope_parameters is not nested by layer type: read as OLMo-3 was trained, with YaRN in "
+            "full-attention layers only; transformers 5.23 drops YaRN, 5.0 to 5.12 apply it in "
             "every layer"
         )
     if not hf.table("rope_parameters") and hf.number("rope_theta") != THETA:
@@ -85,27 +89,19 @@ def rope_notes(config: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _windowed(hf: HFValues, layers: int) -> list[bool]:
-    kinds = hf.get("layer_types")
-    kinds = layer_types(layers) if kinds is None else kinds
+def _read_layer_types(hf: HFValues, layers: int) -> list[str]:
+    types = hf.get("layer_types")
+    types = layer_types(layers) if types is None else types
     if (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or any(kind not in (SLIDING, FULL) for kind in kinds)
+        not isinstance(types, list)
+        or len(types) != layers
+        or any(kind not in (SLIDING, FULL) for kind in types)
     ):
         raise InputError(
             f"layer_types must be a list that says {SLIDING!r} or {FULL!r} of each of {layers} "
-            f"layers, not {shown(kinds)}"
+            f"layers, not {shown(types)}"
         )
-    return [kind == SLIDING for kind in kinds]
-
-
-def _check_ropes(hf: HFValues, windowed: list[bool]) -> None:
-    """Raise InputError if ropes are set by layer type, but not for all types."""
-    by_type = ropes(hf)
-    for kind in dict.fromkeys(SLIDING if window else FULL for window in windowed):
-        if kind not in by_type and "" not in by_type:
-            raise InputError(f"rope_parameters lacks {kind}, which some of the layers are")
+    return types
 
 
 def _rope_of(hf: HFValues, kind: str) -> Rope:

@@ -11,8 +11,8 @@ from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.models.olmo2 import megatron_lm
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
 from megatron_olmo_bridge.models.olmo2.megatron_lm import (
+    Olmo2MegatronRecord,
     checkpoint_args,
-    config_from_args,
     megatron_lm_flags,
 )
 
@@ -54,6 +54,10 @@ PROVIDER: dict[str, Any] = {
 }
 
 
+def hf_config(args: dict[str, Any], vocab_size: int | None = None) -> dict[str, Any]:
+    return Olmo2MegatronRecord.hf_config(args, vocab_size)
+
+
 def args_of(config: Olmo2Config = CONFIG, dtype: str = "bfloat16") -> dict[str, Any]:
     return checkpoint_args(config, padded_vocab_size=256, dtype=dtype)
 
@@ -64,7 +68,7 @@ def flags_of(config: Olmo2Config = CONFIG, **options: Any) -> list[str]:
 
 @pytest.mark.parametrize("config", [CONFIG, MULTI_HEAD, TIED, WIDE_HEADS])
 def test_there_and_back(config: Olmo2Config) -> None:
-    hf = config_from_args(args_of(config), vocab_size=None)
+    hf = hf_config(args_of(config))
 
     assert Olmo2Config.from_hf(hf) == config
 
@@ -126,13 +130,6 @@ def test_flags_leave_the_layout_to_the_user() -> None:
     assert not [flag for flag in flags_of() if "parallel" in flag]
 
 
-def test_flags_with_and_without_a_tokenizer() -> None:
-    assert "NullTokenizer" in flags_of()
-    flags = flags_of(tokenizer_model="ckpt/hf")
-    assert flags[flags.index("--tokenizer-type") + 1] == "HuggingFaceTokenizer"
-    assert flags[flags.index("--tokenizer-model") + 1] == "ckpt/hf"
-
-
 def test_flags_refuse_a_vocabulary_that_does_not_fit() -> None:
     with pytest.raises(InputError, match="249 rows cannot hold the model's 250"):
         flags_of(padded_vocab_size=249)
@@ -140,8 +137,9 @@ def test_flags_refuse_a_vocabulary_that_does_not_fit() -> None:
 
 def test_stock_megatron_lm_knows_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = pytest.importorskip("megatron.training.arguments")
-    extra = [*megatron_lm.WITHOUT_APEX, *megatron_lm.WITHOUT_TRANSFORMER_ENGINE]
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags_of(), *extra])
+    without_apex = ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
+    without_te = ["--no-rope-fusion", "--no-persist-layer-norm"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags_of(), *without_apex, *without_te])
 
     args = arguments.parse_args()
 
@@ -160,11 +158,11 @@ def test_back_from_what_stock_megatron_lm_would_save(monkeypatch: pytest.MonkeyP
     saved = vars(arguments.parse_args())
     saved.update({name: args_of()[name] for name in args_of() if name in saved})
 
-    assert Olmo2Config.from_hf(config_from_args(saved, vocab_size=None)) == CONFIG
+    assert Olmo2Config.from_hf(hf_config(saved)) == CONFIG
 
 
 def test_config_json_of_a_checkpoint() -> None:
-    assert config_from_args(args_of(), vocab_size=None) == {
+    assert hf_config(args_of()) == {
         "architectures": ["Olmo2ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -191,7 +189,7 @@ def test_config_json_of_a_checkpoint() -> None:
 
 
 def test_back_from_a_run_config() -> None:
-    hf = config_from_args(PROVIDER, vocab_size=None)
+    hf = hf_config(PROVIDER)
 
     assert Olmo2Config.from_hf(hf) == CONFIG
     assert "torch_dtype" not in hf  # it says nothing of the dtype
@@ -199,7 +197,7 @@ def test_back_from_a_run_config() -> None:
 
 def test_transformers_reads_the_config() -> None:
     transformers = pytest.importorskip("transformers")
-    hf = config_from_args(args_of(WIDE_HEADS, "float32"), vocab_size=None)
+    hf = hf_config(args_of(WIDE_HEADS, "float32"))
 
     read = transformers.Olmo2Config.from_dict(hf)
 
@@ -211,9 +209,9 @@ def test_transformers_reads_the_config() -> None:
 
 def test_one_group_is_only_a_default_where_grouping_is_off() -> None:
     args = args_of() | {"group_query_attention": False, "num_query_groups": 1}
-    assert config_from_args(args, vocab_size=None)["num_key_value_heads"] == 8
+    assert hf_config(args)["num_key_value_heads"] == 8
     args = args_of() | {"group_query_attention": True, "num_query_groups": 1}
-    assert config_from_args(args, vocab_size=None)["num_key_value_heads"] == 1
+    assert hf_config(args)["num_key_value_heads"] == 1
 
 
 @pytest.mark.parametrize("name", ["norm_epsilon", "layernorm_epsilon"])
@@ -221,20 +219,20 @@ def test_epsilon_by_either_name(name: str) -> None:
     both = {"norm_epsilon", "layernorm_epsilon"}
     args = {key: value for key, value in args_of().items() if key not in both - {name}}
 
-    assert config_from_args(args, vocab_size=None)["rms_norm_eps"] == 1e-6
+    assert hf_config(args)["rms_norm_eps"] == 1e-6
 
 
 def test_vocab_size_is_not_guessed_from_the_padded_one() -> None:
     args = args_of() | {"vocab_size": None}
     with pytest.raises(InputError, match=r"256 rows .*pass --vocab-size N"):
-        config_from_args(args, vocab_size=None)
-    assert config_from_args(args, vocab_size=250)["vocab_size"] == 250
+        hf_config(args)
+    assert hf_config(args, vocab_size=250)["vocab_size"] == 250
     with pytest.raises(InputError, match="257 is larger than the checkpoint's 256"):
-        config_from_args(args, vocab_size=257)
+        hf_config(args, vocab_size=257)
 
 
 def test_the_given_vocab_size_overrules() -> None:
-    assert config_from_args(args_of(), vocab_size=240)["vocab_size"] == 240
+    assert hf_config(args_of(), vocab_size=240)["vocab_size"] == 240
 
 
 @pytest.mark.parametrize(
@@ -255,7 +253,7 @@ def test_the_given_vocab_size_overrules() -> None:
 def test_names_what_is_missing(absent: list[str], words: str) -> None:
     args = {name: value for name, value in args_of().items() if name not in absent}
     with pytest.raises(InputError, match=f"lack {words}$"):
-        config_from_args(args, vocab_size=None)
+        hf_config(args)
 
 
 COUNTS = [0, -1, True, 8.0, "8", 10**15, float("nan"), [8]]
@@ -284,7 +282,7 @@ def test_a_number_of_another_type_or_range_is_never_replaced(
     args = args_of() | {"group_query_attention": True} if source is None else source
     for value in values:
         with pytest.raises(InputError, match=f"{name} must be "):
-            config_from_args(args | {name: value}, vocab_size=None)
+            hf_config(args | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -294,12 +292,12 @@ def test_a_number_of_another_type_or_range_is_never_replaced(
 def test_a_flag_of_another_type_is_refused(name: str, value: Any) -> None:
     args = {n: v for n, v in args_of().items() if not n.endswith("embeddings_and_output_weights")}
     with pytest.raises(InputError, match=f"{name} must be true or false"):
-        config_from_args(args | {name: value}, vocab_size=None)
+        hf_config(args | {name: value})
 
 
 def test_refuses_numbers_that_do_not_fit_together() -> None:
     with pytest.raises(InputError, match="3 key/value heads"):
-        config_from_args(args_of() | {"num_query_groups": 3}, vocab_size=None)
+        hf_config(args_of() | {"num_query_groups": 3})
 
 
 @pytest.mark.parametrize(
@@ -325,7 +323,7 @@ def test_refuses_numbers_that_do_not_fit_together() -> None:
 )
 def test_refuses_what_is_not_olmo2(change: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match=next(iter(change))):
-        config_from_args(args_of() | change, vocab_size=None)
+        hf_config(args_of() | change)
 
 
 def test_args_survive_a_namespace() -> None:
@@ -338,8 +336,8 @@ def test_args_may_hold_values_without_end() -> None:
     for _ in range(60):
         pairs = (pairs, pairs)
     with pytest.raises(InputError, match="num_layers must be a positive whole number") as caught:
-        config_from_args({**args_of(), "num_layers": pairs}, vocab_size=None)
+        hf_config({**args_of(), "num_layers": pairs})
     assert len(str(caught.value)) < 500
     with pytest.raises(UnsupportedError, match="activation_func=") as refused:
-        config_from_args({**args_of(), "activation_func": pairs}, vocab_size=None)
+        hf_config({**args_of(), "activation_func": pairs})
     assert len(str(refused.value)) < 500
