@@ -86,8 +86,8 @@ def save(answer: Connection, name: str, rank: int, processes: int, port: int, fo
     }
     from megatron_olmo_bridge.tasks.language_modelling import LanguageModelling
     from megatron_olmo_bridge.training import checkpoint
-    from megatron_olmo_bridge.training.estimate import parameter_count
     from megatron_olmo_bridge.training.loop import one_step
+    from megatron_olmo_bridge.training.model_size import parameter_count
     from megatron_olmo_bridge.training.resolve import resolve
     from megatron_olmo_bridge.training.setup import started
 

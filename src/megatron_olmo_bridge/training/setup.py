@@ -25,10 +25,10 @@ from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups, o
 
 from .checkpoint import Checkpointer, iteration_folder, last_step
 from .checksums import check, recorded
-from .estimate import flops_per_token, parameter_count
 from .extension import Extension
 from .folder import check_folders, claim, what_is_lost
 from .loop import Run
+from .model_size import flops_per_token, parameter_count
 from .monitor.records import RunFacts
 from .monitor.run_log import RunLog
 from .naming import put_back
