@@ -1,7 +1,7 @@
-"""Extending a run: more steps, in the folder of a run that was planned with fewer.
+"""Extend a run: train more steps than were planned, in the same folder.
 
-Completed steps stay as they are. Two things depend on the number of steps: the learning rate, where
-the schedule ends with the run, and the order of the data, once it is read more than once.
+Completed steps stay as they are. Two things depend on the planned number of steps: the learning
+rate, if the schedule ends with the run, and the order of data that is read more than once.
 """
 
 from __future__ import annotations
@@ -16,32 +16,31 @@ from megatron_olmo_bridge.errors import InputError
 from .config import TrainingConfig
 
 _SURPLUS = 1.005
-"""megatron-core asks each of several data sets for this multiple of its share of the samples
+"""Factor by which megatron-core's blend asks each data set for more samples than its share
 (``mid_level_dataset_surplus``)."""
-_SEPARATE = 0.8
-"""A last epoch of which less than this share is read is shuffled by itself
+_SEPARATE_BELOW = 0.8
+"""Share of the last epoch: if less is read, megatron-core shuffles that epoch by itself
 (``GPTDataset._build_document_sample_shuffle_indices``)."""
 
 
 @dataclass(frozen=True)
 class Extension:
-    """A run's config, and the steps that it was planned with."""
+    """Config of the extended run, and the plan that it extends."""
 
     config: TrainingConfig
     planned_steps: int
     planned_end: int
-    """The step at which the planned schedule ends."""
+    """Step at which the planned schedule ends."""
 
     @property
     def steps(self) -> int:
         return self.config.train.steps
 
     def check(self) -> None:
-        """Refuse an extension that leaves the learning rate ambiguous.
+        """Check that the learning rate of the further steps is defined.
 
         Raises:
-            InputError: the schedule would end at another step, and ``schedule.end_step`` is not
-                set.
+            InputError: the schedule ends with the run, and ``schedule.end_step`` is not set.
         """
         schedule, planned = self.config.schedule, self.planned_end
         if schedule.decay == "constant" or schedule.end_step:
@@ -49,8 +48,8 @@ class Extension:
         minimum = self.config.optimizer.lr * schedule.min_lr_ratio
         raise InputError(
             f"train.steps={self.steps} extends a run of {self.planned_steps} steps, whose learning "
-            f"rate ({schedule.decay}) was to reach its minimum at step {planned}. Say what it is "
-            "to be from here on:\n"
+            f"rate ({schedule.decay}) was to reach its minimum at step {planned}. Choose the rate "
+            "of the further steps:\n"
             f"  schedule.end_step={planned}: as planned; the steps after {planned} are taken at "
             f"the minimum, {minimum:g}\n"
             f"  schedule.end_step={self.steps}: as in a run of {self.steps} steps; it continues "
@@ -80,17 +79,20 @@ class Extension:
         return f"from {self.planned_steps} to {self.steps} steps; {rate}{order}"
 
     def _order(self, steps: int) -> list[tuple[int, bool]]:
-        """Return what determines the order of the data: per path, the number of epochs and whether
-        the last one is shuffled by itself."""
+        """Return what determines the order of the data of a run with this number of steps.
+
+        For each path: the number of epochs, and whether the last one is shuffled by itself.
+        """
         data, train = self.config.data, self.config.train
-        info = [read_info(Path(prefix)) for prefix in data.path]
-        shares = data.weights or [float(i.tokens) for i in info]
-        orders = []
-        for tokens, share in zip((i.tokens for i in info), shares, strict=True):
-            wanted = math.ceil(steps * train.global_batch_size * share / sum(shares))
-            samples = math.ceil(wanted * _SURPLUS) if len(info) > 1 else wanted
+        tokens_of_paths = [read_info(Path(prefix)).tokens for prefix in data.path]
+        weights = data.weights or [float(tokens) for tokens in tokens_of_paths]
+        order = []
+        for tokens, weight in zip(tokens_of_paths, weights, strict=True):
+            samples = math.ceil(steps * train.global_batch_size * weight / sum(weights))
+            if len(weights) > 1:
+                samples = math.ceil(samples * _SURPLUS)
             epochs = -(-(samples * train.sequence_length + 1) // tokens)
-            before = ((epochs - 1) * tokens - 1) // train.sequence_length
-            share_read = (samples - before) / ((tokens - 1) // train.sequence_length)
-            orders.append((epochs, epochs > 1 and share_read < _SEPARATE))
-        return orders
+            before_last = ((epochs - 1) * tokens - 1) // train.sequence_length
+            share_read = (samples - before_last) / ((tokens - 1) // train.sequence_length)
+            order.append((epochs, epochs > 1 and share_read < _SEPARATE_BELOW))
+        return order

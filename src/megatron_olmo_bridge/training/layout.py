@@ -45,24 +45,19 @@ class Layout:
         parallel, train = config.parallel, config.train
         needed = minimum_processes(config)
         if processes < 1 or processes % needed:
-            sizes = " x ".join(
-                f"parallel.{name}={size}"
-                for name in ("tp", "pp", "ep")
-                if (size := getattr(parallel, name)) > 1
-            )
             raise InputError(
-                f"{sizes} takes {needed} processes or a multiple of it, not {processes}. Start it "
-                f"with --processes {needed}, or by torchrun --nproc_per_node {needed}."
+                f"{_sizes(config)} takes {needed} processes or a multiple of it, not {processes}. "
+                f"Start it with --processes {needed}, or by torchrun --nproc_per_node {needed}."
             )
         dp = processes // (parallel.tp * parallel.pp)
-        at_once = dp * train.micro_batch_size
-        if train.global_batch_size % at_once:
+        sequences_at_once = dp * train.micro_batch_size
+        if train.global_batch_size % sequences_at_once:
             raise InputError(
                 f"train.global_batch_size={train.global_batch_size} cannot be divided evenly into "
                 f"micro-batches of {train.micro_batch_size} over {dp} data-parallel ranks; a "
-                f"multiple of {at_once} can"
+                f"multiple of {sequences_at_once} can"
             )
-        micro_batches = train.global_batch_size // at_once
+        micro_batches = train.global_batch_size // sequences_at_once
         if parallel.vpp and micro_batches % parallel.pp:
             raise InputError(
                 f"with parallel.vpp={parallel.vpp} the {micro_batches} micro-batches of a step "
@@ -83,6 +78,14 @@ def minimum_processes(config: TrainingConfig) -> int:
     """Return the smallest world size that the parallel sizes allow."""
     parallel = config.parallel
     return math.lcm(parallel.tp, _expert_tp(config) * parallel.ep) * parallel.pp
+
+
+def _sizes(config: TrainingConfig) -> str:
+    """Return the parallel sizes that decide how many processes a run takes, for a message."""
+    sizes = {f"parallel.{name}": getattr(config.parallel, name) for name in ("tp", "pp", "ep")}
+    if _expert_tp(config) != config.parallel.tp:
+        sizes["provider.expert_tensor_parallel_size"] = _expert_tp(config)
+    return " x ".join(f"{name}={n}" for name, n in sizes.items() if n > 1) or "a run"
 
 
 def _expert_tp(config: TrainingConfig) -> int:

@@ -1,15 +1,16 @@
-"""Formats of the optimizer state in a checkpoint, and the layouts at which each can be loaded.
+"""Formats of the optimizer state in a checkpoint, and at which layouts each can be loaded.
 
 megatron-core's distributed optimizer has two formats (``DistributedOptimizer.sharded_state_dict``):
 
-- ``dp_reshardable``: each rank writes its own part of the gradient buffers, as they are. Nothing is
-  gathered, but a buffer's order depends on the model-parallel layout: only the data-parallel size
-  may change.
-- ``fully_reshardable``: the buffers are gathered and cut into parameters, which can be loaded at
-  any layout. That takes the whole state of a tensor and pipeline shard in one place.
+- ``dp_reshardable``: each rank writes its part of the gradient buffers unchanged. Nothing is
+  gathered, but the order in a buffer depends on the model-parallel layout, so only the
+  data-parallel size may change.
+- ``fully_reshardable``: the buffers are gathered and split into parameters, which can be loaded at
+  any layout. One rank then holds the whole state of a tensor and pipeline shard.
 
-An optimizer that is not distributed has parameters, and is fully reshardable as it is. One limit is
-left: with expert parallelism experts have an optimizer of their own, without it they have not.
+An optimizer that is not distributed keeps its state by parameter, and so is fully reshardable.
+Neither format lets expert parallelism begin or end: with it experts have an optimizer of their own,
+and without it they share that of the other parameters.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _KEY, _DP, _FULLY = "distrib_optim_sharding_type", "dp_reshardable", "fully_resh
 def content_metadata(optimizer: Any, *, fully_reshardable: bool) -> dict[str, Any]:
     """Return the ``content_metadata`` that megatron-core stores with a checkpoint.
 
-    What is fully reshardable is gathered on the CPU of the first data-parallel rank. By default
-    megatron-core would gather it on every GPU, for ranks that then write nothing of it.
+    A fully reshardable state is gathered on the CPU of the first data-parallel rank. By default
+    megatron-core would gather it on every GPU, though only that rank writes it.
     """
     return ON_DISK | {
         _KEY: _FULLY if fully_reshardable or not is_distributed(optimizer) else _DP,
@@ -43,12 +44,12 @@ def optimizer_state(
     optimizer: Any, chunks: Sequence[Any], metadata: dict[str, Any], *, is_loading: bool
 ) -> Any:
     """Return an optimizer's sharded state dict, for saving or loading."""
-    models = model_states(chunks)  # a new copy, because saving consumes it
+    models = model_states(chunks)  # made anew each time: saving takes entries out of it
     return optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Return whether the state is sharded over data-parallel ranks."""
+    """Return whether an optimizer's state is sharded over data-parallel ranks."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return any(isinstance(part, DistributedOptimizer) for part in parts)
 
@@ -59,7 +60,7 @@ def is_fully_reshardable(metadata: dict[str, Any]) -> bool:
 
 
 def model_parallel_layout(chunks: Sequence[Any]) -> dict[str, int | None]:
-    """Return what the order of the gradient buffers depends on, by config field."""
+    """Return the settings on which the order in the gradient buffers depends, by config field."""
     layout = {
         "parallel.tp": parallel_state.get_tensor_model_parallel_world_size(),
         "parallel.pp": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -77,23 +78,23 @@ def check_parts(folder: Path, saved: dict[Any, Any], optimizer: Any) -> None:
     """Refuse the state of a run with expert parallelism in one without, and the other way round.
 
     Args:
-        folder: the checkpoint's.
-        saved: ``optimizer`` of its common state; that of several optimizers is kept by number.
-        optimizer: that it is to be loaded into.
+        folder: folder of the checkpoint.
+        saved: ``optimizer`` of its common state; of several optimizers, by number.
+        optimizer: optimizer that the state is to be loaded into.
 
     Raises:
         InputError: the numbers of optimizers differ.
     """
-    before = sum(isinstance(key, int) for key in saved) or 1
-    here = len(getattr(optimizer, "chained_optimizers", [optimizer]))
-    if before == here:
+    saved_count = sum(isinstance(key, int) for key in saved) or 1
+    count = len(getattr(optimizer, "chained_optimizers", [optimizer]))
+    if saved_count == count:
         return
     above, one = "parallel.ep above 1", "parallel.ep=1"
-    was, this = (above, one) if before > here else (one, above)
+    was, wanted = (above, one) if saved_count > count else (one, above)
     raise InputError(
         f"{folder}: its optimizer state is of a run with {was}, where experts have "
-        f"{'an' if before > here else 'no'} optimizer of their own, and can't be loaded with "
-        f"{this}. Resume with {was}; or begin another run with the weights alone, by "
+        f"{'an' if saved_count > count else 'no'} optimizer of their own, and can't be loaded with "
+        f"{wanted}. Resume with {was}; or begin another run with the weights alone, by "
         "init.checkpoint without init.optimizer."
     )
 
@@ -104,12 +105,12 @@ def check_loadable(
     """Refuse a ``dp_reshardable`` state that was saved at another model-parallel layout.
 
     Args:
-        folder: the checkpoint's.
-        saved_at: :func:`model_parallel_layout` when it was saved; None where that isn't recorded.
-        chunks: the model that it is to be loaded into.
+        folder: folder of the checkpoint.
+        saved_at: :func:`model_parallel_layout` of the run that saved it; None if not recorded.
+        chunks: chunks of the model that the state is to be loaded into.
 
     Raises:
-        InputError: the layouts differ, or the checkpoint's is not known.
+        InputError: the layouts differ, or that of the checkpoint is not recorded.
     """
     if saved_at is None:
         raise InputError(
@@ -128,5 +129,6 @@ def check_loadable(
             "Resume at the layout that it was saved at. To change the layout, start the command "
             "once more at the saved layout with checkpoint.fully_reshardable=all: it first saves "
             "this step again, for any layout, and can then be stopped with Ctrl-C. The last "
-            "checkpoint of a finished run is for any layout, unless it was told otherwise."
+            "checkpoint of a finished run can be resumed at any layout, unless "
+            "checkpoint.fully_reshardable=none."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +24,8 @@ DEFAULT = "config"
 """Name of a recipe's default function."""
 OVERRIDDEN = "command line"
 """Source of an overridden field."""
-_FREE = ("model", "provider", "sources")
-"""Sections with keys that are not this package's to list; ``model`` has those of the recipe."""
+_FREE_SECTIONS = ("model", "provider", "sources")
+"""Sections that are dicts, whose keys :class:`TrainingConfig` does not define."""
 
 
 def load_recipe(name: str) -> TrainingConfig:
@@ -35,7 +35,7 @@ def load_recipe(name: str) -> TrainingConfig:
         name: a name such as ``olmo2_1b``, or a file; ``:FUNCTION`` may follow either.
 
     Raises:
-        InputError: there is no such recipe or function, or it returns something else.
+        InputError: there is no such recipe or function, it fails, or it returns another type.
     """
     name_or_file, _, function = name.partition(":")
     path = _file(name_or_file)
@@ -65,7 +65,7 @@ def _file(name: str) -> Path:
     if not path.is_file():
         raise InputError(
             f"{name}: no such recipe{nearest(path.stem, files) or '.'} `olmo-bridge recipes` lists "
-            "those that have a name; your own is named by its file, FILE.py"
+            "those that have a name; give your own as its file, FILE.py"
         )
     read_small(path, RECIPE_LIMIT)
     return path
@@ -76,15 +76,16 @@ def _module(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: a recipe is a Python file, FILE.py")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # for what recipes of a folder share
-    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # would go by whole seconds
+    sys.path.insert(0, str(path.resolve().parent))  # recipes import modules from their folder
+    # Cached bytecode is matched by size and whole seconds, and so could be of an edit before.
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise InputError(f"{path}: can't be run: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-        sys.dont_write_bytecode = bytecode
+        sys.dont_write_bytecode = before
     return module
 
 
@@ -97,7 +98,7 @@ def apply_overrides(config: TrainingConfig, overrides: Sequence[str]) -> Trainin
     """Return the config with ``section.field=value`` applied in order; values are read as YAML.
 
     Raises:
-        InputError: no such field (the nearest is named), or a value of another type.
+        InputError: there is no such field, or the value has another type.
     """
     values = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(values, dict)
@@ -105,16 +106,16 @@ def apply_overrides(config: TrainingConfig, overrides: Sequence[str]) -> Trainin
         key, equals, text = override.partition("=")
         if not equals:
             raise InputError(f"{override!r}: an override reads section.field=value")
-        values = _with(values, key.strip(), text)
+        values = _override(values, key.strip(), text)
         values["sources"][key.strip()] = OVERRIDDEN
     return from_dict({str(key): value for key, value in values.items()})
 
 
 def from_dict(values: dict[str, Any]) -> TrainingConfig:
-    """Return the config that :func:`as_dict` returned the values of.
+    """Return a config from its nested plain values: the inverse of :func:`as_dict`.
 
     Raises:
-        InputError: a value is of another type than its field.
+        InputError: a value has another type than its field.
     """
     try:
         schema = OmegaConf.structured(TrainingConfig)
@@ -132,22 +133,27 @@ def as_dict(config: TrainingConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _with(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
-    """Return the values with one set; outside of free sections, the key must exist."""
-    section, _, rest = key.partition(".")
-    known = field_names(TrainingConfig)
-    if section in _FREE and rest:
-        known = [f"{section}.{name}" for name in values[section]]
-        if section == "model" and values[section] and key not in known:
-            raise InputError(f"no field {key!r} in the model's config{nearest(key, known)}")
+def _override(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
+    """Return the values with one overridden.
+
+    The key must exist. In ``provider`` and ``sources``, and in a ``model`` without any, it may be
+    new.
+    """
+    section, _, name = key.partition(".")
+    known = config_fields()
+    is_list = key in known and str(known[key].type).startswith("list")
+    if section in _FREE_SECTIONS and name:
+        present = [f"{section}.{field}" for field in values[section]]
+        if section == "model" and present and key not in present:
+            raise InputError(f"no field {key!r} in the model's config{nearest(key, present)}")
     elif key not in known:
         raise InputError(
             f"no field {key!r}{nearest(key, known)} (`--dry-run` shows all of a recipe's)"
         )
     try:
         value = OmegaConf.from_dotlist([f"value={text}"])["value"]
-        if _is_list(key) and value is not None and not OmegaConf.is_list(value):
-            value = [value]  # one path is a list of one
+        if is_list and value is not None and not OmegaConf.is_list(value):
+            value = [value]  # data.path=PREFIX means data.path=[PREFIX]
         container = OmegaConf.create(values)
         OmegaConf.update(container, key, value, merge=False, force_add=True)
     except UnicodeEncodeError as error:
@@ -159,24 +165,14 @@ def _with(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
     return updated
 
 
-def field_names(section_class: Any, prefix: str = "") -> list[str]:
-    """Return every ``section.field`` of a config class."""
-    names: list[str] = []
-    sections = {f.name: f.default_factory for f in fields(section_class)} | {
-        "classification": ClassificationConfig
-    }
-    for f in fields(section_class):
-        section = sections[f.name]
-        if prefix == "" and is_dataclass(section):
-            names += field_names(section, f"{f.name}.")
+def config_fields() -> dict[str, Field[Any]]:
+    """Return the fields of :class:`TrainingConfig`, by ``section.field``."""
+    found: dict[str, Field[Any]] = {}
+    for field in fields(TrainingConfig):
+        is_optional = field.name == "classification"  # whose default is None
+        section = ClassificationConfig if is_optional else field.default_factory
+        if is_dataclass(section):
+            found |= {f"{field.name}.{inner.name}": inner for inner in fields(section)}
         else:
-            names.append(prefix + f.name)
-    return names
-
-
-def _is_list(key: str) -> bool:
-    section, _, name = key.partition(".")
-    of = next((f.default_factory for f in fields(TrainingConfig) if f.name == section), None)
-    if not is_dataclass(of):
-        return False
-    return any(f.name == name and str(f.type).startswith("list") for f in fields(of))
+            found[field.name] = field
+    return found

@@ -1,4 +1,4 @@
-"""Set up a run for the loop: new, or restored from the run's folder."""
+"""Set a run up for the training loop: a new run, or one restored from its folder."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def started(
     """Set a run up, and keep other runs out of its folders until the context ends.
 
     Args:
-        resolved: at the number of processes that call this.
-        make_task: opens the data; called when the process groups exist.
-        say: receives what people read, line by line, in the first process.
+        resolved: the run, resolved for the number of processes that call this.
+        make_task: opens the data; called after the process groups are created.
+        say: prints a line for people; called in the first process.
 
     Raises:
-        OutputError: another run is at work in one of its folders.
-        BridgeError: something that the config names is missing or damaged.
+        OutputError: another run uses one of its folders.
+        BridgeError: a file that the config names is missing or damaged.
     """
     config = resolved.config
     ensure_process_groups(
         resolved.provider, config.train.seed, timeout_minutes=config.parallel.timeout_minutes
     )
-    on_first(lambda: check_folders(config))  # before anything is written, a lock too
+    on_first(lambda: check_folders(config))  # before anything is written, even a lock
     with exclusive(config, say):
         yield _set_up(resolved, make_task, say)
 
@@ -69,13 +69,17 @@ def _set_up(
     resolved: ResolvedRun, make_task: Callable[[ResolvedRun], Task], say: Callable[[str], None]
 ) -> Run:
     config, source = resolved.config, resolved.source
-    extension = on_first(lambda: check_folders(config))  # again: now nobody else can change them
+    # Check the folders again: only now, with the locks held, no other run can change them.
+    extension = on_first(lambda: check_folders(config))
     folder = Path(config.checkpoint.save).expanduser() if config.checkpoint.save else None
-    step = _last_step(folder)
+    step = None
+    if folder is not None:
+        on_first(lambda: put_back(folder))
+        step = last_step(folder)
     task = make_task(resolved)
-    if source is not None and step is None and not config.init.optimizer:  # load() checks it too
+    if source is not None and step is None and not config.init.optimizer:  # else load() checks it
         check(source.folder)
-    chunks, optimizer = _model_and_optimizer(resolved, fill=step is None)
+    chunks, optimizer = _model_and_optimizer(resolved, is_new=step is None)
     checkpointer = None
     if folder is not None:
         checkpointer = Checkpointer(
@@ -95,7 +99,7 @@ def _set_up(
         load(source.folder, chunks, optimizer, fresh_rng=True)
     scheduler = make_scheduler(config, optimizer)
     scheduler.step(step or 0)
-    on_first(lambda: claim(config))  # now that all else is sound
+    on_first(lambda: claim(config))  # last, so that a failed start leaves the folder as it was
     log = None
     if dist.get_rank() == 0:
         log = _open_log(resolved, task, folder, step, extension, say)
@@ -106,35 +110,26 @@ def _set_up(
     )
 
 
-def _last_step(folder: Path | None) -> int | None:
-    """Return the step that a run resumes from; None for a new one."""
-    if folder is None:
-        return None
-    on_first(lambda: put_back(folder))
-    return last_step(folder)
+def _model_and_optimizer(resolved: ResolvedRun, is_new: bool) -> tuple[list[Any], Any]:
+    """Build the model's chunks, wrapped for training, and their optimizer.
 
-
-def _model_and_optimizer(resolved: ResolvedRun, fill: bool) -> tuple[list[Any], Any]:
-    """Build the chunks, wrapped for training, with the weights of the source or random ones.
-
-    Args:
-        resolved: has the provider, and the source.
-        fill: False if a checkpoint of the run will set the weights.
+    Weights are those of the source, or random; those of a run that is not new are left unset, as
+    its checkpoint will set them.
     """
     config, source, provider = resolved.config, resolved.source, resolved.provider
-    provider.initialize = source is None and fill
-    if source is not None and fill:
+    provider.initialize = source is None and is_new
+    if source is not None and is_new:
         provider.register_pre_wrap_hook(AutoBridge(source.bridge, source).load_hf_weights)
     chunks = provider.provide_distributed_model(ddp_config(config.parallel), seed=config.train.seed)
     optimizer = make_optimizer(config, chunks)
     megatron_config = get_model_config(chunks[0])
     megatron_config.finalize_model_grads_func = finalize_model_grads
-    # Weak: a distributed optimizer holds views of the parameters, which the garbage collector can't
-    # follow, and would keep the model, and the model it, for the life of the process.
+    # A weak reference: a distributed optimizer holds views of the parameters, which the garbage
+    # collector can't follow. A strong one would keep model and optimizer alive with each other.
     reference: Callable[[], Any] = weakref.ref(optimizer)
     megatron_config.grad_scale_func = lambda loss: reference().scale_loss(loss)
     if config.parallel.overlap:
-        # Gradients of all but the last micro-batch are not reduced.
+        # Only the last micro-batch of a step reduces gradients.
         megatron_config.no_sync_func = [chunk.no_sync for chunk in chunks]
         if len(chunks) == 1:
             megatron_config.no_sync_func = megatron_config.no_sync_func[0]
@@ -149,7 +144,7 @@ def _open_log(
     extension: Extension | None,
     say: Callable[[str], None],
 ) -> RunLog:
-    """Begin the log, or go on with it from a step, with what people might not expect."""
+    """Open the log, new or resumed at ``step``, and print what people might not expect."""
     facts = _run_facts(resolved, task.loss_unit)
     log = RunLog(facts, resolved.config.logging, folder, resumed_at=step, say=say)
     for notice in _notices(resolved, folder, step):

@@ -1,10 +1,9 @@
-"""Watch the loss for spikes and for values that are not numbers."""
+"""Detect spikes of the loss, and losses and gradients that are not finite."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -18,28 +17,27 @@ class Watch:
     """Spike detector over the losses and gradient norms of the last steps.
 
     Source of ``skip``: OLMo-core's ``SkipStepOptimizer``, which skips a step whose loss or gradient
-    norm is more than ``sigma`` standard deviations above the mean of the ``window`` steps before.
-    It starts with step ``window // 2``, itself counted: the 64th of the usual 128.
-
-    Attributes:
-        losses, norms: of the last steps, skipped ones among them, the newest last.
+    norm is more than ``sigma`` standard deviations above the mean of the preceding ``window``
+    steps. The first step that it checks is number ``window // 2``.
     """
 
     settings: StabilityConfig
 
     def __post_init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=self.settings.window)
+        """Losses of the last steps, including skipped ones; the newest is last."""
         self.norms: deque[float] = deque(maxlen=self.settings.window)
+        """Finite gradient norms of the last steps, including skipped ones; the newest is last."""
 
     @property
     def may_skip(self) -> bool:
         return self.settings.on_spike == "skip"
 
     def check(self, step: int, loss: float) -> None:
-        """Look at a step's loss before the weights are changed by it.
+        """Check a step's loss, before the step changes the weights.
 
         Raises:
-            TrainingStopped: it is not a number, or spiked and ``on_spike`` is ``stop``.
+            TrainingStopped: the loss is not finite, or it spiked and ``on_spike`` is ``stop``.
         """
         if not math.isfinite(loss):
             raise TrainingStopped(
@@ -47,7 +45,7 @@ class Watch:
                 "again from the last checkpoint with a smaller optimizer.lr, or with "
                 "stability.on_spike=skip."
             )
-        if self.settings.on_spike == "stop" and self._above(self.losses, loss):
+        if self.settings.on_spike == "stop" and self._is_above(self.losses, loss):
             raise TrainingStopped(
                 f"the loss spiked to {loss:.3f} at step {step}: more than {self.settings.sigma:g} "
                 f"standard deviations above {fmean(self.losses):.3f}, the mean of the last "
@@ -57,16 +55,19 @@ class Watch:
             )
 
     def is_spike(self, loss: float, norm: float) -> bool:
-        """Return whether a step is to be skipped."""
-        return not math.isfinite(norm) or (
-            self._above(self.losses, loss) or self._above(self.norms, norm)
+        """Return whether a step with this loss and gradient norm is to be skipped."""
+        return (
+            not math.isfinite(norm)
+            or self._is_above(self.losses, loss)
+            or self._is_above(self.norms, norm)
         )
 
     def remember(self, step: int, loss: float, norm: float, skipped: bool) -> None:
-        """Add a step that is over.
+        """Add a finished step to the window.
 
         Raises:
-            TrainingStopped: the gradient was not a number, and the weights are spoilt.
+            TrainingStopped: the gradient norm is not finite and the step was taken, so that the
+                weights are lost.
         """
         if not math.isfinite(norm) and not skipped:
             raise TrainingStopped(
@@ -78,17 +79,16 @@ class Watch:
             self.norms.append(norm)
 
     def state(self) -> dict[str, list[float]]:
-        """Return what a checkpoint keeps."""
+        """Return the window, to be saved in a checkpoint."""
         return {"losses": list(self.losses), "norms": list(self.norms)}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        """Take over what :meth:`state` returned."""
+        """Set the window to a saved :meth:`state`."""
         self.losses.extend(state["losses"])
         self.norms.extend(state["norms"])
 
-    def _above(self, seen: Iterable[float], value: float) -> bool:
-        last = list(seen)
-        # A deviation takes two steps (OLMo-core skips for lack of one: its deviation is NaN).
-        if len(last) < 2 or len(last) + 1 < self.settings.window // 2:
+    def _is_above(self, recent: deque[float], value: float) -> bool:
+        # A deviation needs two steps. (OLMo-core skips the second step, whose deviation is NaN.)
+        if len(recent) < 2 or len(recent) + 1 < self.settings.window // 2:
             return False
-        return value > fmean(last) + self.settings.sigma * stdev(last)
+        return value > fmean(recent) + self.settings.sigma * stdev(recent)

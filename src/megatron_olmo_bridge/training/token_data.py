@@ -27,31 +27,31 @@ Batch = dict[str, torch.Tensor]
 
 
 class _NoTokenizer:
-    """What GPTDataset asks a tokenizer: nothing here is masked and no document is cut off."""
+    """Stand-in for the tokenizer that GPTDataset requires, for tokens that are prepared already."""
 
-    pad, eod = -1, -2  # no tokens
-    vocab_size = None  # so that it takes the dtype from the files
+    pad, eod = -1, -2  # ids that no token has: GPTDataset then masks nothing
+    vocab_size = None  # GPTDataset then takes the dtype from the files
     unique_identifiers: dict[str, str] = {}  # noqa: RUF012
 
 
 @dataclass
 class TokenData:
-    """The sequences of a run, by number: sequence i is the same in every process and every run."""
+    """Sequences of a run, by number: number i is the same in every process and after a resume."""
 
     train: Any
-    """Dataset of samples, each with tokens and labels [sequence_length], int64."""
+    """Dataset of sequences, each with tokens and labels [sequence_length], int64."""
     validation: Any | None
     info: list[DataInfo]
-    """What was prepared, by path."""
+    """Facts about the prepared files of each path, those of ``data.validation`` last."""
 
     @classmethod
     def open(cls, config: TrainingConfig, vocab_size: int) -> TokenData:
-        """Open the files, and index them unless that was done before; all processes call it.
+        """Open the files, and index their sequences if needed; all processes call it.
 
         Raises:
-            InputError: no data, too little of it, or tokens that the model doesn't have.
+            InputError: no data, too little of it, or tokens outside the model's vocabulary.
             FormatError: damaged data.
-            OutputError: the index of samples can't be written.
+            OutputError: the index of the sequences can't be written.
         """
         data, train = config.data, config.train
         info = check_data(data, vocab_size, train.sequence_length)
@@ -80,12 +80,12 @@ class TokenData:
 
 
 def check_data(data: DataConfig, vocab_size: int, sequence_length: int) -> list[DataInfo]:
-    """Check the prepared files before anything is built.
+    """Check the prepared files of ``data.path`` and ``data.validation``, and return their facts.
 
     Raises:
-        InputError: none is named, one is missing or too small, or its tokens are beyond the model's
-            vocabulary.
-        FormatError: one is damaged.
+        InputError: no path is set, a file is missing or too small, weights don't fit, or tokens are
+            outside the model's vocabulary.
+        FormatError: a file is damaged.
     """
     if not data.path:
         raise InputError(
@@ -98,7 +98,7 @@ def check_data(data: DataConfig, vocab_size: int, sequence_length: int) -> list[
         )
     if not all(0 < weight < math.inf for weight in data.weights or []):
         raise InputError(
-            f"data.weights={data.weights} must be more than 0; a path of no weight can be left out"
+            f"data.weights={data.weights}: each must be more than 0; leave out paths without one"
         )
     infos = [read_info(Path(prefix)) for prefix in [*data.path, *data.validation]]
     for info in infos:
@@ -122,7 +122,7 @@ def check_data(data: DataConfig, vocab_size: int, sequence_length: int) -> list[
 
 @contextlib.contextmanager
 def _translate_data_errors(data: DataConfig) -> Iterator[None]:
-    """Turn what megatron-core raises of data into one sentence; keep its chatter away."""
+    """Translate megatron-core's errors about data files, and silence its log."""
     logger = logging.getLogger("megatron.core.datasets")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -133,7 +133,7 @@ def _translate_data_errors(data: DataConfig) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        # megatron-core says at length that it could not write the index of samples.
+        # megatron-core wraps an error in writing the index of sequences.
         raise _unwritable(data, error.__cause__) from error
     finally:
         logger.setLevel(before)
@@ -147,10 +147,11 @@ def _unwritable(data: DataConfig, error: OSError) -> OutputError:
 
 
 class MicroBatches:
-    """This process's micro-batches of one step after the other, from any step on.
+    """Micro-batches of this process, in order, from step ``begin`` (from 1).
 
-    Sequences of step n (from 1) are (n - 1) * global_batch_size and those after it; micro-batches
-    go round the data-parallel ranks. So the position in the data follows from the step alone.
+    Step n takes ``global_batch_size`` sequences from number (n - 1) * global_batch_size on; its
+    micro-batches are dealt round-robin to the data-parallel ranks. So the position in the data
+    follows from the step alone.
     """
 
     def __init__(self, dataset: Any, train: StepsConfig, workers: int, begin: int = 1) -> None:
@@ -160,7 +161,7 @@ class MicroBatches:
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            generator=torch.Generator(),  # else it draws from the numbers that dropout is made of
+            generator=torch.Generator(),  # the default one would change dropout's numbers
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -177,10 +178,8 @@ class _Sampler:
     begin: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        ranks, rank = (
-            parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_data_parallel_rank(),
-        )
+        ranks = parallel_state.get_data_parallel_world_size()
+        rank = parallel_state.get_data_parallel_rank()
         batch, micro = self.train.global_batch_size, self.train.micro_batch_size
         for step in range((self.begin - 1) * batch, self.samples - batch + 1, batch):
             for first in range(step + rank * micro, step + batch, ranks * micro):
