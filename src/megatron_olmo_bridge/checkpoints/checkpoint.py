@@ -1,4 +1,4 @@
-"""What a checkpoint of any kind is: a model, and where the bytes of its tensors are."""
+"""Interface of a checkpoint of any kind: its model, and where its tensors are stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_olmo_bridge.storage.identity import Snapshot
 
 @dataclass(frozen=True)
 class KindOption:
-    """An option that only one kind of checkpoint has; the command line offers it too."""
+    """Option that only one kind of checkpoint has; the command line offers it too."""
 
     name: str
     type: type
@@ -30,7 +30,7 @@ class KindOption:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a checkpoint may not say itself. A kind refuses what it has no use for."""
+    """Facts that a checkpoint may not record. A kind refuses options that it has no use for."""
 
     iteration: int | str | None = None
     """Iteration of a Megatron checkpoint: a number, or ``release``. Default: the one that the
@@ -47,31 +47,31 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(ABC):
-    """A checkpoint, opened: its headers are read and checked against its model's mapping."""
+    """Checkpoint whose headers are read and checked against its model's mapping."""
 
     kind: ClassVar[str]
-    """For people: ``Hugging Face``."""
+    """Name of the kind in messages: ``Hugging Face``."""
     looks_like: ClassVar[str]
-    """What a path of this kind has, for people: ``config.json and safetensors``."""
-    takes: ClassVar[tuple[str, ...]] = ()
-    """Fields of :class:`ReadOptions` that it has a use for, besides ``kind_options``."""
-    options: ClassVar[tuple[KindOption, ...]] = ()
-    """Options that no other kind has."""
+    """What a path of this kind has, in messages: ``config.json and safetensors``."""
+    accepted_options: ClassVar[tuple[str, ...]] = ()
+    """Fields of :class:`ReadOptions` that this kind has a use for, besides ``kind_options``."""
+    own_options: ClassVar[tuple[KindOption, ...]] = ()
+    """Options that no other kind has; their values are in :attr:`ReadOptions.kind_options`."""
 
-    folder: Path
-    """Folder with the weights; a file, for a kind that is one file."""
+    path: Path
+    """Folder with the weights, or the file, for a kind that is a single file."""
     bridge: ModelBridge
     mapping: ResolvedMapping
     config_from: Path
-    """File that says what model it is."""
+    """File that the model's config was read from."""
     artifacts_folder: Path | None
     """Folder with config.json, generation config and tokenizer files."""
     megatron: dict[str, TensorView] = field(default_factory=dict)
-    """Tensors by Megatron names, where they are stored so."""
+    """Tensors by Megatron name, for a kind that stores Megatron's parameters."""
     read_as: tuple[str, ...] = ()
-    """What was read otherwise than the config says, one sentence each."""
+    """Sentences on what was read differently from what the config says."""
     snapshot: Snapshot = field(default_factory=lambda: Snapshot({}, {}))
-    """The files, as they were before the first of them was read."""
+    """State of the files before the first of them was read."""
 
     @classmethod
     @abstractmethod
@@ -79,40 +79,40 @@ class Checkpoint(ABC):
         """Return the folder or file with the weights; None if the path is of another kind.
 
         Raises:
-            InputError, FormatError: of this kind, but incomplete.
-            UnsupportedError: of a variant of this kind that is not converted.
+            InputError, FormatError: the checkpoint is of this kind, but incomplete.
+            UnsupportedError: it is of a variant of this kind that is not converted.
         """
 
     @classmethod
     @abstractmethod
-    def files_read(cls, folder: Path) -> dict[Path, tuple[str, ...]]:
-        """Return the folders that it reads, each with patterns of file names."""
+    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+        """Return the folders that this kind reads, each with patterns of file names."""
 
     @classmethod
     @abstractmethod
-    def open(cls, folder: Path, options: ReadOptions, strict: bool) -> Checkpoint:
-        """Read the headers of what :meth:`find` returned.
+    def open(cls, path: Path, options: ReadOptions, strict: bool) -> Checkpoint:
+        """Read the headers of a checkpoint.
 
         Args:
-            folder: with the weights.
-            options: only those that the kind knows are set.
+            path: what :meth:`find` returned.
+            options: options, of which only accepted ones are set.
             strict: refuse tensors that are not those of the config.
         """
 
     @classmethod
-    def knows(cls, option: str) -> bool:
+    def accepts(cls, option: str) -> bool:
         """Return whether this kind has a use for an option."""
-        return option in cls.takes or option in {own.name for own in cls.options}
+        return option in {*cls.accepted_options, *(own.name for own in cls.own_options)}
 
     @property
     @abstractmethod
     def tensors(self) -> dict[str, TensorView]:
-        """Every tensor of the Hugging Face model, in the mapping's order."""
+        """Tensors of the Hugging Face model, in the mapping's order."""
 
     @property
     @abstractmethod
     def layout(self) -> str:
-        """How the tensors are stored, for people."""
+        """Description of how the tensors are stored."""
 
     @property
     def iterations(self) -> list[str]:
@@ -121,13 +121,13 @@ class Checkpoint(ABC):
 
     @property
     def load_flags(self) -> list[str]:
-        """Flags with which Megatron-LM loads this very checkpoint."""
+        """Flags with which Megatron-LM loads this checkpoint."""
         return []
 
     def pieces(self, parameter: Parameter, region: Region) -> Iterator[Piece]:
-        """Yield where the elements of one region of a Megatron parameter are stored.
+        """Yield the pieces that a region of a Megatron parameter consists of.
 
-        The pieces are those of a tensor that is the region alone: row 0 is the region's first.
+        Positions are relative to the region: row 0 is its first row.
         """
         origin = Region(0, 0, 0, 0)
         stored = self.megatron.get(parameter.name)
@@ -149,13 +149,13 @@ class Checkpoint(ABC):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding as Megatron holds it."""
+        """Rows of the embedding in Megatron."""
         return self.mapping.parameters[self.bridge.vocab_param].shape[0]
 
     @property
     def parameters(self) -> int:
         """Number of elements of the Hugging Face model."""
-        return sum(math.prod(shape) for shape in self.mapping.hf_shapes.values())
+        return sum(map(math.prod, self.mapping.hf_shapes.values()))
 
     @property
     def dtypes(self) -> list[str]:
@@ -163,7 +163,7 @@ class Checkpoint(ABC):
 
     @property
     def notes(self) -> list[str]:
-        """What whoever converts this checkpoint should be told."""
+        """Notes to show to the user who converts this checkpoint."""
         return [*self.bridge.notes, *self.read_as]
 
     @property

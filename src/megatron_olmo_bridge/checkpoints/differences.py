@@ -1,4 +1,4 @@
-"""What two checkpoints say differently beside their weights: config files and tokenizers."""
+"""Differences of two checkpoints besides values: configs, artifacts, tensor names and dtypes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from megatron_olmo_bridge.formats.files import parse_json
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, artifact_files
 from megatron_olmo_bridge.formats.tensors import TensorView
 
-# Keys that say nothing of the model, or whose meaning is compared as a number of the model.
 _NO_MEANING = {"transformers_version", "_name_or_path", "name_or_path"}
-_SPELLINGS = {
-    "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype", "architectures",
-    "model_type",
-}  # fmt: skip
+"""Keys of JSON files that do not describe the model."""
+_ROPES = {"rope_theta", "rope_scaling", "rope_parameters"}
+_DTYPES = {"torch_dtype", "dtype"}
+_CLASSES = {"architectures", "model_type"}
+"""Keys of config.json with several spellings, whose meaning is compared otherwise."""
 _GENERATION_CONFIG = "generation_config.json"
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not the same."""
+    """One difference of two checkpoints, or of a checkpoint and its record."""
 
     kind: str
     """missing, unexpected, shape, dtype, values, config, mapping, file or checksum."""
@@ -33,7 +33,7 @@ class Difference:
 
 
 def config_differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
-    """What the models' numbers, and their config.json where both have one, say differently."""
+    """Yield the differences of the config values, and of config.json if both were read from one."""
     if a.bridge.family != b.bridge.family:
         yield Difference("config", "family", f"{a.bridge.family} and {b.bridge.family}")
         return
@@ -42,27 +42,25 @@ def config_differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
         tasks = _task(a), _task(b)
         if tasks[0] != tasks[1]:
             yield Difference("config", "architectures", " and ".join(tasks))
-        skipped = _SPELLINGS | a.bridge.hf_keys | a.bridge.config_values.keys()
+        skipped = _ROPES | _DTYPES | _CLASSES | a.bridge.hf_keys | a.bridge.config_values.keys()
         configs = [{k: v for k, v in s.hf_config.items() if k not in skipped} for s in (a, b)]
         yield from _value_differences("config", "", *configs)
 
 
 def _task(source: Checkpoint) -> str:
-    """Return what a config's first architecture is for, whatever its spelling."""
+    """Return the task of a config's first architecture, or the name of an unknown architecture."""
     bridge = source.bridge
     name = str(next(iter(source.hf_config.get("architectures") or []), ""))
     if bridge.num_labels is not None:
         return "a classifier"
-    known = bridge.architectures
-    return "a language model" if not name or name.endswith(known) else name
+    return "a language model" if not name or name.endswith(bridge.architectures) else name
 
 
 def artifact_differences(a: Checkpoint, b: Checkpoint) -> tuple[list[Difference], list[str]]:
-    """Compare generation config, tokenizer, chat templates and the like: JSON files by what they
-    say, others byte by byte.
+    """Compare all artifacts but config.json: JSON files by their values, others byte by byte.
 
     Returns:
-        The differences, and notes on what only one of the two has, so that it wasn't compared.
+        The differences, and notes on what was not compared since only one checkpoint has it.
     """
     files = [_artifact_files(a), _artifact_files(b)]
     names = sorted(files[0].keys() | files[1].keys())
@@ -72,7 +70,7 @@ def artifact_differences(a: Checkpoint, b: Checkpoint) -> tuple[list[Difference]
     )
     differences, notes = [], []
     for what, group in groups:
-        lacking = [s.folder for s, f in zip((a, b), files, strict=True) if not f.keys() & {*group}]
+        lacking = [s.path for s, f in zip((a, b), files, strict=True) if not f.keys() & {*group}]
         if group and lacking:
             notes.append(f"{lacking[0]}: has no {what}, so the other's were not compared")
             continue
@@ -82,8 +80,8 @@ def artifact_differences(a: Checkpoint, b: Checkpoint) -> tuple[list[Difference]
 
 
 def _artifact_files(source: Checkpoint) -> dict[str, bytes]:
-    found = artifact_files(source.artifacts_folder) if source.artifacts_folder else {}
-    return {name: data for name, data in found.items() if name != CONFIG}
+    files = artifact_files(source.artifacts_folder) if source.artifacts_folder else {}
+    return {name: data for name, data in files.items() if name != CONFIG}
 
 
 def _file_differences(name: str, first: bytes | None, second: bytes | None) -> list[Difference]:
@@ -95,7 +93,7 @@ def _file_differences(name: str, first: bytes | None, second: bytes | None) -> l
     try:
         is_json = name.endswith(".json")
         values = [parse_json(data, name) for data in (first, second)] if is_json else []
-    except FormatError:  # then its bytes are compared
+    except FormatError:  # compare the bytes
         values = []
     if [type(value) for value in values] == [dict, dict]:
         return list(_value_differences("file", f"{name}: ", *values))
@@ -105,7 +103,7 @@ def _file_differences(name: str, first: bytes | None, second: bytes | None) -> l
 
 
 def name_differences(a: dict[str, TensorView], b: dict[str, TensorView]) -> Iterator[Difference]:
-    """Names, shapes and dtypes that are not the same."""
+    """Yield the differences of names, shapes and dtypes."""
     for name in a:
         if name not in b:
             yield Difference("missing", name, "only in the first")
@@ -130,7 +128,7 @@ def _value_differences(
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Return whether two values of JSON files mean the same: NaN equals itself, true is not 1."""
+    """Return whether two JSON values are equal; NaN equals itself, and true is not 1."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):

@@ -8,12 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
-from megatron_olmo_bridge.errors import (
-    FormatError,
-    InputError,
-    MappingError,
-    UnsupportedError,
-)
+from megatron_olmo_bridge.errors import FormatError, InputError, MappingError, UnsupportedError
 from megatron_olmo_bridge.formats.hf_folder import (
     CONFIG,
     HFFolder,
@@ -34,16 +29,16 @@ from .name_hints import explaining_names
 
 @dataclass(frozen=True, kw_only=True)
 class HFCheckpoint(Checkpoint):
-    """A Hugging Face folder, and the model that transformers builds from it."""
+    """Hugging Face folder, read as transformers reads it."""
 
     kind: ClassVar[str] = "Hugging Face"
     looks_like: ClassVar[str] = "config.json and safetensors"
-    takes: ClassVar[tuple[str, ...]] = ("num_labels",)
+    accepted_options: ClassVar[tuple[str, ...]] = ("num_labels",)
 
     hf_folder: HFFolder
-    """Config and arrays; the config says what transformers computes with."""
-    new: frozenset[str] = frozenset()
-    """Tensors that no file has, and that begin as zeros: a new classification head."""
+    """Config and arrays by the mapping's names; the config is that of the model as read."""
+    new_tensors: frozenset[str] = frozenset()
+    """Tensors that no file has, initialized with zeros: a new classification head."""
 
     @classmethod
     def find(cls, path: Path, iteration: int | str | None) -> Path | None:
@@ -57,45 +52,44 @@ class HFCheckpoint(Checkpoint):
         return None
 
     @classmethod
-    def files_read(cls, folder: Path) -> dict[Path, tuple[str, ...]]:
-        return artifact_patterns(folder)
+    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+        return artifact_patterns(path)
 
     @classmethod
-    def open(cls, folder: Path, options: ReadOptions, strict: bool) -> HFCheckpoint:
-        model = _read_model(folder, options.num_labels)
+    def open(cls, path: Path, options: ReadOptions, strict: bool) -> HFCheckpoint:
+        model = _read_model(path, options.num_labels)
         registry = model.bridge.mapping_registry()
-        registry.check_size(len(model.folder.arrays), folder)
+        registry.check_size(len(model.folder.arrays), path)
         mapping = registry.resolve()
         if strict:
             shapes = {name: array.shape for name, array in model.folder.arrays.items()}
+            shapes |= {name: mapping.hf_shapes[name] for name in model.new_tensors}
             with explaining_names(shapes, model.bridge):
-                new = {name: mapping.hf_shapes[name] for name in model.new}
-                mapping.check_hf(shapes | new, folder)
+                mapping.check_hf(shapes, path)
         return cls(
-            folder=folder,
+            path=path,
             bridge=model.bridge,
             mapping=mapping,
-            config_from=folder / CONFIG,
-            artifacts_folder=folder,
+            config_from=path / CONFIG,
+            artifacts_folder=path,
             hf_folder=model.folder,
-            new=model.new,
+            new_tensors=model.new_tensors,
             read_as=model.notes,
         )
 
     @cached_property
     def tensors(self) -> dict[str, TensorView]:
         arrays, shapes = self.hf_folder.arrays, self.mapping.hf_shapes
-        known = [name for name in shapes if name in arrays]
-        unknown = [name for name in arrays if name not in shapes]
+        unexpected = [name for name in arrays if name not in shapes]  # unless opened strictly
         views = {
             name: TensorView.of_array(name, arrays[name])
-            for name in known + unknown
-            if self.mapping.reason_to_ignore(name) is None
+            for name in [*shapes, *unexpected]
+            if name in arrays and self.mapping.reason_to_ignore(name) is None
         }
         dtype = next(iter(views.values())).dtype
         zeros = {
             name: TensorView(name, shapes[name], dtype, (Piece.zeros(Region.whole(shapes[name])),))
-            for name in self.new
+            for name in self.new_tensors
         }
         return views | zeros
 
@@ -108,12 +102,12 @@ class HFCheckpoint(Checkpoint):
 class _HFModel:
     folder: HFFolder
     bridge: ModelBridge
-    new: frozenset[str] = frozenset()
+    new_tensors: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
 def _read_model(path: Path, num_labels: int | None) -> _HFModel:
-    """Read a folder's headers, and bytes only where two tensors must be told apart."""
+    """Read a folder's headers, and tensors only to compare a head with tied embeddings."""
     hf = HFFolder.read(path, is_buffer, may_be_tied)
     bridge = bridge_for(hf.config, path / CONFIG)
     hf = replace(hf, arrays=_split_experts(_by_table_names(hf, bridge), bridge, path))
@@ -125,54 +119,53 @@ def _read_model(path: Path, num_labels: int | None) -> _HFModel:
             f"config.json says that embeddings are tied, but {HF_HEAD} differs from "
             f"{bridge.hf_embedding}: kept as a head of its own, as transformers 5 does"
         )
-        return _HFModel(
-            replace(hf, config=config), bridge_for(config, path / CONFIG), notes=(note,)
-        )
+        hf = replace(hf, config=config)
+        return _HFModel(hf, bridge_for(config, path / CONFIG), notes=(note,))
+    notes = []
     if bridge.num_labels is not None and HF_HEAD in hf.arrays:
-        note = f"{HF_HEAD} was left out: a classifier doesn't use a language model's head"
-        return _HFModel(hf, bridge, notes=(note,))
-    return _HFModel(hf, bridge)
+        notes = [f"{HF_HEAD} was left out: a classifier doesn't use a language model's head"]
+    return _HFModel(hf, bridge, notes=tuple(notes))
 
 
 def _by_table_names(hf: HFFolder, bridge: ModelBridge) -> dict[str, StoredArray]:
-    """Return the arrays by the table's names.
+    """Return the arrays by the names of the mapping table.
 
     Raises:
-        FormatError: a tensor is there by two names.
+        FormatError: a tensor is stored under two names.
     """
-    names, arrays = bridge.hf_names(hf.arrays), {}
+    table_names, arrays = bridge.hf_names(hf.arrays), {}
     for name, array in hf.arrays.items():
-        known_as = names.get(name, name)
-        if known_as in arrays or (known_as != name and known_as in hf.arrays):
-            raise FormatError(f"{hf.path}: has both {known_as} and {name}, which mean the same")
-        arrays[known_as] = array
+        table_name = table_names.get(name, name)
+        if table_name in arrays or (table_name != name and table_name in hf.arrays):
+            raise FormatError(f"{hf.path}: has both {table_name} and {name}, which mean the same")
+        arrays[table_name] = array
     return arrays
 
 
 def _split_experts(
     arrays: dict[str, StoredArray], bridge: ModelBridge, path: Path
 ) -> dict[str, StoredArray]:
-    """Return the arrays with the experts of a layer, where they are stored as one, each apart.
+    """Return the arrays with each layer's fused experts split into one array per projection.
 
-    transformers 5 holds them so in memory, and saves them so with ``save_original_format=False``:
+    transformers 5 fuses them in memory, and saves them so with ``save_original_format=False``:
     ``gate_up_proj`` is [experts, gate over up, hidden], ``down_proj`` is [experts, hidden, ffn].
 
     Raises:
-        MappingError: such a tensor has another shape.
+        MappingError: a fused tensor has the wrong shape.
     """
     if bridge.num_experts is None:
         return arrays
-    c, out = bridge.config, {}
-    parts = {
+    c, split = bridge.config, {}
+    projections_of = {
         "gate_up_proj": (("gate_proj", "up_proj"), (c.ffn_hidden_size, c.hidden_size)),
         "down_proj": (("down_proj",), (c.hidden_size, c.ffn_hidden_size)),
     }
     for name, array in arrays.items():
         module, _, last = name.rpartition(".")
-        if not module.endswith(".experts") or last not in parts:
-            out[name] = array
+        if not module.endswith(".experts") or last not in projections_of:
+            split[name] = array
             continue
-        projections, shape = parts[last]
+        projections, shape = projections_of[last]
         expected = (bridge.num_experts, len(projections) * shape[0], shape[1])
         if array.shape != expected:
             raise MappingError(
@@ -182,15 +175,14 @@ def _split_experts(
         for i, (expert, projection) in enumerate(product(range(expected[0]), projections)):
             part = replace(array, shape=shape)
             part = replace(part, offset=array.offset + i * part.nbytes)
-            out[f"{module}.{expert}.{projection}.weight"] = part
-    return out
+            split[f"{module}.{expert}.{projection}.weight"] = part
+    return split
 
 
 def _has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> bool:
-    """Return whether a checkpoint whose config ties embeddings stores another head all the same.
+    """Return whether the config ties embeddings, but a different head is stored.
 
-    transformers 5 then keeps both (``PreTrainedModel.tie_weights``): it ties only what is missing
-    or equal.
+    transformers 5 then keeps both: ``PreTrainedModel.tie_weights`` ties a missing or equal head.
     """
     head, embedding = arrays.get(HF_HEAD), arrays.get(bridge.hf_embedding)
     if not bridge.is_tied or head is None or embedding is None:
@@ -200,7 +192,7 @@ def _has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> boo
     views = [TensorView.of_array("", array) for array in (head, embedding)]
     with Transfer() as left, Transfer() as right:
         blocks = zip(left.blocks(views[0]), right.blocks(views[1]), strict=True)
-        # A bytearray compares as memory, a memoryview item by item.
+        # A bytearray is compared as memory, a memoryview element by element.
         return any(bytearray(a) != b for (_, _, a), (_, _, b) in blocks)
 
 

@@ -19,10 +19,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_size(size: str | int) -> int:
-    """Return the bytes in ``5GB``, ``200MiB`` or a plain number.
+    """Return the number of bytes that ``5GB``, ``200MiB`` or a plain number stands for.
 
     Raises:
-        InputError: not a size.
+        InputError: it is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
@@ -50,9 +50,12 @@ def output_artifacts(config: dict[str, Any], dtype: str, folder: Path | None) ->
 
 
 def shards(tensors: Mapping[str, TensorSpec], dtype: str, limit: int) -> tuple[OutputFile, ...]:
-    """The safetensors files for these tensors, each with at most ``limit`` bytes of them.
+    """Return the safetensors files for these tensors, named as by ``save_pretrained``.
 
-    Named as ``save_pretrained`` names them.
+    Args:
+        tensors: tensors in the order of the files.
+        dtype: dtype of the files, or ``keep``.
+        limit: maximum bytes of tensors in a file; a larger tensor gets a file of its own.
     """
     groups: list[list[Payload]] = [[]]
     filled = 0
@@ -77,7 +80,7 @@ def shards(tensors: Mapping[str, TensorSpec], dtype: str, limit: int) -> tuple[O
 
 
 def index_of(files: tuple[OutputFile, ...]) -> dict[str, bytes]:
-    """The index of several shards, by name; nothing for a single one."""
+    """Return the index of several shards, by file name; {} for a single shard."""
     if len(files) == 1:
         return {}
     weight_map = {p.view.name: f.name for f in files for p in f.payloads}
@@ -87,11 +90,11 @@ def index_of(files: tuple[OutputFile, ...]) -> dict[str, bytes]:
 
 
 def recorded_dtypes(config: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of the weights' dtype, by the keys of transformers 5 and of 4."""
+    """Return the weights' dtype in config.json, by the keys of transformers 5 and 4."""
     return {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
 
 
 def config_with_dtype(config: dict[str, Any], dtype: str) -> bytes:
-    """config.json for weights of this dtype, under every key that the config has for it."""
+    """Return the bytes of config.json with this dtype under each key that the config has for it."""
     keys = recorded_dtypes(config) or ("torch_dtype",)
     return json.dumps({**config, **dict.fromkeys(keys, dtype)}, indent=2).encode() + b"\n"

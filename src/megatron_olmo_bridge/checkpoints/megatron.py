@@ -33,11 +33,11 @@ _CONVERT_WITH_MEGATRON = (
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronCheckpoint(Checkpoint):
-    """One iteration that megatron-core, Megatron-LM, Megatron-Bridge or this package wrote."""
+    """Iteration written by megatron-core, Megatron-LM, Megatron-Bridge or this package."""
 
     kind: ClassVar[str] = "Megatron torch_dist"
     looks_like: ClassVar[str] = f"{TRACKER}, or an iter_ folder with {FORMAT_FILE}"
-    takes: ClassVar[tuple[str, ...]] = ("iteration", "hf_config", "vocab_size")
+    accepted_options: ClassVar[tuple[str, ...]] = ("iteration", "hf_config", "vocab_size")
 
     @classmethod
     def find(cls, path: Path, iteration: int | str | None) -> Path | None:
@@ -55,13 +55,13 @@ class MegatronCheckpoint(Checkpoint):
         return None
 
     @classmethod
-    def files_read(cls, folder: Path) -> dict[Path, tuple[str, ...]]:
-        return {folder: ("*",), **artifact_patterns(folder / HF_SUBFOLDER)}
+    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+        return {path: ("*",), **artifact_patterns(path / HF_SUBFOLDER)}
 
     @classmethod
-    def open(cls, folder: Path, options: ReadOptions, strict: bool) -> MegatronCheckpoint:
-        dist = TorchDistFolder.read(folder)
-        _ = dist.common  # an unsound one is refused, though nothing in it may be needed
+    def open(cls, path: Path, options: ReadOptions, strict: bool) -> MegatronCheckpoint:
+        dist = TorchDistFolder.read(path)
+        _ = dist.common  # refuse an unsound one, even if nothing in it is needed
         vocab_size = options.vocab_size
         config, config_from, artifacts_folder = config_of(dist, options.hf_config, vocab_size)
         bridge = bridge_for(config, config_from)
@@ -69,16 +69,16 @@ class MegatronCheckpoint(Checkpoint):
         rows = dist.rows(bridge.vocab_param)
         if rows is not None and rows < bridge.vocab_size:
             raise InputError(
-                f"{folder}: the embedding has {rows} rows, fewer than the vocabulary of "
+                f"{path}: the embedding has {rows} rows, fewer than the vocabulary of "
                 f"{bridge.vocab_size} that {config_from} names"
             )
         registry = bridge.mapping_registry(rows)
-        registry.check_size(sum(len(tensor.chunks) for tensor in dist.weights.values()), folder)
+        registry.check_size(sum(len(tensor.chunks) for tensor in dist.weights.values()), path)
         mapping = registry.resolve()
         with explaining_names(dist.weights, bridge):
             views = dist.views(mapping)
         return cls(
-            folder=folder,
+            path=path,
             bridge=bridge,
             mapping=mapping,
             config_from=config_from,
@@ -99,7 +99,6 @@ class MegatronCheckpoint(Checkpoint):
 
     @cached_property
     def padding(self) -> dict[str, TensorView]:
-        """Rows of a Megatron vocabulary that no Hugging Face tensor has."""
         views = {}
         for name, view in self.megatron.items():
             for p in self.mapping.parameters[name].placements:
@@ -111,29 +110,29 @@ class MegatronCheckpoint(Checkpoint):
 
     @property
     def layout(self) -> str:
-        dist = TorchDistFolder.read(self.folder)
+        dist = TorchDistFolder.read(self.path)
         layered = [p for p in self.mapping.parameters.values() if p.index]
         layers_are_stacked = any(p.key(len(p.index)) in dist.tensors for p in layered)
         chunks = max(len(view.pieces) for view in self.megatron.values())
         keys = "layers stacked in one key" if layers_are_stacked else "a key for each layer"
-        others = len(dist.tensors) - len(dist.weights)
-        state = f", {others} tensors of optimizer state" if others else ""
+        optimizer_tensors = len(dist.tensors) - len(dist.weights)
+        state = f", {optimizer_tensors} tensors of optimizer state" if optimizer_tensors else ""
         return f"{keys}, tensors in up to {chunks} chunk(s){state}"
 
     @property
     def iterations(self) -> list[str]:
-        return [folder.name for folder in iteration_folders(self.folder.parent)]
+        return [folder.name for folder in iteration_folders(self.path.parent)]
 
     @property
     def load_flags(self) -> list[str]:
-        folder = self.folder.resolve()
+        folder = self.path.resolve()
         number = iteration_number(folder)
         step = [] if number is None or _is_latest(folder) else ["--ckpt-step", str(number)]
         return ["--load", str(folder.parent), *step]
 
 
 def _is_latest(folder: Path) -> bool:
-    """Return whether Megatron-LM would take this iteration if none is asked for."""
+    """Return whether Megatron-LM loads this iteration if its command line names none."""
     try:
         return iteration_folder(folder.parent, None) == folder
     except BridgeError:
@@ -148,8 +147,10 @@ def _refuse_unless_torch_dist(path: Path) -> None:
     for file in (f for f in path.rglob("*") if f.is_file()):
         refuse_pointer(file)
     if (name := read_format(path)) != "torch_dist":
-        raise UnsupportedError(f"{path}: a Megatron checkpoint of format {quote(name)}, "
-                               f"not torch_dist. {_CONVERT_WITH_MEGATRON}")  # fmt: skip
+        raise UnsupportedError(
+            f"{path}: a Megatron checkpoint of format {quote(name)}, not torch_dist. "
+            f"{_CONVERT_WITH_MEGATRON}"
+        )
 
 
 def _refuse_other_megatron(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which model a Megatron checkpoint holds: its config.json, and whether its records agree."""
+"""Read the config of a Megatron checkpoint's model, and compare it with the recorded settings."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from megatron_olmo_bridge.models.families import bridges
 from megatron_olmo_bridge.models.record_check import contradictions
 
 HF_SUBFOLDER = "hf"
-"""In a Megatron checkpoint: config and tokenizer of the Hugging Face model it came from."""
+"""Subfolder of an iteration with the Hugging Face model's config and tokenizer files."""
 RUN_CONFIG = "run_config.yaml"
 
 
 def config_of(
-    dist: TorchDistFolder, given: str | Path | None, vocab_size: int | None
+    dist: TorchDistFolder, hf_config: str | Path | None, vocab_size: int | None
 ) -> tuple[dict[str, Any], Path, Path | None]:
-    """config.json of a Megatron checkpoint, the file it was taken from, and the tokenizer's folder.
+    """Return the values of config.json, the file they are from, and the folder of the artifacts.
 
-    The first of: the folder the user names, the one this package wrote, Megatron-Bridge's
-    run_config.yaml, Megatron-LM's args.
+    They are read from the first of these that exists: the folder ``hf_config``, the subfolder that
+    this package writes, Megatron-Bridge's run_config.yaml, Megatron-LM's args.
+
+    Raises:
+        InputError: there is none of these, or a value is missing or invalid.
+        UnsupportedError: no family can be built from these settings.
     """
-    beside = dist.path / HF_SUBFOLDER
-    if given or (beside / CONFIG).exists():
-        folder = Path(given) if given else beside
-        if not given:
-            refuse_outside(beside, dist.path)
+    folder = Path(hf_config) if hf_config else dist.path / HF_SUBFOLDER
+    if hf_config or (folder / CONFIG).exists():
+        if not hf_config:
+            refuse_outside(folder, dist.path)
         config = read_config(folder)
         if vocab_size is not None:
             config["vocab_size"] = vocab_size
         return config, folder / CONFIG, folder
     run_config = dist.path / RUN_CONFIG
     if run_config.exists():
-        section, where = model_section(run_config), run_config
-        if section is None:
+        record, record_file = model_section(run_config), run_config
+        if record is None:
             raise FormatError(f"{run_config}: has no model section")
-        values = section
     elif dist.args:
-        values, where = dist.args, dist.common_file
+        record, record_file = dist.args, dist.common_file
     else:
         raise InputError(
             f"{dist.path}: doesn't say what model it holds (no {HF_SUBFOLDER}/{CONFIG}, no "
@@ -54,25 +56,25 @@ def config_of(
     errors: list[Exception] = []
     for bridge in bridges():
         try:
-            return bridge.record_class.hf_config(values, vocab_size), where, None
+            return bridge.record_class.hf_config(record, vocab_size), record_file, None
         except (BridgeError, TypeError, ValueError) as error:
             errors.append(error)
-    # "Not supported" comes from a family that the values don't fit: report another error first.
+    # UnsupportedError means that the record is of another family: report other errors first.
     errors.sort(key=lambda error: isinstance(error, UnsupportedError))
-    kind = UnsupportedError if isinstance(errors[0], UnsupportedError) else InputError
-    raise kind(f"{where}: {errors[0]}") from errors[0]
+    error_class = UnsupportedError if isinstance(errors[0], UnsupportedError) else InputError
+    raise error_class(f"{record_file}: {errors[0]}") from errors[0]
 
 
 def check_agreement(
     dist: TorchDistFolder, bridge: ModelBridge, config_from: Path, *, any_vocab_size: bool
 ) -> None:
-    """Raise InputError if the checkpoint itself records another model than its config describes.
+    """Raise InputError if the settings recorded in the checkpoint contradict its config.
 
     Args:
         dist: the checkpoint.
-        bridge: of the config.
-        config_from: the file that the config was taken from.
-        any_vocab_size: whether the vocabulary's size was asked for, whatever is recorded.
+        bridge: bridge of the config.
+        config_from: file that the config was read from.
+        any_vocab_size: ignore the recorded vocabulary size, since the user stated another.
     """
     for file, record in _records(dist):
         if any_vocab_size:
@@ -86,7 +88,7 @@ def check_agreement(
 
 
 def _records(dist: TorchDistFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """What the checkpoint says of its model, beside a config.json, and the file that says it."""
+    """Yield each record of the model's settings, with its file."""
     run_config = dist.path / RUN_CONFIG
     if run_config.exists() and (section := model_section(run_config)) is not None:
         yield run_config, section
@@ -98,7 +100,7 @@ def model_section(file: Path) -> dict[str, Any] | None:
     """Return the ``model`` section of Megatron-Bridge's run_config.yaml; None if it has none.
 
     Raises:
-        FormatError: not sound YAML.
+        FormatError: the file is not sound YAML.
     """
     value = read_yaml(file)
     model = value.get("model") if isinstance(value, dict) else None

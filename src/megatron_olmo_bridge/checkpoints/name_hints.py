@@ -1,4 +1,4 @@
-"""What tensor names that don't fit their config say about where they come from."""
+"""Explain tensor names that do not fit their config."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "FSDP put it there: save its full state dict",
     "_checkpoint_wrapped_module.": "activation checkpointing put it there: save the model inside",
 }
-"""What training tools put into names, and how to save without it."""
+"""Parts of names that training tools add, and how to save a model without them."""
 
 
 @contextmanager
 def explaining_names(names: Collection[str], bridge: ModelBridge) -> Iterator[None]:
-    """Append to an error about tensor names what the names say."""
+    """Append an explanation of the names, if one is known, to a MappingError."""
     try:
         yield
     except MappingError as error:
@@ -33,29 +33,31 @@ def explaining_names(names: Collection[str], bridge: ModelBridge) -> Iterator[No
 
 
 def name_hint(names: Collection[str], bridge: ModelBridge) -> str | None:
-    """Return a sentence for names that are not those of the config's model, if one is known.
+    """Return a sentence on why the names are not those of the config's model; None if unknown.
 
     Args:
-        names: the checkpoint's tensors, by Hugging Face's or by Megatron's names.
-        bridge: of the config.
+        names: Hugging Face or Megatron names of the checkpoint's tensors.
+        bridge: bridge of the config.
     """
     if any(".lora_" in name or ".base_layer." in name for name in names):
         return (
             "The names are those of a PEFT adapter in its base model. Merge it "
             "(merge_and_unload()), save_pretrained() the result and convert that."
         )
-    for part, way_out in WRAPPERS.items():
+    for part, remedy in WRAPPERS.items():
         if any(name.startswith(part) or f".{part}" in name for name in names):
-            return f"Names have {part!r} in them: {way_out}, by save_pretrained()."
-    if prefix := _prefix(names, bridge.hf_embedding):
+            return f"Names have {part!r} in them: {remedy}, by save_pretrained()."
+    prefixed = [name for name in names if name.endswith(f".{bridge.hf_embedding}")]
+    if prefixed and bridge.hf_embedding not in names:
+        prefix = prefixed[0].removesuffix(bridge.hf_embedding)
         return (
             f"Names begin with {prefix!r}, which doesn't belong to the model: save_pretrained() "
             "the model that is inside."
         )
-    others = families_with(names)
-    if others and bridge.family not in others:
+    families = families_with(names)
+    if families and bridge.family not in families:
         return (
-            f"The names are those of {' or '.join(others)}, the config is of {bridge.family}: is "
+            f"The names are those of {' or '.join(families)}, the config is of {bridge.family}: is "
             "it another model's config.json?"
         )
     if HF_HEAD not in names and bridge.hf_embedding in names and bridge.num_labels is None:
@@ -67,27 +69,19 @@ def name_hint(names: Collection[str], bridge: ModelBridge) -> str | None:
     return None
 
 
-def _prefix(names: Collection[str], embedding: str) -> str | None:
-    """What stands before the embedding's own name."""
-    if embedding in names:
-        return None
-    longer = (name for name in names if name.endswith(f".{embedding}"))
-    return next((name.removesuffix(embedding) for name in longer), None)
-
-
 def families_with(names: Collection[str]) -> list[str]:
     """Return the families whose layers have tensors of exactly these names.
 
     Args:
-        names: a checkpoint's tensors, by Hugging Face's or by Megatron's names. Heads don't count.
+        names: Hugging Face or Megatron names of a checkpoint's tensors. Heads are not compared.
     """
     heads = {HF_HEAD, HF_SCORE, "output_layer.weight"}
-    found = {re.sub(r"\.\d+(?=\.)", "", name) for name in names} - heads
+    unnumbered = {re.sub(r"\.\d+(?=\.)", "", name) for name in names} - heads
     families = []
     for bridge in bridges():
         mappings = bridge(next(iter(bridge.sizes.values()))).mapping_registry().mappings
         hf = {name for m in mappings for name in m.hf_shapes()}
         megatron = {m.megatron_param for m in mappings}
-        if found in ({n.replace(".*", "") for n in side} - heads for side in (hf, megatron)):
+        if unnumbered in ({n.replace(".*", "") for n in side} - heads for side in (hf, megatron)):
             families.append(bridge.family)
     return families

@@ -1,7 +1,7 @@
-"""Checkpoints of OLM's trainer, ``step_N.pt``: GPT-2 as it is put together from OLM's blocks.
+"""Checkpoints of OLM's trainer, ``step_N.pt``: GPT-2 built from OLM's blocks.
 
-OLM is the PyPI package ``openlanguagemodel``; what is said of it here is so in version 2.2.1. The
-tensors' names and the arithmetic are those of ``GPT2Model`` in olm/models/openai/gpt2.py.
+OLM is the PyPI package ``openlanguagemodel``; this module follows version 2.2.1. Tensor names and
+arithmetic are those of ``GPT2Model`` in olm/models/openai/gpt2.py.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from megatron_olmo_bridge.models.gpt2.bridge import GPT2Bridge
 from .checkpoint import Checkpoint, KindOption, ReadOptions
 
 MODEL_KEYS = ("model_state_dict", "model")
-"""Where the model's tensors are: olm/train/callbacks/checkpoint_cb.py has the first, FSDPTrainer in
-olm/train/trainer/fsdp_trainer.py the second. Optimizer, scheduler and losses stand beside it."""
+"""Keys of the model's tensors: the first is written by olm/train/callbacks/checkpoint_cb.py, the
+second by FSDPTrainer in olm/train/trainer/fsdp_trainer.py."""
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DDP (olm/train/trainer/ddp_trainer.py) and torch.compile put before every name."""
+"""Prefixes that DDP (olm/train/trainer/ddp_trainer.py) and torch.compile add to every name."""
 
 TOKENS = "blocks.0.blocks.0.embedding.weight"
 POSITIONS = "blocks.0.blocks.1.pos_embedding.weight"
 UP = "blocks.1.stack.*.blocks.1.block.blocks.1.up_proj.weight"
 HEAD = "blocks.2.blocks.1.weight"
-"""With ``tie_weights`` it is the embedding once more, and has no place of its own."""
+"""The head. With ``tie_weights`` it shares the embedding's storage."""
 
 UNCHANGED = {
     "transformer.wte.weight": ["blocks.0.blocks.0.embedding.weight"],
@@ -89,15 +89,15 @@ class OLMCheckpoint(Checkpoint):
 
     kind: ClassVar[str] = "OLM"
     looks_like: ClassVar[str] = "a file of its trainer, step_N.pt"
-    takes: ClassVar[tuple[str, ...]] = ("hf_config",)
-    options: ClassVar[tuple[KindOption, ...]] = (
+    accepted_options: ClassVar[tuple[str, ...]] = ("hf_config",)
+    own_options: ClassVar[tuple[KindOption, ...]] = (
         KindOption(
             "heads", int, "Attention heads of OLM's step_N.pt, which doesn't say.", minimum=1
         ),
     )
 
     views: dict[str, TensorView]
-    """The Hugging Face tensors, each put together from the file's."""
+    """The Hugging Face tensors, assembled from the file's."""
 
     @classmethod
     def find(cls, path: Path, iteration: int | str | None) -> Path | None:
@@ -107,25 +107,25 @@ class OLMCheckpoint(Checkpoint):
         return path
 
     @classmethod
-    def files_read(cls, folder: Path) -> dict[Path, tuple[str, ...]]:
-        return {folder.parent: (escape(folder.name),)}
+    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+        return {path.parent: (escape(path.name),)}
 
     @classmethod
-    def open(cls, folder: Path, options: ReadOptions, strict: bool) -> OLMCheckpoint:
-        arrays = read_olm(folder)
+    def open(cls, path: Path, options: ReadOptions, strict: bool) -> OLMCheckpoint:
+        arrays = read_olm(path)
         artifacts_folder = Path(options.hf_config) if options.hf_config else None
         config = read_config(artifacts_folder) if artifacts_folder else None
-        config_from = artifacts_folder / CONFIG if artifacts_folder else folder
+        config_from = artifacts_folder / CONFIG if artifacts_folder else path
         heads = options.kind_options.get("heads")
-        bridge = bridge_of(arrays, heads, config, folder, config_from)
+        bridge = bridge_of(arrays, heads, config, path, config_from)
         mapping = bridge.mapping_registry().resolve()
         return cls(
-            folder=folder,
+            path=path,
             bridge=bridge,
             mapping=mapping,
             config_from=config_from,
             artifacts_folder=artifacts_folder,
-            views=hf_views(arrays, mapping.hf_shapes, folder),
+            views=hf_views(arrays, mapping.hf_shapes, path),
         )
 
     @property
@@ -138,26 +138,25 @@ class OLMCheckpoint(Checkpoint):
 
 
 def read_olm(file: Path) -> dict[str, StoredArray]:
-    """Every tensor of the model, by OLM's names, in the order of its state dict.
+    """Return the model's tensors by OLM's names, in the order of its state dict.
 
-    Nothing of the file's pickle is run or imported, and no tensor is read. Dtypes are those of
-    ``ITEM_SIZE``, shapes whatever the file says that lies within it.
+    No code of the file's pickle is run or imported, and no tensor is read.
 
     Raises:
-        InputError: it is no checkpoint of OLM's trainer.
-        FormatError: truncated, compressed or no archive of torch.save; or a tensor of the model is
-            not contiguous, or of a dtype that is not converted.
-        UnsafePickleError: its pickle names a global that has no place in a checkpoint.
+        InputError: the file is not a checkpoint of OLM's trainer.
+        FormatError: the file is truncated, compressed or not an archive of torch.save; or a tensor
+            is not contiguous, or of a dtype that is not converted.
+        UnsafePickleError: the pickle names a global that has no place in a checkpoint.
     """
     value = read_archive(file)
-    # Indexed only: a pickle may give an object attributes that hide its methods.
-    found = [value[k] for k in MODEL_KEYS if k in value] if isinstance(value, dict) else []
-    if not found or not isinstance(found[0], dict) or not all(isinstance(n, str) for n in found[0]):
+    # Only index the value: a pickle may give an object attributes that hide its methods.
+    models = [value[k] for k in MODEL_KEYS if k in value] if isinstance(value, dict) else []
+    tensors = models[0] if models else None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise InputError(
             f"{file}: not a checkpoint of OLM's trainer: it has no {' or '.join(MODEL_KEYS)} with "
             "tensors by name"
         )
-    tensors = found[0]
     arrays = {name: array_of(tensors[name], file, f"{file}: {name}") for name in tensors}
     for wrapper in WRAPPERS:
         if all(name.startswith(wrapper) for name in arrays):
@@ -172,21 +171,21 @@ def bridge_of(
     file: Path,
     config_from: Path,
 ) -> GPT2Bridge:
-    """The model that a checkpoint's shapes tell, but for the number of attention heads.
+    """Return the model, whose sizes follow from the shapes, all but the number of attention heads.
 
     Args:
         arrays: the checkpoint's tensors by OLM's names.
-        heads: attention heads; None takes the config's.
-        config: a ``config.json`` to use; None makes one.
+        heads: number of attention heads; None takes the config's.
+        config: values of a ``config.json``; None makes them.
         file: the checkpoint, for messages.
-        config_from: where ``config`` is from, or the checkpoint.
+        config_from: file that ``config`` was read from, or the checkpoint.
 
     Raises:
-        InputError: nothing says the number of heads, or the config is of another model.
-        MappingError: the tensors that tell the sizes are absent: another model.
+        InputError: the number of heads is unknown, or the config is of another model.
+        MappingError: a tensor that the sizes are read from is absent.
     """
-    asked = [TOKENS, POSITIONS, numbered(UP, (0,)), HEAD]
-    if absent := [n for n in asked if n not in arrays or len(arrays[n].shape) != 2]:
+    needed = [TOKENS, POSITIONS, numbered(UP, (0,)), HEAD]
+    if absent := [n for n in needed if n not in arrays or len(arrays[n].shape) != 2]:
         raise MappingError(
             f"{file}: not GPT-2 as OLM's GPT2Model is put together, the only one of its models "
             f"that is converted; it has no such matrices:\n{bulleted(absent)}"
@@ -200,27 +199,29 @@ def bridge_of(
             "model's config.json. For a command without these options, first export it: "
             f"olmo-bridge export {file} DST --heads N"
         )
-    made = {
+    layer_number = re.escape(UP).replace(re.escape(WILDCARD), r"(\d+)")
+    own_config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": vocab,
         "n_positions": positions,
         "n_embd": hidden,
-        "n_layer": len(_layers(arrays)),
+        # Counted, so that a layer that is left out in between is reported as missing.
+        "n_layer": sum(re.fullmatch(layer_number, name) is not None for name in arrays),
         "n_head": heads or (config or {}).get("n_head"),
         "n_inner": None if ffn == 4 * hidden else ffn,
         **OLM_CONSTANTS,
-        # Without them transformers takes GPT-2's own, which lie outside a small vocabulary.
+        # transformers' defaults are GPT-2's token ids, which may lie outside the vocabulary.
         "bos_token_id": None,
         "eos_token_id": None,
         "tie_word_embeddings": arrays[HEAD] == arrays[TOKENS],
         "torch_dtype": arrays[TOKENS].dtype,
     }
-    bridge = bridge_for(config or made, config_from)
+    bridge = bridge_for(config or own_config, config_from)
     if not isinstance(bridge, GPT2Bridge):
         raise InputError(f"{config_from}: is the config of {bridge.family}, {file} is GPT-2")
-    said, true = bridge.config_values, asdict(bridge.config_class.from_hf(made))
-    if wrong := [f"{k} is {said[k]}, not {v}" for k, v in true.items() if said[k] != v]:
+    stated, stored = bridge.config_values, asdict(bridge.config_class.from_hf(own_config))
+    if wrong := [f"{k} is {stated[k]}, not {v}" for k, v in stored.items() if stated[k] != v]:
         raise InputError(f"{config_from}: not the config of {file}:\n{bulleted(wrong)}")
     return bridge
 
@@ -228,9 +229,7 @@ def bridge_of(
 def hf_views(
     arrays: Mapping[str, StoredArray], hf_shapes: Mapping[str, Shape], file: Path
 ) -> dict[str, TensorView]:
-    """Every Hugging Face tensor, put together from OLM's; of these each is used just once.
-
-    A head that is the embedding once more is left out, as Hugging Face leaves it out.
+    """Return every Hugging Face tensor, assembled from OLM's, without a tied head.
 
     Args:
         arrays: the checkpoint's tensors by OLM's names.
@@ -238,11 +237,11 @@ def hf_views(
         file: the checkpoint, for messages.
 
     Raises:
-        MappingError: tensors are missing, or are too many, or are of another shape.
+        MappingError: tensors are missing, unexpected, or have the wrong shape.
         FormatError: the parts of a tensor have different dtypes.
     """
     expected: dict[str, Shape] = {}
-    places: dict[str, list[tuple[str, Region, bool]]] = defaultdict(list)
+    placements: dict[str, list[tuple[str, Region, bool]]] = defaultdict(list)
     for hf_name, shape in hf_shapes.items():
         index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
         pattern = re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)
@@ -251,9 +250,10 @@ def hf_views(
         rows, *columns = shape[::-1] if transposed else shape
         for i, name in enumerate(numbered(n, index) for n in names):
             expected[name] = (rows // len(names), *columns)
-            at = Region.whole(expected[name])
-            at = at.moved(at, at._replace(top=i * at.rows))
-            places[hf_name].append((name, at.transposed if transposed else at, transposed))
+            part = Region.whole(expected[name])
+            part = part.moved(part, part._replace(top=i * part.rows))
+            region = part.transposed if transposed else part
+            placements[hf_name].append((name, region, transposed))
     used = {n: a for n, a in arrays.items() if n in expected or n != HEAD}
     check_tensors(expected, {name: array.shape for name, array in used.items()}, file)
     return {
@@ -262,14 +262,8 @@ def hf_views(
             shape,
             [
                 Piece(arrays[name], Region.whole(expected[name]), region, transposed)
-                for name, region, transposed in places[hf_name]
+                for name, region, transposed in placements[hf_name]
             ],
         )
         for hf_name, shape in hf_shapes.items()
     }
-
-
-def _layers(arrays: Mapping[str, StoredArray]) -> set[str]:
-    """Numbers of the layers; as many as there are, so that a gap is found to be missing."""
-    before, after = map(re.escape, UP.split(WILDCARD))
-    return {m[1] for name in arrays if (m := re.fullmatch(rf"{before}(\d+){after}", name))}

@@ -1,4 +1,4 @@
-"""Open a checkpoint of whatever kind it is. A new kind is one file, and its class in ``KINDS``."""
+"""Open a checkpoint of any kind. A new kind is a file here, with its class in ``KINDS``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .megatron import MegatronCheckpoint
 from .olm import OLMCheckpoint
 
 KINDS: tuple[type[Checkpoint], ...] = (OLMCheckpoint, MegatronCheckpoint, HFCheckpoint)
-"""In the order in which a path is tried. Hugging Face is last: it also says what a folder lacks."""
+"""Kinds in the order in which they are tried. Hugging Face is last, since its error says what a
+folder lacks."""
 
 
 def open_checkpoint(
@@ -27,19 +28,24 @@ def open_checkpoint(
     Args:
         path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder, or a
             ``.pt`` file of OLM's trainer.
-        options: what the checkpoint may not say itself.
+        options: facts that the checkpoint may not record.
         strict: refuse a Hugging Face folder whose tensors are not those of its config.
 
     Raises:
-        InputError, FormatError, UnsupportedError, MappingError: it is not a checkpoint, incomplete,
-            damaged, of a variant that is not converted, or another model's than its config says.
+        InputError: the path is not a checkpoint, or is incomplete.
+        FormatError: a file is damaged.
+        UnsupportedError: the checkpoint is of a variant that is not converted.
+        MappingError: the tensors are not those of the config's model.
     """
     path, options = Path(path).expanduser(), options or ReadOptions()
     try:
-        kind, folder = find_kind(path, options.iteration)
+        kind, weights = find_kind(path, options.iteration)
         _check_options(kind, path, options)
-        snapshot = _snapshot(kind, folder, options.hf_config)
-        return replace(kind.open(folder, options, strict), snapshot=snapshot)
+        folders = kind.files_read(weights)
+        if options.hf_config:
+            folders |= artifact_patterns(Path(options.hf_config))
+        snapshot = Snapshot.of(folders)
+        return replace(kind.open(weights, options, strict), snapshot=snapshot)
     except PermissionError as error:
         raise InputError(f"{error.filename}: no permission to read it") from error
     except OSError as error:
@@ -47,11 +53,12 @@ def open_checkpoint(
 
 
 def find_kind(path: Path, iteration: int | str | None = None) -> tuple[type[Checkpoint], Path]:
-    """Return the kind of a checkpoint, and the folder or file that has its weights.
+    """Return the kind of a checkpoint, and the folder or file with its weights.
 
     Raises:
-        InputError: nothing is there, an interrupted conversion is, or it is not a checkpoint.
-        UnsupportedError: a checkpoint of a kind that is not converted.
+        InputError: the path does not exist, or is not a checkpoint but, for example, an
+            interrupted conversion.
+        UnsupportedError: the checkpoint is of a variant that is not converted.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
@@ -62,10 +69,10 @@ def find_kind(path: Path, iteration: int | str | None = None) -> tuple[type[Chec
                 "again with --resume, or delete the folder."
             )
     for kind in KINDS:
-        if found := kind.find(path, iteration):
-            return kind, found
-    known = " nor ".join(f"{kind.kind} ({kind.looks_like})" for kind in reversed(KINDS))
-    message = f"not a checkpoint: neither {known}"
+        if weights := kind.find(path, iteration):
+            return kind, weights
+    kinds = " nor ".join(f"{kind.kind} ({kind.looks_like})" for kind in reversed(KINDS))
+    message = f"not a checkpoint: neither {kinds}"
     if path.is_file():
         message = f"is a file, {message}. Is its folder a checkpoint? Then name that"
     raise InputError(f"{path}: {message}")
@@ -73,22 +80,22 @@ def find_kind(path: Path, iteration: int | str | None = None) -> tuple[type[Chec
 
 def kind_options() -> tuple[KindOption, ...]:
     """Return the options that only one kind of checkpoint has, for the command line."""
-    return tuple(option for kind in KINDS for option in kind.options)
+    return tuple(option for kind in KINDS for option in kind.own_options)
 
 
 def options_for_each(paths: Sequence[Path], options: ReadOptions) -> list[ReadOptions]:
-    """Return the options for each path: of those that only one kind has, those of its kind.
+    """Return the options for each path, without those that only other kinds have.
 
     Raises:
         InputError: no path has a use for an option; or see :func:`find_kind`.
     """
     kinds = [find_kind(path, options.iteration)[0] for path in paths]
     for name in options.kind_options:
-        if not any(kind.knows(name) for kind in kinds):
+        if not any(kind.accepts(name) for kind in kinds):
             _check_options(kinds[0], paths[0], options)
     return [
         replace(
-            options, kind_options={n: v for n, v in options.kind_options.items() if kind.knows(n)}
+            options, kind_options={n: v for n, v in options.kind_options.items() if kind.accepts(n)}
         )
         for kind in kinds
     ]
@@ -99,15 +106,7 @@ def _check_options(kind: type[Checkpoint], path: Path, options: ReadOptions) -> 
     values = {f.name: getattr(options, f.name) for f in fields(ReadOptions)}
     values |= values.pop("kind_options")
     for name, value in values.items():
-        if value is not None and not kind.knows(name):
+        if value is not None and not kind.accepts(name):
             flag = f"--{name.replace('_', '-')}"
-            others = " and ".join(k.kind for k in reversed(KINDS) if k.knows(name)) or "other"
+            others = " and ".join(k.kind for k in reversed(KINDS) if k.accepts(name)) or "other"
             raise InputError(f"{path}: {flag} is for {others} checkpoints; this is {kind.kind}")
-
-
-def _snapshot(kind: type[Checkpoint], folder: Path, hf_config: str | Path | None) -> Snapshot:
-    """Look at the files of a checkpoint, and of the folder that its config is taken from."""
-    folders = kind.files_read(folder)
-    if hf_config:
-        folders |= artifact_patterns(Path(hf_config))
-    return Snapshot.of(folders)

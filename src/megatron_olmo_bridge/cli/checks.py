@@ -116,7 +116,8 @@ def inspect(
     """
     from megatron_olmo_bridge.checkpoints.open import open_checkpoint
     from megatron_olmo_bridge.data.prefix import is_indexed
-    from megatron_olmo_bridge.tools.inspect import inspect as run
+    from megatron_olmo_bridge.storage.hub import local_path
+    from megatron_olmo_bridge.tools.inspect import describe
 
     from .mapping_page import mapping_page
     from .pages import check_page, write_page
@@ -124,9 +125,10 @@ def inspect(
     if is_indexed(path):
         return inspect_dataset(path)
     check_page(html)
-    inspection = run(path, options, revision=revision)
+    checkpoint = open_checkpoint(local_path(path, revision), options)
+    inspection = describe(checkpoint)
     if html is not None:
-        write_page(html, mapping_page(open_checkpoint(inspection.folder, options)))
+        write_page(html, mapping_page(checkpoint))
     result = asdict(inspection)
     for name, wanted in (("tensors", tensors), ("mapping", mapping)):
         if not wanted:  # long, so only on request

@@ -68,7 +68,7 @@ def plan_average(
     fetched = [fetch(str(source), None) for source in sources]
     opened = [open_checkpoint(folder) for folder, _, _ in fetched]
     for source in opened:
-        refuse_overlap(source.folder, Path(destination).expanduser())
+        refuse_overlap(source.path, Path(destination).expanduser())
     first = opened[0]
     for source in opened[1:]:
         _check_same_model(first, source, any_dtype=dtype != "keep")
@@ -83,7 +83,7 @@ def plan_average(
     stored = next(iter(tensors.values())).dtype
     texts = index_of(files) | output_artifacts(first.hf_config, stored, first.artifacts_folder)
     snapshots = tuple(source.snapshot for source in opened)
-    plan = CopyPlan("average", first.folder, files, texts, ".", snapshots=snapshots)
+    plan = CopyPlan("average", first.path, files, texts, ".", snapshots=snapshots)
     names = [f"{name} at {commit}" if commit else name for _, name, commit in fetched]
     record = {"dtype": dtype, "max_shard_bytes": limit, "weights": shares}
     return plan, Provenance(", ".join(names), None, record)
@@ -108,6 +108,4 @@ def _check_same_model(first: Checkpoint, other: Checkpoint, any_dtype: bool) -> 
         lines = bulleted([f"{d.kind}, {d.name}: {d.detail}" for d in wrong])
         if all(d.kind == "dtype" for d in wrong):
             lines += "\nPass --dtype float32, for example, to average them all the same."
-        raise InputError(
-            f"{first.folder} and {other.folder} can't be averaged. What differs:\n{lines}"
-        )
+        raise InputError(f"{first.path} and {other.path} can't be averaged. What differs:\n{lines}")

@@ -104,7 +104,7 @@ def plan_exports(
             )
         plan = _plan(checkpoint, dtype, limit)
         record = {"dtype": dtype, "max_shard_bytes": limit}
-        provenance = Provenance(str(checkpoint.folder.resolve()), None, record)
+        provenance = Provenance(str(checkpoint.path.resolve()), None, record)
         exports.plans.append((plan, provenance, folder))
     if not exports.plans:
         raise next(iter(exports.skipped.values()))
@@ -115,4 +115,4 @@ def _plan(source: Checkpoint, dtype: str, limit: int) -> CopyPlan:
     files = shards(source.tensors, dtype, limit)
     stored = dtype if dtype != "keep" else source.tensors[next(iter(source.tensors))].dtype
     texts = index_of(files) | output_artifacts(source.hf_config, stored, source.artifacts_folder)
-    return CopyPlan("export", source.folder, files, texts, ".", snapshots=(source.snapshot,))
+    return CopyPlan("export", source.path, files, texts, ".", snapshots=(source.snapshot,))

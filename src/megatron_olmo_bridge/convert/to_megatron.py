@@ -122,12 +122,12 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
     artifacts = artifact_files(source.artifacts_folder) if source.artifacts_folder else {}
     texts |= {f"{HF_SUBFOLDER}/{name}": data for name, data in artifacts.items()}
     config = f"{HF_SUBFOLDER}/{CONFIG}"
-    is_own = source.config_from == source.folder / CONFIG
+    is_own = source.config_from == source.path / CONFIG
     if dtype != "keep" or not is_own or json.loads(texts[config]) != source.hf_config:
         texts[config] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(
         "import",
-        source.folder,
+        source.path,
         packer.files(),
         {f"{inside}/{name}": data for name, data in texts.items()},
         inside,
@@ -152,7 +152,7 @@ def _pack_tensors(
         target = view.dtype if dtype == "keep" else dtype
         if dtypes.setdefault(key, target) != target:
             raise FormatError(
-                f"{source.folder}: {parameter.name} is {target}, the same tensor of other layers "
+                f"{source.path}: {parameter.name} is {target}, the same tensor of other layers "
                 f"is {dtypes[key]}; Megatron stores them as one. Pass --dtype."
             )
         stack = (1,) * axes
@@ -175,7 +175,7 @@ def _view(parameter: Parameter, source: Checkpoint, dtype: str) -> TensorView:
         return TensorView.assembled(parameter.name, parameter.shape, pieces, only)
     if dtype == "keep":
         raise FormatError(
-            f"{source.folder}: the parts of {parameter.name} are {' and '.join(dtypes)}; Megatron "
+            f"{source.path}: the parts of {parameter.name} are {' and '.join(dtypes)}; Megatron "
             "stores them as one. Pass --dtype."
         )
     return MixedView(parameter.name, parameter.shape, dtype, pieces)

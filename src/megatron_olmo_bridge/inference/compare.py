@@ -68,7 +68,7 @@ def compare(
     differences = _config_differences(reference, model)
     batch = [random_tokens(reference, tokens) if prompt is None else tokenize(reference, prompt)]
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as work:
-        Job(str(model.folder), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=work).run(tell)
+        Job(str(model.path), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=work).run(tell)
         states = read_states(Path(work))
     found = comparison(reference, states, batch, dtype, threshold, differences, tell)
     tell("compare the weights")
@@ -87,10 +87,10 @@ def comparison(
     """Compare the states that a job wrote with those of transformers, which runs here."""
     ids = torch.tensor(batch)
     tell("run transformers in float32")
-    expected, own = run_transformers(reference.folder, ids, "float32"), None
+    expected, own = run_transformers(reference.path, ids, "float32"), None
     if dtype != "float32":
         tell(f"run transformers in {dtype}, to measure what rounding does")
-        own = run_transformers(reference.folder, ids, dtype)
+        own = run_transformers(reference.path, ids, dtype)
     return difference(
         expected,
         states,
@@ -174,7 +174,7 @@ def tokenizer_of(source: Checkpoint) -> Any:
     folder = source.artifacts_folder
     if folder is None or not any(folder.glob("tokenizer*")):
         raise InputError(
-            f"{source.folder}: has no tokenizer. Give token ids instead of text; generate also "
+            f"{source.path}: has no tokenizer. Give token ids instead of text; generate also "
             "takes --tokenizer, a folder or a hub id."
         )
     return load_pretrained(str(folder))[0]
@@ -202,7 +202,7 @@ def random_tokens(source: Checkpoint, count: int) -> list[int]:
 def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
     if a.bridge.family != b.bridge.family or a.mapping.hf_shapes != b.mapping.hf_shapes:
         raise UnsupportedError(
-            f"{a.folder} and {b.folder} can't be compared: they hold models of different shapes "
+            f"{a.path} and {b.path} can't be compared: they hold models of different shapes "
             f"({a.bridge.family} and {b.bridge.family})"
         )
     first, second = a.bridge.config_values, b.bridge.config_values

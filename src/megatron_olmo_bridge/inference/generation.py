@@ -76,7 +76,7 @@ class Generation:
             "vocab_size": source.bridge.vocab_size,
             "positions": positions,
         }
-        self._job = Job(str(source.folder), tp, pp, dtype=dtype, tokens=[self.prompt])
+        self._job = Job(str(source.path), tp, pp, dtype=dtype, tokens=[self.prompt])
 
     @property
     def text(self) -> str | None:
@@ -132,5 +132,5 @@ def _end_tokens(source: Checkpoint) -> list[int]:
     found = config.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if any(type(token) is not int for token in ids):
-        raise InputError(f"{source.folder}: eos_token_id must be token ids, not {quote(found)}")
+        raise InputError(f"{source.path}: eos_token_id must be token ids, not {quote(found)}")
     return ids

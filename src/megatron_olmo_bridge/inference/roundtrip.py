@@ -91,17 +91,17 @@ def roundtrip(
         states.mkdir()
         with step(f"load at {layout}, run, save with stock megatron-core") as done:
             Job(
-                str(source.folder), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=str(states),
+                str(source.path), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=str(states),
                 save=str(saved),
             ).run(tell)  # fmt: skip
             done(True, f"{source.parameters:,} parameters in {dtype}")
         with step("verify the save against the source") as done:
-            done(*_verdict(verify(source.folder, saved)))
+            done(*_verdict(verify(source.path, saved)))
         with step("export the save") as done:
             export_checkpoint(saved, back)
             done(True, "without a model, without a GPU")
         with step("verify the export against the source") as done:
-            done(*_verdict(verify(source.folder, back)))
+            done(*_verdict(verify(source.path, back)))
         with step("compare logits with transformers") as done:
             found_states = read_states(states)
             done(*_logits(comparison(source, found_states, batch, dtype, tell=tell)))

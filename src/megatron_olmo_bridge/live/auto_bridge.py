@@ -62,7 +62,7 @@ class AutoBridge(OfflineMethods):
         """Dtype of the providers' parameters; None takes the checkpoint's."""
 
     def __repr__(self) -> str:
-        where = self.source.folder if self.source is not None else "a config, without weights"
+        where = self.source.path if self.source is not None else "a config, without weights"
         head = f", {self.model_bridge.num_labels} labels" if self.model_bridge.num_labels else ""
         size = (
             self.model_bridge.size_name()
@@ -250,7 +250,7 @@ class AutoBridge(OfflineMethods):
         names = None
         if isinstance(self.source, HFCheckpoint):
             names = [n for n in self.source.hf_folder.arrays if n in self.source.mapping.hf_shapes]
-            names += self.source.new
+            names += self.source.new_tensors
         return stream_weights(_chunks(model), self.model_bridge, names=names, to=rank, cpu=cpu)
 
     def save_hf_pretrained(

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers: nothing is loaded, nothing is run."""
+"""Describe a checkpoint from its headers: no tensor is loaded, no code is run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from megatron_olmo_bridge.storage.provenance import read_provenance
 
 @dataclass(frozen=True)
 class Inspection:
-    """What :func:`inspect` found."""
+    """Description of a checkpoint."""
 
     kind: str
     folder: str
     family: str
     size: str | None
-    """The published size, ``olmo2-7b`` for example; None if it is of no published shape."""
+    """Published size with these shapes, for example ``olmo2-7b``; None if there is none."""
     parameters: int
     dtypes: list[str]
     nbytes: int
-    """Bytes of the files."""
+    """Bytes of all files."""
     files: dict[str, int]
+    """Bytes of each file."""
     layout: str
     iterations: list[str]
     vocab_size: int
@@ -38,10 +39,10 @@ class Inspection:
     tensors: list[dict[str, Any]]
     mapping: list[dict[str, str]]
     megatron_flags: list[str]
-    """With ``--load``, of a Megatron checkpoint. Empty where Megatron-LM's command line can't say
-    what the model is."""
+    """Flags for Megatron-LM, with ``--load`` for a Megatron checkpoint. Empty if Megatron-LM can't
+    build the model."""
     notes: list[str]
-    """What somebody who converts it should know."""
+    """Notes to show to the user who converts this checkpoint."""
 
 
 def inspect(
@@ -50,21 +51,28 @@ def inspect(
     *,
     revision: str | None = None,
 ) -> Inspection:
-    """Describe a checkpoint of any kind; its tensors are checked against its mapping.
+    """Describe a checkpoint of any kind, whose tensors are checked against its mapping.
 
-    ``path`` may be a hub id, and ``revision`` a branch, tag or commit of it.
+    Args:
+        path: path of the checkpoint, or a hub id.
+        options: facts that the checkpoint may not record.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
-        BridgeError: it is no checkpoint, is damaged, or is not supported.
+        BridgeError: the path is not a checkpoint, or is damaged or not supported.
     """
-    source = open_checkpoint(local_path(path, revision), options)
-    folder = source.folder
-    root, paths = (folder.parent, [folder]) if folder.is_file() else (folder, folder.rglob("*"))
+    return describe(open_checkpoint(local_path(path, revision), options))
+
+
+def describe(source: Checkpoint) -> Inspection:
+    """Describe a checkpoint that is open."""
+    path = source.path
+    root, paths = (path.parent, [path]) if path.is_file() else (path, path.rglob("*"))
     files = {f.relative_to(root).as_posix(): f.stat().st_size for f in sorted(paths) if f.is_file()}
     views = source.megatron or source.tensors
     return Inspection(
         kind=source.kind,
-        folder=str(source.folder),
+        folder=str(source.path),
         family=source.bridge.family,
         size=source.bridge.size_name(),
         parameters=source.parameters,
@@ -77,7 +85,7 @@ def inspect(
         padded_vocab_size=source.padded_vocab_size,
         numbers=source.bridge.config_values,
         config_from=str(source.config_from),
-        provenance=read_provenance(source.folder),
+        provenance=read_provenance(source.path),
         tensors=[
             {"name": n, "shape": list(v.shape), "dtype": v.dtype, "pieces": len(v.pieces)}
             for n, v in views.items()
@@ -95,10 +103,10 @@ def _megatron_flags(source: Checkpoint) -> list[str]:
 
 
 def mapping_rows(source: Checkpoint) -> list[dict[str, str]]:
-    """A row for each placement, layers written as ``*``: which block stands where."""
+    """Return a row for each placement, with ``*`` for the layer and the expert."""
     rows = []
     for parameter in source.mapping.parameters.values():
-        if any(parameter.index):  # all are alike; layer 0 and expert 0 speak for them
+        if any(parameter.index):  # all are mapped like layer 0 and expert 0
             continue
         for p in parameter.placements:
             name = p.hf_name or "zeros"

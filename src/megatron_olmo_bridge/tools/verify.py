@@ -111,11 +111,11 @@ def _pairs(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[TensorView, TensorV
             twin = other.padding.get(name)
             if twin is not None and twin.shape == view.shape:
                 pairs += [(view, twin)] if this is a else []
-            elif (read_provenance(this.folder) or {}).get("operation") == "import":
+            elif (read_provenance(this.path) or {}).get("operation") == "import":
                 zeros = Piece.zeros(Region.whole(view.shape))
                 pairs.append((view, dataclasses.replace(view, pieces=(zeros,))))
             else:
-                notes.append(f"{this.folder}: {name} were not compared: trained, in no other model")
+                notes.append(f"{this.path}: {name} were not compared: trained, in no other model")
     same = [(x, y) for x, y in pairs if x.shape == y.shape and x.dtype == y.dtype]
     return same, notes
 

@@ -78,7 +78,7 @@ def _set_up(
         step = last_step(folder)
     task = make_task(resolved)
     if source is not None and step is None and not config.init.optimizer:  # else load() checks it
-        check(source.folder)
+        check(source.path)
     chunks, optimizer = _model_and_optimizer(resolved, is_new=step is None)
     checkpointer = None
     if folder is not None:
@@ -96,7 +96,7 @@ def _set_up(
         watch.restore(checkpointer.restore(step)["watch"])
     elif config.init.optimizer:
         assert source is not None
-        load(source.folder, chunks, optimizer, fresh_rng=True)
+        load(source.path, chunks, optimizer, fresh_rng=True)
     scheduler = make_scheduler(config, optimizer)
     scheduler.step(step or 0)
     on_first(lambda: claim(config))  # last, so that a failed start leaves the folder as it was

@@ -30,7 +30,7 @@ class FlatCheckpoint(Checkpoint):
 
     kind: ClassVar[str] = "flat"
     looks_like: ClassVar[str] = "a file model.flat"
-    options: ClassVar[tuple[KindOption, ...]] = (
+    own_options: ClassVar[tuple[KindOption, ...]] = (
         KindOption("skip", int, "Bytes before the config.", 0),
     )
 
@@ -42,28 +42,28 @@ class FlatCheckpoint(Checkpoint):
         return path if path.suffix == ".flat" else None
 
     @classmethod
-    def files_read(cls, folder: Path) -> dict[Path, tuple[str, ...]]:
-        return {folder.parent: (folder.name,)}
+    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+        return {path.parent: (path.name,)}
 
     @classmethod
-    def open(cls, folder: Path, options: ReadOptions, strict: bool) -> "FlatCheckpoint":
-        data = folder.read_bytes()[options.kind_options.get("skip", 0) :]
+    def open(cls, path: Path, options: ReadOptions, strict: bool) -> "FlatCheckpoint":
+        data = path.read_bytes()[options.kind_options.get("skip", 0) :]
         (length,) = struct.unpack_from("<q", data)
-        bridge = bridge_for(json.loads(data[8 : 8 + length]), folder)
+        bridge = bridge_for(json.loads(data[8 : 8 + length]), path)
         return cls(
-            folder=folder,
+            path=path,
             bridge=bridge,
             mapping=bridge.mapping_registry().resolve(),
-            config_from=folder,
+            config_from=path,
             artifacts_folder=None,
-            begin=folder.stat().st_size - len(data) + 8 + length,
+            begin=path.stat().st_size - len(data) + 8 + length,
         )
 
     @cached_property
     def tensors(self) -> dict[str, TensorView]:
         views, offset = {}, self.begin
         for name, shape in self.mapping.hf_shapes.items():
-            array = StoredArray(self.folder, offset, shape, "float32")
+            array = StoredArray(self.path, offset, shape, "float32")
             views[name] = TensorView.of_array(name, array)
             offset += array.nbytes
         return views

@@ -134,7 +134,7 @@ def test_the_config_says_what_the_shapes_and_olms_code_say(tmp_path: Path) -> No
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
     }
-    assert source.config_from == source.folder == tmp_path / "step_1.pt"
+    assert source.config_from == source.path == tmp_path / "step_1.pt"
 
 
 def test_a_head_of_its_own_with_the_embeddings_values_stays_one(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_checkpoint_is_opened_by_its_headers(make_hf: HFFactory) -> None:
         bridge = AutoBridge.from_hf_pretrained(path)
         assert bridge.model_bridge.num_layers == 3
         assert bridge.source is not None
-        assert bridge.source.folder == hf
+        assert bridge.source.path == hf
 
 
 def test_a_megatron_checkpoint_is_opened_by_another_name(

@@ -211,7 +211,7 @@ def opened(kind: str, make_hf: HFFactory, folder: Path) -> tuple[Path, Checkpoin
         checkpoint = folder / "megatron"
         import_checkpoint(hf, checkpoint)
     source = open_checkpoint(checkpoint)
-    return hf, source, max(source.folder.iterdir(), key=lambda f: f.stat().st_size)
+    return hf, source, max(source.path.iterdir(), key=lambda f: f.stat().st_size)
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])

@@ -63,7 +63,7 @@ def test_the_model_is_that_of_the_checkpoint_to_begin_with(
     config.model, config.init = {}, InitConfig(hf=str(tiny_hf))
     filled_in, source = with_model(config)
     assert source is not None
-    assert source.folder == tiny_hf
+    assert source.path == tiny_hf
     assert filled_in.model == source.bridge.hf_config
 
     overridden = apply_overrides(filled_in, ["model.num_hidden_layers=1"])
