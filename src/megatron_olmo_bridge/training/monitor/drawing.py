@@ -1,4 +1,4 @@
-"""Drawing for reports: figures as SVG, for light and dark themes, wide and narrow screens."""
+"""Figures of reports as SVG, for light and dark themes, wide and narrow screens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NARROW: Size = (4.6, 3.3)
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours that are legible on the page's background in that theme."""
+    """Colours that are legible on the page's background in one theme."""
 
     ink: str
     muted: str
@@ -30,7 +30,7 @@ class Theme:
     bad: str
     mark: str
     on_main: str
-    """Text on an area of the main colour."""
+    """Colour of text on an area of the main colour."""
 
 
 LIGHT = Theme(
@@ -61,8 +61,8 @@ def draw_svg(name: str, theme: Theme, size: Size, draw: Callable[[Figure], None]
     """Return a figure as SVG on a transparent background; the same input gives the same bytes.
 
     Args:
-        name: Distinguishes the ids inside this SVG from those of other figures on the page.
-        draw: Draws into the empty figure.
+        name: name of the figure; keeps the ids in this SVG apart from those of other figures.
+        draw: draws into the empty figure.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

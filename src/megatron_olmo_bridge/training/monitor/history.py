@@ -14,83 +14,79 @@ from .human import perplexity, when
 from .log_file import NAME, Line, lines_in_words, read_lines
 from .records import RunFacts
 
-MEASURED = {"step", "evaluation"}
 STATES = {"begin": "running", "resumed": "running", "stopped": "stopped", "done": "done"}
+"""State of a run after each event that changes it."""
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What happened in a run, in order. In each list a line is a dict; null became NaN."""
+    """Lines of a run's log, in order; null is read as NaN."""
 
     facts: RunFacts
     steps: list[Line]
-    """The lines of steps: ``step``, ``tokens``, ``loss``, ``lr``, ..."""
+    """Lines of steps: ``step``, ``tokens``, ``loss``, ``lr``, ..."""
     evaluations: list[Line]
-    """One for each evaluated step: ``step``, ``loss``, and the :attr:`measures`."""
+    """One line for each evaluated step: ``step``, ``loss``, and the :attr:`measures`."""
     events: list[Line]
-    """All others."""
+    """All other lines."""
     last_time: float
     """Time of the last line, in seconds since 1970."""
     damaged: list[int]
-    """Numbers of the lines of the log that could not be read, and are left out."""
+    """Numbers of the lines of the log that are damaged, and left out here."""
 
     @classmethod
     def read(cls, folder: Path) -> RunHistory:
-        """Read a run's log, also while the run goes on.
-
-        Args:
-            folder: The run's folder.
+        """Read the log in a run's folder; the run may still be running.
 
         Raises:
-            InputError: There is no log in it.
-            FormatError: No line can be read, or none says how the run began.
+            InputError: there is no log in the folder.
+            FormatError: no line can be read, or none says how the run began.
         """
         path = folder / NAME
         if not path.is_file():
-            raise InputError(f"{folder}: no {NAME} in it, which training writes. Is it a run?")
+            raise InputError(
+                f"{folder}: has no {NAME}, so it is not the folder of a run (checkpoint.save)"
+            )
         lines, damaged = read_lines(path)
         begun = [line for line in lines if line["event"] in ("begin", "resumed")]
         if not begun:
-            raise FormatError(f"{path}: it doesn't say how the run began; its first line is gone")
+            raise FormatError(f"{path}: no line says how the run began; the first one is missing")
+        last = begun[-1]
+        names = [f.name for f in fields(RunFacts) if f.name in last or f.default is MISSING]
         try:
-            facts = RunFacts(
-                **{
-                    f.name: begun[-1][f.name]
-                    for f in fields(RunFacts)
-                    if f.name in begun[-1] or f.default is MISSING
-                }
-            )
+            facts = RunFacts(**{name: last[name] for name in names})
         except KeyError as error:
-            raise FormatError(f"{path}: the line {begun[-1]['event']!r} lacks {error}") from None
+            raise FormatError(f"{path}: the line {last['event']!r} lacks {error}") from None
+        evaluations = [line for line in lines if line["event"] == "evaluation"]
         return cls(
             facts,
-            [_numbers(line) for line in lines if line["event"] == "step"],
-            # A run that goes on evaluates again where it was saved.
-            list({e["step"]: _numbers(e) for e in lines if e["event"] == "evaluation"}.values()),
-            [line for line in lines if line["event"] not in MEASURED],
+            [_null_to_nan(line) for line in lines if line["event"] == "step"],
+            # A resumed run evaluates again at the step that it was saved at: keep the last line.
+            list({line["step"]: _null_to_nan(line) for line in evaluations}.values()),
+            [line for line in lines if line["event"] not in ("step", "evaluation")],
             lines[-1]["time"],
             damaged,
         )
 
     @property
     def measures(self) -> list[str]:
-        """Names of what evaluations report beside the loss: ``accuracy``, for example."""
+        """Names of the metrics of evaluations other than the loss: ``accuracy``, for example."""
         names = dict.fromkeys(name for line in self.evaluations for name in line)
         return [name for name in names if name not in ("event", "time", "step", "loss")]
 
     @property
     def end(self) -> Line:
-        """The event that says how things stand: begin, resumed, stopped or done."""
+        """The last event that set the run's state: begin, resumed, stopped or done."""
         return [event for event in self.events if event["event"] in STATES][-1]
 
     @property
     def state(self) -> str:
-        """``running`` (or killed: then nobody wrote it down), ``stopped`` or ``done``."""
+        """``running``, ``stopped`` or ``done``; a killed run logs no end, so it is ``running``."""
         return STATES[self.end["event"]]
 
     @property
     def sentence(self) -> str:
-        """How things stand, for people."""
+        """The run's state and progress, for people."""
         left_out = f" Damaged in {NAME}, and left out: {lines_in_words(self.damaged)}."
         return self._progress + (left_out if self.damaged else "")
 
@@ -109,9 +105,10 @@ class RunHistory:
         )
 
     def figures(self) -> dict[str, Any]:
-        """The numbers that matter, as they last were. None: unknown, or not a number.
+        """Return the run's key figures, by name; None if unknown or not a finite number.
 
-        Rates are medians over the lines; ``seconds`` are those of the steps alone.
+        Losses and metrics are the last ones, rates the medians over the lines. ``seconds`` is the
+        time in steps, without evaluating and saving.
         """
         last = self.steps[-1] if self.steps else {}
         loss = last.get("loss", math.nan)
@@ -139,5 +136,5 @@ class RunHistory:
         }
 
 
-def _numbers(line: Line) -> Line:
+def _null_to_nan(line: Line) -> Line:
     return {name: math.nan if value is None else value for name, value in line.items()}

@@ -7,7 +7,7 @@ import re
 from datetime import UTC, datetime
 
 COUNTS = ("", "K", "M", "B", "T")
-"""Thousands, millions, billions, as tokens and parameters are counted."""
+"""Units of counts, such as tokens and parameters: thousands, millions, billions, trillions."""
 SI = ("", "k", "M", "G", "T", "P", "E")
 """Prefixes of units."""
 

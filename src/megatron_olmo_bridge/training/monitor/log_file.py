@@ -1,4 +1,4 @@
-"""``log.jsonl``: what happened in a run, one JSON object a line, in order."""
+"""``log.jsonl``: the events of a run in order, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from megatron_olmo_bridge.storage.atomic import replace_file
 
 NAME = "log.jsonl"
 HISTORY = {"begin", "resumed", "extended", "stopped", "done"}
-"""Events that stay when a run goes back to an earlier step: they did happen."""
-
+"""Events that are kept when a run resumes from an earlier step."""
 Line = dict[str, Any]
-
-
 _SHOWN = 8
-"""Numbers of lines that a message has."""
+"""Maximum number of line numbers in a message."""
 _NUMBERS = {
     "step": (
         "tokens",
@@ -37,52 +34,51 @@ _NUMBERS = {
     ),
     "evaluation": ("loss",),
 }
-"""What a line of measured values has, each a number or null."""
+"""Values in the lines of an event; each is a number or null."""
 
 
 class LogFile:
-    """A log that is written to. Each line is flushed, so a killed run loses at most a part of one.
+    """Log that is written, line by line; a killed run loses at most a part of the last line.
 
-    A log that is there already is continued: whatever happened stays in it, so that it has each
-    step once.
+    An existing log is continued. Lines of steps that will be taken again are dropped, so that the
+    log has each step once; lines of :data:`HISTORY` are kept.
 
     Args:
-        folder: Where ``log.jsonl`` is; made if it isn't there.
-        resumed_at: The step that the run goes on from: lines of later steps are dropped, as these
-            steps are taken again. None: from the beginning, so lines of all steps are dropped.
+        folder: folder of ``log.jsonl``; created if missing.
+        resumed_at: step that the run resumes from; None for a run that starts from the beginning.
 
     Raises:
-        FormatError: The log to continue has no line that can be read.
-        OutputError: It can't be written.
+        FormatError: the log to continue has no line that can be read.
+        OutputError: the log can't be written.
     """
 
     def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         self.path = folder / NAME
         self.damaged: list[int] = []
-        """Numbers of the lines that were damaged, and are left out from now on."""
+        """Numbers of the lines that were damaged, and are dropped."""
         kept: list[Line] = []
         if self.path.exists():
             lines, self.damaged = read_lines(self.path)
-            until = -1 if resumed_at is None else resumed_at
-            kept = [line for line in lines if line["event"] in HISTORY or line["step"] <= until]
+            last = -1 if resumed_at is None else resumed_at
+            kept = [line for line in lines if line["event"] in HISTORY or line["step"] <= last]
         with _translate_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, "".join(map(_dumps, kept)))
             self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, event: str, **facts: Any) -> None:
-        """Append a line. Numbers that are not finite become null: JSON has none.
+        """Append a line. Numbers that are not finite become null, as JSON can't express them.
 
         Raises:
-            OutputError: The disk is full, for example.
+            OutputError: the line can't be written, for example as the disk is full.
         """
         with _translate_errors(self.path):
             self._file.write(_dumps({"event": event, "time": round(time.time(), 3)} | facts))
             self._file.flush()
 
     def close(self) -> None:
-        """End writing."""
-        with contextlib.suppress(OSError):  # of what could not be written before
+        """Close the file."""
+        with contextlib.suppress(OSError):  # write() has reported it
             self._file.close()
 
 
@@ -95,12 +91,12 @@ def _translate_errors(path: Path) -> Iterator[None]:
 
 
 def read_lines(path: Path) -> tuple[list[Line], list[int]]:
-    """All events of a log, and the numbers of the lines that are damaged.
+    """Return the lines of a log, and the numbers of those that are damaged and left out.
 
-    A kill leaves the last line half written, a power cut any line.
+    A killed run leaves its last line half written; a power failure can damage any line.
 
     Raises:
-        FormatError: No line is an event, or it is not a regular file.
+        FormatError: no line is an event, or the log is not a regular file.
     """
     lines: list[Line] = []
     damaged = []
@@ -117,13 +113,13 @@ def read_lines(path: Path) -> tuple[list[Line], list[int]]:
             damaged.append(number)
     if damaged and not lines and text:
         raise FormatError(
-            f"{path}: no line of it is an event in JSON. Move it away, to begin another log."
+            f"{path}: no line is an event in JSON. Move the file away, to begin another log."
         )
     return lines, damaged if text else []
 
 
 def lines_in_words(numbers: list[int]) -> str:
-    """``lines 3, 7, 8 and 12 more``"""
+    """Return line numbers for a message: ``lines 3, 7, 8 and 12 more``."""
     shown, more = ", ".join(map(str, numbers[:_SHOWN])), len(numbers) - _SHOWN
     return f"line{'s' * (len(numbers) > 1)} {shown}" + (f" and {more} more" if more > 0 else "")
 

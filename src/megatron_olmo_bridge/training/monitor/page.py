@@ -1,4 +1,4 @@
-"""HTML parts of a report: a page in one file that needs no network."""
+"""HTML of a report: one file that needs no network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .drawing import DARK, LIGHT, NARROW, WIDE, Size, Theme
 from .style import STYLE
 
 SHOWN_ROWS = 25
-"""Rows of a table up to which it stands open; a longer one is folded."""
+"""Maximum number of rows of a section that is open at first; a longer one is folded."""
 Tile = tuple[str, str, str]
 """Label, value and note of a key figure."""
 
@@ -48,7 +48,7 @@ def picture(
     wide: Size = WIDE,
     narrow: Size = NARROW,
 ) -> str:
-    """Return a figure in each theme and width; the browser shows the one that fits."""
+    """Return a figure for each theme and screen width; the browser shows the one that fits."""
 
     def data(theme: Theme, size: Size) -> str:
         return "data:image/svg+xml;base64," + base64.b64encode(svg(theme, size)).decode()
@@ -70,10 +70,11 @@ def picture(
 
 
 def folded(title: str, body: str, rows: int, *, is_open: bool | None = None) -> str:
-    """Return a section that folds; by default it stands open if it is short."""
-    shown = rows <= SHOWN_ROWS if is_open is None else is_open
+    """Return a section that can be folded; by default it is open if it has few rows."""
+    if is_open is None:
+        is_open = rows <= SHOWN_ROWS
     return (
-        f"<details{' open' if shown else ''}><summary><h2>{escape(title)}</h2> "
+        f"<details{' open' if is_open else ''}><summary><h2>{escape(title)}</h2> "
         f"<span>{rows:,}</span></summary>{body}</details>"
     )
 
@@ -88,14 +89,14 @@ def table(
     """Return a table that scrolls sideways on a narrow screen.
 
     Args:
-        long: Columns whose cells wrap; the others stay on one line.
-        numbers: Columns that are aligned to the right.
+        long: columns whose cells wrap; the others stay on one line.
+        numbers: columns that are aligned to the right.
     """
     styles = dict.fromkeys(long, "long") | dict.fromkeys(numbers, "number")
-    kinds = [f' class="{styles[name]}"' if name in styles else "" for name in head]
+    classes = [f' class="{styles[name]}"' if name in styles else "" for name in head]
 
     def line(tag: str, cells: Iterable[str]) -> str:
-        inner = (f"<{tag}{k}>{c}</{tag}>" for k, c in zip(kinds, cells, strict=True))
+        inner = (f"<{tag}{c}>{cell}</{tag}>" for c, cell in zip(classes, cells, strict=True))
         return f"<tr>{''.join(inner)}</tr>"
 
     body = "".join(line("td", map(linked, row)) for row in rows)
@@ -106,7 +107,7 @@ def table(
 
 
 def linked(text: str) -> str:
-    """Return text escaped, and as a link if it is an address."""
+    """Return text as HTML: escaped, and as a link if it is a URL."""
     shown = escape(text)
     if text.startswith(("https://", "http://")) and not any(c.isspace() for c in text):
         return f'<a href="{shown}">{shown}</a>'

@@ -1,4 +1,4 @@
-"""The figures of a training report: a run's curves over tokens and steps."""
+"""Figures of a training report: curves of a run over tokens and steps."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 Curve = NDArray[np.float64]
 THIN = 800
-"""Points of a curve; of more, the lowest and the highest of each stretch are drawn."""
+"""Maximum number of points drawn of a curve."""
 FEW = 60
-"""With at most this many points, each gets a dot and there is no smoothed curve."""
+"""Number of points up to which each is drawn as a dot, without a smoothed curve."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,24 @@ class Plot:
     name: str
     title: str
     summary: str
-    """What it shows, in words and numbers."""
-    draw: Callable[[Axes, Theme], None]
+    """Main numbers of the figure, in a sentence."""
+    draw: Callable[[Axes, RunHistory, Theme], None]
     history: RunHistory
 
     def svg(self, theme: Theme, size: Size) -> bytes:
-        """Draw it. The same log gives the same bytes."""
+        """Return the figure as SVG; the same log gives the same bytes."""
 
         def draw(figure: Figure) -> None:
             axes = figure.add_subplot()
             self._frame(axes)
-            self.draw(axes, theme)
+            self.draw(axes, self.history, theme)
             _marks(axes, self.history, theme)
             _arrange(figure, axes)
 
         return draw_svg(self.name, theme, size, draw)
 
     def _frame(self, axes: Axes) -> None:
-        """Tokens below, steps above, a quiet grid."""
+        """Set up the axes: tokens below, steps above, a light grid."""
         from matplotlib.ticker import MaxNLocator
 
         axes.patch.set_alpha(0)
@@ -73,7 +73,7 @@ class Plot:
 
 
 def _arrange(figure: Figure, axes: Axes) -> None:
-    """The same margins in all pictures, so that their steps stand below each other."""
+    """Set margins, the same in all figures so that their x axes align, and add the legend."""
     width, height = figure.get_size_inches()
     handles, labels = axes.get_legend_handles_labels()
     columns = int(width / 1.45)
@@ -99,45 +99,37 @@ def _arrange(figure: Figure, axes: Axes) -> None:
 
 
 def plots(history: RunHistory) -> list[Plot]:
-    """All pictures of a run, in the order of the page; none before the first step is logged."""
+    """Return the figures of a run, in the order of the page; none before the first step."""
     if not history.steps:
         return []
-    made = [
+    figures = [
         ("loss", "Loss", _loss_summary, _draw_loss),
         *([("quality", "Evaluation", _quality_summary, _draw_quality)] if history.measures else []),
         ("learning-rate", "Learning rate", _rate_summary, _draw_rate),
         ("gradient-norm", "Gradient norm", _norm_summary, _draw_norm),
         ("throughput", "Throughput", _throughput_summary, _draw_throughput),
     ]
-
-    def drawing(
-        draw: Callable[[Axes, RunHistory, Theme], None],
-    ) -> Callable[[Axes, Theme], None]:
-        return lambda axes, theme: draw(axes, history, theme)
-
     return [
-        Plot(name, title, summary(history), drawing(draw), history)
-        for name, title, summary, draw in made
+        Plot(name, title, summary(history), draw, history) for name, title, summary, draw in figures
     ]
 
 
-# ------------------------------------------------------------------------------------ the pictures
+# ----------------------------------------------------------------------------------------- figures
+
+
+def _plot_dots(
+    axes: Axes, x: Curve, y: Curve, color: str, label: str, *, size: float = 4, **options: Any
+) -> None:
+    """Draw a curve with a dot at each point."""
+    dots: dict[str, Any] = {"marker": "o", "markersize": size, "linewidth": 1.6}
+    axes.plot(x, y, color=color, label=label, **dots, **options)
 
 
 def _draw_loss(axes: Axes, history: RunHistory, theme: Theme) -> None:
     _measured(axes, history, "loss", theme, "training")
     x, y = _curve(history, history.evaluations, "loss")
     if x.size:
-        axes.plot(
-            x,
-            y,
-            color=theme.second,
-            linewidth=1.6,
-            marker="o",
-            markersize=4,
-            label="evaluation",
-            zorder=4,
-        )
+        _plot_dots(axes, x, y, theme.second, "evaluation", zorder=4)
     axes.set_ylabel(history.facts.loss_unit)
     _, losses = _curve(history, history.steps, "loss")
     skipped = losses.size // 20 if losses.size > FEW else 0
@@ -145,7 +137,7 @@ def _draw_loss(axes: Axes, history: RunHistory, theme: Theme) -> None:
     shown = shown[np.isfinite(shown)]
     _logarithmic(axes, shown, beyond=2.5)
     if skipped and shown.size and np.nanmax(losses) > 1.1 * shown.max():
-        # The fall at the start would flatten all that comes after it.
+        # The first losses are far higher, and would flatten the rest of the curve.
         lowest, highest = shown.min(), shown.max()
         axes.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.05 * (highest - lowest))
 
@@ -154,15 +146,7 @@ def _draw_quality(axes: Axes, history: RunHistory, theme: Theme) -> None:
     colours = (theme.main, theme.second, theme.mark, theme.bad)
     for number, name in enumerate(history.measures):
         x, y = _curve(history, history.evaluations, name)
-        axes.plot(
-            x,
-            y,
-            color=colours[number % len(colours)],
-            linewidth=1.6,
-            marker="o",
-            markersize=4,
-            label=spoken(name),
-        )
+        _plot_dots(axes, x, y, colours[number % len(colours)], spoken(name))
     axes.set_ylabel("on held-out texts")
 
 
@@ -207,14 +191,14 @@ def _measured(axes: Axes, history: RunHistory, name: str, theme: Theme, label: s
     """Draw the logged values and a smoothed curve."""
     x, y = _curve(history, history.steps, name)
     if x.size <= FEW:
-        axes.plot(x, y, color=theme.main, linewidth=1.6, marker="o", markersize=3.5, label=label)
+        _plot_dots(axes, x, y, theme.main, label, size=3.5)
         return
     axes.plot(*_thin(x, y), color=theme.faint, linewidth=0.9, label=label)
     axes.plot(*_thin(x, _smoothed(y)), color=theme.main, linewidth=1.8, label="smoothed")
 
 
 def _marks(axes: Axes, history: RunHistory, theme: Theme) -> None:
-    """Checkpoints, skipped steps, resumes and the end of a run that stopped early."""
+    """Mark checkpoints, skipped steps, resumes, and the end of a run that stopped early."""
     tokens = history.facts.tokens_per_step
     below = axes.get_xaxis_transform()
 
@@ -254,7 +238,7 @@ def _marks(axes: Axes, history: RunHistory, theme: Theme) -> None:
 
 
 def _logarithmic(axes: Axes, values: Curve, beyond: float) -> None:
-    """A logarithmic y axis, if values span more than a factor; its ticks are plain numbers."""
+    """Make the y axis logarithmic if the largest value is over ``beyond`` times the smallest."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     values = values[np.isfinite(values) & (values > 0)]
@@ -269,12 +253,12 @@ def _logarithmic(axes: Axes, values: Curve, beyond: float) -> None:
 
 
 def _scaled(factor: float) -> tuple[Any, Any]:
-    """There and back, for an axis on the other side."""
+    """Return the functions of a secondary axis in another unit, and back."""
     return lambda value: value * factor, lambda value: value / factor
 
 
 def _tick(units: tuple[str, ...] = COUNTS) -> Callable[[float, float], str]:
-    """Labels of an axis: ``1.5M``, and ``20M``, without zeros after a point."""
+    """Return the formatter of an axis: ``1.5M`` and ``20M``, without trailing zeros."""
 
     def label(value: float, _: float) -> str:
         text = short(value, units)
@@ -284,40 +268,43 @@ def _tick(units: tuple[str, ...] = COUNTS) -> Callable[[float, float], str]:
     return label
 
 
-# ---------------------------------------------------------------------------------------- the data
+# -------------------------------------------------------------------------------------------- data
 
 
 def _curve(history: RunHistory, lines: list[Line], name: str) -> tuple[Curve, Curve]:
-    """Tokens seen, and a measure: [lines], float64."""
+    """Return tokens so far and the value ``name`` of each line: two arrays [lines], float64."""
     tokens = history.facts.tokens_per_step
     x = np.array([line["step"] * tokens for line in lines], dtype=np.float64)
     return x, np.array([line.get(name, math.nan) for line in lines], dtype=np.float64)
 
 
 def _thin(x: Curve, y: Curve) -> tuple[Curve, Curve]:
-    """A curve that looks the same with at most THIN points: no peak is lost, and no gap."""
+    """Return at most THIN points of a curve, keeping its peaks and its gaps (NaN).
+
+    Of each of THIN / 2 stretches, keep the lowest point, the highest, and the first gap.
+    """
     if x.size <= THIN:
         return x, y
     kept = {0, x.size - 1}
     for part in np.array_split(np.arange(x.size), THIN // 2):
-        known = part[np.isfinite(y[part])]
-        if known.size < part.size:
+        finite = part[np.isfinite(y[part])]
+        if finite.size < part.size:
             kept.add(int(part[~np.isfinite(y[part])][0]))
-        if known.size:
-            kept |= {int(known[y[known].argmin()]), int(known[y[known].argmax()])}
+        if finite.size:
+            kept |= {int(finite[y[finite].argmin()]), int(finite[y[finite].argmax()])}
     index = sorted(kept)
     return x[index], y[index]
 
 
 def _smoothed(y: Curve) -> Curve:
-    """A weighted mean around each point (Hann window, a 20th of the curve), of what is a number."""
+    """Return the mean of the finite points around each, weighted by a Hann window."""
     weights = np.hanning((y.size // 20 | 1) + 2)
     known = np.isfinite(y)
     sums = np.convolve(np.where(known, y, 0.0), weights, "same")
     return np.where(known, sums / np.convolve(known, weights, "same"), np.nan)
 
 
-# --------------------------------------------------------------------------------------- the words
+# --------------------------------------------------------------------------------------- summaries
 
 
 def _loss_summary(history: RunHistory) -> str:

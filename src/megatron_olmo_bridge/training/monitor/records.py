@@ -1,4 +1,4 @@
-"""Log records: facts of the whole run, and one record per step."""
+"""Records of a run for its log: facts of the whole run, and one record per step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RunFacts:
     """The resolved config: nested plain values."""
     versions: dict[str, str]
     loss_unit: str = NATS_PER_TOKEN
-    """Unit of every loss, for people; a perplexity exists for nats per token only."""
+    """Unit of every loss, for people; the perplexity is defined for nats per token only."""
 
     @property
     def has_perplexity(self) -> bool:
@@ -63,10 +63,7 @@ class RunFacts:
 
     @property
     def peak_flops(self) -> float | None:
-        """Dense bfloat16 FLOP/s of all processes.
-
-        None where that is not known, and in a float32 run, which it says nothing about.
-        """
+        """Peak dense bfloat16 FLOP/s of all processes; None if unknown, or in a float32 run."""
         peak = peak_flops(self.device)
         if peak is None or self.config.get("train", {}).get("precision") == "float32":
             return None

@@ -1,4 +1,4 @@
-"""``report.html``: a training run on one page, made from its log."""
+"""``report.html``: one page about a training run, made from its log."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .page import Tile, folded, page, picture, table, tiles
 
 NAME = "report.html"
 CLASSIFICATION = "classification.html"
-"""Name, in the run's folder, of the report on a fine-tuned classifier's quality and speed."""
+"""Name of the report on a classifier's quality and speed, if there is one in the run's folder."""
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into a run's folder, at any time: also while the run goes on.
+    """Write ``report.html`` into a run's folder; the run may still be running.
 
-    One file that needs no network: pictures and style are in it. The same log gives the same bytes.
+    The file needs no network: pictures and style are in it. The same log gives the same bytes.
 
     Args:
-        folder: The run's folder, with ``log.jsonl``.
+        folder: the run's folder, with ``log.jsonl``.
 
     Returns:
-        The report's path.
+        Path of the report.
 
     Raises:
-        InputError: The folder has no log.
+        InputError: the folder has no log.
         MissingPackageError: matplotlib is not installed.
-        FormatError: The log is damaged.
+        FormatError: the log is damaged.
     """
     history = RunHistory.read(folder)
     try:
@@ -55,7 +55,9 @@ def _page(history: RunHistory, folder: Path) -> str:
         f"{history.facts.name} · training report",
         [
             _header(history),
-            _links(folder),
+            f'<nav><a href="{CLASSIFICATION}">Quality and speed of the classifier</a></nav>'
+            if (folder / CLASSIFICATION).is_file()
+            else "",
             _figures(history),
             *(picture(plot.name, plot.title, plot.summary, plot.svg) for plot in plots(history)),
             "" if history.steps else "<figure><p>No steps yet, and so no curves.</p></figure>",
@@ -64,9 +66,6 @@ def _page(history: RunHistory, folder: Path) -> str:
             _footer(history),
         ],
     )
-
-
-# ----------------------------------------------------------------------------------------- the top
 
 
 def _header(history: RunHistory) -> str:
@@ -83,47 +82,32 @@ def _header(history: RunHistory) -> str:
     )
 
 
-def _links(folder: Path) -> str:
-    """Link the reports that stand beside this one."""
-    if not (folder / CLASSIFICATION).is_file():
-        return ""
-    return f'<nav><a href="{CLASSIFICATION}">Quality and speed of the classifier</a></nav>'
-
-
 def _figures(history: RunHistory) -> str:
     facts, known = history.facts, history.figures()
     total = facts.steps * facts.tokens_per_step
-    done, evaluated = history.state == "done", history.evaluations
+    evaluated = history.evaluations
     evaluated_at = f"at step {evaluated[-1]['step']:,}" if evaluated else "there was none"
-    shown: list[Tile] = [
-        ("Final loss" if done else "Loss", _loss(known["loss"], history.steps), facts.loss_unit),
-        *(
-            [("Perplexity", _known(known["perplexity"], lambda p: compact(p, 2)), "exp(loss)")]
-            if facts.has_perplexity
-            else []
-        ),
-        ("Evaluation loss", _loss(known["evaluation_loss"], evaluated), evaluated_at),
-        *(
-            (heading(n), _loss(known[f"evaluation_{n}"], evaluated), evaluated_at)
-            for n in history.measures
-        ),
+    loss = "Final loss" if history.state == "done" else "Loss"
+    shown: list[Tile] = [(loss, _loss(known["loss"], history.steps), facts.loss_unit)]
+    if facts.has_perplexity:
+        perplexity = _or_dash(known["perplexity"], lambda value: compact(value, 2))
+        shown.append(("Perplexity", perplexity, "exp(loss)"))
+    shown.append(("Evaluation loss", _loss(known["evaluation_loss"], evaluated), evaluated_at))
+    for name in history.measures:
+        value = _loss(known[f"evaluation_{name}"], evaluated)
+        shown.append((heading(name), value, evaluated_at))
+    flops_per_second = _or_dash(known["flops_per_second"], flops)
+    shown += [
         ("Tokens", short(known["tokens"]), f"of {short(total)}"),
         ("Parameters", short(known["parameters"]), f"{known['parameters']:,}"),
         ("Time in steps", duration(known["seconds"]), "without evaluating and saving"),
-        (
-            "Tokens/s",
-            _known(known["tokens_per_second"], short),
-            _known(known["flops_per_second"], flops),
-        ),
+        ("Tokens/s", _or_dash(known["tokens_per_second"], short), flops_per_second),
     ]
     if known["utilisation"] is not None:
         shown.append(("Utilization", f"{known['utilisation']:.1%}", "of the bfloat16 peak"))
     if known["skipped"]:
         shown.append(("Skipped steps", f"{known['skipped']:,}", f"of {known['step']:,}"))
     return tiles(shown)
-
-
-# -------------------------------------------------------------------------------------- the middle
 
 
 def _events(history: RunHistory) -> str:
@@ -140,11 +124,8 @@ def _events(history: RunHistory) -> str:
     return folded("Events", body, len(rows))
 
 
-# -------------------------------------------------------------------------------------- the bottom
-
-
 def _configuration(history: RunHistory) -> str:
-    """Each field as the command line overrides it, and where a published value comes from."""
+    """Return a table of the config: each field, its value, and the source of a published value."""
     config = dict(history.facts.config)
     sources = config.pop("sources", None) or {}
     rows: list[list[str]] = []
@@ -176,9 +157,9 @@ def _footer(history: RunHistory) -> str:
     )
 
 
-def _known(value: float | None, shown: Callable[[float], str]) -> str:
-    return "-" if value is None else shown(value)
+def _or_dash(value: float | None, formatted: Callable[[float], str]) -> str:
+    return "-" if value is None else formatted(value)
 
 
 def _loss(value: float | None, lines: list[Line]) -> str:
-    return "NaN" if value is None and lines else _known(value, "{:.4f}".format)
+    return "NaN" if value is None and lines else _or_dash(value, "{:.4f}".format)

@@ -25,21 +25,22 @@ RECENT = 100
 
 
 class RunLog:
-    """Prints, and writes ``log.jsonl`` and ``report.html``. Only the first process has one.
+    """Log of a run: console lines, ``log.jsonl``, trackers and, at the end, ``report.html``.
+
+    Only the first process has one.
 
     Args:
-        facts: Facts that hold for the whole run.
-        settings: The section ``logging`` of the config.
-        folder: The run's folder; without one, nothing is written.
-        resumed_at: The step of the checkpoint that the run goes on from. What was logged of later
-            steps is dropped, so that the log has each step once, and a "resumed" line is added.
-            None: from the beginning.
-        say: Takes each line for people.
+        facts: facts that hold for the whole run.
+        settings: section ``logging`` of the config.
+        folder: the run's folder; without one, nothing is written.
+        resumed_at: step of the checkpoint that the run resumes from; None for a run that starts
+            from the beginning. Lines of later steps are dropped.
+        say: prints a line for people.
 
     Raises:
-        InputError: A tracker is asked for whose package is missing, or that lacks a folder.
-        FormatError: The log to go on with has no line that can be read.
-        OutputError: The log can't be written.
+        InputError: a tracker's package is missing, or TensorBoard has no folder to write to.
+        FormatError: the log to continue has no line that can be read.
+        OutputError: the log can't be written.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class RunLog:
             self._announce("resumed", resumed_at)
 
     def step(self, record: StepRecord) -> None:
-        """Note a step. A line is due each ``logging.interval`` steps, after the first and the last.
+        """Add a step, and log a line every ``logging.interval`` steps, at the first and the last.
 
-        Its loss, z-loss and gradient norm are means over the steps since the line before.
+        The line's loss, z-loss and gradient norm are means over the steps since the previous line.
         """
         if record.skipped:
             message = f"not taken (loss {record.loss:.4f}, gradient norm {record.grad_norm:.3g})"
@@ -80,7 +81,7 @@ class RunLog:
             self._line()
 
     def _line(self) -> None:
-        """The line of the steps that have none yet."""
+        """Log one line for the waiting steps."""
         step, line = self._waiting[-1].step, self._summary()
         self._waiting.clear()
         self._write("step", step=step, **line)
@@ -90,10 +91,10 @@ class RunLog:
         self._track(step, "train", line)
 
     def evaluation(self, step: int, loss: float, **figures: float) -> None:
-        """Note the loss on held-out data after a step (0: before the first).
+        """Log the loss on held-out data after a step (0: before the first).
 
         Args:
-            figures: Other measures by name, for example ``accuracy``.
+            figures: other metrics by name, for example ``accuracy``.
         """
         self._write("evaluation", step=step, loss=loss, **figures)
         parts = [f"loss {loss:.4f}"]
@@ -104,10 +105,11 @@ class RunLog:
         self._track(step, "evaluation", {"loss": loss, **figures})
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
-        """Note what else happened.
+        """Log any other event.
 
-        A "checkpoint" or an "export" comes with its ``path``, "stopped" with the reason as
-        ``message``; then there is "done". "resumed" and "skipped" are noted without this.
+        Args:
+            kind: ``checkpoint``, ``export``, ``extended``, ``stopped`` or ``done``.
+            facts: details: ``path`` of what was written, ``message`` with a reason.
         """
         if kind == "stopped" and self._waiting:
             self._line()
@@ -115,18 +117,18 @@ class RunLog:
         self._announce(kind, step, **facts)
 
     def close(self) -> None:
-        """End the log, and write the report if there is a folder."""
+        """Close trackers and log, and write the report if there is a folder."""
         for tracker in self._trackers:
             tracker.close()
         if self._file is not None and self._folder is not None:
             self._file.close()
             try:
                 self._say(f">> report: {write_report(self._folder)}")
-            except (BridgeError, OSError) as error:  # the run itself is sound
+            except (BridgeError, OSError) as error:  # the run itself has not failed
                 self._say(f">> no report: {error}")
 
     def _summary(self) -> dict[str, Any]:
-        """A line's numbers, from the steps since the line before."""
+        """Return the values of the waiting steps' line."""
         records = self._waiting
         seconds = sum(r.seconds for r in records)
         rate = len(records) * self._facts.tokens_per_step / seconds if seconds > 0 else float("nan")
@@ -158,7 +160,7 @@ class RunLog:
 
 
 class _Table:
-    """The lines on the console: aligned, at most 100 columns wide."""
+    """Table on the console, at most 100 columns wide."""
 
     def __init__(self, facts: RunFacts) -> None:
         self._steps = facts.steps
@@ -177,7 +179,7 @@ class _Table:
         self._printed = 0
 
     def lines(self, step: int, line: dict[str, Any], seconds_left: float) -> list[str]:
-        """The next line, below a header where one is due."""
+        """Return the next line, preceded by a header every :data:`HEADER_EVERY` lines."""
         cells = {
             "step": f"{step}/{self._steps}",
             "tokens": short(line["tokens"]),
@@ -190,10 +192,11 @@ class _Table:
             "util": "" if line["utilisation"] is None else f"{line['utilisation']:.1%}",
             "time left": duration(seconds_left),
         }
-        header = [self._row(dict(zip(self._widths, self._widths, strict=True)))]
-        header = header if self._printed % HEADER_EVERY == 0 else []
+        lines = [self._row(cells)]
+        if self._printed % HEADER_EVERY == 0:
+            lines.insert(0, self._row({name: name for name in self._widths}))
         self._printed += 1
-        return [*header, self._row(cells)]
+        return lines
 
     def _row(self, cells: dict[str, str]) -> str:
         return "  ".join(cells[name].rjust(width) for name, width in self._widths.items())

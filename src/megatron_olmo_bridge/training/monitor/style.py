@@ -1,4 +1,4 @@
-"""The style of a report: light and dark, on a desk and on a phone."""
+"""CSS of a report, for light and dark themes, desktops and phones."""
 
 STYLE = """
 :root {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Protocol
 
 from megatron_olmo_bridge.errors import InputError
@@ -13,13 +14,13 @@ from ..config import LoggingConfig
 
 
 class Tracker(Protocol):
-    """Takes numbers by their names, ``group/name``, at a step."""
+    """Receiver of the values of a run."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Take the numbers of a step."""
+        """Log the values of a step, by ``group/name``."""
 
     def close(self) -> None:
-        """Send what is left, and end."""
+        """Write or send the remaining values."""
 
 
 def trackers(
@@ -29,10 +30,10 @@ def trackers(
     folder: Path | None,
     resumed_at: int | None,
 ) -> Iterator[Tracker]:
-    """Return the trackers that the settings enable.
+    """Yield the trackers that the settings enable.
 
     Raises:
-        InputError: A package is missing, or TensorBoard has no folder to write to.
+        InputError: a package is missing, or TensorBoard has no folder to write to.
     """
     if settings.tensorboard:
         if folder is None:
@@ -45,7 +46,7 @@ def trackers(
 
 
 class TensorBoard:
-    """Tracker that writes ``RUN/tensorboard``."""
+    """TensorBoard's event files in ``tensorboard/`` of the run's folder."""
 
     def __init__(self, folder: Path, config: dict[str, Any], resumed_at: int | None) -> None:
         try:
@@ -54,24 +55,22 @@ class TensorBoard:
             raise InputError(
                 "logging.tensorboard needs a package: pip install tensorboard"
             ) from None
-        # What a killed run logged after its last checkpoint is logged again.
+        # Steps after the last checkpoint will be logged again: drop what a killed run logged.
         purge = 0 if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge)
-        text = "\n".join(f"    {line}" for line in _pretty(config).splitlines())  # as Markdown code
-        self._writer.add_text("config", text, resumed_at or 0)
+        text = json.dumps(config, indent=2, default=str)
+        self._writer.add_text("config", indent(text, " " * 4), resumed_at or 0)  # Markdown code
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Add a scalar for each."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run on wandb.ai, or wherever WANDB_BASE_URL says; WANDB_MODE=offline keeps it here."""
+    """Run of Weights & Biases: on wandb.ai or at WANDB_BASE_URL; local with WANDB_MODE=offline."""
 
     def __init__(
         self,
@@ -85,29 +84,25 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise InputError("logging.wandb_project needs a package: pip install wandb") from None
-        known = folder / "wandb_id.txt" if folder is not None else None
-        resumes = resumed_at is not None and known is not None and known.exists()
+        id_file = folder / "wandb_id.txt" if folder is not None else None
+        run_id = None
+        if resumed_at is not None and id_file is not None and id_file.exists():
+            run_id = id_file.read_text().strip()
         self._run = wandb.init(
             project=project,
             name=name,
             config=config,
             resume="allow",
-            id=known.read_text().strip() if known is not None and resumes else None,
+            id=run_id,
             dir=str(folder) if folder is not None else None,
         )
-        if known is not None:
-            known.write_text(f"{self._run.id}\n")
-        # W&B's own step only goes up; a run that was killed goes back to its checkpoint.
+        if id_file is not None:
+            id_file.write_text(f"{self._run.id}\n")
+        # W&B's own step can't decrease, but a killed run resumes from an earlier step.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Log them in one call, with the step as the x axis."""
         self._run.log({"step": step} | values)
 
     def close(self) -> None:
-        """Finish the run: it waits until all is sent."""
         self._run.finish()
-
-
-def _pretty(config: dict[str, Any]) -> str:
-    return json.dumps(config, indent=2, default=str)

@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from megatron_olmo_bridge.cli import report as command
+from megatron_olmo_bridge.cli import training
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.training.config import LoggingConfig
 from megatron_olmo_bridge.training.monitor.history import RunHistory
@@ -335,8 +335,8 @@ def test_a_log_that_lost_its_beginning(make: Make) -> None:
 
 def run(*args: object) -> Result:
     app = typer.Typer()
-    command.add_to(app)
-    return CliRunner().invoke(app, [str(arg) for arg in args])
+    training.add_to(app)
+    return CliRunner().invoke(app, ["report", *map(str, args)])
 
 
 def test_the_command_writes_the_same_report_again(done: Path) -> None:
@@ -348,8 +348,8 @@ def test_the_command_writes_the_same_report_again(done: Path) -> None:
 
 
 def test_the_last_figures_for_scripts(done: Path) -> None:
-    said = json.loads(run(done, "--json").stdout)["result"]
-    assert said == {
+    figures = json.loads(run(done, "--json").stdout)["result"]
+    assert figures == {
         "name": "OLMo <1B> & co",
         "state": "done",
         "step": 100,
@@ -368,9 +368,10 @@ def test_the_last_figures_for_scripts(done: Path) -> None:
     }
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_log_is_refused(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"olmo-bridge: {tmp_path}: no log.jsonl in it, which training writes. Is it a run?\n"
+        f"olmo-bridge: {tmp_path}: has no log.jsonl, so it is not the folder of a run "
+        "(checkpoint.save)\n"
     )

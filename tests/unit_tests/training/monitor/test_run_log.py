@@ -359,7 +359,7 @@ def test_of_many_damaged_lines_the_first_are_named(start: Start, tmp_path: Path)
 def test_a_log_that_is_none_is_left_as_it_is(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("step loss\n1 10.2\n")
-    with pytest.raises(FormatError, match=r"log.jsonl: no line of it is an event in JSON. Move it"):
+    with pytest.raises(FormatError, match=r"log.jsonl: no line is an event in JSON. Move the file"):
         start(tmp_path, resumed_at=20)
     assert path.read_text() == "step loss\n1 10.2\n"
 
