@@ -62,10 +62,12 @@ class TensorBoard:
         self._writer.add_text("config", indent(text, " " * 4), resumed_at or 0)  # Markdown code
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Add a scalar for each value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Write the remaining values."""
         self._writer.close()
 
 
@@ -102,7 +104,9 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Log the values in one call, with the step as the x axis."""
         self._run.log({"step": step} | values)
 
     def close(self) -> None:
+        """Wait until all values are sent, and finish the run."""
         self._run.finish()
