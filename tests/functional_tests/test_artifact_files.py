@@ -81,7 +81,7 @@ def vocabulary_files() -> set[str]:
     return found
 
 
-def test_every_name_that_transformers_has_a_constant_for(hf: Path) -> None:
+def test_every_artifact_name_of_transformers_is_kept(hf: Path) -> None:
     vocabularies = vocabulary_files()
     assert {"vocab.json", "merges.txt", "spiece.model", "source.spm"} <= vocabularies
     names = vocabularies | {
@@ -140,7 +140,7 @@ def processor(folder: Path) -> Any:
     ],
     ids=["fast", "byte-level BPE", "slow BPE", "processor", "generation config"],
 )
-def test_what_save_pretrained_writes(hf: Path, tmp_path: Path, make: Any) -> None:
+def test_every_file_of_save_pretrained_is_kept(hf: Path, tmp_path: Path, make: Any) -> None:
     before = files(hf)
     (tmp_path / "parts").mkdir()
     make(tmp_path / "parts").save_pretrained(hf)
@@ -168,7 +168,9 @@ class OwnOlmo2ForCausalLM(Olmo2ForCausalLM):
 """
 
 
-def test_a_models_own_code(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_own_code_is_kept(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "own_package"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -195,7 +197,7 @@ def test_a_models_own_code(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert files(there_and_back(hf)) == files(hf)
 
 
-def test_a_live_model_is_saved_with_them_too(tmp_path: Path) -> None:
+def test_a_live_model_is_saved_with_its_artifacts(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     from megatron_olmo_bridge.live.save import write_texts
 

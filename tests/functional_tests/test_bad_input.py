@@ -697,7 +697,7 @@ def table(result: Result) -> str:
 # -------------------------------------------------------- what needs another disk or another user
 
 
-def test_a_disk_that_is_too_small(
+def test_a_disk_that_is_too_small_is_refused(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found before the first byte is written."""
@@ -723,7 +723,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_real_disk_that_is_too_small(single: Path, small_disk: Path) -> None:
+def test_a_real_disk_that_is_too_small_is_refused(single: Path, small_disk: Path) -> None:
     (small_disk / "other").write_bytes(bytes(3 << 20))
     before = tree_hash(small_disk)
 
@@ -743,7 +743,7 @@ def test_an_empty_mount_point_is_written_into(single: Path, small_disk: Path) ->
 
 
 @pytest.mark.parametrize("preallocates", [True, False])
-def test_a_disk_that_fills_up_meanwhile(
+def test_a_disk_that_fills_up_during_the_copy_leaves_no_output(
     single: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, preallocates: bool
 ) -> None:
     """As where somebody else writes too: the disk looked large enough, and is full later.
@@ -836,7 +836,9 @@ def open_to_all() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_no_permission_to_write(single: Path, megatron: Path, open_to_all: Path) -> None:
+def test_a_folder_without_write_permission_is_refused(
+    single: Path, megatron: Path, open_to_all: Path
+) -> None:
     for command, source in (("import", single), ("export", megatron)):
         src = shutil.copytree(source, open_to_all / command)
         before = tree_hash(open_to_all)
@@ -849,7 +851,9 @@ def test_no_permission_to_write(single: Path, megatron: Path, open_to_all: Path)
 
 
 @pytest.mark.parametrize("unreadable", [ONE, "config.json", "generation_config.json"])
-def test_no_permission_to_read(single: Path, open_to_all: Path, unreadable: str) -> None:
+def test_a_file_without_read_permission_is_refused(
+    single: Path, open_to_all: Path, unreadable: str
+) -> None:
     src = shutil.copytree(single, open_to_all / "src")
     (src / unreadable).chmod(0o600)
     (open_to_all / "out").mkdir()
@@ -869,7 +873,7 @@ def test_the_table_names_every_case_once() -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_errors_that_nobody_foresaw_still_name_the_file(
+def test_unexpected_errors_still_name_the_file(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An input or output error of the system: its words, the file, exit 2."""

@@ -120,7 +120,7 @@ def check_all_are_found(good: Path, damaged: Path, places: list[Bytes]) -> set[s
     return seen
 
 
-def test_in_an_export(megatron: Path, sharded: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_an_export_is_found(megatron: Path, sharded: Path, tmp_path: Path) -> None:
     export_checkpoint(megatron, tmp_path / "hf", ExportOptions(max_shard_size="1MB"))
     places = []
     for file in sorted((tmp_path / "hf").glob("*.safetensors")):
@@ -136,7 +136,7 @@ def test_in_an_export(megatron: Path, sharded: Path, tmp_path: Path) -> None:
     assert check_all_are_found(sharded, tmp_path / "hf", places) == set(KINDS)
 
 
-def test_in_an_import_with_padded_rows(
+def test_a_flipped_bit_in_an_import_with_padded_rows_is_found(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_olmo_bridge.convert.to_megatron.FILE_BYTES", 1 << 20)
@@ -189,7 +189,7 @@ def payload(file: Path, offset: int, length: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "common.pt", "hf/config.json"])
-def test_by_checksum(sharded: Path, tmp_path: Path, name: str) -> None:
+def test_a_flipped_bit_is_found_by_checksum(sharded: Path, tmp_path: Path, name: str) -> None:
     """With checksums on record, the checkpoint alone is enough, and no byte of it is left out."""
     import_checkpoint(sharded, tmp_path / "megatron", write=WriteOptions(checksum=True))
     assert verify(tmp_path / "megatron").equal
@@ -201,9 +201,7 @@ def test_by_checksum(sharded: Path, tmp_path: Path, name: str) -> None:
     assert [(d.kind, d.name) for d in differences] == [("checksum", name)]
 
 
-def test_files_lost_and_added_are_on_record_without_checksums(
-    megatron: Path, tmp_path: Path
-) -> None:
+def test_lost_and_added_files_are_found_without_checksums(megatron: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(megatron, tmp_path / "megatron")) / "iter_0000000"
     (folder / "hf" / "generation_config.json").unlink()
     (folder / "__0_9.distcp").write_bytes(b"")
@@ -264,7 +262,9 @@ def test_a_damaged_file_of_an_interrupted_run_is_written_again(
 
 
 @pytest.mark.slow
-def test_a_thousand_flips_of_a_finished_output(sharded: Path, tmp_path: Path) -> None:
+def test_a_thousand_flipped_bits_of_a_finished_output_are_found(
+    sharded: Path, tmp_path: Path
+) -> None:
     """Any byte of any file, found by the recorded checksums alone."""
     import_checkpoint(sharded, tmp_path / "megatron", write=WriteOptions(checksum=True))
     folder, rng = tmp_path / "megatron" / "iter_0000000", random.Random(0)

@@ -89,7 +89,7 @@ def best(folder: Path) -> dict[str, Any]:
     return max(evaluations, key=lambda e: e["score"])
 
 
-def test_both_models_learn_and_stand_in_one_table(run: tuple[Path, str, int]) -> None:
+def test_both_models_learn_and_are_compared_in_one_table(run: tuple[Path, str, int]) -> None:
     folder, said, tp = run
     models = results(folder)
     assert [m["name"] for m in models] == ["olmo2-tiny", "modernbert-tiny"][: 3 - tp]
@@ -108,13 +108,15 @@ def test_both_models_learn_and_stand_in_one_table(run: tuple[Path, str, int]) ->
     assert "texts to train on, 1.6 times; 500 held out; 10 classes" in said
 
 
-def test_a_dry_run_takes_the_folder_of_its_own_run(run: tuple[Path, str, int], data: Path) -> None:
+def test_a_dry_run_accepts_the_folder_of_its_own_run(
+    run: tuple[Path, str, int], data: Path
+) -> None:
     folder, _, tp = run
     more = (f"parallel.tp={tp}", "checkpoint.keep_last=null", "--dry-run")
     assert "parameters" in train(*overrides(data, folder, *more))
 
 
-def test_transformers_reports_what_megatron_had_in_training(run: tuple[Path, str, int]) -> None:
+def test_transformers_measures_the_accuracy_of_training(run: tuple[Path, str, int]) -> None:
     folder, _, _ = run
     assert results(folder)[0]["quality"]["macro_f1"] == pytest.approx(best(folder)["score"])
 
@@ -139,7 +141,7 @@ def test_the_export_is_served_with_the_same_labels(
         assert [answer["label"] for answer in served] == [f"topic {i}" for i in found]
 
 
-def test_the_export_says_what_it_is(run: tuple[Path, str, int], data: Path) -> None:
+def test_the_export_has_a_model_card(run: tuple[Path, str, int], data: Path) -> None:
     folder, _, _ = run
     config = json.loads((folder / "classifier/config.json").read_text())
     base = json.loads((data / "olmo2-tiny/config.json").read_text())
@@ -157,7 +159,7 @@ def test_the_export_says_what_it_is(run: tuple[Path, str, int], data: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [1], indirect=True)
-def test_killed_and_resumed_it_becomes_the_same_classifier(
+def test_a_killed_and_resumed_run_gives_the_same_classifier(
     run: tuple[Path, str, int], data: Path, tmp_path: Path
 ) -> None:
     arguments = overrides(data, tmp_path / "run", "checkpoint.interval=20")
@@ -173,7 +175,7 @@ def test_killed_and_resumed_it_becomes_the_same_classifier(
 
 
 @pytest.mark.slow
-def test_it_stops_early_and_remembers(data: Path, tmp_path: Path) -> None:
+def test_early_stopping_is_resumed_exactly(data: Path, tmp_path: Path) -> None:
     """Without a learning rate no evaluation is better than the one before."""
     arguments = overrides(
         data,
@@ -387,11 +389,13 @@ def test_a_line_that_is_not_json_is_named(data: Path, tmp_path: Path) -> None:
         ("classification.labels=x", "Did you mean"),
     ],
 )
-def test_what_cannot_be_is_said(data: Path, tmp_path: Path, override: str, message: str) -> None:
+def test_impossible_settings_are_refused(
+    data: Path, tmp_path: Path, override: str, message: str
+) -> None:
     assert message.lower() in refused(overrides(data, tmp_path / "run", override)).lower()
 
 
-def test_a_classifier_of_other_classes_is_refused(
+def test_a_classifier_with_other_classes_is_refused(
     run: tuple[Path, str, int], data: Path, tmp_path: Path
 ) -> None:
     folder, _, _ = run

@@ -79,7 +79,7 @@ def planted(hf: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:
     return folder
 
 
-def test_no_mistake(hf: Path, tmp_path: Path) -> None:
+def test_equal_models_are_equal(hf: Path, tmp_path: Path) -> None:
     import_checkpoint(hf, tmp_path / "mg")
     found = compare(hf, tmp_path / "mg", tp=2, sp=True, pp=1, tokens=64)
 
@@ -103,7 +103,7 @@ def test_no_mistake(hf: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("warm_jobs")
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16"], DTYPES))
 @pytest.mark.parametrize("mistake", WEIGHTS)
-def test_a_mistake_in_the_weights_of_a_layer(
+def test_a_mistake_in_the_weights_of_a_layer_is_found(
     hf: Path, tmp_path: Path, mistake: str, dtype: str
 ) -> None:
     other = planted(hf, tmp_path / "planted", WEIGHTS[mistake])
@@ -117,7 +117,9 @@ def test_a_mistake_in_the_weights_of_a_layer(
 @pytest.mark.usefixtures("warm_jobs")
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16"], DTYPES))
 @pytest.mark.parametrize("mistake", CONFIG)
-def test_a_mistake_in_the_config(hf: Path, tmp_path: Path, mistake: str, dtype: str) -> None:
+def test_a_mistake_in_the_config_is_found(
+    hf: Path, tmp_path: Path, mistake: str, dtype: str
+) -> None:
     """It is in every layer, and so starts in the first."""
     shutil.copytree(hf, tmp_path / "planted")
     config = json.loads((hf / "config.json").read_text())
@@ -137,7 +139,7 @@ def test_a_mistake_in_the_config(hf: Path, tmp_path: Path, mistake: str, dtype: 
 
 @pytest.mark.usefixtures("warm_jobs")
 @pytest.mark.parametrize("layout", [{}, {"ep": 2}], ids=["tp1", "ep2"])
-def test_a_mistake_in_a_mixture_of_experts(tmp_path: Path, layout: dict[str, int]) -> None:
+def test_a_mistake_in_a_mixture_of_experts_is_found(tmp_path: Path, layout: dict[str, int]) -> None:
     """In bfloat16, where the middle token is what counts: gate and up of all experts, swapped."""
     hf = synth("olmoe-tiny", tmp_path / "hf")
 
@@ -173,7 +175,7 @@ def test_one_ulp_is_for_verify(hf: Path, tmp_path: Path) -> None:
     assert found.parts_at == f"layer {LAYER}"
 
 
-def test_the_command_line(hf: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_first_layer_that_differs(hf: Path, tmp_path: Path) -> None:
     other = planted(hf, tmp_path / "planted", swap("mlp.gate_proj", "mlp.up_proj"))
     done = olmo_bridge("compare", hf, other, "--dtype", "bfloat16", "--tokens", 50)
 
@@ -214,7 +216,7 @@ def test_bad_input(hf: Path, arguments: list[object], message: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_that_overflows(hf: Path, tmp_path: Path) -> None:
+def test_a_model_that_overflows_is_refused(hf: Path, tmp_path: Path) -> None:
     """transformers itself can't run it in float16: nothing is compared with nan."""
 
     def enlarge(tensors: Tensors) -> None:

@@ -121,7 +121,7 @@ def test_a_config_that_contradicts_megatron_lms_args_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_beside_the_weights_that_contradicts_them_is_refused_everywhere(
+def test_a_config_that_contradicts_the_weights_is_refused_by_every_command(
     hf: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "m" / "iter_0000000"

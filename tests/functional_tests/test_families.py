@@ -85,7 +85,7 @@ def test_roundtrip(hf: Path, megatron: Path, size: str, tmp_path: Path) -> None:
     assert inspect(megatron).size == inspect(hf).size == size
 
 
-def test_a_change_of_dtype_is_what_torch_does(hf: Path, tmp_path: Path) -> None:
+def test_a_change_of_dtype_equals_that_of_torch(hf: Path, tmp_path: Path) -> None:
     import_checkpoint(
         hf, tmp_path / "half", ImportOptions(dtype="bfloat16"), WriteOptions(workers=2)
     )
@@ -100,7 +100,7 @@ def test_norm_gains_are_random(hf: Path, size: str) -> None:
     assert all(g.min() >= 0.5 and g.max() <= 1.5 and g.std() > 0.1 for g in gains)
 
 
-def test_gpt2s_first_names_and_its_buffers(tmp_path: Path) -> None:
+def test_old_names_and_buffers_of_gpt2_are_read(tmp_path: Path) -> None:
     """The checkpoints of 2019: no ``transformer.`` before the names, and causal masks."""
     hf = synth("gpt2-tiny", tmp_path / "hf", dtype="float32")
     old = shutil.copytree(hf, tmp_path / "old")
@@ -134,7 +134,7 @@ def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return root / "classifier"
 
 
-def test_a_classifiers_roundtrip(classifier: Path, tmp_path: Path) -> None:
+def test_a_classifier_survives_the_round_trip(classifier: Path, tmp_path: Path) -> None:
     import_checkpoint(classifier, tmp_path / "megatron")
     assert verify(classifier, tmp_path / "megatron").equal
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
@@ -146,7 +146,7 @@ def test_a_classifiers_roundtrip(classifier: Path, tmp_path: Path) -> None:
     assert torch.equal(found, logits(loaded(classifier, auto)))
 
 
-def test_a_language_model_is_given_a_new_head_and_it_is_said(tmp_path: Path) -> None:
+def test_a_new_head_is_reported(tmp_path: Path) -> None:
     hf = synth("olmo2-tiny", tmp_path / "hf", dtype="float32")
     done = olmo_bridge("import", hf, tmp_path / "megatron", "--num-labels", 3)
     assert done.exit_code == 0, done.stderr
@@ -168,7 +168,7 @@ def test_a_language_model_is_given_a_new_head_and_it_is_said(tmp_path: Path) -> 
     [("gpt2-tiny", "GPT2LMHeadModel has no classification head"),
      ("olmoe-tiny", "OlmoeForCausalLM has no classification head")],
 )  # fmt: skip
-def test_a_head_that_there_is_not(size: str, says: str, tmp_path: Path) -> None:
+def test_a_missing_head_is_refused(size: str, says: str, tmp_path: Path) -> None:
     hf = synth(size, tmp_path / "hf")
     done = olmo_bridge("import", hf, tmp_path / "megatron", "--num-labels", 3)
     assert done.exit_code == 2
@@ -214,7 +214,7 @@ TENSOR_FAULTS: dict[str, Callable[[Tensors, str], object]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", TENSOR_FAULTS)
-def test_a_fault_in_any_kind_of_tensor(
+def test_a_fault_in_any_kind_of_tensor_is_refused(
     hf: Path, megatron: Path, tmp_path: Path, fault: str
 ) -> None:
     for name in patterns(hf).values():
@@ -240,7 +240,7 @@ def config_faults(hf: Path) -> list[tuple[str, object]]:
     return [(key, value) for key in counts if key in config for value in values]
 
 
-def test_a_fault_in_any_number_of_the_config(hf: Path, tmp_path: Path) -> None:
+def test_a_fault_in_any_number_of_the_config_is_refused(hf: Path, tmp_path: Path) -> None:
     src = shutil.copytree(hf, tmp_path / "src")
     for key, value in config_faults(hf):
         shutil.copy(hf / "config.json", src)
@@ -249,7 +249,7 @@ def test_a_fault_in_any_number_of_the_config(hf: Path, tmp_path: Path) -> None:
             assert "config.json" in refused(tmp_path, *command)
 
 
-def test_more_or_fewer_layers_than_there_are(hf: Path, tmp_path: Path) -> None:
+def test_a_wrong_number_of_layers_is_refused(hf: Path, tmp_path: Path) -> None:
     src = shutil.copytree(hf, tmp_path / "src")
     config = json.loads((hf / "config.json").read_text())
     key = "n_layer" if "n_layer" in config else "num_hidden_layers"
@@ -261,7 +261,7 @@ def test_more_or_fewer_layers_than_there_are(hf: Path, tmp_path: Path) -> None:
             assert fault in refused(tmp_path, *command)
 
 
-def test_a_truncated_file(hf: Path, megatron: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(hf: Path, megatron: Path, tmp_path: Path) -> None:
     src = shutil.copytree(hf, tmp_path / "src")
     data = (src / ONE).read_bytes()
     (src / ONE).write_bytes(data[: len(data) // 2])
@@ -278,7 +278,7 @@ def test_a_truncated_file(hf: Path, megatron: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", SIZES)
-def test_a_checkpoint_under_another_familys_config(
+def test_a_checkpoint_with_the_config_of_another_family_is_refused(
     hf: Path, size: str, other: str, tmp_path: Path
 ) -> None:
     """OLMo-2 and OLMo-3 have the same tensors: those two differ by their vocabularies alone."""

@@ -326,7 +326,7 @@ def expected_classes(folder: Path) -> tuple[torch.Tensor, float, dict[str, torch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_models_can_tell_right_from_wrong(families: Path, family: str) -> None:
+def test_the_models_reveal_mistakes(families: Path, family: str) -> None:
     """A model of zeros, or of gains and biases that do nothing, would pass too easily."""
     logits, _, gradients = expected(families / family)
     assert logits.abs().max() >= 1
@@ -336,7 +336,7 @@ def test_the_models_can_tell_right_from_wrong(families: Path, family: str) -> No
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_logits_are_those_of_transformers(
+def test_logits_equal_those_of_transformers(
     families: Path, family: str, layout: str, run: Path
 ) -> None:
     check_logits(run, layout, expected(families / family)[0])
@@ -353,7 +353,7 @@ def check_logits(run: Path, layout: str, logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("family", "mutant"), MUTANT_CASES)
-def test_wrong_arithmetic_is_found(
+def test_wrong_arithmetic_is_detected(
     families: Path, families_with_1: Path, family: str, mutant: str
 ) -> None:
     """The same check on models as one might port them: it fails by far."""
@@ -367,7 +367,7 @@ def test_wrong_arithmetic_is_found(
 
 
 @pytest.mark.parametrize(("family", "layout"), [case for case in CASES if case not in UNTRAINED])
-def test_gradients_are_those_of_transformers(
+def test_gradients_equal_those_of_transformers(
     families: Path, family: str, layout: str, run: Path
 ) -> None:
     _, loss, gradients = expected(families / family)
@@ -389,13 +389,15 @@ def check_gradients(run: Path, loss: float, gradients: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_export_gives_what_was_loaded(families: Path, family: str, layout: str, run: Path) -> None:
+def test_an_exported_model_equals_the_loaded_one(
+    families: Path, family: str, layout: str, run: Path
+) -> None:
     assert read(run / "exported.json") == digests_of(families / family)
     assert list(read(run / "exported.json")) == stored_names(families / family)
 
 
 @pytest.mark.parametrize(("family", "layout"), [case for case in CASES if saves(*case)])
-def test_saved_checkpoint_is_the_same_model(
+def test_a_saved_checkpoint_holds_the_same_model(
     families: Path, family: str, layout: str, run: Path
 ) -> None:
     check_saved(families / family, run)
@@ -411,7 +413,7 @@ def check_saved(hf: Path, run: Path) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_classifiers_can_tell_right_from_wrong(families: Path, family: str) -> None:
+def test_the_classifiers_reveal_mistakes(families: Path, family: str) -> None:
     """Padding that is attended to, or taken for the last token, shows in transformers itself."""
     model, batch = load_classifier(families / f"{family}-classifier"), padded()
     logits, _, gradients = expected_classes(families / f"{family}-classifier")
@@ -426,7 +428,7 @@ def test_classifiers_can_tell_right_from_wrong(families: Path, family: str) -> N
 
 
 @pytest.mark.parametrize(("family", "layout"), CLASSIFIER_CASES)
-def test_classes_are_those_of_transformers(
+def test_class_logits_equal_those_of_transformers(
     families: Path, family: str, layout: str, classifier_run: Path
 ) -> None:
     logits, _, _ = expected_classes(families / f"{family}-classifier")
@@ -434,7 +436,7 @@ def test_classes_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(("family", "layout"), CLASSIFIER_CASES)
-def test_gradients_of_classifiers_are_those_of_transformers(
+def test_gradients_of_classifiers_equal_those_of_transformers(
     families: Path, family: str, layout: str, classifier_run: Path
 ) -> None:
     _, loss, gradients = expected_classes(families / f"{family}-classifier")
@@ -443,7 +445,7 @@ def test_gradients_of_classifiers_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(("problem", "layout"), PROBLEM_CASES)
-def test_losses_of_other_problem_types_are_those_of_transformers(
+def test_losses_of_other_problem_types_equal_those_of_transformers(
     families: Path, problem: str, layout: str, request: pytest.FixtureRequest
 ) -> None:
     model, batch = load_classifier(families / problem), padded()
@@ -454,7 +456,7 @@ def test_losses_of_other_problem_types_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(("family", "layout"), CLASSIFIER_CASES)
-def test_classifiers_come_out_as_they_were_loaded(
+def test_exported_classifiers_equal_the_loaded_ones(
     families: Path, family: str, layout: str, classifier_run: Path
 ) -> None:
     hf = families / f"{family}-classifier"

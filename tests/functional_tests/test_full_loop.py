@@ -104,7 +104,7 @@ def in_its_folder(loop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(loop)
 
 
-def test_a_stopped_run_goes_on_where_it_was() -> None:
+def test_a_stopped_run_resumes_at_the_same_step() -> None:
     events = [line for line in log() if line["event"] in ("stopped", "resumed", "done")]
     assert [line["event"] for line in events] == ["stopped", "resumed", "done"]
     stopped, resumed, done = (line["step"] for line in events)
@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_where_it_was() -> None:
     assert steps == sorted({1, stopped, *range(10, STEPS + 1, 10)})
 
 
-def test_transformers_finds_the_same_loss_and_it_is_low(capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_computes_the_same_low_loss(capsys: pytest.CaptureFixture[str]) -> None:
     script("examples/train/evaluate.py", "run", "hf", "--below", BELOW)
 
     said = capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_transformers_finds_the_same_loss_and_it_is_low(capsys: pytest.CaptureFi
     assert exported < BELOW < unigrams < uniform == pytest.approx(6.931472)
 
 
-def test_the_comparison_can_fail(tmp_path: Path) -> None:
+def test_the_comparison_detects_other_weights(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="The loss is not below"):
         script("examples/train/evaluate.py", "run", "hf", "--below", 0.5)
     command("export", "run", tmp_path / "earlier", "--iteration", 20)
@@ -131,11 +131,11 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
         script("examples/train/evaluate.py", "run", tmp_path / "earlier")
 
 
-def test_the_export_is_what_was_trained() -> None:
+def test_the_export_has_the_trained_weights() -> None:
     assert command("verify", "run", "hf").startswith("Equal: 47 tensors")
 
 
-def test_it_generates_text_and_knows_where_to_stop() -> None:
+def test_it_generates_text_and_stops_at_eos() -> None:
     printed = command("generate", "run", "--prompt", "Once upon a time", "--json")
     said = json.loads(printed)["result"]
     assert said["tokens"] and " " in said["text"]

@@ -127,7 +127,7 @@ def findings(
     assert (sound / "folder/file").read_bytes() == SOUND
 
 
-def test_nothing_is_found_where_nothing_is_wrong(
+def test_correct_readers_have_no_findings(
     findings: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert findings(reads) == []

@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
 @pytest.mark.parametrize(
     "layout", slow_but([{"tp": 2}], [{"tp": 2}, {"pp": 2}]), ids=["tp2", "pp2"]
 )
-def test_greedy_tokens_are_those_of_transformers(
+def test_greedy_tokens_equal_those_of_transformers(
     model: tuple[Path, list[int]], layout: dict[str, int]
 ) -> None:
     checkpoint, expected = model
@@ -50,7 +50,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 @pytest.mark.slow
-def test_text_comes_back_as_text(model: tuple[Path, list[int]]) -> None:
+def test_a_text_prompt_is_continued_as_text(model: tuple[Path, list[int]]) -> None:
     checkpoint, expected = model
     prompt = " ".join(f"w{token}" for token in PROMPT)
     done = olmo_bridge("generate", checkpoint, "--prompt", prompt, "--max-new-tokens", NEW)
@@ -59,7 +59,7 @@ def test_text_comes_back_as_text(model: tuple[Path, list[int]]) -> None:
 
 
 @pytest.mark.slow
-def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
+def test_sampled_tokens_are_printed_as_json(model: tuple[Path, list[int]]) -> None:
     checkpoint, expected = model
     tokens = ",".join(map(str, PROMPT))
     sampling = ("--temperature", 1.5, "--top-p", 0.9, "--seed", 1)
@@ -74,7 +74,7 @@ def test_sampled_tokens_as_json(model: tuple[Path, list[int]]) -> None:
 
 
 @pytest.mark.slow
-def test_another_tokenizer(model: tuple[Path, list[int]], tmp_path: Path) -> None:
+def test_another_tokenizer_can_be_used(model: tuple[Path, list[int]], tmp_path: Path) -> None:
     """Of a checkpoint that has none: text in, text out."""
     checkpoint, expected = model
     bare = synth("olmo2-tiny", tmp_path / "bare", dtype="float32")

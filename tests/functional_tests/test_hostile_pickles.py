@@ -139,7 +139,7 @@ def copy(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_nothing_of_a_hostile_pickle_runs(
+def test_no_code_of_a_hostile_pickle_runs(
     copy: Path, tmp_path: Path, megatron: Path, name: str, place: str
 ) -> None:
     PLACES[place](copy / ITERATION, HOSTILE[name])
@@ -162,14 +162,14 @@ def test_nothing_of_a_hostile_pickle_runs(
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_an_allowed_name_would_do_is_not_done(copy: Path, name: str, place: str) -> None:
+def test_allowed_names_are_never_called(copy: Path, name: str, place: str) -> None:
     PLACES[place](copy / ITERATION, HARMLESS[name])
 
     with pytest.raises(BridgeError):  # it is no metadata, no state, no tensor
         inspect(copy)
 
 
-def test_a_pickle_can_not_fill_the_memory(copy: Path) -> None:
+def test_a_pickle_cannot_fill_the_memory(copy: Path) -> None:
     """``set(range(...))`` needs no name outside of the language, and would never end."""
     bomb = b"\x80\x02cbuiltins\nset\ncbuiltins\nrange\nL999999999999999999L\n\x85R\x85R."
     into_common(copy / ITERATION, bomb)
@@ -287,7 +287,7 @@ def test_the_args_of_a_real_run_are_read(copy: Path, tmp_path: Path, sharded: Pa
 
 
 @pytest.mark.parametrize("kind", [Options, Schedule, dict])
-def test_args_may_be_of_any_class(copy: Path, kind: Any) -> None:
+def test_args_may_contain_objects_of_any_class(copy: Path, kind: Any) -> None:
     """A dictionary, or an object of the program that trained."""
     args = kind()
     if isinstance(args, dict):
@@ -301,7 +301,7 @@ def test_args_may_be_of_any_class(copy: Path, kind: Any) -> None:
     assert inspect(copy).size == "olmo2-tiny"
 
 
-def test_a_function_that_is_not_known_is_not_taken_for_a_class(copy: Path) -> None:
+def test_an_unknown_function_is_not_taken_for_a_class(copy: Path) -> None:
     into_common(copy / ITERATION, calling("mine.config.make_args", "x"))
 
     with pytest.raises(UnsafePickleError) as refused:
@@ -312,9 +312,7 @@ def test_a_function_that_is_not_known_is_not_taken_for_a_class(copy: Path) -> No
 
 
 @pytest.mark.parametrize("place", [".metadata", "a tensor"])
-def test_classes_of_other_programs_have_no_place_but_in_the_common_state(
-    copy: Path, place: str
-) -> None:
+def test_unknown_classes_are_allowed_only_in_the_common_state(copy: Path, place: str) -> None:
     PLACES[place](copy / ITERATION, calling("mine.config.Config", "x"))
 
     with pytest.raises(

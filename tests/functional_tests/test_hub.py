@@ -161,7 +161,7 @@ def test_a_revision_is_pinned_to_its_commit(
     assert not [a for a in hub.asked if "pytorch_model.bin" in a]
 
 
-def test_the_cache_serves_where_the_hub_is_out_of_reach(hub: Hub, tmp_path: Path) -> None:
+def test_the_cache_is_used_when_the_hub_is_unreachable(hub: Hub, tmp_path: Path) -> None:
     first = with_hub(tmp_path, hub.url, "import", REPO, "a", "--revision", REVISION)
     assert first.returncode == 0, first.stderr
     nowhere = "http://127.0.0.1:9"
@@ -201,7 +201,7 @@ ABSENT = [
 
 
 @pytest.mark.parametrize(("args", "says"), slow_but([*ABSENT[:4], ABSENT[5]], ABSENT))
-def test_what_the_hub_does_not_have(
+def test_a_missing_model_is_reported(
     hub: Hub, tmp_path: Path, args: tuple[str, ...], says: str
 ) -> None:
     done = with_hub(tmp_path, hub.url, "import", args[0], "m", *args[1:])
@@ -211,14 +211,14 @@ def test_what_the_hub_does_not_have(
     assert not (tmp_path / "m").exists()
 
 
-def test_a_dry_run_of_a_hub_id(hub: Hub, tmp_path: Path) -> None:
+def test_a_dry_run_accepts_a_hub_id(hub: Hub, tmp_path: Path) -> None:
     done = with_hub(tmp_path, hub.url, "import", REPO, "m", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["result"]["plans"][0]["operation"] == "import"
     assert not (tmp_path / "m").exists()
 
 
-def test_a_hub_id_wherever_a_checkpoint_is_read(hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_id_is_accepted_wherever_a_checkpoint_is_read(hub: Hub, tmp_path: Path) -> None:
     at = f"{REPO}@{REVISION}"
     done = with_hub(tmp_path, hub.url, "verify", at, hub.folders[COMMITS[REVISION]])
     assert (done.returncode, "Equal" in done.stdout) == (0, True), done.stderr

@@ -45,7 +45,7 @@ def hf_logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_are_those_of_transformers(
+def test_logits_equal_those_of_transformers(
     hf: Path, imported: Path, tmp_path: Path, layout: str
 ) -> None:
     arguments, processes = LAYOUTS[layout]
@@ -75,7 +75,7 @@ def test_logits_of_a_published_shape(
     assert error <= 1e-4
 
 
-def test_keys_shapes_and_objects_are_those_of_the_model(
+def test_keys_shapes_and_objects_equal_those_of_the_model(
     hf: Path, imported: Path, tmp_path: Path
 ) -> None:
     stock("keys", "--hf", hf, "--json", tmp_path / "keys.json")
@@ -99,7 +99,7 @@ def test_keys_shapes_and_objects_are_those_of_the_model(
     assert set(written.objects) - set(asked["objects"]) == norms
 
 
-def test_padded_vocabulary_loads(hf: Path, tmp_path: Path) -> None:
+def test_a_padded_vocabulary_loads(hf: Path, tmp_path: Path) -> None:
     import_checkpoint(hf, tmp_path / "mg", ImportOptions(make_vocab_size_divisible_by=768))
     stock("load", "--hf", hf, "--checkpoint", tmp_path / "mg/iter_0000000",
           "--vocab-divisible-by", 768, "--strict", "raise_unexpected", "--tp", 2,

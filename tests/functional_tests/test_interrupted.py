@@ -107,7 +107,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     assert list(tmp_path.glob("olmo-bridge-*")) == [], "temporary files are left"
 
 
-def test_ctrl_c_in_compare(start: Start, hf: Path) -> None:
+def test_ctrl_c_ends_compare_and_its_processes(start: Start, hf: Path) -> None:
     run = start("compare", hf, hf, "--tp", 2)
     assert len(run.wait_for("load")) == 2
 
@@ -119,7 +119,7 @@ def test_ctrl_c_in_compare(start: Start, hf: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_generate(start: Start, hf: Path) -> None:
+def test_ctrl_c_ends_generate_and_its_processes(start: Start, hf: Path) -> None:
     run = start("generate", hf, "--tokens", "1,2,3", "--max-new-tokens", 4000)
     assert len(run.wait_for("generate")) == 1
 
@@ -131,7 +131,7 @@ def test_ctrl_c_in_generate(start: Start, hf: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_in_roundtrip(start: Start, hf: Path) -> None:
+def test_sigterm_ends_roundtrip_and_its_processes(start: Start, hf: Path) -> None:
     """Two copies of the model are removed with it."""
     run = start("roundtrip", hf, "--tp", 2)
     run.wait_for("save with stock megatron-core")
@@ -143,7 +143,7 @@ def test_sigterm_in_roundtrip(start: Start, hf: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_of_roundtrip_that_dies(start: Start, hf: Path) -> None:
+def test_a_process_of_roundtrip_that_dies_is_reported(start: Start, hf: Path) -> None:
     run = start("roundtrip", hf, "--tp", 2)
     workers = run.wait_for("save with stock megatron-core")
 

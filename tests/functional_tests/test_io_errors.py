@@ -53,7 +53,7 @@ QUICK = [case for case in FAILURES if case[1] in ("read", "copy", "rename")]
 
 
 @pytest.mark.parametrize(("arguments", "call", "file"), slow_but(QUICK, FAILURES))
-def test_input_and_output_errors(
+def test_every_input_and_output_error_names_the_file(
     folder: Path, tmp_path: Path, arguments: tuple[str, ...], call: str, file: str
 ) -> None:
     operation, *rest = arguments
@@ -82,7 +82,7 @@ def test_input_and_output_errors(
     assert find_kind(dst)[0] in KINDS
 
 
-def test_an_error_of_the_reading_side_is_an_error_of_verify(folder: Path) -> None:
+def test_verify_reports_an_error_while_reading(folder: Path) -> None:
     done = run(
         folder / "faults.so", ["verify", folder / "hf", folder / "megatron"],
         within=f"hf/{SHARD}", call="pread", **IO_ERROR,
@@ -92,7 +92,7 @@ def test_an_error_of_the_reading_side_is_an_error_of_verify(folder: Path) -> Non
     assert done.stderr == f"olmo-bridge: {folder / 'hf' / SHARD}: Input/output error\n"
 
 
-def test_a_full_disk_is_called_one(folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_as_such(folder: Path, tmp_path: Path) -> None:
     done = run(
         folder / "faults.so", ["import", folder / "hf", tmp_path / "dst"],
         within="__0_0.distcp", call="copy", errno=errno.ENOSPC,
@@ -105,7 +105,7 @@ def test_a_full_disk_is_called_one(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [4, 100_000])
-def test_a_limit_on_the_size_of_files(folder: Path, tmp_path: Path, limit: int) -> None:
+def test_a_limit_on_the_size_of_files_is_reported(folder: Path, tmp_path: Path, limit: int) -> None:
     """``ulimit -f``: known before a byte is written."""
     arguments: tuple[tuple[str, ...], ...] = (
         ("import", "hf"), ("export", "megatron"), ("average", "hf", "hf")

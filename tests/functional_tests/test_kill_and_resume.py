@@ -214,7 +214,7 @@ def test_killed_while_replacing(
     conversion.check(dst)
 
 
-def test_killed_while_replacing_what_a_kill_left(conversion: Conversion, tmp_path: Path) -> None:
+def test_killed_while_replacing_leftovers(conversion: Conversion, tmp_path: Path) -> None:
     """DST lacks only the end of its run, and DST.partial was to replace it: DST is finished."""
     dst = tmp_path / "dst"
     assert finish(conversion.start(dst, "tracker"))[0] == KILLED
@@ -226,7 +226,7 @@ def test_killed_while_replacing_what_a_kill_left(conversion: Conversion, tmp_pat
     conversion.check(dst)
 
 
-def test_killed_while_what_is_left_is_removed(conversion: Conversion, tmp_path: Path) -> None:
+def test_killed_while_leftovers_are_removed(conversion: Conversion, tmp_path: Path) -> None:
     """The marker goes last, so that half of a folder never counts as a whole one."""
     dst = tmp_path / "dst"
     assert finish(conversion.start(dst, "rename"))[0] == KILLED
@@ -240,7 +240,7 @@ def test_killed_while_what_is_left_is_removed(conversion: Conversion, tmp_path: 
     conversion.check(dst)
 
 
-def test_what_is_left_is_refused_from_inside_and_through_links(
+def test_leftovers_are_refused_from_inside_and_through_links(
     conversions: dict[str, Conversion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before the rename, the folder is complete: only its marker tells."""
@@ -293,15 +293,15 @@ def test_resume_is_refused_with_another_source(conversion: Conversion, tmp_path:
     assert verify(source, dst).equal
 
 
-def test_resume_with_nothing_there_starts_afresh(conversion: Conversion, tmp_path: Path) -> None:
+def test_resume_without_an_interrupted_run_starts_from_the_beginning(
+    conversion: Conversion, tmp_path: Path
+) -> None:
     conversion.run(tmp_path / "dst", resume=True)
 
     conversion.check(tmp_path / "dst")
 
 
-def test_resume_of_what_is_complete_has_nothing_to_do(
-    conversion: Conversion, tmp_path: Path
-) -> None:
+def test_resume_of_a_complete_output_does_nothing(conversion: Conversion, tmp_path: Path) -> None:
     """So that a loop of retries ends, wherever the last kill came."""
     dst = tmp_path / "dst"
     conversion.run(dst)
@@ -314,7 +314,7 @@ def test_resume_of_what_is_complete_has_nothing_to_do(
         conversion.run(dst, dtype="float32", resume=True)
 
 
-def test_resume_after_a_kill_before_anything_was_noted(
+def test_resume_after_a_kill_before_the_first_journal_entry(
     conversion: Conversion, tmp_path: Path
 ) -> None:
     """The folder was made, with or without its marker, and no more."""
@@ -444,7 +444,9 @@ def test_same_bytes_by_any_way_of_copying(
         conversion.check(dst)
 
 
-def test_there_and_back(conversions: dict[str, Conversion], tmp_path: Path) -> None:
+def test_import_and_export_give_the_same_bytes(
+    conversions: dict[str, Conversion], tmp_path: Path
+) -> None:
     """What all of the above compare with is right: the export of the import is the source."""
     conversions["export"].run(tmp_path / "dst")
 

@@ -36,7 +36,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch"])
-def test_without_a_recipe_there_is_help(name: str) -> None:
+def test_without_a_recipe_the_scripts_print_help(name: str) -> None:
     done = script(name)
     assert done.returncode == 2
     assert "torchrun.sh olmo2_7b" in done.stdout or "usage: sbatch" in done.stderr
@@ -56,9 +56,7 @@ def test_torchrun_on_several_machines_asks_which_this_is() -> None:
 
 
 @pytest.mark.parametrize(("code", "queued"), [(0, False), (1, False), (75, True)])
-def test_a_job_that_was_stopped_queues_itself_again(
-    slurm: dict[str, str], code: int, queued: bool
-) -> None:
+def test_a_stopped_job_requeues_itself(slurm: dict[str, str], code: int, queued: bool) -> None:
     done = script("slurm.sbatch", TINY, "train.steps=5", SRUN_CODE=str(code), **slurm)
     assert done.returncode == code
     assert f"-m megatron_olmo_bridge train {TINY} train.steps=5" in done.stdout

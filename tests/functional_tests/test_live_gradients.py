@@ -53,7 +53,7 @@ def errors(run: Path, gradients: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: relative_error(found[name], gradient) for name, gradient in gradients.items()}
 
 
-def test_gradients_are_those_of_transformers(models: Path, layout: str, results: Path) -> None:
+def test_gradients_equal_those_of_transformers(models: Path, layout: str, results: Path) -> None:
     multiple = LAYOUTS[layout].fields.get("make_vocab_size_divisible_by", 1)
     rows = -(-VOCABULARY // multiple) * multiple
     loss, gradients = expected(models / LAYOUTS[layout].model, rows)
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_transformers(models: Path, layout: str, results:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_wrong_qk_norms_are_found(models: Path, with_2: Path, mutant: str) -> None:
+def test_wrong_qk_norms_are_detected(models: Path, with_2: Path, mutant: str) -> None:
     """The same check on QK norms as one might write them: it fails by far."""
     _, gradients = expected(models / "plain", VOCABULARY)
     name, error = worst(errors(with_2 / mutant, gradients))

@@ -43,7 +43,7 @@ def logit_errors(ranks: list[torch.Tensor], expected: torch.Tensor) -> dict[str,
 
 
 @pytest.mark.parametrize("model", ["plain", "tied", "half"])
-def test_the_models_can_tell_right_from_wrong(models: Path, model: str) -> None:
+def test_the_models_reveal_mistakes(models: Path, model: str) -> None:
     """A model of zeros, of norms that do nothing or of one kind of head would pass too easily."""
     config = json.loads((models / model / "config.json").read_text())
     assert config["num_attention_heads"] != config["num_key_value_heads"]
@@ -56,7 +56,7 @@ def test_the_models_can_tell_right_from_wrong(models: Path, model: str) -> None:
     assert hf_logits(models / model, BATCH, torch.float32).abs().max() >= 1
 
 
-def test_logits_are_those_of_transformers(models: Path, layout: str, results: Path) -> None:
+def test_logits_equal_those_of_transformers(models: Path, layout: str, results: Path) -> None:
     poisoned = json.loads((results / layout / "poisoned.json").read_text())
     assert poisoned == [True] * LAYOUTS[layout].processes, "NaN, until it is loaded"
     expected = hf_logits(models / LAYOUTS[layout].model, BATCH, torch.float32)
@@ -68,7 +68,9 @@ def test_logits_are_those_of_transformers(models: Path, layout: str, results: Pa
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2"])
-def test_bfloat16_errs_no_more_than_transformers(models: Path, layout: str, results: Path) -> None:
+def test_bfloat16_is_as_accurate_as_in_transformers(
+    models: Path, layout: str, results: Path
+) -> None:
     """From the same bfloat16 weights, both measured against transformers in float32."""
     exact = hf_logits(models / "half", HALF_BATCH, torch.float32)
     theirs = (hf_logits(models / "half", HALF_BATCH, torch.bfloat16) - exact).abs()

@@ -23,7 +23,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]  # the copies are gone
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
+def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     done = olmo_bridge("roundtrip", tmp_path)
 
     assert done.exit_code == 2

@@ -64,7 +64,7 @@ def differences(found: list[float], expected: list[float]) -> dict[str, float]:
     return {f"step {i}": abs(a - b) for i, (a, b) in pairs}
 
 
-def test_the_run_puts_everything_to_the_test(models: Path) -> None:
+def test_the_run_covers_every_feature(models: Path) -> None:
     run = plain_run(models / "plain")
     assert run["losses"][0] - run["losses"][-1] > 0.1, "the model must learn"
     assert max(run["norms"]) > CLIP, "gradients must be clipped"
@@ -72,7 +72,7 @@ def test_the_run_puts_everything_to_the_test(models: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["", "-distributed"])
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "dp2"])
-def test_training_is_that_of_transformers(
+def test_training_equals_that_of_transformers(
     models: Path, layout: str, optimizer: str, results: Path
 ) -> None:
     run = torch.load(results / f"train-{layout}{optimizer}" / "run.pt")

@@ -37,11 +37,11 @@ def size(tensors: Iterable[str], folder: Path) -> int:
 # ------------------------------------------------------------------------ Hugging Face and back
 
 
-def test_export_gives_what_was_loaded(models: Path, layout: str, results: Path) -> None:
+def test_an_exported_model_equals_the_loaded_one(models: Path, layout: str, results: Path) -> None:
     assert read(results / layout / "exported.json") == digests_of(models / LAYOUTS[layout].model)
 
 
-def test_saved_folder_is_the_one_that_was_loaded(models: Path, layout: str, results: Path) -> None:
+def test_a_saved_folder_equals_the_loaded_one(models: Path, layout: str, results: Path) -> None:
     hf = models / LAYOUTS[layout].model
     assert digests_of(results / layout / "hf") == digests_of(hf)
     saved, config = (
@@ -53,7 +53,7 @@ def test_saved_folder_is_the_one_that_was_loaded(models: Path, layout: str, resu
     assert not report["unexpected_keys"]
 
 
-def test_each_process_reads_its_own_share_only(models: Path, layout: str, results: Path) -> None:
+def test_each_process_reads_only_its_own_shards(models: Path, layout: str, results: Path) -> None:
     """Together they read every byte once, and again what several processes hold copies of."""
     hf = models / LAYOUTS[layout].model
     names = list(hf_tensors(hf))
@@ -119,25 +119,25 @@ def streams(root: Path, name: str) -> list[list[list[str]]]:
     return found
 
 
-def test_stream_is_complete(models: Path, with_4: Path) -> None:
+def test_the_stream_has_every_tensor(models: Path, with_4: Path) -> None:
     for stream in streams(with_4, "all"):
         assert len(stream) == len(stored_names(models / "plain"))
         assert {name: found for name, found, _ in stream} == digests_of(models / "plain")
 
 
-def test_stream_comes_in_the_order_of_the_files(models: Path, with_4: Path) -> None:
+def test_the_stream_has_the_order_of_the_files(models: Path, with_4: Path) -> None:
     assert len(list((models / "plain").glob("*.safetensors"))) > 1
     for stream in streams(with_4, "all"):
         assert [name for name, _, _ in stream] == stored_names(models / "plain")
 
 
-def test_stream_for_the_first_rank_only(with_4: Path) -> None:
+def test_the_stream_can_go_to_the_first_rank_only(with_4: Path) -> None:
     first, *others = streams(with_4, "rank 0")
     assert first == streams(with_4, "all")[0]
     assert others == [[]] * (RANKS - 1)
 
 
-def test_stream_on_the_cpu(with_4: Path) -> None:
+def test_the_stream_can_be_on_the_cpu(with_4: Path) -> None:
     everybody = streams(with_4, "cpu")
     assert {device for stream in everybody for _, _, device in stream} == {"cpu"}
     assert [[t[:2] for t in stream] for stream in everybody] == [
@@ -146,7 +146,7 @@ def test_stream_on_the_cpu(with_4: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_stream_holds_little_at_a_time(models: Path, with_4: Path) -> None:
+def test_the_stream_holds_one_tensor_at_a_time(models: Path, with_4: Path) -> None:
     """At most three times the largest tensor, for a consumer that keeps each until the next."""
     wide = models / "wide"
     names = stored_names(wide)

@@ -8,11 +8,11 @@ from launching import run_script
 
 
 @pytest.mark.parametrize("check", ["qk_norm", "post_norm", "post_norm_sequence_parallel"])
-def test_two_ranks_compute_what_one_does(check: str) -> None:
+def test_two_ranks_compute_the_same_as_one(check: str) -> None:
     run_script("nn_on_two_ranks", check, processes=2)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_cross_entropy_of_a_vocabulary_that_is_shared_out(processes: int) -> None:
+def test_cross_entropy_of_a_sharded_vocabulary(processes: int) -> None:
     """Of three ranks, the last has nothing but rows that pad the vocabulary."""
     run_script("nn_on_two_ranks", "cross_entropy", processes=processes)

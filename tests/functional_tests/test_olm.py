@@ -103,7 +103,7 @@ def test_the_example_finds_the_same_loss_three_times(example: tuple[Path, str]) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", slow_but([1], [1, 2]))
-def test_the_loss_is_the_same_in_all_three(
+def test_the_loss_is_the_same_in_all_three_libraries(
     example: tuple[Path, str], checkpoint: Path, tmp_path: Path, tp: int
 ) -> None:
     """Of the example's checkpoint, in models that are not the example's own."""
@@ -117,14 +117,14 @@ def test_the_loss_is_the_same_in_all_three(
     assert loss_of(logits) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_wrong_number_of_heads_would_show(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_wrong_number_of_heads_changes_the_loss(checkpoint: Path, tmp_path: Path) -> None:
     model = olm_model()
     model.load_state_dict(torch.load(checkpoint)["model_state_dict"])
     export_checkpoint(checkpoint, tmp_path / "hf", ExportOptions(kind_options={"heads": 2}))
     assert abs(loss_of(hf_logits(tmp_path / "hf")) - loss_of(olm_logits(model))) > 1e-3
 
 
-def test_the_notebook_has_the_scripts_code() -> None:
+def test_the_notebook_has_the_code_of_the_script() -> None:
     nbformat = pytest.importorskip("nbformat")
     made = runpy.run_path(str(EXAMPLE / "make_notebook.py"))["notebook"]()
     stored = nbformat.read(NOTEBOOK, as_version=4)
@@ -203,7 +203,7 @@ def test_another_dtype(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_head_of_its_own(tmp_path: Path) -> None:
+def test_an_untied_head_is_kept(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = olm_model(tied=False)
     for parameter in model.parameters():
@@ -365,7 +365,7 @@ def test_bad_options_are_refused(
     [("compare", "CKPT", "CKPT"), ("roundtrip", "CKPT"), ("generate", "CKPT", "--tokens", "1,2")],
     ids=lambda command: command[0],
 )
-def test_a_command_that_cannot_be_told_the_heads_says_what_can(
+def test_commands_without_the_heads_option_name_those_that_have_it(
     checkpoint: Path, command: tuple[str, ...]
 ) -> None:
     result = run(*(checkpoint if word == "CKPT" else word for word in command))
@@ -373,7 +373,9 @@ def test_a_command_that_cannot_be_told_the_heads_says_what_can(
     assert f"first export it: olmo-bridge export {checkpoint} DST --heads N" in result.stderr
 
 
-def test_options_of_olm_are_for_olm(single: Path, megatron: Path, tmp_path: Path) -> None:
+def test_the_heads_option_is_refused_for_other_kinds(
+    single: Path, megatron: Path, tmp_path: Path
+) -> None:
     for args, says in (
         (("import", single, tmp_path / "x", "--heads", 4), "--heads is for OLM checkpoints"),
         (("export", megatron, tmp_path / "x", "--heads", 4), "--heads is for OLM checkpoints"),

@@ -102,7 +102,7 @@ def test_stock_megatron_reads_the_tokens_of_transformers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", slow_but([2], [2, 3]))
-def test_any_number_of_workers_makes_the_same_bytes(
+def test_any_number_of_workers_writes_the_same_bytes(
     folder: Path, tmp_path: Path, workers: int
 ) -> None:
     prepare_data(
@@ -113,7 +113,9 @@ def test_any_number_of_workers_makes_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) -> None:
+def test_a_killed_and_resumed_run_writes_the_same_bytes(
+    folder: Path, tmp_path: Path, by: signal.Signals
+) -> None:
     out = tmp_path / "out"
     process = start(folder, out, stopped=True)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
@@ -136,7 +138,7 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path, by: signal.Signals) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
 
 
-def test_a_worker_that_dies_is_told_of(folder: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_reported(folder: Path, tmp_path: Path) -> None:
     process = start(folder, tmp_path / "out")
     wait_until(lambda: children(process.pid))
     os.kill(children(process.pid)[0], signal.SIGKILL)
@@ -148,7 +150,7 @@ def test_a_worker_that_dies_is_told_of(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(folder: Path, tmp_path: Path) -> None:
     limit = (folder / "one.bin").stat().st_size // 2  # enough for parts, not for all of them
     process = start(
         folder,

@@ -133,7 +133,7 @@ def by_srun(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-def test_alone(hf: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+def test_one_process_without_torchrun(hf: Path, expected: torch.Tensor, tmp_path: Path) -> None:
     run = start([sys.executable], hf, tmp_path, 1)
     assert_logits(run, expected)
     assert run.stderr.count(ON_THE_CPU) == 1

@@ -167,7 +167,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "olmo_bridge.json"}
 
 
-def test_a_new_repository(hub: Hub, megatron: Path, tmp_path: Path) -> None:
+def test_an_export_is_pushed_to_a_new_repository(hub: Hub, megatron: Path, tmp_path: Path) -> None:
     command = ("export", megatron, "out", "--push-to-hub", REPO, "--max-shard-size", "1MB")
     done = with_hub(tmp_path, hub.url, *command, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
@@ -185,7 +185,9 @@ def test_a_new_repository(hub: Hub, megatron: Path, tmp_path: Path) -> None:
     assert verify(megatron, tmp_path / "out").equal
 
 
-def test_a_private_one_on_a_branch_and_once_more(hub: Hub, megatron: Path, tmp_path: Path) -> None:
+def test_an_export_is_pushed_to_a_private_branch_twice(
+    hub: Hub, megatron: Path, tmp_path: Path
+) -> None:
     command = ("export", megatron, "out", "--push-to-hub", REPO, "--private", "--revision", "v1")
     done = with_hub(tmp_path, hub.url, *command, "--json", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
@@ -215,7 +217,7 @@ REFUSALS = [
 @pytest.mark.parametrize(
     ("place", "status", "says"), slow_but([REFUSALS[0], REFUSALS[-1]], REFUSALS)
 )
-def test_what_the_hub_refuses(
+def test_a_refusal_of_the_hub_is_explained(
     hub: Hub, megatron: Path, tmp_path: Path, place: str, status: int, says: str
 ) -> None:
     hub.refuse = (place, status)
@@ -237,7 +239,9 @@ def test_what_the_hub_refuses(
     assert hub.repos[REPO]["v1"] == files_of(tmp_path / "out")
 
 
-def test_a_wrong_token_and_no_network(hub: Hub, megatron: Path, tmp_path: Path) -> None:
+def test_a_wrong_token_and_a_missing_network_are_explained(
+    hub: Hub, megatron: Path, tmp_path: Path
+) -> None:
     command = ("export", megatron, "out", "--push-to-hub", REPO, "--resume")
     done = with_hub(tmp_path, hub.url, *command, HF_TOKEN="hf_another")
     assert done.returncode == 2
@@ -262,7 +266,7 @@ def test_a_wrong_token_and_no_network(hub: Hub, megatron: Path, tmp_path: Path) 
         (("--revision", "v1"), TOKEN, "--private and --revision need --push-to-hub"),
     ],
 )
-def test_what_is_known_before_nothing_is_written(
+def test_a_push_that_must_fail_is_refused_before_writing(
     hub: Hub, megatron: Path, tmp_path: Path, options: tuple[str, ...], token: str, says: str
 ) -> None:
     environment = {"HF_TOKEN": token} if token else {}

@@ -52,7 +52,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("processes", CASES)
-def test_each_rank_holds_what_was_counted(processes: int, tmp_path: Path) -> None:
+def test_each_rank_holds_the_estimated_parameters(processes: int, tmp_path: Path) -> None:
     cases, out = CASES[processes], tmp_path / "counted.json"
     jobs = [asdict(case) | {"model": case.model} for case in cases]
     run_script("rank_parameters", json.dumps(jobs), out, processes=processes)

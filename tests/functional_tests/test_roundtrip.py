@@ -50,7 +50,7 @@ def test_nothing_is_lost(tmp_path: Path, size: str, dtype: str) -> None:
     print(f"{size} {dtype}: {done.stdout.strip()}")
 
 
-def test_a_change_of_dtype_and_back_is_what_torch_does(tmp_path: Path) -> None:
+def test_a_change_of_dtype_and_back_equals_that_of_torch(tmp_path: Path) -> None:
     """bfloat16 to float32 loses nothing, and back gives the source bit for bit."""
     synth("olmo2-tiny", tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "wide", ImportOptions(dtype="float32"))

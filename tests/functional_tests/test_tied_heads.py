@@ -57,7 +57,9 @@ def logits(folder: Path) -> torch.Tensor:
         return model(BATCH).logits
 
 
-def test_another_head_stays_a_head_of_its_own(untied: Path, tied: Path, tmp_path: Path) -> None:
+def test_a_head_that_differs_from_the_embedding_is_kept(
+    untied: Path, tied: Path, tmp_path: Path
+) -> None:
     done = olmo_bridge("import", untied, tmp_path / "m")
     assert done.exit_code == 0, done.output
     assert "config.json says that embeddings are tied, but lm_head.weight differs" in " ".join(

@@ -461,7 +461,9 @@ SAID_ONCE = [
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(("words", "says"), slow_but(SAID_ONCE[:1], SAID_ONCE))
-def test_several_processes_say_it_once(words: str, says: str, place: Place, tmp_path: Path) -> None:
+def test_several_processes_print_an_error_once(
+    words: str, says: str, place: Place, tmp_path: Path
+) -> None:
     refused(Case(words, (says,)), place, tmp_path, "--processes", "2")
 
 
@@ -486,14 +488,14 @@ def test_a_run_that_was_refused_can_be_started_again(place: Place, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("one_process")
-def test_nothing_of_a_refused_run_stays_in_memory(place: Place, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_nothing_in_memory(place: Place, tmp_path: Path) -> None:
     message(train("logging.wandb_project=x checkpoint.save=null", place, tmp_path))
     destroy_process_groups()
     assert not [value for value in gc.get_objects() if isinstance(value, GPTModel)]
 
 
 @pytest.mark.usefixtures("one_process")
-def test_what_is_overwritten_is_never_a_checkpoint(place: Place, tmp_path: Path) -> None:
+def test_overwriting_a_wrong_folder_is_refused(place: Place, tmp_path: Path) -> None:
     """Without its tracker, as a run has it that was killed while it saved its first checkpoint, a
     folder still has all that it had, and the run goes on from there."""
     again(place, tmp_path)

@@ -106,7 +106,7 @@ def test_checkpoints_load_in_stock_megatron(place: Place, whole: Run, tp: int) -
 # ------------------------------------------------------------------------- whole or not there
 
 
-def test_half_a_checkpoint_is_never_taken_for_one(place: Place, alone: Run) -> None:
+def test_an_incomplete_checkpoint_is_never_resumed(place: Place, alone: Run) -> None:
     killed = place.run("half", fate="saving:2")
     half = killed.folder / "iter_0000008.partial"
     assert killed.saved == ["iter_0000004", half.name]
@@ -123,7 +123,7 @@ def test_half_a_checkpoint_is_never_taken_for_one(place: Place, alone: Run) -> N
     assert complete(run)
 
 
-def test_only_the_last_are_kept(place: Place, alone: Run) -> None:
+def test_only_the_last_checkpoints_are_kept(place: Place, alone: Run) -> None:
     last_two = ("checkpoint.keep_last=2", "checkpoint.interval=3")
     killed = place.run("kept", *last_two, fate="deleting:1")
     assert killed.saved == ["iter_0000003.old.partial", "iter_0000006", "iter_0000009"]
@@ -137,7 +137,7 @@ def test_only_the_last_are_kept(place: Place, alone: Run) -> None:
 
 
 @pytest.mark.slow
-def test_saved_while_training_goes_on(place: Place, whole: Run) -> None:
+def test_a_checkpoint_is_saved_asynchronously(place: Place, whole: Run) -> None:
     """At TP 2: killed, stopped, and each checkpoint the same as one that was waited for."""
     overrides = ("parallel.tp=2", "checkpoint.asynchronous=true")
     killed = place.run("meanwhile", *overrides, processes=2, fate="killed:10:0.02")
@@ -180,7 +180,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     ],
     ids=["foreseen", "meanwhile", "asynchronous"],
 )
-def test_a_full_disk(
+def test_a_full_disk_stops_the_run(
     place: Place, alone: Run, disk: Path, fate: str, overrides: tuple[str, ...], says: str
 ) -> None:
     """One message; what was saved before is as it was, and the run goes on from it."""
@@ -199,14 +199,14 @@ def test_a_full_disk(
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_two_processes(place: Place, disk: Path) -> None:
+def test_a_full_disk_stops_both_processes(place: Place, disk: Path) -> None:
     full = place.run(f"{disk}/run", processes=2, fate="cheated")
     assert re.search("can't save a checkpoint: .* GB are free", refused(full))
     assert full.saved == ["iter_0000004"]
 
 
 @pytest.mark.parametrize("overrides", [(), ("checkpoint.asynchronous=true",)], ids=["", "async"])
-def test_a_save_that_fails_otherwise(place: Place, overrides: tuple[str, ...]) -> None:
+def test_another_error_while_saving_is_reported(place: Place, overrides: tuple[str, ...]) -> None:
     """Says what happened; there is room enough, and it isn't told to make some."""
     name = "-".join(["vanished", *overrides])
     run = place.run(name, *overrides, fate="vanished:2")
@@ -224,7 +224,7 @@ def test_a_save_that_fails_otherwise(place: Place, overrides: tuple[str, ...]) -
 
 
 @pytest.mark.slow
-def test_weights_of_another_run(place: Place, alone: Run) -> None:
+def test_a_run_starts_from_the_weights_of_another(place: Place, alone: Run) -> None:
     """At another layout; its first loss is that of those weights, its rates are its own."""
     init = f"init.checkpoint={alone.folder}"
     run = place.run("after", init, "parallel.tp=2", "train.steps=5", processes=2).done()
@@ -238,7 +238,7 @@ def test_weights_of_another_run(place: Place, alone: Run) -> None:
 
 
 @pytest.mark.slow
-def test_moments_of_another_run(place: Place) -> None:
+def test_a_run_starts_from_the_optimizer_state_of_another(place: Place) -> None:
     """On data of which every batch is the same, a run that begins with weights and moments of
     another goes on as that one does; with the weights alone it does not."""
     write_data(place.folder / "constant", [np.arange(31)] * 400)
@@ -296,7 +296,7 @@ def test_runs_are_not_mixed(place: Place, alone: Run, whole: Run) -> None:
 
 
 @pytest.mark.parametrize("overrides", [(), ("checkpoint.asynchronous=true",)], ids=["", "async"])
-def test_a_loss_that_is_no_number_stops_the_run(place: Place, overrides: tuple[str, ...]) -> None:
+def test_a_loss_of_nan_stops_the_run(place: Place, overrides: tuple[str, ...]) -> None:
     name = "-".join(["nan", *overrides])
     run = place.run(
         name,
@@ -330,7 +330,7 @@ def test_a_spike_is_skipped_or_stops_the_run(place: Place) -> None:
     assert [line["step"] for line in again.events("skipped")] == skipped
 
 
-def test_a_tracker_that_names_nothing(place: Place, alone: Run) -> None:
+def test_a_tracker_that_names_no_checkpoint_is_refused(place: Place, alone: Run) -> None:
     copy = shutil.copytree(alone.folder, place.folder / "lost")
     (copy / "run.yaml").write_text(
         (alone.folder / "run.yaml").read_text().replace(str(alone.folder), str(copy))

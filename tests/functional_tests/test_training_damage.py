@@ -66,13 +66,13 @@ def test_every_file_is_recorded(stopped: Run) -> None:
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_one_flipped_byte_is_found(place: Place, stopped: Run, count: int) -> None:
+def test_one_flipped_byte_is_detected(place: Place, stopped: Run, count: int) -> None:
     folder = last_of(copied(place, stopped, f"flipped-{count}"))
     assert f"{count} of {count} found" in run_script("flipped_bytes", folder, count)
 
 
 @pytest.mark.slow
-def test_the_way_out_is_a_command(place: Place, whole: Run) -> None:
+def test_the_message_has_a_command_that_resumes(place: Place, whole: Run) -> None:
     """That is taken from the message as it stands; the run is then what it would have been."""
     place.run("a run", fate="TERM:6")
     run = Run(place.folder / "a run", [], "")
@@ -93,7 +93,7 @@ def test_the_way_out_is_a_command(place: Place, whole: Run) -> None:
 
 
 @pytest.mark.slow
-def test_of_several_processes_each_checks_its_share(place: Place, stopped: Run) -> None:
+def test_several_processes_divide_the_files_to_check(place: Place, stopped: Run) -> None:
     run = copied(place, stopped, "several")
     for name in ("__0_0.distcp", "__1_1.distcp", ".metadata"):
         flip(last_of(run) / name, 100)
@@ -114,7 +114,7 @@ def test_of_several_processes_each_checks_its_share(place: Place, stopped: Run) 
 
 
 @pytest.mark.slow
-def test_the_first_checkpoint_has_none_before_it(place: Place, whole: Run) -> None:
+def test_a_damaged_first_checkpoint_has_no_alternative(place: Place, whole: Run) -> None:
     place.back_at(whole, 4, "first")
     flip(place.folder / "first/iter_0000004/.metadata", 100)
     message = refused(place.run("first"))
@@ -122,7 +122,9 @@ def test_the_first_checkpoint_has_none_before_it(place: Place, whole: Run) -> No
 
 
 @pytest.mark.parametrize("more", [(), ("init.optimizer=true",)], ids=["weights", "optimizer"])
-def test_weights_of_a_damaged_run(place: Place, whole: Run, more: tuple[str, ...]) -> None:
+def test_weights_of_a_damaged_run_are_refused(
+    place: Place, whole: Run, more: tuple[str, ...]
+) -> None:
     damaged = copied(place, whole, "-".join(["damaged", *more]))
     flip(last_of(damaged) / "__0_0.distcp", 9000)
     run = place.run("from-damaged", f"init.checkpoint={damaged.folder}", *more)
@@ -131,7 +133,7 @@ def test_weights_of_a_damaged_run(place: Place, whole: Run, more: tuple[str, ...
 
 
 @pytest.mark.slow
-def test_a_checkpoint_without_checksums_is_resumed_and_told_of(place: Place, whole: Run) -> None:
+def test_a_checkpoint_without_checksums_is_resumed_with_a_warning(place: Place, whole: Run) -> None:
     place.back_at(whole, 8, "unrecorded")
     folder = place.folder / "unrecorded/iter_0000008"
     (folder / RECORD).unlink()
@@ -142,7 +144,7 @@ def test_a_checkpoint_without_checksums_is_resumed_and_told_of(place: Place, who
     assert run.curve == whole.curve
 
 
-def test_verify_finds_it_too(place: Place, whole: Run) -> None:
+def test_verify_finds_the_damage_too(place: Place, whole: Run) -> None:
     run = copied(place, whole, "verified")
     assert olmo_bridge("verify", run.folder).exit_code == 0
     flip(last_of(run) / "__0_1.distcp", 7000)

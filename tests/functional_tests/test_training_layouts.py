@@ -67,7 +67,7 @@ def first(curve: Curve, steps: int) -> Curve:
 # ------------------------------------------------------------------------ against transformers
 
 
-def test_losses_are_those_of_a_plain_loop(place: Place, single: Path) -> None:
+def test_losses_equal_those_of_a_plain_loop(place: Place, single: Path) -> None:
     """Same data, schedule, decay, clipping and z-loss; each of these is seen to matter."""
     settings = [f"optimizer.{name}={value}" for name, value in HARSH.items()]
     run = place.run(

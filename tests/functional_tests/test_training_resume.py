@@ -182,7 +182,7 @@ def test_ctrl_c_stops_all_processes_of_the_command(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "tp"])
-def test_dropout_goes_on_with_its_random_numbers(
+def test_dropout_resumes_its_random_numbers(
     place: Place, uninterrupted: Uninterrupted, layout: str
 ) -> None:
     whole = uninterrupted(layout, *DROPOUT, recipe="gpt2")
@@ -220,7 +220,7 @@ OTHER_LAYOUTS = [
 @pytest.mark.parametrize(
     ("before", "after", "overrides"), slow_but(OTHER_LAYOUTS[:1], OTHER_LAYOUTS)
 )
-def test_resumed_at_another_layout(
+def test_a_run_resumes_at_another_layout(
     place: Place,
     uninterrupted: Uninterrupted,
     before: str,
@@ -270,7 +270,7 @@ def test_another_model_parallel_layout_is_refused(place: Place, stopped: Run) ->
 
 
 @pytest.mark.slow
-def test_another_data_parallel_size(
+def test_a_run_resumes_at_another_data_parallel_size(
     place: Place, uninterrupted: Uninterrupted, stopped: Run
 ) -> None:
     name = copied(place, stopped, "more")
@@ -279,7 +279,7 @@ def test_another_data_parallel_size(
 
 
 @pytest.mark.slow
-def test_saved_again_for_any_layout(
+def test_a_checkpoint_is_saved_again_for_any_layout(
     place: Place, uninterrupted: Uninterrupted, stopped: Run
 ) -> None:
     """Before the run's next step, and the run is no other by it."""
@@ -320,7 +320,7 @@ def test_killed_while_a_checkpoint_takes_the_place_of_another(
 
 
 @pytest.mark.slow
-def test_an_extended_run_is_the_run_that_had_all_steps(place: Place) -> None:
+def test_an_extended_run_equals_one_that_had_all_steps(place: Place) -> None:
     """Its learning rate is constant, and its data are enough for all steps: to the last bit."""
     constant = ("schedule.decay=constant",)
     whole = place.run("constant", *constant).done()
@@ -334,7 +334,9 @@ def test_an_extended_run_is_the_run_that_had_all_steps(place: Place) -> None:
 
 
 @pytest.mark.slow
-def test_the_learning_rate_of_an_extended_run(place: Place, uninterrupted: Uninterrupted) -> None:
+def test_the_learning_rate_of_an_extended_run_is_as_asked(
+    place: Place, uninterrupted: Uninterrupted
+) -> None:
     """The schedule that is asked for, from the next step on; without a word it is refused."""
     whole = {line["step"]: line["lr"] for line in uninterrupted("one").events("step")}
     short = place.run("short", "train.steps=8").done()

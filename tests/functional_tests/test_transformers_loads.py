@@ -99,14 +99,14 @@ def test_only_the_head_is_stored(hf: Path, bridge: type[ModelBridge]) -> None:
 
 
 @pytest.mark.parametrize("file", [ONE, "model-of-the-head.safetensors"])
-def test_an_index_names_a_tied_head_that_no_file_has(hf: Path, file: str) -> None:
+def test_an_index_may_name_a_tied_head_that_no_file_has(hf: Path, file: str) -> None:
     tie(hf)
     weight_map = dict.fromkeys(load_file(hf / ONE), ONE) | {HEAD: file}
     (hf / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     there_and_back(hf)
 
 
-def test_a_stale_index(hf: Path) -> None:
+def test_a_stale_index_is_ignored(hf: Path) -> None:
     (hf / INDEX).write_text(json.dumps({"weight_map": {HEAD: "model-00001-of-00009.safetensors"}}))
     assert_same(hf)
 
@@ -114,7 +114,9 @@ def test_a_stale_index(hf: Path) -> None:
 # -------------------------------------------------------------------------------------- names
 
 
-def test_a_base_model_saved_alone(hf: Path, bridge: type[ModelBridge], tmp_path: Path) -> None:
+def test_a_base_model_saved_alone_is_imported(
+    hf: Path, bridge: type[ModelBridge], tmp_path: Path
+) -> None:
     tie(hf)
     AutoModel.from_pretrained(hf).save_pretrained(tmp_path / "base")
     assert bridge.hf_embedding not in load_file(tmp_path / "base" / ONE)
@@ -141,7 +143,7 @@ def test_a_base_model_becomes_a_classifier(hf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["olmo-tiny", "olmo2-tiny", "olmo3-tiny"])
-def test_a_head_left_over_in_a_classifier(hf: Path, size: str, tmp_path: Path) -> None:
+def test_a_left_over_language_model_head_is_dropped(hf: Path, size: str, tmp_path: Path) -> None:
     config = as_classifier(json.loads((hf / "config.json").read_text()), 3)
     (hf / "config.json").write_text(json.dumps(config))
     edit_tensors(hf / ONE, lambda t: t.update({"score.weight": torch.randn(3, 128)}))
@@ -150,14 +152,14 @@ def test_a_head_left_over_in_a_classifier(hf: Path, size: str, tmp_path: Path) -
     assert_same(hf, AutoModelForSequenceClassification)
 
 
-def test_a_wrapped_class(hf: Path) -> None:
+def test_a_class_name_with_a_prefix_is_recognized(hf: Path) -> None:
     config = json.loads((hf / "config.json").read_text())
     (name,) = config["architectures"]
     edit_json(hf / "config.json", lambda c: c.update(architectures=[f"FSDP{name}"]))
     assert_same(hf)
 
 
-def test_a_tensor_by_two_names(hf: Path, bridge: type[ModelBridge]) -> None:
+def test_a_tensor_stored_under_two_names_is_refused(hf: Path, bridge: type[ModelBridge]) -> None:
     bare = bridge.hf_embedding.partition(".")[2]
     edit_tensors(hf / ONE, lambda t: t.update({bare: t[bridge.hf_embedding] + 1}))
     refused(hf, f"has both {bridge.hf_embedding} and {bare}, which mean the same")
@@ -174,17 +176,17 @@ def test_a_tensor_by_two_names(hf: Path, bridge: type[ModelBridge]) -> None:
         ("model.", "Names begin with 'model.'"),
     ],
 )
-def test_what_wrappers_put_into_names_is_named(hf: Path, prefix: str, says: str) -> None:
+def test_prefixes_of_wrappers_in_names_are_explained(hf: Path, prefix: str, says: str) -> None:
     rename(hf, lambda name: f"{prefix}{name}")
     refused(hf, prefix, says, "save_pretrained()")
 
 
-def test_what_compiling_each_layer_puts_into_names_is_named(hf: Path) -> None:
+def test_prefixes_of_compiled_layers_in_names_are_explained(hf: Path) -> None:
     rename(hf, lambda name: name.replace(".0.", ".0._orig_mod."))
     refused(hf, "'_orig_mod.'", "torch.compile")
 
 
-def test_an_adapter_in_its_base_model_is_named(hf: Path) -> None:
+def test_an_adapter_inside_a_base_model_is_refused_by_name(hf: Path) -> None:
     rename(hf, lambda name: name.replace(".weight", ".base_layer.weight"))
     refused(hf, "PEFT adapter", "merge_and_unload()")
 
@@ -193,7 +195,7 @@ def test_an_adapter_in_its_base_model_is_named(hf: Path) -> None:
 
 
 @pytest.mark.parametrize("size", EXPERTS)
-def test_experts_stored_as_one_tensor(hf: Path, tmp_path: Path) -> None:
+def test_experts_stored_as_one_tensor_are_imported(hf: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(hf)
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     names = load_file(tmp_path / "fused" / ONE)
@@ -216,7 +218,7 @@ def test_experts_of_another_shape_are_refused(hf: Path, tmp_path: Path) -> None:
     "dtype", [torch.bool, torch.uint8, torch.int64, torch.float64, torch.float32, torch.bfloat16]
 )
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_buffers_of_any_dtype(tmp_path: Path, dtype: torch.dtype, prefix: str) -> None:
+def test_buffers_of_any_dtype_are_skipped(tmp_path: Path, dtype: torch.dtype, prefix: str) -> None:
     hf = synth("gpt2-tiny", tmp_path / "hf", dtype="float32")
     rename(hf, lambda name: name.replace("transformer.", prefix))
     mask = torch.ones(1, 1, 128, 128).tril().to(dtype)
@@ -230,7 +232,7 @@ def test_buffers_of_any_dtype(tmp_path: Path, dtype: torch.dtype, prefix: str) -
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size != "gpt2-tiny"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
-def test_angles_of_any_dtype(hf: Path, dtype: torch.dtype) -> None:
+def test_rope_buffers_of_any_dtype_are_skipped(hf: Path, dtype: torch.dtype) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(hf / ONE, lambda t: t.update({name: torch.ones(8, dtype=dtype)}))
     assert_same(hf)

@@ -76,7 +76,7 @@ def test_two_runs_that_export_into_one_folder(place: Place, tmp_path: Path) -> N
     assert (tmp_path / "exports" / "step_14" / "config.json").exists()
 
 
-def test_what_only_looks_needs_no_lock(
+def test_read_only_commands_need_no_lock(
     place: Place, alone: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dry run, an export and a report of a run that is at work, which they leave as it is."""

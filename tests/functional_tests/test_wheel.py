@@ -42,7 +42,7 @@ def files_of(wheel: Path) -> set[str]:
     return {name for name in names if ".dist-info/" not in name}
 
 
-def test_the_wheel_has_every_recipe_and_nothing_beside_the_package(wheel: Path) -> None:
+def test_the_wheel_has_every_recipe_and_only_the_package(wheel: Path) -> None:
     recipes = {
         f"megatron_olmo_bridge/recipes/{file.relative_to(ROOT / 'recipes').as_posix()}"
         for file in (ROOT / "recipes").rglob("*")
@@ -54,7 +54,7 @@ def test_the_wheel_has_every_recipe_and_nothing_beside_the_package(wheel: Path) 
     assert {name.partition("/")[0] for name in names} == {"megatron_olmo_bridge"}
 
 
-def test_a_wheel_made_from_the_sdist_is_the_same(wheel: Path, tmp_path: Path) -> None:
+def test_a_wheel_built_from_the_sdist_is_the_same(wheel: Path, tmp_path: Path) -> None:
     source = tmp_path / "copy"
     shutil.copytree(ROOT, source, symlinks=True, ignore=NOT_COPIED)
     (tmp_path / "sdist").mkdir()

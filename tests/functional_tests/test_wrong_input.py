@@ -38,7 +38,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
 CASES = [(command, *case) for command, cases in WRONG.items() for case in cases]
 
 
-def test_every_command_has_a_row() -> None:
+def test_every_command_has_a_case() -> None:
     assert WRONG.keys() == {command.name for command in app.registered_commands}
 
 
@@ -84,7 +84,7 @@ def test_it_is_refused_on_one_screen(
     ],
     ids=" ".join,
 )
-def test_an_output_that_could_not_be_read_again_is_refused(
+def test_an_output_name_that_is_not_utf8_is_refused(
     words: tuple[str, ...],
     single: Path,
     megatron: Path,

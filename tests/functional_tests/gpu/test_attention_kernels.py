@@ -34,7 +34,7 @@ def test_every_family_has_a_fast_kernel() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_left_padded_logits_in_bfloat16_are_those_of_transformers(
+def test_left_padded_logits_in_bfloat16_equal_those_of_transformers(
     size: str, tmp_path: Path, build: Build
 ) -> None:
     hf = synth(size, tmp_path / "hf", dtype="bfloat16")

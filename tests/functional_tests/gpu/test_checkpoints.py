@@ -69,9 +69,7 @@ def test_a_model_is_filled_on_the_gpu(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tensors_come_to_the_cpu_where_asked_to(
-    backend: str, checkpoint: Path, build: Build
-) -> None:
+def test_tensors_come_to_the_cpu_on_request(backend: str, checkpoint: Path, build: Build) -> None:
     chunks = build(checkpoint, backend)
     expected = load_file(checkpoint / "model.safetensors")
     bridge = AutoBridge.from_hf_pretrained(checkpoint)
@@ -82,7 +80,7 @@ def test_tensors_come_to_the_cpu_where_asked_to(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saved_checkpoints_are_those_that_were_loaded(
+def test_saved_checkpoints_equal_the_loaded_ones(
     backend: str, checkpoint: Path, build: Build, tmp_path: Path
 ) -> None:
     bridge, chunks = AutoBridge.from_hf_pretrained(checkpoint), build(checkpoint, backend)

@@ -42,7 +42,7 @@ def test_more_processes_than_gpus_are_refused(hf: Path) -> None:
     assert "processes were started on this machine" in refused.output
 
 
-def test_the_others_wait_on_gloo(hf: Path) -> None:
+def test_other_ranks_wait_on_gloo(hf: Path) -> None:
     provider = AutoBridge.from_hf_pretrained(hf).to_megatron_provider()
     provider.provide_distributed_model(wrap_with_ddp=False)
     assert torch.distributed.get_backend() == "nccl"

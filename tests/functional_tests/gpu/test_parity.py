@@ -60,7 +60,7 @@ def test_float32_logits(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_logits_are_as_near_as_those_of_transformers(
+def test_bfloat16_logits_are_as_accurate_as_those_of_transformers(
     backend: str, hf_bfloat16: Path, tokens: torch.Tensor, build: Build, record: Record
 ) -> None:
     exact = transformers_logits(hf_bfloat16, tokens, torch.float32)
@@ -72,7 +72,7 @@ def test_bfloat16_logits_are_as_near_as_those_of_transformers(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_causal_mask_that_is_given_changes_nothing(
+def test_an_explicit_causal_mask_changes_nothing(
     backend: str, hf: Path, tokens: torch.Tensor, build: Build
 ) -> None:
     chunks, length = build(hf, backend), tokens.shape[1]
@@ -81,7 +81,7 @@ def test_a_causal_mask_that_is_given_changes_nothing(
     assert largest(logits_of(chunks, tokens, mask) - without) <= 1e-4 * largest(without)
 
 
-def test_gradients_are_those_of_the_local_spec(
+def test_gradients_equal_those_of_the_local_spec(
     hf: Path, tokens: torch.Tensor, build: Build, record: Record
 ) -> None:
     found = []

@@ -36,13 +36,13 @@ def test_each_family_and_each_kind_of_layer_has_a_kernel() -> None:
     ]
 
 
-def test_without_cudnns_kernel_it_is_the_unfused_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_cudnn_kernel_attention_is_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
     kernels = {kernel.kernel for kernel in attention_kernels()}
     assert kernels == {"Transformer Engine's unfused attention"}
 
 
-def test_where_it_cannot_be_known_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_when_the_kernel_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "get_attention_backend", lambda params: SimpleNamespace().missing)
     assert all(kernel.kernel.startswith("not known: ") for kernel in attention_kernels())
 
@@ -60,7 +60,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_megatron_core_alone_cannot_be_imported_beside_such_a_one() -> None:
+def test_megatron_core_alone_fails_with_a_broken_transformer_engine() -> None:
     """Else the next test proves nothing."""
     done = run("-c", "import megatron.core")
     if done.returncode == 0:
@@ -68,7 +68,7 @@ def test_megatron_core_alone_cannot_be_imported_beside_such_a_one() -> None:
     assert "transformer_engine" in done.stderr
 
 
-def test_training_and_doctor_work_beside_a_transformer_engine_that_does_not(
+def test_training_and_doctor_work_with_a_broken_transformer_engine(
     tmp_path: Path,
 ) -> None:
     Place.made(tmp_path)

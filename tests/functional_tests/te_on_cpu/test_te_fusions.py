@@ -55,7 +55,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_on(size: str, checkpoint: Checkpoint, build: Build) -> None:
+def test_the_expected_fusions_are_on(size: str, checkpoint: Checkpoint, build: Build) -> None:
     with patch.object(moe_utils, "fused_permute", print):  # a version that has this kernel alone
         config = unwrap_model(build(checkpoint(size)))[0].config
     assert config.bias_dropout_fusion
@@ -70,7 +70,9 @@ def test_what_is_on(size: str, checkpoint: Checkpoint, build: Build) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_losses_and_gradients(size: str, checkpoint: Checkpoint, build: Build) -> None:
+def test_fused_losses_and_gradients_equal_unfused_ones(
+    size: str, checkpoint: Checkpoint, build: Build
+) -> None:
     function = "WeightedSwiGLUFunction" if size in MIXTURES else "SwiGLUFunction"
     with patch.object(
         getattr(fused_bias_swiglu, function),
@@ -86,7 +88,7 @@ def test_losses_and_gradients(size: str, checkpoint: Checkpoint, build: Build) -
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_gradients_added_by_the_kernel_that_computes_them(
+def test_fused_gradient_accumulation_gives_the_same_gradients(
     size: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Transformer Engine's own autograd functions; APEX's kernel is PyTorch here."""

@@ -55,7 +55,7 @@ def assert_as_near(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("size", SIZES)
-def test_padded_logits_are_those_of_transformers(
+def test_padded_logits_equal_those_of_transformers(
     size: str, side: str, dtype: str, checkpoint: Checkpoint, build: Build
 ) -> None:
     if size in MIXTURES and dtype != "float32":
@@ -75,7 +75,7 @@ def test_padded_logits_are_those_of_transformers(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", CLASSIFIERS)
-def test_a_left_padded_batch_has_the_classes_of_transformers(
+def test_left_padded_batches_are_classified_as_by_transformers(
     size: str, dtype: str, checkpoint: Checkpoint, build: Build, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_reaches_the_kernels_in_bfloat16(
+def test_kernels_receive_the_expected_arguments_in_bfloat16(
     size: str, checkpoint: Checkpoint, build: Build, calls: list[tuple[Any, ...]]
 ) -> None:
     batch, chunks = padded("left"), build(checkpoint(size, "bfloat16"))
@@ -139,7 +139,7 @@ def test_what_reaches_the_kernels_in_bfloat16(
     ids=["of keys alone", "of tokens", "of numbers"],
 )
 @pytest.mark.parametrize("backend", ["transformer_engine", "local"])
-def test_another_mask_is_refused(
+def test_an_unsupported_mask_is_refused(
     backend: str, mask: torch.Tensor, checkpoint: Checkpoint, build: Build
 ) -> None:
     with pytest.raises(InputError, match=r"must be bool \[batch or 1, 1, 48, 48\], True where"):

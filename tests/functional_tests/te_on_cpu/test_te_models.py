@@ -62,7 +62,9 @@ def assert_exports(hf: Path, chunks: Chunks) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_made_of_transformer_engine(size: str, checkpoint: Checkpoint, build: Build) -> None:
+def test_models_consist_of_transformer_engine_modules(
+    size: str, checkpoint: Checkpoint, build: Build
+) -> None:
     (model,) = unwrap_model(build(checkpoint(size)))
     layer = model.decoder.layers[0]
     post = "PostLN" if size in POST_NORM else ""
@@ -83,7 +85,7 @@ def test_made_of_transformer_engine(size: str, checkpoint: Checkpoint, build: Bu
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_float32_logits_are_those_of_transformers(
+def test_float32_logits_equal_those_of_transformers(
     size: str, checkpoint: Checkpoint, build: Build
 ) -> None:
     with torch.no_grad():
@@ -94,7 +96,7 @@ def test_float32_logits_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size not in MIXTURES])
-def test_bfloat16_logits_are_as_near_as_those_of_transformers(
+def test_bfloat16_logits_are_as_accurate_as_those_of_transformers(
     size: str, checkpoint: Checkpoint, build: Build
 ) -> None:
     """Without mixtures: there, rounding sends tokens to other experts."""
@@ -109,7 +111,7 @@ def test_bfloat16_logits_are_as_near_as_those_of_transformers(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_gradients_are_those_of_the_local_backend(
+def test_gradients_equal_those_of_the_local_backend(
     size: str, checkpoint: Checkpoint, build: Build
 ) -> None:
     found = {}
@@ -128,7 +130,7 @@ def test_gradients_are_those_of_the_local_backend(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_generation_is_that_of_the_local_backend(
+def test_generated_tokens_equal_those_of_the_local_backend(
     size: str, checkpoint: Checkpoint, build: Build
 ) -> None:
     prompt = tokens()[0, :20].tolist()
@@ -143,7 +145,7 @@ def test_generation_is_that_of_the_local_backend(
 
 @pytest.mark.parametrize("strict", [StrictHandling.RAISE_ALL, StrictHandling.RAISE_UNEXPECTED])
 @pytest.mark.parametrize("size", SIZES)
-def test_an_import_has_exactly_what_stock_megatron_asks_for(
+def test_an_import_has_exactly_the_keys_that_stock_megatron_requests(
     size: str, strict: StrictHandling, checkpoint: Checkpoint, build: Build, tmp_path: Path
 ) -> None:
     """Also with RAISE_ALL: nothing is absent, and nothing is there that isn't asked for."""
@@ -178,7 +180,7 @@ def test_a_hugging_face_folder_loads_as_a_megatron_checkpoint(
 
 @pytest.mark.parametrize("by", ["us", "stock"])
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_saved_is_what_was_loaded(
+def test_a_saved_model_equals_the_loaded_one(
     size: str, by: str, checkpoint: Checkpoint, build: Build, tmp_path: Path
 ) -> None:
     hf = checkpoint(size, "bfloat16")

@@ -79,7 +79,7 @@ def losses(
 @pytest.mark.parametrize(
     ("size", "distributed"), [*((size, True) for size in SIZES), ("olmo2-tiny", False)]
 )
-def test_a_resumed_run_is_the_uninterrupted_one(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     size: str, distributed: bool, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_float32_losses_are_those_of_the_local_backend(
+def test_float32_losses_equal_those_of_the_local_backend(
     size: str, data: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     ours, local = (
