@@ -263,7 +263,7 @@ TESTED_BY = {
         "data/tokenizer",
     ],
     "unit_tests/data/test_indexed.py": ["data/prefix"],
-    "unit_tests/formats/test_pickles.py": ["formats/inert"],
+    "unit_tests/formats/test_pickles.py": ["formats/inert", "formats/pickle_globals"],
     "unit_tests/formats/test_pickle_machine.py": ["formats/pickle_opcodes"],
     "functional_tests/test_generate.py": ["inference/generation", "inference/forward"],
     "functional_tests/test_live_weights.py": ["live/save", "live/strategy"],

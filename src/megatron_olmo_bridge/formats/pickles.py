@@ -1,122 +1,25 @@
 """Pickles read and written without running or importing anything that they name.
 
-A pickle is a program. Reading one here maps every global name on an allow-list to an inert
-placeholder that only remembers what it was given, and refuses every other name; writing emits the
-opcodes of protocol 2 from the same placeholders. So neither torch nor megatron need be installed
-to read or write a checkpoint's metadata, and the same input gives the same bytes.
+A pickle is a program. Reading it here puts an inert placeholder in the place of each class and
+function on an allow-list, and refuses every other; writing emits opcodes of protocol 2 from the
+same placeholders. So neither torch nor megatron-core is needed to read or write a checkpoint's
+metadata, and the same value always gives the same bytes.
 """
 
 from __future__ import annotations
 
 import pickle
-import re
 import struct
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
-from megatron_olmo_bridge.errors import UnsafePickleError, escape
+from megatron_olmo_bridge.errors import UnsafePickleError
 
-from .inert import Inert, inert, is_class
+from .inert import Inert
+from .pickle_globals import Globals
 from .pickle_machine import Machine
 from .pickle_opcodes import run
-
-# Names of the standard library, torch and numpy that occur in real checkpoints. They become
-# placeholders, so nothing of them can run; the list is narrow all the same, because a name of
-# these that has no place in a checkpoint is a sign that the file is hostile.
-_ALLOWED = re.compile(
-    r"torch\.(Size|device|dtype|layout|memory_format|strided|contiguous_format|Tensor|Generator"
-    r"|\w+Storage|b?float\d+(_\w+)?|u?int\d+|bool|long|half|float|double|complex\d+|finfo|iinfo)"
-    r"|torch\.storage\.(Untyped|Typed)Storage"
-    r"|torch\._utils\._rebuild_\w+"
-    r"|torch\.serialization\._get_layout"
-    r"|torch\.(nn\.(functional|init|modules|parameter)|functional|optim|_C\._nn)(\.\w+)+"
-    r"|torch\._C\.(_VariableFunctions(Class)?|Generator|_distributed_c10d(\.[A-Z]\w*)+)"
-    r"|torch\.distributed\.checkpoint\.\w+(\.\w+)*"
-    r"|torch\.distributed\.(_shard|tensor|_tensor)(\.\w+)+"
-    r"|torch\.distributed(\.\w+)*(\.[A-Z]\w*)+"
-    r"|(megatron|transformer_engine|nemo)\.\w+(\.\w+)*"
-    r"|numpy\.(dtype|ndarray|\w+\d+|bool_?)"
-    r"|numpy\._?core\.(multiarray|numeric)\.(scalar|_reconstruct|_frombuffer)"
-    r"|numpy\.dtypes\.\w+|numpy\.(exp|log|sqrt|tanh|mean|sum|abs|absolute|add|maximum|minimum)"
-    r"|numpy\.random(\.\w+)?\.(__\w+_ctor|__pyx_unpickle_SeedSequence|[A-Z]\w*)"
-    r"|pathlib\.(\w+\.)?(Pure)?(Posix|Windows)?Path"
-    r"|argparse\._?[A-Z]\w*|types\.(SimpleNamespace|MappingProxyType|NoneType|GenericAlias)"
-    r"|signal\.Signals"
-    r"|collections\.(defaultdict|deque|Counter|ChainMap|User(Dict|List|String))"
-    r"|collections\.OrderedDict|builtins\.(set|frozenset|bytearray|slice|complex|getattr)"
-    r"|functools\.partial(method)?|enum\.[A-Z]\w*|dataclasses\._?[A-Z]\w*|typing\._?[A-Z]\w*"
-    r"|datetime\.(date|datetime|time|timedelta|timezone)|zoneinfo\.ZoneInfo|time\.struct_time"
-    r"|decimal\.Decimal|fractions\.Fraction|uuid\.(Safe)?UUID|ipaddress\.IPv\w+|random\.Random"
-    r"|array\.(array|_array_reconstructor)|re\.(_compile|RegexFlag)|math\.\w+"
-    r"|_?operator\.(add|sub|mul|truediv|floordiv|mod|eq|ne|lt|le|gt|ge|neg|getitem|itemgetter)"
-    r"|logging\.(getLogger|Logger)|_codecs\.encode|copyreg\._reconstructor"
-    r"|builtins\.(object|range|xrange|type|int|long|float|bool|str|unicode|bytes|list|tuple|dict"
-    r"|len|min|max|sum|abs|round|sorted|Ellipsis|NotImplemented|\w+(Error|Exception|Warning))"
-)
-_KNOWN_MODULES = sys.stdlib_module_names | {"torch", "numpy"}
-"""Of these the list has what is harmless."""
-_CLASS = re.compile(r"_?[A-Z]\w*")
-_BUILTIN_CLASSES = {"builtins.dict", "builtins.float", "datetime.date", "datetime.datetime"}
-_SPECIAL = re.compile(r"__\w+__")
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
-"""Modules by the names that protocol 2, which torch.save uses, gives them."""
-
-
-class _Reader(Machine):
-    def __init__(
-        self,
-        data: bytes,
-        where: object,
-        storage: Callable[[tuple[Any, ...]], Any],
-        any_classes: bool,
-    ):
-        super().__init__(data)
-        self._unknown_functions: set[str] = set()
-        self._where, self._storage, self._any_classes = where, storage, any_classes
-
-    def find_global(self, module: str, name: str) -> type[Inert]:
-        full = f"{_PYTHON_2.get(module, module)}.{name}"
-        *owners, last = name.split(".")
-        # A path through a module or a special attribute leads anywhere: torch.nn.modules has torch.
-        if all(map(_CLASS.fullmatch, owners)) and not _SPECIAL.fullmatch(last):
-            if _ALLOWED.fullmatch(full):
-                return inert(full)
-            if self._any_classes and full.partition(".")[0] not in _KNOWN_MODULES:
-                if not _CLASS.fullmatch(last):
-                    self._unknown_functions.add(full)
-                return inert(full)
-        raise self._refusal(full)
-
-    def call(self, function: type[Inert], args: tuple[Any, ...]) -> Any:
-        full = function.global_name
-        if full == "builtins.getattr":
-            return self._attribute(*args)
-        if full in self._unknown_functions:
-            raise UnsafePickleError(
-                f"{self._where}: the pickle calls {full}, which is not known here. Nothing of it "
-                "was run. If the file is your own, load it with the program that saved it, put "
-                "plain values in the place of what the function makes, and save it again."
-            )
-        return function.called_with(args)
-
-    def _attribute(self, owner: Any = None, name: Any = None, *rest: Any) -> type[Inert]:
-        """A class's attribute, as torch's functions are pickled."""
-        if is_class(owner) and isinstance(name, str) and not rest:
-            of_class = _CLASS.fullmatch(owner.__name__) or owner.global_name in _BUILTIN_CLASSES
-            if of_class and name.isidentifier() and not _SPECIAL.fullmatch(name):
-                full = f"{owner.global_name}.{name}"
-                return self.once(("builtins.getattr", full), lambda *_: inert(full))
-        raise self._refusal("builtins.getattr")
-
-    def _refusal(self, full: str) -> UnsafePickleError:
-        return UnsafePickleError(
-            f"{self._where}: the pickle asks for {escape(full)}, which has no place in a "
-            "checkpoint. Nothing of it was run. Don't load this file with other tools either."
-        )
-
-    def persistent(self, pid: Any) -> Any:
-        return self._storage(pid)
 
 
 def loads(
@@ -131,80 +34,82 @@ def loads(
     Args:
         data: the pickle.
         where: the file, for messages.
-        storage: called with each persistent id (torch's storages).
-        any_classes: whether classes of programs that are not known here become placeholders too.
+        storage: called with each persistent id (torch's name of a storage); returns its value.
+        any_classes: allow classes of all modules but torch, numpy and the standard library.
 
     Raises:
-        UnsafePickleError: it names a global that is not on the allow-list, or is no pickle.
+        UnsafePickleError: it names a class or function that is not allowed, or is not a sound
+            pickle.
     """
     try:
-        return run(_Reader(data, where, storage, any_classes))
+        return run(Machine(data, Globals(where, any_classes), storage))
     except (ValueError, TypeError, AttributeError) as error:
         raise UnsafePickleError(f"{where}: not a readable pickle ({error})") from error
 
 
 class Persistent(tuple[Any, ...]):
-    """A persistent id: torch's way to refer to a storage."""
+    """A persistent id, by which torch refers to a storage."""
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle plain values, placeholders and :class:`Persistent` ids, protocol 2, no memo.
+    """Pickle plain values, placeholders and :class:`Persistent` ids by protocol 2, without a memo.
 
-    An :class:`Inert` class becomes a global, an instance with a state ``cls.__new__`` plus state,
-    and an instance without a call of the global with its arguments.
+    An :class:`Inert` class is written as a global; an instance with a state as an object that
+    ``cls.__new__`` makes; one without a state as a call of the global with its arguments.
+
+    Raises:
+        TypeError: a value is of another type.
     """
-    out = bytearray(b"\x80\x02")
+    out = bytearray(pickle.PROTO + b"\x02")
     _write(value, out)
-    return bytes(out + b".")
+    return bytes(out + pickle.STOP)
 
 
 def _write(value: Any, out: bytearray) -> None:
     match value:
         case None:
-            out += b"N"
+            out += pickle.NONE
         case bool():
-            out += b"\x88" if value else b"\x89"
+            out += pickle.NEWTRUE if value else pickle.NEWFALSE
         case int():
             if -(2**31) <= value < 2**31:
-                out += b"J" + struct.pack("<i", value)
+                out += pickle.BININT + struct.pack("<i", value)
             else:
                 data = pickle.encode_long(value)
-                out += b"\x8a" + bytes([len(data)]) + data
+                out += pickle.LONG1 + bytes([len(data)]) + data
         case float():
-            out += b"G" + struct.pack(">d", value)
+            out += pickle.BINFLOAT + struct.pack(">d", value)
         case str():
             data = value.encode()
-            out += b"X" + struct.pack("<I", len(data)) + data
+            out += pickle.BINUNICODE + struct.pack("<I", len(data)) + data
         case Persistent():
             _write(tuple(value), out)
-            out += b"Q"
+            out += pickle.BINPERSID
         case tuple():
-            out += b"("
-            for item in value:
-                _write(item, out)
-            out += b"t"
+            _write_all(pickle.MARK, value, pickle.TUPLE, out)
         case list():
-            out += b"]("
-            for item in value:
-                _write(item, out)
-            out += b"e"
+            _write_all(pickle.EMPTY_LIST + pickle.MARK, value, pickle.APPENDS, out)
         case dict():
-            out += b"}("
-            for key, item in value.items():
-                _write(key, out)
-                _write(item, out)
-            out += b"u"
+            flat = chain.from_iterable(value.items())
+            _write_all(pickle.EMPTY_DICT + pickle.MARK, flat, pickle.SETITEMS, out)
         case type() if issubclass(value, Inert):
             module, _, name = value.global_name.rpartition(".")
-            out += f"c{module}\n{name}\n".encode()
+            out += pickle.GLOBAL + f"{module}\n{name}\n".encode()
         case Inert():
             _write(type(value), out)
             _write(value.args, out)
             if value.state is None:
-                out += b"R"
+                out += pickle.REDUCE
             else:
-                out += b"\x81"
+                out += pickle.NEWOBJ
                 _write(value.state, out)
-                out += b"b"
+                out += pickle.BUILD
         case _:
             raise TypeError(f"cannot pickle a {type(value).__name__}")
+
+
+def _write_all(begin: bytes, values: Iterable[Any], end: bytes, out: bytearray) -> None:
+    out += begin
+    for value in values:
+        _write(value, out)
+    out += end

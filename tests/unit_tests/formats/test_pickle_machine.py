@@ -10,14 +10,13 @@ import pytest
 
 from megatron_olmo_bridge.errors import UnsafePickleError
 from megatron_olmo_bridge.formats.inert import Inert
+from megatron_olmo_bridge.formats.pickle_globals import MAX_GLOBALS, MAX_NAME_LENGTH
 from megatron_olmo_bridge.formats.pickle_machine import (
     FREE_OBJECTS,
-    LARGEST_KEY,
-    LONGEST_NAME,
-    MOST_GLOBALS,
-    MOST_TUPLE_KEYS,
+    MAX_INTEGER_KEY,
+    MAX_TUPLE_KEYS,
 )
-from megatron_olmo_bridge.formats.pickle_opcodes import LONGEST_INTEGER
+from megatron_olmo_bridge.formats.pickle_opcodes import MAX_INTEGER_BYTES
 from megatron_olmo_bridge.formats.pickles import loads
 
 MEMORY = 32
@@ -55,8 +54,10 @@ REFUSED = {
     "a memo index": (b"Nr\0\0\0\x18.", "memo index 402653184 where the next is 0"),
     "a memo index in decimal": (b"Np402653184\n.", "memo index 402653184 where the next is 0"),
     "a memo index that is one too high": (b"Nq\x01.", "memo index 1 where the next is 0"),
+    "a negative memo index": (b"Np0\n0Np-1\n.", "memo index -1 where the next is 1"),
+    "a memo entry before the first": (b"Np0\n0g-1\n.", "it is cut off, or damaged"),
     "a memo entry that is absent": (b"Nq\0h\x01.", "it is cut off, or damaged"),
-    "marks": (b"(" * 10_001, "more than 10000 lists in each other"),
+    "marks": (b"(" * 10_001, "more than 10000 lists inside each other"),
     "a pair without end as a key": (ENDLESS + b"}j<\0\0\0Ns.", "keys that are tuples"),
     "a pair without end in a set": (b"\x8f(" + ENDLESS + b"\x90.", "keys that are tuples"),
     "a pair without end in a frozenset": (b"(" + ENDLESS + b"\x91.", "keys that are tuples"),
@@ -67,7 +68,7 @@ REFUSED = {
     "a key whose hash collides": (
         b"}" + long(COLLIDING) + b"Ns.", "2305843009213693951 is too large for a key"),
     "a long tuple as a key": (b"}(" + b"N" * 17 + b"tNs.", "keys that are tuples"),
-    "an integer": (long(1 << (8 * LONGEST_INTEGER)), "an integer of 1001 bytes is too long"),
+    "an integer": (long(1 << (8 * MAX_INTEGER_BYTES)), "an integer of 1001 bytes is too long"),
     "digits": (b"I" + b"9" * 5000 + b"\n.", "'... is not a number"),
     "digits of a long": (b"L" + b"9" * 5000 + b"L\n.", "'... is not a number"),
     "an octal number": (b"I010\n.", "b'010' is not a number"),
@@ -75,22 +76,24 @@ REFUSED = {
     "text longer than the pickle": (b"X\xff\xff\xff\x7fabc.", "2147483647 bytes from byte 5 on"),
     "text of 2 ** 64 bytes": (b"\x8d" + b"\xff" * 8 + b"abc.", "18446744073709551615 bytes from"),
     "a set of an integer": (
-        name("builtins.set") + b"K\x09\x85R.", "a set or an OrderedDict of what is not"),
+        name("builtins.set") + b"K\x09\x85R.", "a set or an OrderedDict of something that"),
     "an OrderedDict of an integer": (
-        name("collections.OrderedDict") + b"K\x09\x85R.", "a set or an OrderedDict of what is not"),
+        name("collections.OrderedDict") + b"K\x09\x85R.",
+        "a set or an OrderedDict of something that"),
     "an OrderedDict of texts": (
-        name("collections.OrderedDict") + b"(X\x01\0\0\0al\x85R.", "of what are not pairs"),
-    "items of a list": (b"]NNs.", "sets items of what is not a dictionary"),
-    "members of a number": (b"K\x01Na.", "adds members to what is not a list or a set"),
-    "half an item": (b"}(Nu.", "sets items of what is not a dictionary"),
+        name("collections.OrderedDict") + b"(X\x01\0\0\0al\x85R.", "of something other than pairs"),
+    "items of a list": (b"]NNs.", "sets items of something that is not a dictionary"),
+    "members of a number": (b"K\x01Na.", "adds members to something that is not a list or a set"),
+    "half an item": (b"}(Nu.", "sets items of something that is not a dictionary"),
     "the state of a list": (b"]}b.", "sets the state of a list"),
-    "a call of a number": (b"K\x01)R.", "calls what is not a global"),
-    "a call with a list": (name("torch.Size") + b"]R.", "calls what is not a global"),
-    "a name that is not text": (b"NN\x93.", "names a global by what is not text"),
-    "a long name": (name("torch." + "x" * LONGEST_NAME) + b".", "it names too much: 'torch.xxx"),
+    "a call of a number": (b"K\x01)R.", "calls something that is not a global"),
+    "a call with a list": (name("torch.Size") + b"]R.", "calls something that is not a global"),
+    "a name that is not text": (b"NN\x93.", "names a global by something that is not text"),
+    "a long name": (
+        name("torch." + "x" * MAX_NAME_LENGTH) + b".", "or too long a name: 'torch.xxx"),
     "many names": (
-        b"".join(name(f"torch.distributed.checkpoint.x{i}") for i in range(MOST_GLOBALS + 1)),
-        "it names too much"),
+        b"".join(name(f"torch.distributed.checkpoint.x{i}") for i in range(MAX_GLOBALS + 1)),
+        "too many names"),
     "an extension": (b"\x82\x01.", "the opcode at byte 0 has no place in a checkpoint"),
     "a buffer out of band": (b"\x97.", "the opcode at byte 0 has no place in a checkpoint"),
     "an opcode that there is not": (b"\xff.", "the opcode at byte 0 has no place"),
@@ -159,14 +162,14 @@ def test_memory_is_bounded_by_the_size_of_the_pickle(what: str) -> None:
 
 def test_many_keys_that_are_tuples_are_refused() -> None:
     """Tuples can be made whose hashes are equal; then a dictionary is quadratic in them."""
-    keys = [(i, 0) for i in range(MOST_TUPLE_KEYS + 1)]
+    keys = [(i, 0) for i in range(MAX_TUPLE_KEYS + 1)]
     assert loads(pickle.dumps(dict.fromkeys(keys[1:])), "file") == dict.fromkeys(keys[1:])
     with pytest.raises(UnsafePickleError, match="too many or too large keys that are tuples"):
         loads(pickle.dumps(dict.fromkeys(keys)), "file")
 
 
 def test_keys_that_are_read() -> None:
-    keys = ["a", b"a", 0.5, None, True, 7, LARGEST_KEY - 1, 1 - LARGEST_KEY, (1, "a", None)]
+    keys = ["a", b"a", 0.5, None, True, 7, MAX_INTEGER_KEY - 1, 1 - MAX_INTEGER_KEY, (1, "a", None)]
     value = dict.fromkeys(keys)
     assert list(loads(pickle.dumps(value), "file")) == keys
     assert loads(pickle.dumps(set(keys)), "file") == set(keys)
