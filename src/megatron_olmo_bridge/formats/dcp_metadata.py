@@ -16,7 +16,7 @@ from megatron_olmo_bridge.mapping.placement import Shape
 from .files import PICKLE_LIMIT, read_small
 from .inert import Inert, built, inert
 from .pickles import dumps, loads
-from .torch_archive import MOST_DIMENSIONS
+from .torch_archive import MAX_DIMENSIONS
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint.metadata"
@@ -104,7 +104,7 @@ def _number(value: Any) -> int:
 
 def _size(value: Any) -> Shape:
     numbers = value.args[0] if isinstance(value, Inert) else value
-    if not isinstance(numbers, list | tuple) or len(numbers) > MOST_DIMENSIONS:
+    if not isinstance(numbers, list | tuple) or len(numbers) > MAX_DIMENSIONS:
         raise ValueError(f"{quote(numbers)} is not a shape")
     return tuple(map(_number, numbers))
 

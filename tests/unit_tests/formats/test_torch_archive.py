@@ -12,9 +12,9 @@ import torch
 from megatron_olmo_bridge.errors import FormatError, UnsafePickleError
 from megatron_olmo_bridge.formats.inert import Inert, built, inert
 from megatron_olmo_bridge.formats.pickles import Persistent, dumps
+from megatron_olmo_bridge.formats.stored_zip import ALIGNMENT
 from megatron_olmo_bridge.formats.tensors import StoredArray
 from megatron_olmo_bridge.formats.torch_archive import (
-    ALIGNMENT,
     StoredStorage,
     array_of,
     object_archive,
@@ -254,16 +254,16 @@ def test_a_tensor_with_empty_metadata_is_plain(tmp_path: Path) -> None:
         (changed(rebuilt(), a=1), "holds torch._utils._rebuild_tensor_v2, not a plain tensor"),
         (inert("torch._utils._rebuild_parameter")(changed(rebuilt(), a=1), True), "not a plain"),
         (changed(inert("torch._utils._rebuild_parameter")(rebuilt(), True)), "not a plain tensor"),
-        (rebuilt(shape=(2**63,)), "which is no tensor"),
+        (rebuilt(shape=(2**63,)), "which is not a tensor"),
         (rebuilt(shape=(1,) * 65, strides=(1,) * 65), "don't fit"),
-        (rebuilt(shape=(10**500,)), "which is no tensor"),
+        (rebuilt(shape=(10**500,)), "which is not a tensor"),
         (rebuilt(storage=stored(key="1")),  "has no record 'data/1'"),
         (rebuilt(storage=stored(key=0)), "is not a storage"),
         (rebuilt(storage=stored(count=10**500)), "256 bytes cannot hold an integer of 1661 bits"),
         (rebuilt(storage=Persistent(("module", "x"))), r"\('module', 'x'\) is not a storage"),
-        ([rebuilt(), rebuilt(storage=stored(64, "IntStorage"))], "'0' is of two dtypes or sizes"),
+        ([rebuilt(), rebuilt(storage=stored(64, "IntStorage"))], "'0' has two dtypes or sizes"),
         ([rebuilt(storage=stored(9, "IntStorage")), rebuilt(storage=stored(8, "IntStorage"))],
-         "'0' is of two dtypes or sizes"),
+         "'0' has two dtypes or sizes"),
     ],
 )  # fmt: skip
 def test_a_tensor_that_torch_reads_otherwise_is_refused(

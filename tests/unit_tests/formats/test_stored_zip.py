@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_olmo_bridge.formats.stored_zip import MAX_DIRECTORY_BYTES, Window, read_directory
 from megatron_olmo_bridge.formats.torch_archive import object_archive, tensor_archive
-from megatron_olmo_bridge.formats.zip_directory import LARGEST_DIRECTORY, Window, read_directory
 
 DATA = b"0123456789"
 
@@ -123,7 +123,7 @@ def more_records(data: bytearray, entry: int) -> None:
 
 def larger_directory(data: bytearray, entry: int) -> None:
     end = data.index(b"PK\x05\x06")
-    struct.pack_into("<I", data, end + 12, LARGEST_DIRECTORY + 1)
+    struct.pack_into("<I", data, end + 12, MAX_DIRECTORY_BYTES + 1)
 
 
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -173,10 +173,12 @@ def test_a_directory_larger_than_any_real_one_is_not_read(tmp_path: Path) -> Non
     file = tmp_path / "a.pt"
     with file.open("wb") as out:
         out.write(record)
-        out.truncate(len(record) + LARGEST_DIRECTORY + 1)
+        out.truncate(len(record) + MAX_DIRECTORY_BYTES + 1)
         out.seek(0, io.SEEK_END)
         out.write(
-            struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1, 1, LARGEST_DIRECTORY + 1, len(record), 0)
+            struct.pack(
+                "<IHHHHIIH", 0x06054B50, 0, 0, 1, 1, MAX_DIRECTORY_BYTES + 1, len(record), 0
+            )
         )
     with file.open("rb") as opened, pytest.raises(ValueError, match="a directory of 4194305 bytes"):
         read_directory(Window(opened, 0, file.stat().st_size))
