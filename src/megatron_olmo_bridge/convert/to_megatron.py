@@ -21,7 +21,7 @@ from megatron_olmo_bridge.formats.dcp_metadata import (
     METADATA,
     Chunk,
     GlobalTensor,
-    Stored,
+    StoredBytes,
     encode_metadata,
 )
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
@@ -161,7 +161,7 @@ def _pack_tensors(
             shape = (region.rows, *parameter.shape[1:])
             before, after = tensor_archive(stack + shape, target)
             part = view.region(region, shape)
-            stored = Stored(*_inside(packer.add(before, part, target, after)))
+            stored = StoredBytes(*_inside(packer.add(before, part, target, after)))
             offset = (region.top, *(0 for _ in parameter.shape[1:]))
             chunks[key].append(Chunk(parameter.index + offset, stack + shape, stored))
     return {key: GlobalTensor(dtypes[key], shapes[key], tuple(chunks[key])) for key in chunks}
@@ -181,11 +181,11 @@ def _view(parameter: Parameter, source: Checkpoint, dtype: str) -> TensorView:
     return MixedView(parameter.name, parameter.shape, dtype, pieces)
 
 
-def _pack_extra_states(source: Checkpoint, packer: Packer) -> dict[str, Stored]:
+def _pack_extra_states(source: Checkpoint, packer: Packer) -> dict[str, StoredBytes]:
     """Their content is ``[None]``: no fp8 scaling factors."""
     nothing = object_archive([None])
     return {
-        key: Stored(*_inside(packer.add(nothing, None, "", b"")))
+        key: StoredBytes(*_inside(packer.add(nothing, None, "", b"")))
         for key in extra_state_keys(source.bridge)
     }
 

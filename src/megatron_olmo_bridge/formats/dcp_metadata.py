@@ -26,7 +26,7 @@ _LIMIT = 2**63
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredBytes:
     """Bytes of a ``.distcp`` file."""
 
     file: str
@@ -40,7 +40,7 @@ class Chunk:
 
     offset: Shape
     shape: Shape
-    stored: Stored
+    stored: StoredBytes
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class GlobalTensor:
     chunks: tuple[Chunk, ...]
 
 
-_Places = dict[str, dict[Shape | None, Stored]]
-"""Stored bytes by the key of a tensor or object, then by the offset of the chunk."""
+_Places = dict[str, dict[Shape | None, StoredBytes]]
+"""StoredBytes bytes by the key of a tensor or object, then by the offset of the chunk."""
 
 
-def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, Stored]]:
+def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, StoredBytes]]:
     """Return the tensors and the other objects of a checkpoint.
 
     Every chunk lies in its tensor's shape and in a file of the folder, and shares no byte with
@@ -128,7 +128,7 @@ def _places(storage: Mapping[Any, Any], file: Path) -> _Places:
         if not _is_file_name(name):
             raise FormatError(f"{file}: {key['fqn']} would be in {quote(name)}, outside the folder")
         try:
-            at = Stored(name, _number(value["offset"]), _number(value["length"]))
+            at = StoredBytes(name, _number(value["offset"]), _number(value["length"]))
             places[key["fqn"]][None if offset is None else _size(offset)] = at
         except ValueError as error:
             raise ValueError(f"{key['fqn']} in {name}: {error}") from None
@@ -137,7 +137,7 @@ def _places(storage: Mapping[Any, Any], file: Path) -> _Places:
 
 def _described(
     metadata: Mapping[Any, Any], places: _Places, file: Path
-) -> tuple[dict[str, GlobalTensor], dict[str, Stored]]:
+) -> tuple[dict[str, GlobalTensor], dict[str, StoredBytes]]:
     tensors, objects = {}, {}
     for key, value in metadata.items():
         _check_key(key)
@@ -155,7 +155,7 @@ def _described(
 
 
 def _global_tensor(
-    key: str, metadata: Any, places: Mapping[Shape | None, Stored], file: Path
+    key: str, metadata: Any, places: Mapping[Shape | None, StoredBytes], file: Path
 ) -> GlobalTensor:
     value = _attributes(metadata, "TensorStorageMetadata")
     # torch keeps the dtype first in the state of TensorProperties
@@ -205,7 +205,9 @@ def _check_files(path: Path, places: _Places) -> None:
             raise FormatError(f"{file}: truncated: {key} ends at byte {end}, the file has {size}")
 
 
-def encode_metadata(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Stored]) -> bytes:
+def encode_metadata(
+    tensors: Mapping[str, GlobalTensor], objects: Mapping[str, StoredBytes]
+) -> bytes:
     """The ``.metadata`` file: a pickle that torch reads as ``Metadata``."""
 
     def size(shape: Shape) -> Inert:
@@ -215,7 +217,7 @@ def encode_metadata(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, S
         at = None if offset is None else size(offset)
         return built(f"{_DCP}.MetadataIndex", {"fqn": key, "offset": at, "index": None})
 
-    def info(at: Stored) -> Inert:
+    def info(at: StoredBytes) -> Inert:
         fields = {"relative_path": at.file, "offset": at.offset, "length": at.length}
         return built("torch.distributed.checkpoint.filesystem._StorageInfo", fields)
 

@@ -22,7 +22,7 @@ from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping, check_tensors
 
-from .dcp_metadata import METADATA, Chunk, GlobalTensor, Stored, read_metadata
+from .dcp_metadata import METADATA, Chunk, GlobalTensor, StoredBytes, read_metadata
 from .files import read_json
 from .inert import Inert
 from .tensors import Piece, StoredArray, TensorView
@@ -51,7 +51,7 @@ class TorchDistFolder:
 
     path: Path
     tensors: dict[str, GlobalTensor]
-    objects: dict[str, Stored]
+    objects: dict[str, StoredBytes]
 
     @classmethod
     def read(cls, path: Path) -> TorchDistFolder:
@@ -88,7 +88,7 @@ class TorchDistFolder:
         return self.path / (at.file if at else COMMON)
 
     @property
-    def _common_object(self) -> Stored | None:
+    def _common_object(self) -> StoredBytes | None:
         """Where it is among the shards, as megatron-core 0.19 saves it."""
         if (self.path / COMMON).exists():
             return None

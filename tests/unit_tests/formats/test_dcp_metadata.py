@@ -16,7 +16,7 @@ from megatron_olmo_bridge.formats.dcp_metadata import (
     METADATA,
     Chunk,
     GlobalTensor,
-    Stored,
+    StoredBytes,
     encode_metadata,
     read_metadata,
 )
@@ -25,15 +25,15 @@ from megatron_olmo_bridge.formats.pickles import dumps, loads
 
 def test_torch_reads_the_metadata_that_is_written(tmp_path: Path) -> None:
     chunks = (
-        Chunk((0, 0, 0), (1, 2, 3), Stored("__0_0.distcp", 0, 900)),
-        Chunk((1, 0, 0), (1, 2, 3), Stored("__0_1.distcp", 2**40, 900)),
+        Chunk((0, 0, 0), (1, 2, 3), StoredBytes("__0_0.distcp", 0, 900)),
+        Chunk((1, 0, 0), (1, 2, 3), StoredBytes("__0_1.distcp", 2**40, 900)),
     )
-    whole = (Chunk((0,), (5,), Stored("__0_0.distcp", 960, 800)),)
+    whole = (Chunk((0,), (5,), StoredBytes("__0_0.distcp", 960, 800)),)
     tensors = {
         "layers.w": GlobalTensor("bfloat16", (2, 2, 3), chunks),
         "norm": GlobalTensor("float32", (5,), whole),
     }
-    objects = {"layers._extra_state/shard_0_2": Stored("__0_0.distcp", 1800, 64)}
+    objects = {"layers._extra_state/shard_0_2": StoredBytes("__0_0.distcp", 1800, 64)}
     (tmp_path / ".metadata").write_bytes(encode_metadata(tensors, objects))
 
     metadata = dcp.FileSystemReader(tmp_path).read_metadata()
@@ -67,7 +67,7 @@ def test_torch_reads_the_metadata_that_is_written(tmp_path: Path) -> None:
 
 
 def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
-    chunk = Chunk((0,), (5,), Stored("../x.distcp", 0, 800))
+    chunk = Chunk((0,), (5,), StoredBytes("../x.distcp", 0, 800))
     tensors = {"w": GlobalTensor("float32", (5,), (chunk,))}
     (tmp_path / ".metadata").write_bytes(encode_metadata(tensors, {}))
     with pytest.raises(FormatError, match=r"w would be in '\.\./x\.distcp', outside the folder"):
@@ -76,10 +76,10 @@ def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_chunk_or_object_without_a_place_is_refused(tmp_path: Path) -> None:
     path = tmp_path / ".metadata"
-    chunk = Chunk((0,), (5,), Stored("x.distcp", 0, 800))
+    chunk = Chunk((0,), (5,), StoredBytes("x.distcp", 0, 800))
     path.write_bytes(
         encode_metadata(
-            {"w": GlobalTensor("float32", (5,), (chunk,))}, {"o": Stored("x.distcp", 0, 8)}
+            {"w": GlobalTensor("float32", (5,), (chunk,))}, {"o": StoredBytes("x.distcp", 0, 8)}
         )
     )
     real = pickle.loads(path.read_bytes())
@@ -93,13 +93,13 @@ def test_a_chunk_or_object_without_a_place_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------- chunks and their places
 
 FILE = "__0_0.distcp"
-UPPER = Chunk((0, 0), (2, 3), Stored(FILE, 0, 100))
-LOWER = Chunk((2, 0), (2, 3), Stored(FILE, 100, 100))
-OBJECT = Stored(FILE, 200, 50)
+UPPER = Chunk((0, 0), (2, 3), StoredBytes(FILE, 0, 100))
+LOWER = Chunk((2, 0), (2, 3), StoredBytes(FILE, 100, 100))
+OBJECT = StoredBytes(FILE, 200, 50)
 
 
 def written(
-    path: Path, *chunks: Chunk, shape: tuple[int, ...] = (4, 3), stored: Stored = OBJECT
+    path: Path, *chunks: Chunk, shape: tuple[int, ...] = (4, 3), stored: StoredBytes = OBJECT
 ) -> Path:
     """A checkpoint's folder with a tensor ``w`` of these chunks, and an object."""
     tensors = {"w": GlobalTensor("bfloat16", shape, chunks)}
@@ -115,18 +115,23 @@ def test_chunks_that_lie_beside_each_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "stored",
-    [LOWER.stored, Stored(FILE, 150, 100), Stored(FILE, 120, 10), Stored(FILE, 0, 1000)],
+    [
+        LOWER.stored,
+        StoredBytes(FILE, 150, 100),
+        StoredBytes(FILE, 120, 10),
+        StoredBytes(FILE, 0, 1000),
+    ],
     ids=["the same", "overlapping", "within", "around"],
 )
 @pytest.mark.parametrize("of", ["a chunk", "an object"])
 def test_stored_bytes_belong_to_one_chunk_or_object(
-    tmp_path: Path, stored: Stored, of: str
+    tmp_path: Path, stored: StoredBytes, of: str
 ) -> None:
     if of == "an object":
         written(tmp_path, UPPER, LOWER, stored=stored)
     else:
         upper = replace(UPPER, stored=stored)
-        written(tmp_path, upper, LOWER, stored=Stored("__0_1.distcp", 0, 1))
+        written(tmp_path, upper, LOWER, stored=StoredBytes("__0_1.distcp", 0, 1))
     with pytest.raises(FormatError, match=rf"{FILE}: \w and \w would share bytes \d+ to \d+ of it"):
         read_metadata(tmp_path)
 
@@ -163,8 +168,8 @@ HUGE = 10**500
         (UPPER, (HUGE, 3), "an integer of 1661 bits is not a size"),
         (UPPER, (2**62, 3), r"w: no tensor has the shape \(4611686018427387904, 3\)"),
         (UPPER, (1,) * 65, r"\(1, 1, .*\.\.\.\) is not a shape"),
-        (replace(UPPER, stored=Stored(FILE, -1, 5)), (4, 3), "-1 is not a size"),
-        (replace(UPPER, stored=Stored(FILE, 0, 2**63)), (4, 3), "9223372036854775808 is not a s"),
+        (replace(UPPER, stored=StoredBytes(FILE, -1, 5)), (4, 3), "-1 is not a size"),
+        (replace(UPPER, stored=StoredBytes(FILE, 0, 2**63)), (4, 3), "9223372036854775808 is not"),
     ],
 )  # fmt: skip
 def test_numbers_that_no_tensor_has(
