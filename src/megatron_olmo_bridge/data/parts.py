@@ -1,4 +1,4 @@
-"""The work of one process: spans of input files into one small indexed dataset."""
+"""Write a part of a dataset: the documents of some spans, as a small indexed dataset."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 BAD_LINES_NAMED = 5
-"""Bad lines that are named; all are counted."""
+"""Bad lines that are quoted with their reason; all are counted."""
 
 Progress = Callable[[int, int], None]
-"""Told how many bytes were read and how many tokens written since last time."""
+"""Called with the bytes read and the tokens written since the last call."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A share of the work, and its place in the output."""
+    """Spans of the input that are tokenized together; ``number`` is the part's place."""
 
     number: int
     spans: tuple[Span, ...]
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass
 class Counts:
-    """What a part, or all, of the input held."""
+    """Numbers of documents, tokens and bad lines in a part of the input or in all of it."""
 
     documents: int = 0
     tokens: int = 0
@@ -58,10 +58,10 @@ class Counts:
     """Documents without a token, which are left out."""
     bad_lines: int = 0
     first_bad_lines: list[str] = field(default_factory=list)
-    """``file:line: why``, the first few."""
+    """The first few, as ``file:line: why``."""
 
     def add(self, other: Counts) -> None:
-        """Count another part, which comes after this one."""
+        """Add the counts of what comes next in the input."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.max_token_id = max(self.max_token_id, other.max_token_id)
@@ -73,49 +73,43 @@ class Counts:
 
 @dataclass(frozen=True)
 class PartWriter:
-    """All that a process must know to write parts."""
+    """Tokenizes parts; holds everything that a process needs for it."""
 
     folder: Path
-    """Of the parts; has the tokenizer too."""
+    """Holds the parts, and the tokenizer."""
     eos_id: int
     vocab_size: int
     dtype: str
-    """Of the output."""
+    """Dtype of the output's token ids."""
     token_dtype: str
-    """Of token files."""
+    """Dtype of token files in the input."""
     text: TextOptions
     skip_bad_lines: bool
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Read from the folder in each process. Sent to one that is being started, it would fill
-        the pipe, and should that process die then, Python 3.11 would wait for ever."""
+        """The tokenizer, read from the folder once in each process."""
         from tokenizers import Tokenizer
 
+        # It is not sent to a starting process: it would fill the pipe, and if the process died
+        # then, Python 3.11 would wait forever.
         return Tokenizer.from_file(str(self.folder / TOKENIZER))
 
     def prefix(self, part: Part) -> str:
-        """Of the part's files."""
+        """Return the path of a part's files without their suffix."""
         return str(self.folder / f"part-{part.number:06d}")
 
     def finished(self, part: Part) -> Counts | None:
-        """What a part that is written held; None if it is not."""
-        record = self._record(part)
-        return None if record is None else record[0]
+        """Return the counts of a finished part; None if its files are missing or damaged.
 
-    def is_sound(self, part: Part) -> bool:
-        """Whether a part's files are there and as they were written."""
-        record = self._record(part)
-        try:
-            return record is not None and record[1] == self._checksums(part)
-        except FileNotFoundError:
-            return False
-
-    def _record(self, part: Part) -> tuple[Counts, dict[str, str]] | None:
+        Raises:
+            FormatError: its record is damaged.
+        """
         file = Path(f"{self.prefix(part)}.json")
         try:
             record = read_json(file)
-            return Counts(**record["counts"]), record["sha256"]
+            counts, checksums = Counts(**record["counts"]), record["sha256"]
+            return counts if checksums == self._checksums(part) else None
         except FileNotFoundError:
             return None
         except (KeyError, TypeError) as error:
@@ -124,22 +118,26 @@ class PartWriter:
     def _checksums(self, part: Part) -> dict[str, str]:
         return {suffix: sha256(Path(self.prefix(part) + suffix)) for suffix in (".bin", ".idx")}
 
-    def write(self, part: Part, progress: Progress) -> None:
-        """Write a part: .bin and .idx, and last a .json that makes it finished."""
+    def write(self, part: Part, progress: Progress) -> Counts:
+        """Write a part's .bin and .idx, and then the .json that marks it finished.
+
+        Raises:
+            InputError: a document is too long.
+            FormatError: a bad line, unless they are skipped.
+        """
         prefix, dtype = self.prefix(part), np.dtype(self.dtype)
         counts, lengths = Counts(), [np.empty(0, np.int64)]
         with Path(f"{prefix}.bin").open("wb") as out:
-            for documents in self._documents(part, counts):
-                ids, ends, nbytes = documents
+            for ids, document_lengths, nbytes in self._documents(part, counts):
                 if len(ids):
                     out.write(ids.astype(dtype).tobytes())
                     counts.max_token_id = max(counts.max_token_id, int(ids.max()))
-                lengths.append(ends)
                 counts.tokens += len(ids)
+                lengths.append(document_lengths)
                 progress(nbytes, len(ids))
         every = np.concatenate(lengths)
         counts.documents = len(every)
-        if counts.documents and every.max() > LONGEST_DOCUMENT:
+        if every.max(initial=0) > LONGEST_DOCUMENT:
             files = ", ".join(sorted({span.path for span in part.spans}))
             raise InputError(
                 f"{files}: a document of {every.max():,} tokens; {LONGEST_DOCUMENT:,} are possible"
@@ -149,11 +147,12 @@ class PartWriter:
             sync(Path(f"{prefix}{suffix}"))
         record = {"counts": asdict(counts), "sha256": self._checksums(part)}
         write_json(Path(f"{prefix}.json"), record)
+        return counts
 
     def _documents(
         self, part: Part, counts: Counts
     ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], int]]:
-        """Ids, lengths of the documents that end with them, bytes that were read for them."""
+        """Yield ids, lengths of the documents that end among them, and the bytes read for them."""
         for span in part.spans:
             if split_name(span.path)[0] is Kind.TOKENS:
                 for ids, lengths, empty, nbytes in read_tokens(
@@ -184,7 +183,7 @@ class PartWriter:
 
 
 def bad_line_error(line: str) -> FormatError:
-    """What is raised unless bad lines are to be skipped."""
+    """Return the error to raise unless bad lines are skipped."""
     return FormatError(
         f"{line}. Mend it; or pass --skip-bad-lines to leave such lines out, counted and named "
         "(with --resume, if some parts are finished already)."
@@ -192,7 +191,7 @@ def bad_line_error(line: str) -> FormatError:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON into a file that is there whole or not at all, and durable."""
+    """Write a value as JSON, atomically and durably."""
     replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -200,23 +199,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Worker:
-    """A process that writes parts, as long as the one that started it lives."""
+    """Writes parts in a process of its own, which ends with the process that started it."""
 
     _writer: PartWriter
     _counters: Any
 
     @classmethod
     def begin(cls, writer: PartWriter, counters: Any, alive: Connection) -> None:
-        """Called once in a process.
+        """Set up the process.
 
         Args:
-            counters: bytes and tokens of all workers, shared.
-            alive: closed at the other end, also by the death of the process there, this one ends.
+            writer: writes the parts.
+            counters: bytes read and tokens written, summed over all workers in shared memory.
+            alive: ends this process when the other end is closed, as the parent's death does.
         """
         import signal
         import threading
 
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started this one sees to it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
         cls._writer, cls._counters = writer, counters
 
         def end_with_parent() -> None:
@@ -226,9 +226,9 @@ class Worker:
         threading.Thread(target=end_with_parent, daemon=True).start()
 
     @classmethod
-    def write(cls, part: Part) -> None:
+    def write(cls, part: Part) -> Counts:
         """Write a part."""
-        cls._writer.write(part, cls._progress)
+        return cls._writer.write(part, cls._progress)
 
     @classmethod
     def _progress(cls, nbytes: int, tokens: int) -> None:

@@ -1,8 +1,8 @@
-"""Text to token ids, in parallel: from input files to one indexed dataset.
+"""Tokenize input files in parallel, into one indexed dataset.
 
-The input is cut into parts, which depends on the input alone and not on the number of processes;
-each part is written by itself (``parts.py``), and megatron-core's ``IndexedDatasetBuilder`` joins
-them in order. So the output has the same bytes for any number of processes.
+The input is divided into parts in a way that depends on the input alone. Each part is written by
+itself (``parts.py``), and megatron-core's ``IndexedDatasetBuilder`` joins them in order. So the
+output has the same bytes for any number of processes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .parts import (
     Counts,
     Part,
     PartWriter,
+    Progress,
     Worker,
     bad_line_error,
     write_json,
@@ -47,10 +48,10 @@ from .token_files import TOKEN_DTYPES, dtype_for, token_spans
 from .tokenizer import TextTokenizer, load_tokenizer
 
 PART_BYTES = 64 << 20
-"""Of input, at most, where it can be cut: some half a minute's work."""
+"""Upper limit of a part, where the input can be divided: about half a minute's work."""
 LEAST_PART_BYTES = 1 << 20
 PARTS = 256
-"""Parts that a small input is cut into at most."""
+"""Upper limit for the number of parts of a small input."""
 _POLL = 0.3
 """Seconds between updates of the progress."""
 
@@ -112,16 +113,16 @@ def prepare_data(
     with partial.opened():
         if not partial.finished:
             (writer.folder / TOKENIZER).write_text(plan.tokenizer.serialized)
-            _write_parts(plan.parts, writer, workers, reporter)
-            counts = _join(plan.parts, writer, reporter)
-            write_json(writer.folder / f"{JOINED}.json", plan.record | asdict(counts))
+            counts = _write_parts(plan.parts, writer, workers, reporter)
+            total = _join(counts, writer, reporter)
+            write_json(writer.folder / f"{JOINED}.json", plan.record | asdict(total))
             partial.commit()
     return read_info(partial.prefix)
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Inputs and options of a run; nothing is written yet."""
+    """A checked run of which nothing is written yet."""
 
     files: list[str]
     tokenizer: TextTokenizer
@@ -143,7 +144,10 @@ def plan_data(
     resume: bool = False,
     overwrite: bool = False,
 ) -> DataPlan:
-    """Check all that can be before a document is read; arguments as :func:`prepare_data`."""
+    """Check everything that can be checked before a document is read.
+
+    Arguments and errors are those of :func:`prepare_data`.
+    """
     prefix = prefix_of(out)
     files = [str(path) for path in inputs]
     _check_option("txt_documents", txt_documents, ("line", "file"))
@@ -209,8 +213,7 @@ def _megatron() -> Any:
 def _record(
     files: list[str], writer: PartWriter, tokenizer: TextTokenizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the .json beside the output says of how it was made; and the plan, which an interrupted
-    run is compared with."""
+    """Return how the output is made: for the .json beside it, and to compare a resumed run with."""
     made = {
         "version": __version__,
         "tokenizer": tokenizer.name,
@@ -248,42 +251,34 @@ def _parts(files: list[str], writer: PartWriter) -> list[Part]:
 
 def _write_parts(
     parts: list[Part], writer: PartWriter, workers: int, reporter: PrepareReporter
-) -> None:
-    """Write the parts that are not finished yet, and those that were damaged since."""
-    missing, tokens = [], 0
-    for part in parts:
-        counts = writer.finished(part) if writer.is_sound(part) else None
-        if counts is None:
-            missing.append(part)
-        else:
-            tokens += counts.tokens
+) -> dict[Part, Counts]:
+    """Write the parts that are missing or damaged; return the counts of all, in order."""
+    finished = {part: counts for part in parts if (counts := writer.finished(part))}
+    missing = [part for part in parts if part not in finished]
     missing.sort(key=lambda part: -part.nbytes)  # a large one begun last would be waited for
     reporter.begin("Tokenizing", sum(part.nbytes for part in missing))
-    show = _Shown(reporter, tokens)
+    tokens = sum(counts.tokens for counts in finished.values())
+
+    def show(nbytes: int, new_tokens: int) -> None:
+        nonlocal tokens
+        tokens += new_tokens
+        reporter.advance(nbytes)
+        reporter.tokens(tokens)
+
+    processes = min(workers, len(missing))
     with _one_thread_each():
-        if min(workers, len(missing)) > 1:
-            _write_in_processes(missing, writer, min(workers, len(missing)), show)
+        if processes > 1:
+            written = _write_in_processes(missing, writer, processes, show)
         else:
-            for part in missing:
-                writer.write(part, show.add)
+            written = {part: writer.write(part, show) for part in missing}
     reporter.end()
-
-
-class _Shown:
-    """Forward progress to a reporter."""
-
-    def __init__(self, reporter: PrepareReporter, tokens: int) -> None:
-        self._reporter, self._tokens = reporter, tokens
-
-    def add(self, nbytes: int, tokens: int) -> None:
-        self._tokens += tokens
-        self._reporter.advance(nbytes)
-        self._reporter.tokens(self._tokens)
+    all_counts = finished | written
+    return {part: all_counts[part] for part in parts}
 
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Have the tokenizers library start no threads of its own: processes are what was asked for."""
+    """Keep the tokenizers library from starting threads: the user chose the number of processes."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -296,21 +291,25 @@ def _one_thread_each() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _write_in_processes(parts: list[Part], writer: PartWriter, workers: int, show: _Shown) -> None:
+def _write_in_processes(
+    parts: list[Part], writer: PartWriter, workers: int, show: Progress
+) -> dict[Part, Counts]:
     context = get_context("spawn")
     alive, end = context.Pipe(duplex=False)
     counters = context.Array("q", 2)
-    seen = [0, 0]
+    shown = [0, 0]
     pool = ProcessPoolExecutor(workers, context, Worker.begin, (writer, counters, alive))
     try:
-        pending = {pool.submit(Worker.write, part) for part in parts}
+        futures = {part: pool.submit(Worker.write, part) for part in parts}
+        pending = set(futures.values())
         while pending:
             done, pending = wait(pending, _POLL, FIRST_EXCEPTION)
             now = list(counters.get_obj())
-            show.add(now[0] - seen[0], now[1] - seen[1])
-            seen = now
+            show(now[0] - shown[0], now[1] - shown[1])
+            shown = now
             for future in done:
                 future.result()
+        return {part: future.result() for part, future in futures.items()}
     except BaseException as error:
         end.close()  # the workers end at once
         if _is_broken(error):
@@ -326,49 +325,41 @@ def _write_in_processes(parts: list[Part], writer: PartWriter, workers: int, sho
 
 
 def _is_broken(error: BaseException) -> bool:
-    """Whether the pool lost a process; where that happens while processes are started or work is
-    handed out, a pipe of the pool's is closed under it ("handle is closed", without an errno)."""
-    return isinstance(error, BrokenProcessPool | BrokenPipeError) or (
-        isinstance(error, OSError) and error.errno is None
-    )
+    """Return whether an error means that the pool lost a process."""
+    if isinstance(error, BrokenProcessPool | BrokenPipeError):
+        return True
+    # While the pool starts processes or hands out work, it closes a pipe that is still in use:
+    # "handle is closed", an OSError without an errno.
+    return isinstance(error, OSError) and error.errno is None
 
 
-def _join(parts: list[Part], writer: PartWriter, reporter: PrepareReporter) -> Counts:
-    """Write the parts as one dataset, and count what it holds."""
-    counts, holding = Counts(), []
-    for part in parts:
-        found = writer.finished(part)
-        assert found is not None
-        counts.add(found)
-        if found.documents:
-            holding.append(writer.prefix(part))
-    if counts.bad_lines and not writer.skip_bad_lines:  # of an interrupted run that skipped them
-        raise bad_line_error(counts.first_bad_lines[0])
-    if not counts.documents:
+def _join(parts: dict[Part, Counts], writer: PartWriter, reporter: PrepareReporter) -> Counts:
+    """Write the parts as one dataset; return their counts together."""
+    total = Counts()
+    for counts in parts.values():
+        total.add(counts)
+    if total.bad_lines and not writer.skip_bad_lines:  # the run that is resumed skipped them
+        raise bad_line_error(total.first_bad_lines[0])
+    if not total.documents:
         raise InputError(
-            f"no documents in the input: {counts.bad_lines} bad lines, "
-            f"{counts.empty_documents} documents without text"
+            f"no documents in the input: {total.bad_lines} bad lines, "
+            f"{total.empty_documents} documents without text"
         )
     joined, dtype = str(writer.folder / JOINED), np.dtype(writer.dtype)
-    reporter.begin("Joining", counts.tokens * dtype.itemsize)
+    reporter.begin("Joining", total.tokens * dtype.itemsize)
     builder = _megatron().IndexedDatasetBuilder(f"{joined}.bin", dtype=dtype.type)
-    with _quick_collections(), warnings.catch_warnings(action="ignore"):  # of ranks
-        for prefix in holding:
-            builder.add_index(prefix)
-            reporter.advance(Path(f"{prefix}.bin").stat().st_size)
+    # add_index collects garbage for each part; unfrozen, torch's and transformers' objects would
+    # add a tenth of a second each time.
+    gc.freeze()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about ranks
+            for part in (part for part, counts in parts.items() if counts.documents):
+                builder.add_index(writer.prefix(part))
+                reporter.advance(Path(f"{writer.prefix(part)}.bin").stat().st_size)
+    finally:
+        gc.unfreeze()
     builder.finalize(f"{joined}.idx")
     for suffix in (".bin", ".idx"):
         sync(Path(f"{joined}{suffix}"))
     reporter.end()
-    return counts
-
-
-@contextlib.contextmanager
-def _quick_collections() -> Iterator[None]:
-    """Leave what exists to itself: ``add_index`` collects garbage at each part, and looking through
-    all that torch and transformers have takes a tenth of a second."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+    return total

@@ -315,10 +315,12 @@ def interrupted(
     monkeypatch.setattr(prepare, "LEAST_PART_BYTES", 1000)
     write = parts.PartWriter.write
 
-    def write_three(self: parts.PartWriter, part: parts.Part, progress: parts.Progress) -> None:
+    def write_three(
+        self: parts.PartWriter, part: parts.Part, progress: parts.Progress
+    ) -> parts.Counts:
         if part.number == 3:
             stop()
-        write(self, part, progress)
+        return write(self, part, progress)
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(parts.PartWriter, "write", write_three)
