@@ -84,7 +84,7 @@ def test_equal_models_are_equal(hf: Path, tmp_path: Path) -> None:
     found = compare(hf, tmp_path / "mg", tp=2, sp=True, pp=1, tokens=64)
 
     assert found.magnitude >= 1
-    assert found.equal and found.parts_at is None
+    assert found.equal and found.differs_from is None
     assert found.max_error <= 1e-5
     assert found.top1_agreement == 1
     assert found.kl_divergence < 1e-9
@@ -110,7 +110,7 @@ def test_a_mistake_in_the_weights_of_a_layer_is_found(
     found = compare(hf, other, tokens=64, dtype=dtype)
 
     assert not found.equal
-    assert found.parts_at == f"layer {LAYER}"
+    assert found.differs_from == f"layer {LAYER}"
     assert found.config_differences == []
 
 
@@ -128,7 +128,7 @@ def test_a_mistake_in_the_config_is_found(
     found = compare(hf, tmp_path / "planted", tokens=64, dtype=dtype)
 
     assert not found.equal
-    assert found.parts_at == "layer 0"
+    assert found.differs_from == "layer 0"
     (line,) = found.config_differences
     assert line.startswith(
         {"eps": "layernorm_epsilon: 1e-06 and 1e-05", "theta": "rotary_base: 500000.0 and 10000.0"}[
@@ -150,10 +150,10 @@ def test_a_mistake_in_a_mixture_of_experts_is_found(tmp_path: Path, layout: dict
 
     other = planted(hf, tmp_path / "planted", swap_gate_and_up)
 
-    assert compare(hf, hf, dtype="bfloat16", **layout).parts_at is None
+    assert compare(hf, hf, dtype="bfloat16", **layout).differs_from is None
     found = compare(hf, other, dtype="bfloat16", **layout)
     assert not found.equal
-    assert found.parts_at == "layer 0"
+    assert found.differs_from == "layer 0"
 
 
 @pytest.mark.usefixtures("warm_jobs")
@@ -172,7 +172,7 @@ def test_one_ulp_is_for_verify(hf: Path, tmp_path: Path) -> None:
     assert difference.name == f"model.layers.{LAYER}.mlp.down_proj.weight"
     assert difference.detail.startswith(f"{64 * 128} of {64 * 128} differ")
     found = compare(reference, other, tokens=64)
-    assert found.parts_at == f"layer {LAYER}"
+    assert found.differs_from == f"layer {LAYER}"
 
 
 def test_the_command_prints_the_first_layer_that_differs(hf: Path, tmp_path: Path) -> None:

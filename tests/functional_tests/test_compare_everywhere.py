@@ -56,7 +56,7 @@ def test_a_model_is_itself(models: Path, model: str, dtype: str, layout: str) ->
     found = compare(hf, hf, dtype=dtype, **LAYOUTS[layout])
 
     assert found.equal, found.verdict
-    assert found.parts_at is None
+    assert found.differs_from is None
     assert found.magnitude > 0.5
     assert found.top1_agreement > 0.9
     if dtype != "float32":  # it was not compared with itself in float32

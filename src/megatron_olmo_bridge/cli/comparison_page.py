@@ -22,7 +22,7 @@ def comparison_page(comparison: Comparison, reference: str, model: str) -> str:
     verdict = (
         "The same, but for rounding"
         if comparison.equal
-        else f"They differ from {comparison.parts_at} on"
+        else f"They differ from {comparison.differs_from} on"
     )
     return page(
         "Comparison",
@@ -59,7 +59,7 @@ def _bar(layer: Layer, low: int, high: int) -> str:
             return 100
         return 100 * (math.log10(value) - low) / (high - low) if value > 0 else 0
 
-    color = "var(--c4)" if layer.parts else "var(--c0)"
+    color = "var(--c4)" if layer.differs else "var(--c0)"
     allowed = f"{place(layer.allowed):.2f}"
     return (
         f"<span>{escape(layer.name)}</span>"

@@ -126,7 +126,7 @@ def compare(
         write_page(html, comparison_page(comparison, hf, other))
     _print_comparison(comparison)
     return Outcome(
-        {"equal": comparison.equal, "parts_at": comparison.parts_at} | asdict(comparison),
+        {"equal": comparison.equal, "parts_at": comparison.differs_from} | asdict(comparison),
         exit_code=0 if comparison.equal else 1,
     )
 
@@ -164,7 +164,7 @@ def _print_comparison(comparison: Comparison) -> None:
             f"{x.max_error:.3g}",
             f"{x.magnitude:.3g}",
             f"{x.share:.3g}",
-            "differs" if x.parts else "",
+            "differs" if x.differs else "",
         ]
         for x in _shown(comparison.layers)
     ]
@@ -173,12 +173,12 @@ def _print_comparison(comparison: Comparison) -> None:
     if comparison.equal:
         say(f"The same, but for rounding, on {comparison.tokens} tokens.")
     else:
-        say(f"NOT the same. They differ from {comparison.parts_at} on.")
+        say(f"NOT the same. They differ from {comparison.differs_from} on.")
 
 
 def _shown(layers: list[Layer]) -> list[Layer]:
     """Return the first and last layers, and those around the first one that differs."""
-    parts = next((i for i, layer in enumerate(layers) if layer.parts), len(layers))
+    parts = next((i for i, layer in enumerate(layers) if layer.differs), len(layers))
     begin = max(0, min(parts - 2, len(layers) - SHOWN_LAYERS))
     keep = {0, *range(begin, begin + SHOWN_LAYERS), len(layers) - 1}
     return [layer for i, layer in enumerate(layers) if i in keep]

@@ -57,8 +57,8 @@ def compare(
         tell: called with each step as it begins.
 
     Raises:
-        BridgeError: a checkpoint is not sound, the models have different shapes, or the layout
-            can't be.
+        BridgeError: a checkpoint is damaged, the models have different shapes, or the layout is
+            impossible.
     """
     dtype = parse_dtype(dtype, keep=False)
     reference = open_checkpoint(fetch(str(hf), None)[0])
@@ -135,7 +135,7 @@ def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
 @contextmanager
 def _collecting(model: Any, found: States) -> Iterator[None]:
     """Collect the outputs of a transformers model's modules, by the names of ``hidden_states``."""
-    if model.config.model_type == "gpt2":  # its dropout stands after tokens and positions are added
+    if model.config.model_type == "gpt2":  # drop's input is the sum of both embeddings
         embedding, layers, norm = model.drop, model.h, model.ln_f
     else:
         embedding, layers, norm = model.embed_tokens, model.layers, model.norm

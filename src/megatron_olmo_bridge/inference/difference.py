@@ -1,20 +1,20 @@
 """Measure how far two models' states differ, and how far rounding alone explains it.
 
-In float32 the largest error of a state may be a fixed share (:data:`THRESHOLD`) of its largest
+In float32 the largest error of a state may be a fixed fraction (:data:`THRESHOLD`) of its largest
 value. In 16 bits rounding is orders of magnitude larger and depends on the model, so it is
 measured: transformers runs twice, in float32 as the reference and in the 16-bit dtype. The model's
 error from the reference may be a multiple (:data:`NOISE`) of transformers' own. An error is the
 mean over the elements of each token, then over tokens.
 
-A mixture of experts takes the median over tokens instead, and :data:`MIXTURE_NOISE`. Where two
-experts are almost equally likely, rounding decides to which of them a token goes, and two 16-bit
-runs decide differently: single tokens are then off by many times the rounding, and a mean would
-take that for a fault. What is wrong for fewer than half of the tokens of a mixture (one expert of
-many) is found in float32, and by ``verify``.
+For a mixture of experts it is the median over tokens, with :data:`MIXTURE_NOISE`. Where two experts
+are almost equally likely, rounding decides which of them a token is routed to, and two 16-bit runs
+decide differently: the errors of single tokens are then many times the rounding, and would dominate
+a mean. An error in fewer than half of the tokens of a mixture (one expert of many) is detected in
+float32, and by ``verify``.
 
-The constants were measured on all tiny models, each of three seeds, stored in float32 and bfloat16,
-run in bfloat16 and float16 at TP 1, 2 and 4, SP, PP 2 and EP 2, on 2 to 128 tokens; the figures are
-in docs/verification.md.
+The constants were measured on all tiny models with three seeds each, stored in float32 and
+bfloat16, run in bfloat16 and float16 at TP 1, 2 and 4, SP, PP 2 and EP 2, on 2 to 128 tokens; see
+docs/verification.md for the results.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .weights import WeightDifference
 States = dict[str, torch.Tensor]
 """Float32 states by name: hidden states [b, s, hidden], logits [b, s, vocab] or [b, classes]."""
 THRESHOLD = 1e-4
-"""Largest error in float32, over the largest value. Measured: at most 1.6e-6."""
+"""Allowed error in float32, as a fraction of the largest value. Measured: at most 1.6e-6."""
 NOISE = 1.5
-"""Error of the logits in 16 bits, in units of transformers' own. Measured: at most 1.37."""
+"""Allowed error of logits in 16 bits, in units of transformers' own. Measured: at most 1.37."""
 MIXTURE_NOISE = 2.0
 """The same for a mixture of experts. Measured: at most 1.53."""
 LAYER_NOISE = 2.0
-"""The same for hidden states, of any model. Measured: at most 1.41, of a mixture 1.60."""
+"""The same for hidden states. Measured: at most 1.41, for a mixture 1.60."""
 CLASSIFIER_NOISE = 4.0
-"""For a classifier's logits, in units of their expected rounding, see :func:`_head_noise`."""
+"""The same for a classifier's logits, in units of their expected rounding: :func:`_head_noise`."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Layer:
     """Largest error over magnitude in float32; in 16 bits see the module's docstring."""
 
     @property
-    def parts(self) -> bool:
-        """True if the states differ here by more than rounding."""
-        return not self.error <= self.allowed
+    def differs(self) -> bool:
+        """True if the states differ here by more than rounding, or are NaN."""
+        return not self.error <= self.allowed  # unlike >, true for NaN
 
     @property
     def share(self) -> float:
@@ -81,8 +81,7 @@ class Comparison:
     kl_divergence: float
     """KL divergence of the model from the reference, mean over positions, in nats."""
     loss: tuple[float, float] | None
-    """Mean next-token cross-entropy of the reference and of the model; None for a classifier.
-    """
+    """Mean next-token cross-entropy of the reference and of the model; None for a classifier."""
     layers: list[Layer]
     """Embedding, layers, final norm, logits."""
     measure: str
@@ -96,12 +95,12 @@ class Comparison:
     @property
     def equal(self) -> bool:
         """True if the logits differ by no more than rounding."""
-        return not self.layers[-1].parts
+        return not self.layers[-1].differs
 
     @property
-    def parts_at(self) -> str | None:
-        """Name of the first module at which the states differ by more than rounding."""
-        return next((layer.name for layer in self.layers if layer.parts), None)
+    def differs_from(self) -> str | None:
+        """Name of the first module whose states differ by more than rounding; None if none do."""
+        return next((layer.name for layer in self.layers if layer.differs), None)
 
     @property
     def verdict(self) -> str:
@@ -176,16 +175,16 @@ def _max_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _typical_error(a: torch.Tensor, b: torch.Tensor, median: bool = False) -> float:
-    """Mean error, or the median over tokens of each token's mean error."""
-    of_each_token = (a - b).abs().double().mean(-1)
-    return float(of_each_token.median() if median else of_each_token.mean())
+    """Return the mean error, or the median over tokens of each token's mean error."""
+    error_of_token = (a - b).abs().double().mean(-1)
+    return float(error_of_token.median() if median else error_of_token.mean())
 
 
 def _head_noise(own: States, reference: States) -> float:
-    """Expected rounding of a classifier's logits.
+    """Return the expected rounding of a classifier's logits, which are too few to measure it.
 
-    They are too few to measure it on. A linear head passes the relative error of its input on, on
-    average over heads, so it is that of the final norm's output, times the largest logit.
+    On average a linear head's output has the relative error of its input. So the rounding is the
+    relative error of the final norm's output, times the largest logit.
     """
     norm = reference[FINAL_NORM].abs().double().mean()
     relative = _typical_error(own[FINAL_NORM], reference[FINAL_NORM]) / float(norm)

@@ -35,7 +35,7 @@ def generate(
         chunks: as ``provide_distributed_model`` returns them.
         prompt: token ids.
         vocab_size: vocabulary of the model, without padding rows.
-        max_new_tokens: most tokens to generate.
+        max_new_tokens: maximum number of tokens to generate.
         temperature: 0 takes the likeliest token (greedy); 1 samples from the model's distribution.
         top_p: sample among the likeliest tokens that together have this probability.
         seed: seed of the sampling.
@@ -68,14 +68,14 @@ def generate(
         cache.sequence_len_offset = start
         cache.enable_decode_mode()
         token = None if logits is None else choose(logits[0, -1], temperature, top_p, generator)
-        token = _agreed(token)
+        token = _broadcast_from_last_stage(token)
         yield token
         if token in stop_at:
             return
         tokens = torch.tensor([[token]])
 
 
-def _agreed(token: int | None) -> int:
+def _broadcast_from_last_stage(token: int | None) -> int:
     """Broadcast the last pipeline stage's token to all stages."""
     group = parallel_state.get_pipeline_model_parallel_group()
     shared = torch.tensor([-1 if token is None else token], device=torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""Generation from a checkpoint: processes, tokenizer, text as it comes."""
+"""Generate text from a checkpoint, with a live model in processes of its own."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     import torch
 
 _UNFINISHED = "\ufffd"
-"""Ends a text whose last token is a part of a character."""
+"""Last character of a decoded text whose last token is part of a character."""
 
 
 class Generation:
-    """One prompt, continued by a live model in processes of its own.
+    """Continuation of one prompt.
 
     Args:
-        checkpoint: of any kind, or a hub id.
-        prompt: text; or else
-        tokens: token ids.
-        tokenizer: folder or hub id of the tokenizer of the text, if the checkpoint has none or
-            another one is wanted. With ``tokens`` it gives the text of what is generated.
-        dtype: of the model; ``keep`` takes the checkpoint's.
+        checkpoint: a checkpoint of any kind, or a hub id.
+        prompt: text to continue; give either this or ``tokens``.
+        tokens: token ids to continue.
+        tokenizer: tokenizer folder or hub id; by default, for a text, the checkpoint's. With
+            ``tokens`` and without a tokenizer, token ids are generated instead of text.
+        dtype: dtype of the model; ``keep`` takes that of the checkpoint.
         tp, pp: tensor and pipeline parallel size.
 
     Attributes:
         prompt: token ids of the prompt.
-        tokens: those generated so far.
-        text: what they say; None without a tokenizer.
+        tokens: token ids generated so far.
+        text: the generated text so far; None without a tokenizer.
 
     Raises:
-        BridgeError: the checkpoint is not sound, or has no tokenizer.
+        BridgeError: the checkpoint is damaged, or has no tokenizer.
     """
 
     def __init__(
@@ -91,17 +91,19 @@ class Generation:
         seed: int = 0,
         tell: Tell = lambda _: None,
     ) -> Iterator[str]:
-        """Generate; yields text as it comes, or token ids where there is no tokenizer.
+        """Generate, and yield pieces of text, or token ids without a tokenizer.
 
-        Arguments are those of :func:`inference.generate.generate`, and ``tell``, which is called
-        with each step as it begins.
+        The arguments are those of :func:`inference.generate.generate`, and ``tell``, which is
+        called with each step as it begins.
 
         Raises:
-            BridgeError: an option is out of its range, or what went wrong in one of the processes.
+            BridgeError: an option is out of range, or the error that a process ended with.
         """
         options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p
-        }  # fmt: skip
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
         check_request(self.prompt, **self._limits, **options)
         options |= {"seed": seed, "stop_at": self._stop_at}
         printed = 0
@@ -124,7 +126,7 @@ class Generation:
 
 
 def _end_tokens(source: Checkpoint) -> list[int]:
-    """Tokens after which transformers stops too."""
+    """Return the tokens that end a generation, the same as in transformers."""
     config = dict(source.hf_config)
     folder = source.artifacts_folder
     if folder is not None and (file := folder / "generation_config.json").exists():

@@ -1,9 +1,10 @@
-"""Jobs that run live models in separate processes; this process needs no megatron-core."""
+"""Jobs that run live models in processes of their own; the caller needs no megatron-core."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from megatron_olmo_bridge.runtime.devices import NO_TF32
 from megatron_olmo_bridge.runtime.launch import processes
 
 EMBEDDING, FINAL_NORM, LOGITS = "embedding", "final norm", "logits"
-"""Names of states beside ``layer 0`` and so on."""
+"""Names of states other than ``layer 0``, ``layer 1``, ..."""
 TOKEN = "token "
-"""Begins a line of standard output that holds a generated token."""
+"""Prefix of an output line with a generated token."""
 STEP = "step "
-"""Begins a line that says what the processes do next."""
+"""Prefix of an output line that names the next step."""
 Tell = Callable[[str], None]
 """Called with each step as it begins."""
 
@@ -28,37 +29,37 @@ _WORKER = "megatron_olmo_bridge.inference"
 
 @dataclass(frozen=True)
 class Job:
-    """Checkpoint, layout, and what to do with the model."""
+    """A checkpoint, a layout, and what to do with the live model."""
 
     checkpoint: str
-    """A Hugging Face folder or a Megatron checkpoint."""
+    """Folder of a checkpoint of any kind."""
     tp: int = 1
     pp: int = 1
     sp: bool = False
     ep: int = 1
     dtype: str = "keep"
     tokens: list[list[int]] = field(default_factory=list)
-    """A batch to run, [b, s]; or, to generate, one prompt."""
+    """Token ids to run on, [b, s]; to generate, a single prompt."""
     states: str | None = None
-    """Folder for the logits and hidden states of the batch."""
+    """If set, run the tokens and write logits and hidden states to this folder."""
     save: str | None = None
-    """Megatron checkpoint to write."""
+    """If set, save the model as this Megatron checkpoint."""
     generate: dict[str, Any] | None = None
-    """Options of :func:`inference.generate.generate`."""
+    """If set, generate with these options of :func:`inference.generate.generate`."""
 
-    def started(self) -> Any:
-        """Return a context manager that starts the processes and yields their output.
+    def started(self) -> AbstractContextManager[Iterator[str]]:
+        """Return a context in which the processes run; it yields their output, line by line.
 
-        TF32 is off: their float32 is compared with other float32.
+        TF32 is disabled, as float32 results are compared.
         """
         count = self.tp * self.pp * self.ep
         return processes(_WORKER, [json.dumps(asdict(self))], count, environment=NO_TF32)
 
     def run(self, tell: Tell = lambda _: None) -> None:
-        """Start the processes and wait for them.
+        """Run the processes to their end.
 
         Raises:
-            BridgeError: what went wrong in one of them.
+            BridgeError: the error that one of them ended with.
         """
         tell(self.starting)
         with self.started() as output:
@@ -74,8 +75,8 @@ class Job:
 
 
 def read_states(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the logits and hidden states that a job's processes wrote."""
-    found: dict[str, torch.Tensor] = {}
+    """Return the logits and hidden states that a job's processes wrote, by name."""
+    states: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("stage-*.safetensors")):
-        found |= load_file(file)
-    return found
+        states |= load_file(file)
+    return states

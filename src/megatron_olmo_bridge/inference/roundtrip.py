@@ -1,4 +1,4 @@
-"""The roundtrip: live model, stock save, export, and proof that nothing was lost on the way."""
+"""Roundtrip of a checkpoint: live model, stock save and export, each compared with the source."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.tools.verify import Verification, verify
 
 from .compare import comparison, random_tokens
-from .difference import Comparison
 from .jobs import Job, Tell, read_states
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, what it found, and how long it took."""
+    """Outcome of one step."""
 
     name: str
     ok: bool
@@ -34,13 +33,13 @@ class Step:
 
 @dataclass
 class Roundtrip:
-    """What :func:`roundtrip` found."""
+    """Outcome of :func:`roundtrip`."""
 
     steps: list[Step] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was lost."""
+        """True if weights and logits are the same after every step."""
         return all(step.ok for step in self.steps)
 
 
@@ -55,24 +54,26 @@ def roundtrip(
     work: str | Path | None = None,
     tell: Tell = lambda _: None,
 ) -> Roundtrip:
-    """Load a Hugging Face checkpoint live, save it with stock megatron-core, export that, and
-    compare: weights bit for bit, logits with those of transformers.
+    """Load a Hugging Face checkpoint live, save it with stock megatron-core and export the save.
+
+    Weights are compared bit for bit, logits with those of transformers.
 
     Args:
         hf: a folder or hub id.
         tp, pp, sp, ep: tensor and pipeline parallel size, sequence parallelism, expert parallel
             size.
-        tokens: how many to compare logits on.
-        work: folder for two copies of the model, removed afterwards; a temporary one if absent.
-        tell: called with each step's name as it begins.
+        tokens: number of tokens to compare logits on.
+        work: folder for two copies of the model, which are removed at the end; by default the
+            system's temporary folder.
+        tell: called with each step as it begins.
 
     Raises:
-        BridgeError: the checkpoint is not sound, the layout can't be, or the disk is too small.
+        BridgeError: the checkpoint is damaged, the layout is impossible, or the disk is too small.
     """
     source = open_checkpoint(fetch(str(hf), None)[0])
     if not isinstance(source, HFCheckpoint):
         raise InputError(f"{hf}: the roundtrip begins with a Hugging Face checkpoint")
-    found, batch = Roundtrip(), [random_tokens(source, tokens)]
+    outcome, batch = Roundtrip(), [random_tokens(source, tokens)]
     dtype = source.dtypes[0]
     layout = f"TP {tp}{', SP' * sp}, PP {pp}" + (f", EP {ep}" if ep > 1 else "")
 
@@ -80,7 +81,7 @@ def roundtrip(
     def step(name: str) -> Iterator[Callable[[bool, str], None]]:
         tell(name)
         begin = time.monotonic()
-        yield lambda ok, result: found.steps.append(
+        yield lambda ok, result: outcome.steps.append(
             Step(name, ok, result, time.monotonic() - begin)
         )
 
@@ -90,10 +91,8 @@ def roundtrip(
         saved, back, states = folder / "megatron", folder / "hf", folder / "states"
         states.mkdir()
         with step(f"load at {layout}, run, save with stock megatron-core") as done:
-            Job(
-                str(source.path), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=str(states),
-                save=str(saved),
-            ).run(tell)  # fmt: skip
+            job = Job(str(source.path), tp, pp, sp, ep, dtype, batch, str(states), str(saved))
+            job.run(tell)
             done(True, f"{source.parameters:,} parameters in {dtype}")
         with step("verify the save against the source") as done:
             done(*_verdict(verify(source.path, saved)))
@@ -103,9 +102,10 @@ def roundtrip(
         with step("verify the export against the source") as done:
             done(*_verdict(verify(source.path, back)))
         with step("compare logits with transformers") as done:
-            found_states = read_states(states)
-            done(*_logits(comparison(source, found_states, batch, dtype, tell=tell)))
-    return found
+            compared = comparison(source, read_states(states), batch, dtype, tell=tell)
+            differs = "" if compared.equal else f"; they differ from {compared.differs_from} on"
+            done(compared.equal, compared.verdict + differs)
+    return outcome
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -122,8 +122,3 @@ def _verdict(result: Verification) -> tuple[bool, str]:
         return True, f"{result.compared} tensors equal, bit for bit"
     first = result.differences[0]
     return False, f"{len(result.differences)} differences; {first.name}: {first.detail}"
-
-
-def _logits(result: Comparison) -> tuple[bool, str]:
-    apart = "" if result.equal else f"; they differ from {result.parts_at} on"
-    return result.equal, result.verdict + apart

@@ -51,7 +51,7 @@ def test_in_float32_errors_are_shares_of_the_largest_value() -> None:
         found = compared(model, None)
         assert found.equal is equal
         assert found.layers[-1].error == pytest.approx(error, rel=1e-2)
-        assert found.parts_at == (None if equal else "logits")
+        assert found.differs_from == (None if equal else "logits")
     assert found.verdict == (
         "largest error / largest value 0.00011, allowed 0.0001 (fixed), on 32 tokens"
     )
@@ -73,12 +73,12 @@ def test_what_transformers_looks_up_exactly_must_be_exact() -> None:
     found = compared(off_by(0.01, seed=2), OWN)
     embedding = found.layers[0]
     assert (embedding.error, embedding.allowed, embedding.share) == (0, 0, 0)
-    assert not embedding.parts
+    assert not embedding.differs
 
     model = off_by(0.01, seed=2)
     model["embedding"][0, 5, 5] += 1e-3
     found = compared(model, OWN)
-    assert found.parts_at == "embedding"
+    assert found.differs_from == "embedding"
     assert found.layers[0].share == float("inf")
 
 
@@ -93,14 +93,14 @@ def routed_elsewhere(model: States, tokens: int) -> States:
 def test_a_mixture_is_judged_by_the_tokens_that_go_to_the_same_experts() -> None:
     model = routed_elsewhere(off_by(0.01, seed=2), tokens=TOKENS // 4)
 
-    assert compared(model, OWN, mixture=True).parts_at is None
-    assert compared(model, OWN).parts_at == "layer 0"
+    assert compared(model, OWN, mixture=True).differs_from is None
+    assert compared(model, OWN).differs_from == "layer 0"
 
 
 def test_a_mixture_that_is_wrong_for_most_tokens_is_found() -> None:
     model = routed_elsewhere(off_by(0.01, seed=2), tokens=TOKENS * 3 // 4)
 
-    assert compared(model, OWN, mixture=True).parts_at == "layer 0"
+    assert compared(model, OWN, mixture=True).differs_from == "layer 0"
     assert not compared(off_by(0.025, seed=2), OWN, mixture=True).equal
 
 
@@ -108,7 +108,7 @@ def test_a_wrong_embedding_of_one_token_is_found_in_a_mixture_too() -> None:
     model = off_by(0.01, seed=2)
     model["embedding"][0, 5] = 0
 
-    assert compared(model, OWN, mixture=True).parts_at == "embedding"
+    assert compared(model, OWN, mixture=True).differs_from == "embedding"
 
 
 def test_the_few_logits_of_a_classifier_raise_no_false_alarm() -> None:
@@ -143,7 +143,7 @@ def test_the_first_place_that_differs_is_named() -> None:
     model = off_by(0, seed=2)
     model["final norm"] = model["final norm"] + 1
     found = compared(model, None)
-    assert found.parts_at == "final norm"
+    assert found.differs_from == "final norm"
     assert found.equal  # the logits are what counts
 
 
