@@ -1,4 +1,4 @@
-"""``.metadata`` of torch.distributed.checkpoint: which bytes of which file are which chunk."""
+"""``.metadata`` of torch.distributed.checkpoint: where each chunk of each tensor is stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from megatron_olmo_bridge.errors import FormatError, UnsupportedError, quote
 from megatron_olmo_bridge.mapping.placement import Shape
 
-from .files import PICKLE_LIMIT, read_small
+from .files import PICKLE_LIMIT, is_file_name, read_small
 from .inert import Inert, built, inert
 from .pickles import dumps, loads
 from .torch_archive import MAX_DIMENSIONS
@@ -22,7 +22,7 @@ METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint.metadata"
 _LONGEST_KEY = 1000
 _LIMIT = 2**63
-"""Offsets, extents and element counts are below this, as in PyTorch."""
+"""Upper bound of offsets, extents and element counts, as in PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class GlobalTensor:
-    """What ``.metadata`` says of a tensor key."""
+    """A tensor as ``.metadata`` describes it."""
 
     dtype: str
     shape: Shape
@@ -57,14 +57,12 @@ _Places = dict[str, dict[Shape | None, StoredBytes]]
 
 
 def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, StoredBytes]]:
-    """Return the tensors and the other objects of a checkpoint.
-
-    Every chunk lies in its tensor's shape and in a file of the folder, and shares no byte with
-    another.
+    """Return a checkpoint's tensors and its other objects, by key.
 
     Raises:
-        FormatError: damaged, or it says otherwise.
-        UnsafePickleError: the pickle names what has no place in a checkpoint.
+        FormatError: damaged; a chunk is outside its tensor, its file or the folder; or two chunks
+            share bytes.
+        UnsafePickleError: the pickle names a class or function that is not allowed.
         UnsupportedError: the files are compressed or encrypted.
     """
     file = path / METADATA
@@ -73,7 +71,8 @@ def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, Stored
         places = _places(metadata.get("storage_data") or {}, file)
         tensors, objects = _described(metadata.get("state_dict_metadata") or {}, places, file)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        ours = type(error) is ValueError  # str() of another may be endless
+        # Only messages of this file are known to be short.
+        ours = type(error) is ValueError
         why = str(error) if ours else f"{type(error).__name__} {quote(error.args)}"
         raise FormatError(
             f"{file}: not the metadata of a distributed checkpoint ({why})"
@@ -83,7 +82,7 @@ def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, Stored
 
 
 def _attributes(value: Any, kind: str) -> dict[str, Any]:
-    """The attributes of an object of torch's class of this name."""
+    """Return the attributes of an object, whose class must have the name ``kind``."""
     if not isinstance(value, Inert) or type(value).__name__ != kind:
         raise ValueError(f"{quote(value)} is not a {kind}")
     if not isinstance(value.state, dict):
@@ -102,16 +101,11 @@ def _number(value: Any) -> int:
     return value
 
 
-def _size(value: Any) -> Shape:
+def _shape(value: Any) -> Shape:
     numbers = value.args[0] if isinstance(value, Inert) else value
     if not isinstance(numbers, list | tuple) or len(numbers) > MAX_DIMENSIONS:
         raise ValueError(f"{quote(numbers)} is not a shape")
     return tuple(map(_number, numbers))
-
-
-def _is_file_name(name: Any) -> bool:
-    plain = isinstance(name, str) and name.isprintable() and "/" not in name and len(name) < 256
-    return plain and name not in ("", ".", "..")
 
 
 def _places(storage: Mapping[Any, Any], file: Path) -> _Places:
@@ -125,11 +119,11 @@ def _places(storage: Mapping[Any, Any], file: Path) -> _Places:
                 f"{file}: {key['fqn']} is stored compressed or encrypted. Save the checkpoint "
                 "without extensions of torch.distributed.checkpoint."
             )
-        if not _is_file_name(name):
+        if not is_file_name(name):
             raise FormatError(f"{file}: {key['fqn']} would be in {quote(name)}, outside the folder")
         try:
             at = StoredBytes(name, _number(value["offset"]), _number(value["length"]))
-            places[key["fqn"]][None if offset is None else _size(offset)] = at
+            places[key["fqn"]][None if offset is None else _shape(offset)] = at
         except ValueError as error:
             raise ValueError(f"{key['fqn']} in {name}: {error}") from None
     return dict(places)
@@ -158,20 +152,20 @@ def _global_tensor(
     key: str, metadata: Any, places: Mapping[Shape | None, StoredBytes], file: Path
 ) -> GlobalTensor:
     value = _attributes(metadata, "TensorStorageMetadata")
-    # torch keeps the dtype first in the state of TensorProperties
+    # TensorProperties.__getstate__ of torch: a tuple that begins with the dtype
     state = value["properties"].state
     dtype = state[0] if isinstance(state, tuple) else state["dtype"]
-    shape = _size(value["size"])
+    shape = _shape(value["size"])
     if math.prod(shape) >= _LIMIT:
         raise FormatError(f"{file}: {key}: no tensor has the shape {quote(shape)}")
     chunks = []
     for chunk in value["chunks"]:
         fields = _attributes(chunk, "ChunkStorageMetadata")
-        offset, extents = _size(fields["offsets"]), _size(fields["sizes"])
+        offset, extents = _shape(fields["offsets"]), _shape(fields["sizes"])
         if offset not in places:
             raise FormatError(f"{file}: does not say where {key} at {list(offset)} is stored")
         if not len(offset) == len(extents) == len(shape):
-            raise FormatError(f"{file}: {key}: its chunks have not the dimensions of its shape")
+            raise FormatError(f"{file}: {key}: its chunks have other dimensions than its shape")
         if any(at + n > whole for at, n, whole in zip(offset, extents, shape, strict=True)):
             raise FormatError(
                 f"{file}: {key}: its chunk {quote(extents)} at {quote(offset)} reaches beyond its "
@@ -184,7 +178,7 @@ def _global_tensor(
 def _check_files(path: Path, places: _Places) -> None:
     """Raise FormatError if a file is truncated, or two chunks share bytes of it.
 
-    A file that is absent is missed where it is needed.
+    An absent file is no error here: it may hold only what is not read.
     """
     found = sorted(
         (at.file, at.offset, at.offset + at.length, key)
@@ -208,7 +202,7 @@ def _check_files(path: Path, places: _Places) -> None:
 def encode_metadata(
     tensors: Mapping[str, GlobalTensor], objects: Mapping[str, StoredBytes]
 ) -> bytes:
-    """The ``.metadata`` file: a pickle that torch reads as ``Metadata``."""
+    """Return the content of ``.metadata``: a pickle that torch reads as ``Metadata``."""
 
     def size(shape: Shape) -> Inert:
         return inert("torch.Size")(tuple(shape))

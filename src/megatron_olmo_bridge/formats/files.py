@@ -1,7 +1,7 @@
-"""Small files: read whole, up to a limit, and only if they are regular files.
+"""Read small files whole, up to a limit, and only if they are regular files.
 
-What is read here may be a stranger's. So nothing waits at a pipe or a device, nothing larger than
-its limit is read, and JSON and YAML give plain values of bounded depth and number.
+The files may come from strangers. So a pipe or a device is never waited for, nothing larger than
+its limit is read, and JSON and YAML become plain values of bounded depth and number.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from megatron_olmo_bridge.errors import FormatError, InputError, quote
 
@@ -45,6 +45,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 which a clone has in the place of a large file that was not downloaded."""
 _LARGEST_POINTER = 1 << 10
 """Bytes, by the same specification."""
+_MAX_NAME_BYTES = 255
+"""Length of a file's name, on Linux's file systems."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -54,9 +56,9 @@ _KINDS = {
 
 
 def check_name(path: Path) -> None:
-    """Raise FormatError if a path is not UTF-8: the formats and their libraries take no other.
+    """Raise FormatError if a path is not UTF-8, as the formats and their libraries require.
 
-    What is written is looked at too, else it could not be read again.
+    Output paths are checked too; otherwise what is written could not be read again.
     """
     try:
         os.fspath(path).encode()
@@ -77,7 +79,7 @@ def open_regular(file: Path) -> BinaryIO:
     """
     check_name(file)
     try:
-        # Without O_NONBLOCK, opening a pipe waits for who writes into it.
+        # Without O_NONBLOCK, opening a pipe waits for its writer.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         raise
@@ -111,7 +113,7 @@ def read_small(file: Path, limit: int) -> bytes:
     """Return the content of a regular file of at most ``limit`` bytes.
 
     Raises:
-        FormatError: it is larger, or see :func:`open_regular`. Nothing of it was read then.
+        FormatError: it is larger, and was not read; or see :func:`open_regular`.
         InputError, FileNotFoundError, PermissionError: see :func:`open_regular`.
     """
     with open_regular(file) as handle:
@@ -130,25 +132,25 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        FormatError: it is not sound JSON, or another value; or see :func:`read_small`.
+        FormatError: it is not sound JSON, or not an object; or see :func:`read_small`.
         InputError, FileNotFoundError, PermissionError: see :func:`open_regular`.
     """
     value = parse_json(read_small(file, JSON_LIMIT), file)
     if not isinstance(value, dict):
-        raise FormatError(f"{file}: holds no JSON object")
+        raise FormatError(f"{file}: does not hold a JSON object")
     return value
 
 
 def parse_json(data: bytes, where: object) -> Any:
-    """Return the value of a JSON text in UTF-8. NaN and infinity are read, as Python writes them.
+    """Return the value of a JSON text in UTF-8, with NaN and Infinity as Python writes them.
 
     Args:
         data: the text.
-        where: what a message names.
+        where: the file, for messages.
 
     Raises:
-        FormatError: not sound; deeper, longer or with longer numbers than the limits above; an
-            object has a key twice; or a string has half a surrogate pair, which no file can hold.
+        FormatError: the text is not sound, exceeds a limit above, has a key twice in an object, or
+            has half a surrogate pair in a string, which no file can hold.
     """
     try:
         if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
@@ -156,36 +158,38 @@ def parse_json(data: bytes, where: object) -> Any:
         if _LONG_NUMBER.search(data):
             raise ValueError(f"a number of more than {MAX_DIGITS:,} digits")
         text = data.decode()
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_unique)
         check_plain(value, text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not sound JSON: {error}") from error
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError(f"{quote(repeated(name for name, _ in pairs))} stands in it twice")
-    return out
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{quote(name)} stands in it twice")
+    return members
 
 
-def repeated(names: Iterable[str]) -> str:
-    """Return the first of the names that stands among them before; there must be one."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    raise AssertionError("no name is repeated")
+def is_file_name(name: object) -> TypeGuard[str]:
+    """Return whether a folder can have a file of this name in it."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and "/" not in name
+        and name.isprintable()
+        and len(name.encode()) <= _MAX_NAME_BYTES
+    )
 
 
 def check_plain(value: Any, text: str) -> None:
     """Raise ValueError for lists and maps nested too deep, or strings that no file can hold.
 
     Args:
-        value: as it was read.
-        text: what it was read from.
+        value: the value.
+        text: the text that it was read from.
     """
     level = [value] if type(value) in _CONTAINERS else []
     depth = 0
@@ -199,7 +203,7 @@ def check_plain(value: Any, text: str) -> None:
             for inner in (outer.values() if type(outer) is dict else outer)
             if type(inner) in _CONTAINERS
         ]
-    if "\\" in text:  # half a pair can only be written as an escape
+    if "\\" in text:  # half a surrogate pair can only be written as an escape
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

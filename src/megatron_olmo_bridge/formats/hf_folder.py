@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError, quote
 
-from .files import ARTIFACT_FILES_LIMIT, read_json, read_small
+from .files import ARTIFACT_FILES_LIMIT, is_file_name, read_json, read_small
 from .safetensors import read_header
 from .tensors import StoredArray
 
@@ -51,16 +51,12 @@ ARTIFACT_FILES = (
 )
 """Patterns of the small files that ``save_pretrained`` of a model, its tokenizer and its processor
 writes beside the weights; from transformers 5.23's constants."""
-_SETTINGS = "config.json"
-"""How the names of files that may have an ``auto_map`` end."""
 CODE = "*.py"
 """A model's own code, which ``save_pretrained`` writes where a config has an ``auto_map``."""
 HUB_PATTERNS = (*ARTIFACT_FILES, CODE, "*.safetensors", INDEX)
 """What is fetched from the hub."""
 
 
-_LONGEST_NAME = 255
-"""Bytes of a file's name, on Linux's file systems."""
 SHOWN = 4
 """Folders that an error lists."""
 
@@ -109,14 +105,14 @@ class HFFolder:
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether the folder holds, or was meant to hold, a Hugging Face checkpoint."""
+    """Return whether a folder holds a Hugging Face checkpoint, or the rest of one."""
     return (path / CONFIG).is_file() or any(path.glob("*.safetensors")) or (path / INDEX).exists()
 
 
 def hint_at_folders_inside(path: Path) -> str | None:
-    """Return which folder to name instead, if this one holds Hugging Face checkpoints in folders.
+    """Return advice to name a folder inside this one, if one there holds a checkpoint.
 
-    So does the root of a run of transformers' Trainer, and a model's folder in the hub's cache.
+    A run's folder of transformers' Trainer has such folders, and a model's in the hub's cache.
     """
     cached = re.fullmatch(r"models--(.+?)--(.+)", path.resolve().name)
     if cached and (path / "snapshots").is_dir():
@@ -146,23 +142,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def artifact_files(path: Path) -> dict[str, bytes]:
-    """Return the folder's files beside the weights that belong to its model, by name in it.
+    """Return the config and tokenizer files of a folder by name, and its code if a config uses it.
 
-    Python files are among them where a config or tokenizer names them in its ``auto_map``.
-    Whoever made the folder could have linked a file that is none of theirs to read, so that it
-    would be converted, and uploaded, with the model: only what is in the folder is taken. A hard
-    link can't be told from a file.
+    A config uses the Python files by an ``auto_map``. Links out of the folder are refused: its
+    author could have linked a private file of the reader's, which would be converted, and uploaded,
+    with the model. A hard link can't be told from a file.
 
     Raises:
-        FormatError: one of them is a link that leads out of the folder, no regular file or a Git
-            LFS pointer, or its name is not UTF-8; or they are too large together.
+        FormatError: a file is a link out of the folder, not a regular file or a Git LFS pointer; or
+            its name is not UTF-8; or all together are too large.
     """
     names = [entry.name for entry in path.iterdir()]
     if (path / CHAT_TEMPLATES).is_dir():
         names += [f"{CHAT_TEMPLATES}/{entry.name}" for entry in (path / CHAT_TEMPLATES).iterdir()]
     names = sorted(name for name in names if not (path / name).is_dir())
     own = _read_all(path, [name for name in names if _matches(name, ARTIFACT_FILES)])
-    if any(b'"auto_map"' in data for name, data in own.items() if name.endswith(_SETTINGS)):
+    if any(b'"auto_map"' in data for name, data in own.items() if name.endswith(CONFIG)):
         own |= _read_all(path, [name for name in names if _matches(name, (CODE,))])
     return own
 
@@ -228,17 +223,17 @@ def _read_arrays(
 ) -> dict[str, StoredArray]:
     index, single = path / INDEX, path / SINGLE
     weight_map = _weight_map(path)
-    if weight_map is None:
+    if not weight_map:
         files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
         if not files:
             where = f". {hint}" if (hint := hint_at_folders_inside(path)) else ""
             raise InputError(f"{path}: has a {CONFIG} but no safetensors files{where}")
     else:
         files = [path / name for name in sorted(set(weight_map.values()))]
-    optional = {n for n in weight_map or () if is_buffer(n) or may_be_tied(n)}
-    needed = {f for n, f in (weight_map or {}).items() if n not in optional}
+    optional = {name for name in weight_map if is_buffer(name) or may_be_tied(name)}
+    needed = {file for name, file in weight_map.items() if name not in optional}
     for file in files:
-        if not file.is_file() and (weight_map is None or file.name in needed):
+        if not file.is_file() and (not weight_map or file.name in needed):
             raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
     arrays: dict[str, StoredArray] = {}
     for file in (file for file in files if file.is_file()):
@@ -247,35 +242,28 @@ def _read_arrays(
                 raise FormatError(
                     f"{file}: tensor {name} stands in {arrays[name].file.name} as well"
                 )
-            if weight_map is not None and weight_map.get(name) != file.name:
+            if weight_map and weight_map.get(name) != file.name:
                 listed = f"in {weight_map[name]}" if name in weight_map else "nowhere"
                 raise FormatError(
-                    f"{index}: tensor {name} is in {file.name}, the index says {listed}. "
-                    f"{_WITHOUT_INDEX}"
+                    f"{index}: tensor {name} is in {file.name}, the index says {listed}. If the "
+                    "files are right, delete the index: without it, every safetensors file is read."
                 )
             arrays[name] = array
-    for name in weight_map or ():
+    for name, listed in weight_map.items():
         if name not in arrays and name not in optional:
-            raise FormatError(
-                f"{index}: tensor {name} is not in {(weight_map or {})[name]}, where it should be"
-            )
+            raise FormatError(f"{index}: tensor {name} is not in {listed}, where it should be")
     return arrays
 
 
-_WITHOUT_INDEX = (
-    "If the files are right, delete the index: without it, every safetensors file is read."
-)
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return the index's file of each tensor; nothing if there is no index, or a stale one.
 
-
-def _weight_map(path: Path) -> dict[str, str] | None:
-    """Return the file of each tensor by the index; None where there is no index to go by.
-
-    An index whose files are not here is a stale one if all weights are in a single file, which
-    transformers too reads first.
+    An index is stale if its files are absent and a single file has all weights; transformers too
+    reads that one first.
     """
     index = path / INDEX
     if not index.exists():
-        return None
+        return {}
     weight_map = _read_index(index)
     files = set(weight_map.values())
     if SINGLE in files or not (path / SINGLE).exists():
@@ -285,18 +273,7 @@ def _weight_map(path: Path) -> dict[str, str] | None:
             f"{path}: has both {SINGLE} and the files that {INDEX} names; it is unclear which to "
             "read. Remove the single file, or the index."
         )
-    return None
-
-
-def _is_file_name(name: object) -> bool:
-    """Return whether a folder can have a file of this name in it."""
-    return (
-        isinstance(name, str)
-        and name not in ("", ".", "..")
-        and "/" not in name
-        and name.isprintable()
-        and len(name.encode()) <= _LONGEST_NAME
-    )
+    return {}
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -304,8 +281,9 @@ def _read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map")
     for name, file in weight_map.items():
-        if not _is_file_name(file):
+        if not is_file_name(file):
             raise FormatError(
-                f"{index}: tensor {name} would be in {quote(file)}, which is no file of this folder"
+                f"{index}: tensor {name} would be in {quote(file)}, which is not a file of this "
+                "folder"
             )
     return weight_map

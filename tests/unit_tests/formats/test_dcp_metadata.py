@@ -163,7 +163,7 @@ HUGE = 10**500
         (replace(UPPER, offset=(0, -1)), (4, 3), "-1 is not a size"),
         (replace(UPPER, offset=(0, HUGE)), (4, 3), "an integer of 1661 bits is not a size"),
         (replace(UPPER, shape=(2, True)), (4, 3), "True is not a size"),
-        (replace(UPPER, shape=(2,)), (4, 3), "w: its chunks have not the dimensions of its shape"),
+        (replace(UPPER, shape=(2,)), (4, 3), "w: its chunks have other dimensions than its shape"),
         (replace(UPPER, shape=(1,) * 65), (4, 3), r"\(1, 1, .*\.\.\.\) is not a shape"),
         (UPPER, (HUGE, 3), "an integer of 1661 bits is not a size"),
         (UPPER, (2**62, 3), r"w: no tensor has the shape \(4611686018427387904, 3\)"),

@@ -136,7 +136,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
     [
         (lambda f: (f / "config.json").unlink(), InputError, "no config.json"),
         (write("config.json", "{"), FormatError, "config.json: not sound JSON"),
-        (write("config.json", "[]"), FormatError, "config.json: holds no JSON object"),
+        (write("config.json", "[]"), FormatError, "config.json: does not hold a JSON object"),
         (write("adapter_config.json", "{}"), UnsupportedError, "LoRA"),
         (write("config.json", '{"quantization_config": {"quant_method": "gptq"}}'),
          UnsupportedError, "quantised (gptq)"),

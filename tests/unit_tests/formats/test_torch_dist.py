@@ -203,8 +203,8 @@ def test_no_metadata_is_an_incomplete_save(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("{", "not sound JSON"),
-        ("[]", "holds no JSON object"),
-        ("3", "holds no JSON object"),
+        ("[]", "does not hold a JSON object"),
+        ("3", "does not hold a JSON object"),
         ('{"a": 1}', "does not name a format"),
         ('{"sharded_backend": 1}', "does not name a format"),
     ],
