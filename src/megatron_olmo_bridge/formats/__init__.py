@@ -1,1 +1,1 @@
-"""Files: which bytes of which file hold which tensor. Headers are checked, never guessed."""
+"""File formats: which bytes of which file hold which tensor, as their headers say."""

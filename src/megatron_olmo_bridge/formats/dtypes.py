@@ -1,4 +1,4 @@
-"""The dtypes that weights are converted in, under every name that people give them."""
+"""Names of the dtypes that weights are converted in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron_olmo_bridge.errors import InputError
 from .tensors import ITEM_SIZE
 
 KEEP = "keep"
-"""In place of a dtype: that of the source."""
+"""Stands for the source's dtype."""
 _ALIASES = {
     "fp32": "float32",
     "float": "float32",
@@ -18,7 +18,7 @@ _ALIASES = {
 
 
 def canonical_dtype(dtype: object) -> str:
-    """Return torch's name of a dtype, without ``torch.``; text that names none as it is.
+    """Return torch's name of a dtype, without ``torch.``; unknown text unchanged.
 
     Args:
         dtype: ``torch.bfloat16``, or text: ``bfloat16``, ``bf16``, ``BF16``, ``torch.bfloat16``.
@@ -33,10 +33,10 @@ def parse_dtype(dtype: object, *, keep: bool = True) -> str:
 
     Args:
         dtype: as for :func:`canonical_dtype`.
-        keep: whether ``keep`` is understood too.
+        keep: whether ``keep`` is accepted too.
 
     Raises:
-        InputError: it is none of these; the message lists what is understood.
+        InputError: the dtype is not known; the message lists those that are.
     """
     name = canonical_dtype(dtype)
     if name in ITEM_SIZE or (keep and name == KEEP):

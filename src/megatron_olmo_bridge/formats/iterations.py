@@ -1,4 +1,4 @@
-"""The iterations under the root of a Megatron checkpoint, and the one that its tracker names."""
+"""Find the iterations of a Megatron checkpoint, and the one that its tracker names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .files import TRACKER_LIMIT, read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-"""Megatron's name of a checkpoint that was converted, not trained."""
+"""Megatron's name for a checkpoint that was converted, not trained."""
 _NUMBER = "[0-9]{1,18}"
-"""``\\d`` would match digits of every script, which Megatron doesn't write."""
+"""Not ``\\d``, which matches the digits of every script."""
 _FOLDER = re.compile(f"iter_({_NUMBER})")
 _SHOWN = 20
 """Iterations that a message names."""
@@ -22,30 +22,30 @@ _SHOWN = 20
 def iteration_folder(
     root: Path,
     iteration: int | str | None,
-    way_out: str = "Name one of these folders, or pass --iteration.",
+    advice: str = "Name one of these folders, or pass --iteration.",
 ) -> Path:
     """Return the folder of an iteration under a checkpoint root.
 
     Args:
         root: the checkpoint.
         iteration: a number or ``release``; None for the one that the tracker names.
-        way_out: what a message says to do if there are others.
+        advice: what an error tells the user to do if there are other iterations.
 
     Raises:
         InputError: there is no such iteration, or no tracker that names one.
         FormatError: the tracker is not a small regular file.
     """
     asked_by = root / TRACKER if iteration is None else root
-    text = _tracked(root, way_out) if iteration is None else str(iteration)
+    text = _tracked(root, advice) if iteration is None else str(iteration)
     if text != RELEASE and not re.fullmatch(_NUMBER, text):
         raise InputError(
             f"{asked_by}: {quote(text)} is not an iteration: a number or '{RELEASE}'. "
-            f"{_present(root, way_out)}"
+            f"{_present(root, advice)}"
         )
     name = RELEASE if text == RELEASE else f"iter_{int(text):07d}"
     if not (root / name).is_dir():
         why = f"names {name}, which is not there" if iteration is None else f"has no {name}"
-        raise InputError(f"{asked_by}: {why}. {_present(root, way_out)}")
+        raise InputError(f"{asked_by}: {why}. {_present(root, advice)}")
     return root / name
 
 
@@ -58,30 +58,28 @@ def iteration_folders(root: Path) -> list[Path]:
 
 
 def iteration_number(folder: Path) -> int | None:
-    """Return the number of an iteration's folder; None of ``release`` and of any other folder."""
+    """Return the number of an iteration's folder; None for ``release`` and any other folder."""
     found = _FOLDER.fullmatch(folder.name)
     return int(found[1]) if found else None
 
 
-def _tracked(root: Path, way_out: str) -> str:
+def _tracked(root: Path, advice: str) -> str:
     tracker = root / TRACKER
     if not tracker.exists():
         raise InputError(
-            f"{root}: no {TRACKER}: the save was interrupted, or this is no checkpoint root. "
-            f"{_present(root, way_out)}"
+            f"{root}: no {TRACKER}: the save was interrupted, or this is not a checkpoint root. "
+            f"{_present(root, advice)}"
         )
     text = read_small(tracker, TRACKER_LIMIT).strip().decode(errors="replace")
     if not text:
-        raise InputError(
-            f"{tracker}: is empty: the save was interrupted. {_present(root, way_out)}"
-        )
+        raise InputError(f"{tracker}: is empty: the save was interrupted. {_present(root, advice)}")
     return text
 
 
-def _present(root: Path, way_out: str) -> str:
-    """Which iterations could be asked for instead."""
+def _present(root: Path, advice: str) -> str:
+    """Return a sentence that lists the iterations, and the advice."""
     names = [folder.name for folder in iteration_folders(root)]
     if not names:
         return "Iterations there: none."
     more = "..., " * (len(names) > _SHOWN)
-    return f"Iterations there: {more}{', '.join(names[-_SHOWN:])}. {way_out}"
+    return f"Iterations there: {more}{', '.join(names[-_SHOWN:])}. {advice}"

@@ -1,4 +1,4 @@
-"""YAML as plain data: null, true, numbers, strings, lists and maps."""
+"""Read YAML as plain data: null, booleans, numbers, strings, lists and maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_olmo_bridge.errors import FormatError, quote
 from .files import MAX_DEPTH, MAX_DIGITS, YAML_LIMIT, check_plain, read_small
 
 MAX_VALUES = 100_000
-"""Values in a file, each counted wherever an alias repeats it."""
+"""Values in a file; what an alias repeats is counted each time."""
 _STANDARD = "tag:yaml.org,2002:"
 _UNDERSTOOD = {None, "!", f"{_STANDARD}str", f"{_STANDARD}seq", f"{_STANDARD}map"}
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -23,14 +23,14 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def read_yaml(file: Path) -> Any:
     """Return the value in a YAML file.
 
-    Scalars have the types that PyYAML's safe loader gives them, but dates are strings. Keys are
-    strings as they are written. What a program's own tag would build (``!!python/tuple``) is the
-    string ``<tag>``. An alias stands for what its anchor has.
+    Scalars have the types of PyYAML's safe loader, except that dates are strings. Keys are strings
+    as they are written. A value with a program's own tag (``!!python/tuple``) is the string
+    ``<tag>``. An alias is the value of its anchor.
 
     Raises:
-        FormatError: not sound; a tag of YAML's own, as ``!!set``; a merge key; a key that is not a
-            scalar, or stands twice; an alias to what it is in; too deep or too many values; or see
-            :func:`read_small`.
+        FormatError: the file is not sound, has too many or too deeply nested values, or has what is
+            not understood: another tag of YAML's own (``!!set``), a merge key, a key that is not a
+            scalar or occurs twice, an alias inside its own anchor; or see :func:`read_small`.
         InputError, FileNotFoundError, PermissionError: see :func:`open_regular`.
     """
     data = read_small(file, YAML_LIMIT)
@@ -47,14 +47,14 @@ def read_yaml(file: Path) -> Any:
 
 
 @dataclass
-class _Open:
-    """A list or map whose end is still to come."""
+class _Unfinished:
+    """A list or map whose end was not read yet."""
 
     value: list[Any] | dict[str, Any]
     anchor: str | None
     tag: str | None
     begin: int
-    """Values before it."""
+    """Number of values before it."""
     key: str | None = None
 
     def add(self, value: Any, event: yaml.Event) -> None:
@@ -71,11 +71,11 @@ class _Open:
 
 
 def _build(loader: Any) -> Any:
-    """Put the value together from the parser's events: without recursion, whatever the depth."""
+    """Assemble the value from the parser's events, without recursion."""
     document: list[Any] = []
-    stack, count = [_Open(document, None, None, 0)], 0
+    stack, count = [_Unfinished(document, None, None, 0)], 0
     anchors: dict[str, tuple[Any, int]] = {}
-    """Value by anchor, and how many values it consists of."""
+    """By anchor: its value, and the number of values in it."""
     while loader.check_event():
         event = loader.get_event()
         begin, anchor = count, getattr(event, "anchor", None)
@@ -85,7 +85,7 @@ def _build(loader: Any) -> Any:
                 [] if isinstance(event, yaml.SequenceStartEvent) else {}
             )
             _check_tag(event.tag)
-            stack.append(_Open(empty, anchor, event.tag, begin))
+            stack.append(_Unfinished(empty, anchor, event.tag, begin))
             if len(stack) > MAX_DEPTH + 1:
                 raise ValueError(f"lists and maps are more than {MAX_DEPTH} deep")
             continue

@@ -1,4 +1,4 @@
-"""safetensors files by their headers: every offset checked against the file before use."""
+"""Read and write headers of safetensors files; every offset is checked against the file."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _BITS = {
     "U64": 64,
     "C64": 64,
 }
-"""Bits an element, of every dtype of the format."""
+"""Bits per element of every dtype of the format."""
 MAX_DIMENSIONS = 8
 MAX_NAME = 500
 """Characters."""
 _LARGEST = 2**63 - 1
-"""Of a dimension and an offset."""
+"""Upper limit of dimensions and offsets."""
 
 
 def read_header(
@@ -56,11 +56,11 @@ def read_header(
 
     Args:
         file: the file.
-        is_buffer: whether a tensor of this name is no weight. In a dtype that weights are not
-            converted in, it is left out.
+        is_buffer: says by its name whether a tensor is a buffer, not a weight. A buffer of another
+            dtype than weights are converted in is left out.
 
     Raises:
-        FormatError: truncated, or the header is not sound; names the file and the tensor.
+        FormatError: the file is truncated, or its header not sound; names the file and the tensor.
         UnsupportedError: a tensor has a dtype that weights are not converted in.
     """
     with open_regular(file) as handle:
@@ -109,7 +109,7 @@ def read_header(
 def _span(
     file: Path, name: str, entry: Any, room: int, any_dtype: bool
 ) -> tuple[str, Shape, int, int]:
-    """dtype, shape, first and last byte of a header's entry."""
+    """Return the dtype and shape of a header's entry, and where its bytes begin and end."""
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise FormatError(
             f"{file}: {quote(name)} is not the name of a tensor: 1 to {MAX_NAME} printable "
@@ -152,9 +152,12 @@ def _span(
 
 
 def write_header(tensors: Mapping[str, tuple[str, Shape]]) -> bytes:
-    """Header of a file that holds these tensors (dtype and shape) one after the other.
+    """Return the header of a file that holds these tensors, one after the other.
 
-    Padded to 8 bytes, with the metadata that ``save_pretrained`` writes.
+    It is padded to 8 bytes and has the metadata that ``save_pretrained`` writes.
+
+    Args:
+        tensors: dtype and shape by name.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0

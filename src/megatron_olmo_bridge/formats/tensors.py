@@ -1,4 +1,4 @@
-"""Tensors as bytes on disk: arrays in files, and views put together from their blocks."""
+"""Describe tensors on disk: arrays in files, and views assembled from regions of arrays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Piece:
     array_region: Region
     tensor_region: Region
     transposed: bool = False
-    """The rows of one region are the columns of the other."""
+    """Whether the rows of one region are the columns of the other."""
 
     @classmethod
     def zeros(cls, region: Region) -> Piece:
@@ -65,13 +65,13 @@ class TensorSpec:
 
     @property
     def stored(self) -> tuple[TensorView, ...]:
-        """The views whose bytes are read for it; none if its elements come out of memory."""
+        """Views whose bytes are read for the tensor; none if its elements are in memory."""
         return ()
 
 
 @dataclass(frozen=True)
 class TensorView(TensorSpec):
-    """A tensor as the sum of its pieces, which cover it exactly once."""
+    """A tensor made of pieces, which cover it exactly once."""
 
     pieces: tuple[Piece, ...]
 
@@ -81,7 +81,7 @@ class TensorView(TensorSpec):
 
     @classmethod
     def of_array(cls, name: str, array: StoredArray) -> TensorView:
-        """A view of the whole of one array."""
+        """Return a view of one whole array."""
         whole = Region.whole(array.shape)
         return cls(name, array.shape, array.dtype, (Piece(array, whole, whole),))
 
@@ -89,7 +89,7 @@ class TensorView(TensorSpec):
     def assembled(
         cls, name: str, shape: Shape, pieces: Iterable[Piece], dtype: str = ""
     ) -> TensorView:
-        """A view of these pieces; ``dtype`` is only needed where all are zeros.
+        """Return a view of these pieces; ``dtype`` is needed only if all are zeros.
 
         Raises:
             FormatError: they don't cover the shape exactly once, or have more than one dtype.
@@ -103,10 +103,12 @@ class TensorView(TensorSpec):
         return cls(name, shape, dtypes.pop(), pieces)
 
     def pieces_of(self, region: Region, at: Region, transposed: bool = False) -> Iterator[Piece]:
-        """Yield the pieces of a region, as pieces of another tensor that has it at ``at``.
+        """Yield the pieces of ``region``, moved to the region ``at`` of another tensor.
 
         Args:
-            transposed: the rows of ``region`` are the columns of ``at``.
+            region: the region of this tensor.
+            at: its place in the other tensor.
+            transposed: whether the rows of ``region`` are the columns of ``at``.
         """
         for piece in self.pieces:
             if part := piece.tensor_region.intersect(region):
@@ -128,7 +130,7 @@ class MixedView(TensorView):
 
     @property
     def parts(self) -> tuple[TensorView, ...]:
-        """The pieces of each stored dtype, in place in a tensor of that dtype."""
+        """One view for each stored dtype, with the pieces of that dtype in their places."""
         dtypes = sorted({p.array.dtype for p in self.pieces if p.array})
         return tuple(
             TensorView(
@@ -143,14 +145,14 @@ class MixedView(TensorView):
 
 @dataclass(frozen=True)
 class MeanView(TensorSpec):
-    """A weighted mean of tensors of one shape, computed while it is read."""
+    """A weighted mean of tensors of one shape, computed when it is read."""
 
     terms: tuple[tuple[float, TensorView], ...]
-    """Weight and tensor of each; the weights may have any sum."""
+    """Weight and tensor of each term; the weights may have any sum."""
 
     @classmethod
     def of(cls, terms: Iterable[tuple[float, TensorView]], dtype: str) -> MeanView:
-        """The mean, rounded to ``dtype``; named as the first of the tensors."""
+        """Return the mean, rounded to ``dtype``, under the name of the first tensor."""
         terms = tuple(terms)
         first = terms[0][1]
         return cls(first.name, first.shape, dtype, terms)
@@ -161,4 +163,4 @@ class MeanView(TensorSpec):
 
 
 Readable = TensorView | MeanView
-"""What has elements to read."""
+"""A tensor whose elements can be read."""

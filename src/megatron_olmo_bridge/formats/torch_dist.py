@@ -1,10 +1,10 @@
-"""megatron-core's ``torch_dist`` checkpoints, read from and written to bytes alone.
+"""Read megatron-core's ``torch_dist`` checkpoints without torch or megatron-core.
 
 A checkpoint is a folder with ``metadata.json`` (its format), ``.metadata`` (a pickle: which bytes
 of which ``.distcp`` file are which chunk of which tensor), the ``.distcp`` files (one archive of
 ``torch.save`` after the other) and the common state (``common.pt``, or since megatron-core 0.19 an
-object among the shards). A tensor's key either stands for all layers, stacked along a first axis,
-or carries its layer's number.
+object among the shards). A tensor's key either holds all layers, stacked along its first axis, or
+has its layer's number in its name.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# Optimizer, scheduler, RNG and loop state: no part of the model.
+# Keys of optimizer, scheduler, RNG and loop state, which are not the model's.
 _NOT_WEIGHTS = re.compile(
     r"(chained_\d+\.)?optimizer\b.*|.*rng_state.*|rerun_state_machine.*|opt_param_scheduler.*"
     r"|common_state.*|.*_extra_state(/.*)?"
 )
 _GATED_SUFFIXES = ("_w", "_v")
-"""Key endings of the gate and the up half where megatron-core stores them as two tensors."""
+"""Endings of two keys for one parameter: its gate and its up half, stored as two tensors."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class TorchDistFolder:
         """Read ``.metadata``.
 
         Raises:
-            FormatError: damaged, or a chunk lies outside its file.
-            UnsafePickleError: the pickle names what has no place in a checkpoint.
+            FormatError, UnsafePickleError, UnsupportedError: see :func:`.read_metadata`.
         """
         file = path / METADATA
         if not file.is_file():
@@ -78,18 +77,18 @@ class TorchDistFolder:
         else:
             return {}
         if not isinstance(value, dict):
-            raise FormatError(f"{self.common_file}: the common state is no dictionary")
+            raise FormatError(f"{self.common_file}: the common state is not a dictionary")
         return value
 
     @property
     def common_file(self) -> Path:
-        """The file that has the common state."""
+        """The file that holds the common state."""
         at = self._common_object
         return self.path / (at.file if at else COMMON)
 
     @property
     def _common_object(self) -> StoredBytes | None:
-        """Where it is among the shards, as megatron-core 0.19 saves it."""
+        """The common state's bytes among the shards, where megatron-core 0.19 saves it."""
         if (self.path / COMMON).exists():
             return None
         return next((o for key, o in self.objects.items() if key.startswith("common_state/")), None)
@@ -112,12 +111,12 @@ class TorchDistFolder:
         return any(re.search(r"\.layers\.\d+\.", key) for key in self.weights)
 
     def rows(self, parameter: str) -> int | None:
-        """Rows of a parameter that is not in a layer (a padded vocabulary, for example)."""
+        """Return the rows of a parameter outside the layers, such as the padded embedding."""
         tensor = self.tensors.get(parameter)
         return tensor.shape[0] if tensor else None
 
     def views(self, mapping: ResolvedMapping) -> dict[str, TensorView]:
-        """Each Megatron parameter of the mapping as a view of the files.
+        """Return each Megatron parameter of the mapping as a view of the files.
 
         Raises:
             MappingError: tensors are missing, unexpected or of another shape.
@@ -147,8 +146,12 @@ class TorchDistFolder:
         return views
 
     def _keys(self, parameter: Parameter) -> list[tuple[str, Region, int]]:
-        """Keys that hold a parameter, the rows of it that each holds, and how many of the
-        parameter's indices (layer, expert) are axes of it."""
+        """Return the keys that hold a parameter.
+
+        Returns:
+            for each key: its name, the rows of the parameter that it holds, and how many of the
+            parameter's indices (layer, expert) are axes of the stored tensor.
+        """
         whole, axes = Region.whole(parameter.shape), len(parameter.index)
         for stacked in range(axes, -1, -1):
             if parameter.key(stacked) in self.tensors:
@@ -156,7 +159,7 @@ class TorchDistFolder:
         halves = [parameter.name + suffix for suffix in _GATED_SUFFIXES]
         if len(parameter.chunks) == 2 and halves[0] in self.tensors:
             return list(zip(halves, parameter.chunks, (0, 0), strict=True))
-        # Absent: by the name that it would have here.
+        # Absent: return the key that the error should name, by this checkpoint's kind of names.
         stacked = 0 if self._has_a_key_for_each_layer else axes
         return [(parameter.key(stacked), whole, stacked)]
 
@@ -181,7 +184,7 @@ class TorchDistFolder:
 def _by_index(
     arrays: Iterable[tuple[Chunk, StoredArray]], axes: int
 ) -> dict[tuple[int, ...], list[tuple[Chunk, StoredArray]]]:
-    """A global tensor's chunks by each index of its first axes that they hold a part of."""
+    """Group a stored tensor's chunks by the indices of its first ``axes`` axes that they hold."""
     found: dict[tuple[int, ...], list[tuple[Chunk, StoredArray]]] = defaultdict(list)
     for chunk, array in arrays:
         ends = zip(chunk.offset[:axes], chunk.shape[:axes], strict=True)
@@ -193,7 +196,7 @@ def _by_index(
 def _pieces(
     arrays: Iterable[tuple[Chunk, StoredArray]], region: Region, index: tuple[int, ...]
 ) -> Iterable[Piece]:
-    """Chunks of a global tensor, at an index of its first axes, as pieces of ``region``."""
+    """Yield a stored tensor's chunks, at one index of its first axes, as pieces of ``region``."""
     for chunk, array in arrays:
         offset = chunk.offset
         for i in index:
@@ -207,12 +210,16 @@ def _pieces(
 
 
 def stacked_key(pattern: str) -> str:
-    """``decoder.layers.*.mlp.weight`` as megatron-core names it with layers stacked."""
+    """Return megatron-core's key of all layers, ``decoder.layers.mlp.weight``, for a pattern."""
     return pattern.replace(".*", "")
 
 
 def read_format(path: Path) -> str:
-    """The backend that ``metadata.json`` names, ``torch_dist`` or another."""
+    """Return the backend that ``metadata.json`` names, ``torch_dist`` or another.
+
+    Raises:
+        FormatError: it names none, or see :func:`.read_json`.
+    """
     name = read_json(path / FORMAT_FILE).get("sharded_backend")
     if not isinstance(name, str):
         raise FormatError(f"{path / FORMAT_FILE}: does not name a format (sharded_backend)")

@@ -72,8 +72,8 @@ def last_step(root: Path) -> int | None:
         FormatError: the tracker is not a small regular file.
     """
     if (root / TRACKER).exists():
-        way_out = "Write the number of one of them into it."
-        last = iterations.iteration_folder(root, None, way_out)
+        advice = "Write the number of one of them into it."
+        last = iterations.iteration_folder(root, None, advice)
     else:  # or killed between the first checkpoint and the tracker
         if steps := _saved_steps(root) if root.is_dir() else []:
             return steps[-1]

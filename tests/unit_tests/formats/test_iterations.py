@@ -68,7 +68,10 @@ THERE = (
 @pytest.mark.parametrize(
     ("iteration", "says"),
     [
-        (None, f"no {TRACKER}: the save was interrupted, or this is no checkpoint root. {THERE}"),
+        (
+            None,
+            f"no {TRACKER}: the save was interrupted, or this is not a checkpoint root. {THERE}",
+        ),
         (4, f"has no iter_0000004. {THERE}"),
         ("last", f"'last' is not an iteration: a number or 'release'. {THERE}"),
     ],

@@ -184,7 +184,7 @@ def test_no_common_state(save_torch_dist: Save) -> None:
 
 def test_a_common_state_that_is_no_dictionary(tmp_path: Path) -> None:
     (tmp_path / "common.pt").write_bytes(object_archive([1]))
-    with pytest.raises(FormatError, match=r"common\.pt: the common state is no dictionary"):
+    with pytest.raises(FormatError, match=r"common\.pt: the common state is not a dictionary"):
         _ = TorchDistFolder(tmp_path, {}, {}).common
 
 
