@@ -450,7 +450,7 @@ MEGATRON = [
          ("common.pt", "compressed")),
     Case("common-of-something-else", "megatron",
          lambda src: write_archive(src / ITERATION / "common.pt", b"N."),
-         ("common.pt", "no dictionary")),
+         ("common.pt", "not a dictionary")),
     Case("tracker-of-an-absent-iteration", "megatron", lambda src: write(src / TRACKER, "5"),
          ("iter_0000005", f"there: {ITERATION}")),
     Case("tracker-of-text", "megatron", lambda src: write(src / TRACKER, "the last one"),
