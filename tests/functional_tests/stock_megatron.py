@@ -20,6 +20,7 @@ import random
 import signal
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,8 @@ def read_config(args: argparse.Namespace) -> Olmo2Config:
 def build(args: argparse.Namespace) -> tuple[Olmo2ModelProvider, list[GPTModel]]:
     """The provider, and this rank's chunks of the model: one, or --vpp of them."""
     dtype = getattr(torch, args.dtype)
-    provider = Olmo2ModelProvider.from_config(
-        read_config(args),
+    provider = Olmo2ModelProvider(
+        **asdict(read_config(args)),
         tensor_model_parallel_size=args.tp,
         pipeline_model_parallel_size=args.pp,
         virtual_pipeline_model_parallel_size=args.vpp,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_olmo_bridge.runtime.te_import import (
-    why_no_transformer_engine as why_no_transformer_engine,
-)
+from megatron_olmo_bridge.runtime.te_import import why_no_transformer_engine
 
 from .families import published_sizes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Self
 
@@ -187,11 +187,6 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     def _unknown(cls, name: str) -> InputError:
         return InputError(f"{cls.__name__} has no field {name!r}{nearest(name, cls.field_names())}")
 
-    @classmethod
-    def from_config(cls, config: Any, **overrides: Any) -> Self:
-        """Return a provider with the values of a family's config; ``overrides`` replace fields."""
-        return cls(**{**asdict(config), **overrides})
-
     @property
     def modules(self) -> Backend:
         """Modules that the layers are built from."""
@@ -370,13 +365,10 @@ class MoEProvider(DecoderProvider):
     """Base provider of OLMoE and FlexOlmo: QK norm, and top-k routing by softmax."""
 
     normalization: str = "RMSNorm"
-    """Kind of all norms."""
     qk_layernorm: bool = True
-    """Queries and keys are normalised, over the full width of their projection."""
     moe_router_pre_softmax: bool = True
     """Take routing weights from the softmax over all experts; if False, they sum to one."""
     moe_router_load_balancing_type: str = "aux_loss"
-    """Load-balancing method in training."""
     moe_aux_loss_coeff: float = 0.01
     """Weight of the load-balancing loss."""
 

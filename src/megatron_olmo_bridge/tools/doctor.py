@@ -64,7 +64,7 @@ def _transformer_engine() -> Finding:
         f"on a machine with CUDA {install_hint('gpu')}",
     )
     if finding.works and find_spec("torch"):
-        from megatron_olmo_bridge.models.attention_kernels import why_no_transformer_engine
+        from megatron_olmo_bridge.runtime.te_import import why_no_transformer_engine
 
         if reason := why_no_transformer_engine():
             return replace(finding, works=False, means=reason)

@@ -6,6 +6,7 @@ import ast
 import copy
 import inspect
 import pickle
+import pkgutil
 import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,12 +21,12 @@ if torch.cuda.is_available():
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_olmo_bridge.errors import BridgeError, InputError, UnsupportedError
-from megatron_olmo_bridge.models import provider as provider_module
-from megatron_olmo_bridge.models.olmo2 import provider as olmo2_provider_module
+from megatron_olmo_bridge.models.bridge import ModelBridge
+from megatron_olmo_bridge.models.families import bridges
 from megatron_olmo_bridge.models.olmo2.layer_specs import olmo2_layer_spec
 from megatron_olmo_bridge.models.provider import GPTModelProvider
 from megatron_olmo_bridge.runtime.process_groups import (
@@ -499,23 +500,16 @@ def test_a_stage_is_built_with_the_ends_that_are_asked_for(first: bool, last: bo
 # ----------------------------------------------------------------------------------- documentation
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "count"),
-    [
-        (provider_module, "GPTModelProvider", 17),
-        (provider_module, "DecoderProvider", 3),
-        (olmo2_provider_module, "Olmo2ModelProvider", 4),
-    ],
-)
-def test_every_field_is_documented(module: Any, name: str, count: int) -> None:
-    (body,) = (
-        node.body
-        for node in ast.parse(inspect.getsource(module)).body
-        if isinstance(node, ast.ClassDef) and node.name == name
-    )
-    fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
-    assert len(fields) >= count
-    for i in fields:
-        following = body[i + 1]
-        documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        assert documented, f"{name}.{ast.unparse(body[i].target)} has no docstring"
+@pytest.mark.parametrize("family", bridges(), ids=lambda family: family.family)
+def test_every_field_that_a_provider_adds_is_documented(family: type[ModelBridge]) -> None:
+    provider = pkgutil.resolve_name(family.provider_class)
+    classes = provider.__mro__[: provider.__mro__.index(TransformerConfig)]
+    assert GPTModelProvider in classes
+    for cls in classes:
+        (definition,) = ast.parse(inspect.getsource(cls)).body
+        body = definition.body
+        inherited = {f.name for base in cls.__bases__ for f in fields(base)}
+        for node, following in zip(body, [*body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and node.target.id not in inherited:
+                documented = isinstance(following, ast.Expr)
+                assert documented, f"{cls.__name__}.{node.target.id} has no docstring"

@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def train_save_and_load(folder: Path) -> None:
     """What the runtime is for, with one process: build, train a step, save, load."""
     with one_process():
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        provider = Olmo2ModelProvider.from_config(TINY, hidden_dropout=0.1)
+        provider = Olmo2ModelProvider(**asdict(TINY), hidden_dropout=0.1)
         model = provider.provide()
         check_random_states()
 
@@ -163,12 +164,8 @@ def tied_embeddings_over_two_stages(rank: int, store: str, without: str | None) 
         dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
         parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        model = Olmo2ModelProvider.from_config(
-            TINY,
-            num_layers=2,
-            share_embeddings_and_output_weights=True,
-            pipeline_model_parallel_size=2,
-        ).provide()
+        config = replace(TINY, num_layers=2, share_embeddings_and_output_weights=True)
+        model = Olmo2ModelProvider(**asdict(config), pipeline_model_parallel_size=2).provide()
         assert model.shared_embedding_or_output_weight().abs().sum() > 0
         dist.barrier()  # a rank that leaves early would end the other's connection
         dist.destroy_process_group()

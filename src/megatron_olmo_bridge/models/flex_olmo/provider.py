@@ -1,4 +1,4 @@
-"""Builds FlexOlmo in megatron-core."""
+"""Build FlexOlmo in megatron-core."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from megatron_olmo_bridge.nn.post_norm_moe import PostNormMoELayer
 
 @dataclass
 class FlexOlmoModelProvider(MoEProvider):
-    """The config of a FlexOlmo model, and the model built from it."""
+    """Provider of FlexOlmo."""
 
     layernorm_epsilon: float = 1e-6
-    """Added to the mean square in all norms."""
     rotary_base: float = 500000.0
-    """Theta of the rotary embedding."""
 
     def layer_spec(self) -> ModuleSpec:
         experts = mixture_of_experts(self.modules, self)

@@ -1,4 +1,4 @@
-"""Builds GPT-2 in megatron-core."""
+"""Build GPT-2 in megatron-core."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ gelu_new = partial(gelu, approximate="tanh")
 
 @dataclass
 class GPT2ModelProvider(GPTModelProvider):
-    """The config of a GPT-2 model, and the model built from it."""
+    """Provider of GPT-2."""
 
     normalization: str = "LayerNorm"
-    """Kind of all norms."""
     layernorm_epsilon: float = 1e-5
-    """Added to the variance in all norms."""
     position_embedding_type: str = "learned_absolute"
-    """An embedding of positions is added to that of tokens."""
     share_embeddings_and_output_weights: bool = True
-    """Whether the output layer is the embedding's matrix."""
     activation: str = "gelu_new"
     """Activation of the MLP: ``gelu_new`` (by tanh) or ``gelu`` (exact)."""
 

@@ -1,4 +1,4 @@
-"""Builds OLMo in megatron-core."""
+"""Build OLMo in megatron-core."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ from megatron_olmo_bridge.nn.self_attention import ClippedSelfAttention
 
 @dataclass
 class OlmoModelProvider(DecoderProvider):
-    """The config of an OLMo model, and the model built from it."""
+    """Provider of OLMo."""
 
     normalization: str = "LayerNorm"
-    """Kind of all norms; they have no weights."""
     layernorm_epsilon: float = 1e-5
-    """Added to the variance in all norms."""
     rotary_base: float = 10000.0
-    """Theta of the rotary embedding."""
     clip_qkv: float | None = None
-    """Queries, keys and values are clamped to this; None for not at all."""
+    """Limit that queries, keys and values are clamped to; None for no limit."""
 
     def layer_spec(self) -> ModuleSpec:
         return decoder_layer(

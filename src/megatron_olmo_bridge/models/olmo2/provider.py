@@ -1,4 +1,4 @@
-"""Builds OLMo-2 in megatron-core."""
+"""Build OLMo-2 in megatron-core."""
 
 from __future__ import annotations
 
@@ -15,16 +15,12 @@ from .layer_specs import olmo2_layer_spec
 
 @dataclass
 class Olmo2ModelProvider(DecoderProvider):
-    """The config of an OLMo-2 model, and the model built from it."""
+    """Provider of OLMo-2."""
 
     normalization: str = "RMSNorm"
-    """Kind of all norms."""
     qk_layernorm: bool = True
-    """Queries and keys are normalised, over the full width of their projection."""
     layernorm_epsilon: float = 1e-6
-    """Added to the mean square in all norms."""
     rotary_base: float = 500000.0
-    """Theta of the rotary embedding."""
 
     def layer_spec(self) -> ModuleSpec:
         return olmo2_layer_spec(self, self.backend)

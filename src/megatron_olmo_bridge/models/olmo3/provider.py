@@ -1,4 +1,4 @@
-"""Builds OLMo-3 in megatron-core."""
+"""Build OLMo-3 in megatron-core."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from megatron_olmo_bridge.nn.self_attention import RopePerLayerTypeSelfAttention
 
 @dataclass
 class Olmo3ModelProvider(Olmo2ModelProvider):
-    """The config of an OLMo-3 model, and the model built from it.
-
-    ``window_size`` and ``window_attn_skip_freq`` are megatron-core's own fields; ``rotary_base`` is
-    for the layers with a window.
-    """
+    """Provider of OLMo-3; ``rotary_base`` is for the layers with a window."""
 
     full_attention_rope: dict[str, Any] | None = None
     """YaRN of the layers without a window: ``rotary_base``, ``scaling_factor``,
     ``original_max_position_embeddings``, ``beta_fast``, ``beta_slow``, ``attention_factor``. None
-    for the same rope as the others."""
+    if they use the same rope as the others."""
 
     def layer_spec(self) -> ModuleSpec:
         return decoder_layer(

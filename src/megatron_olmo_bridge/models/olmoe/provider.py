@@ -1,4 +1,4 @@
-"""Builds OLMoE in megatron-core."""
+"""Build OLMoE in megatron-core."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from megatron_olmo_bridge.nn.self_attention import ClippedSelfAttention
 
 @dataclass
 class OlmoeModelProvider(MoEProvider):
-    """The config of an OLMoE model, and the model built from it."""
+    """Provider of OLMoE."""
 
     layernorm_epsilon: float = 1e-5
-    """Added to the mean square in all norms."""
     rotary_base: float = 10000.0
-    """Theta of the rotary embedding."""
     clip_qkv: float | None = None
-    """Queries, keys and values are clamped to this, after the QK norm; None for not at all."""
+    """Limit that queries, keys and values are clamped to after the QK norm; None for no limit."""
     moe_z_loss_coeff: float | None = 0.001
     """Weight of the router's z-loss in training. Source: allenai/OLMo
     ``configs/official/OLMoE-1B-7B-0824.yml``, ``moe_zloss_weight``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ TINY: dict[str, Any] = Olmo2Bridge.sizes["olmo2-tiny"] | {"num_hidden_layers": 2
 
 
 def provider_of(hf: dict[str, Any], **fields: Any) -> Olmo2ModelProvider:
-    return Olmo2ModelProvider.from_config(Olmo2Config.from_hf(hf), **fields)
+    return Olmo2ModelProvider(**asdict(Olmo2Config.from_hf(hf)) | fields)
 
 
 # ---------------------------------------------------------------------------- the published sizes
@@ -167,7 +168,7 @@ def test_theta_of_any_spelling(rope: str) -> None:
 @pytest.mark.parametrize("rope", ROPES)
 def test_back_to_the_config_without_loss(rope: str, change: str) -> None:
     original = Olmo2Config.from_hf(WITHOUT_ROPE | ROPES[rope] | CHANGES[change])
-    provider = Olmo2ModelProvider.from_config(original, make_vocab_size_divisible_by=128)
+    provider = Olmo2ModelProvider(**asdict(original), make_vocab_size_divisible_by=128)
     provider.finalize()
     back = Olmo2Bridge.record_class.hf_config(vars(provider), original.vocab_size)
     assert Olmo2Config.from_hf(back) == original
