@@ -33,23 +33,23 @@ def average_checkpoints(
 ) -> CopyPlan:
     """Write the mean of the weights of several checkpoints as a Hugging Face checkpoint.
 
-    Each value is added up in float64 and rounded to float32, and from there to the output's dtype:
-    the mean of copies is the copy, bit for bit. A few MiB of a tensor are in memory at a time.
+    Sums are computed in float64, and rounded to float32 and then to the output's dtype; so the mean
+    of equal values is that value, bit for bit. Memory is a few MiB.
 
     Args:
-        sources: two or more of the same model, each a Hugging Face folder, a hub id, a Megatron
-            checkpoint root or an iteration's folder. Config and tokenizer are the first one's.
-        destination: the folder to make.
-        options: weights of the mean, dtype and file size.
-        write: how the output is written.
-        reporter: told of progress.
+        sources: two or more checkpoints of the same model, each a Hugging Face folder, a hub id, a
+            Megatron checkpoint root or an iteration's folder. The first one's artifacts are copied.
+        destination: folder to create.
+        options: defaults if None.
+        write: how to write the output; defaults if None.
+        reporter: receives progress.
 
     Returns:
-        The plan that was carried out.
+        The plan that was executed.
 
     Raises:
-        InputError: the sources are not of the same model, or the weights are none.
-        BridgeError: a source is not sound or not supported, or the output can't be written.
+        InputError: the sources are not of the same model, or the weights are invalid.
+        BridgeError: a source is damaged or not supported, or the output can't be written.
     """
     plan, provenance = plan_average(sources, destination, options)
     execute(plan, Path(destination).expanduser(), provenance, write, reporter)
@@ -102,10 +102,13 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _check_same_model(first: Checkpoint, other: Checkpoint, any_dtype: bool) -> None:
-    found = [*config_differences(first, other), *name_differences(first.tensors, other.tensors)]
-    wrong = [d for d in found if not (any_dtype and d.kind == "dtype")]
-    if wrong:
-        lines = bulleted([f"{d.kind}, {d.name}: {d.detail}" for d in wrong])
-        if all(d.kind == "dtype" for d in wrong):
+    all_differences = [
+        *config_differences(first, other),
+        *name_differences(first.tensors, other.tensors),
+    ]
+    differences = [d for d in all_differences if not (any_dtype and d.kind == "dtype")]
+    if differences:
+        lines = bulleted([f"{d.kind}, {d.name}: {d.detail}" for d in differences])
+        if all(d.kind == "dtype" for d in differences):
             lines += "\nPass --dtype float32, for example, to average them all the same."
         raise InputError(f"{first.path} and {other.path} can't be averaged. What differs:\n{lines}")

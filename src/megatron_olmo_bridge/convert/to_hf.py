@@ -1,4 +1,4 @@
-"""Export: a Megatron ``torch_dist`` checkpoint, or one of OLM, becomes a Hugging Face one."""
+"""Export a Megatron ``torch_dist`` checkpoint, or OLM's, to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ from .options import ExportOptions
 
 @dataclass(frozen=True)
 class Exports:
-    """What an export writes: one folder, or one for each iteration."""
+    """Plans of an export: one, or one for each iteration."""
 
     source: Path
     plans: list[tuple[CopyPlan, Provenance, Path]]
-    """The plan, what is recorded of it, and the folder it goes to."""
+    """Each plan, its provenance record, and the folder to write."""
     skipped: dict[str, BridgeError]
-    """Iterations that can't be read, for example since their save was interrupted, and why."""
+    """Errors of iterations that can't be read, for example since their save was interrupted."""
 
     def check_all_planned(self, where: str) -> None:
-        """Raise SkippedError if some iterations can't be exported; the others are ``where``."""
+        """Raise SkippedError if some iterations can't be exported.
+
+        Args:
+            where: where the others are, for the message.
+        """
         if self.skipped:
             reasons = [f"{name}: {error}" for name, error in self.skipped.items()]
             raise SkippedError(
@@ -55,17 +59,17 @@ def export_checkpoint(
     Args:
         source: a checkpoint root or an iteration's folder, saved at any parallel layout; or OLM's
             ``step_N.pt``.
-        destination: the folder to make; for all iterations one folder in it for each.
-        options: what is exported, and how.
-        write: how the output is written.
-        reporter: told of progress.
+        destination: folder to create; for ``iteration="all"`` it gets a folder per iteration.
+        options: defaults if None.
+        write: how to write the output; defaults if None.
+        reporter: receives progress.
 
     Returns:
-        The plans that were carried out, one for each iteration.
+        The plans that were executed, one for each iteration.
 
     Raises:
-        SkippedError: of all iterations some could not be read; the others are exported.
-        BridgeError: the source is not sound or not supported, or the output can't be written.
+        SkippedError: some of all iterations could not be read; the others are exported.
+        BridgeError: the source is damaged or not supported, or the output can't be written.
     """
     exports = plan_exports(source, destination, options)
     for plan, provenance, folder in exports.plans:

@@ -1,4 +1,4 @@
-"""Import: a Hugging Face checkpoint, or one of OLM, becomes a Megatron ``torch_dist`` one."""
+"""Import a Hugging Face checkpoint, or OLM's, to a Megatron ``torch_dist`` checkpoint."""
 
 from __future__ import annotations
 
@@ -30,12 +30,7 @@ from megatron_olmo_bridge.formats.inert import built
 from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.tensors import MixedView, TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive, tensor_archive
-from megatron_olmo_bridge.formats.torch_dist import (
-    COMMON,
-    FORMAT,
-    FORMAT_FILE,
-    stacked_key,
-)
+from megatron_olmo_bridge.formats.torch_dist import COMMON, FORMAT, FORMAT_FILE, stacked_key
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
@@ -49,7 +44,7 @@ from megatron_olmo_bridge.storage.provenance import Provenance
 from .options import ImportOptions
 
 FILE_BYTES = 2 << 30
-"""Most bytes of a .distcp file (a single chunk may be larger): enough files to share out."""
+"""Maximum bytes of a .distcp file, unless one chunk is larger. Files are written in parallel."""
 ALIGNMENT = 64
 
 
@@ -64,17 +59,17 @@ def import_checkpoint(
 
     Args:
         source: a folder, or a hub id such as ``allenai/OLMo-2-0425-1B``; or OLM's ``step_N.pt``.
-        destination: the checkpoint root to make; ``iter_0000000`` (or ``release``) goes into it.
-        options: what is imported, and how.
-        write: how the output is written.
-        reporter: told of progress.
+        destination: checkpoint root to create, with a folder ``iter_0000000`` or ``release``.
+        options: defaults if None.
+        write: how to write the output; defaults if None.
+        reporter: receives progress.
 
     Returns:
-        The plan that was carried out.
+        The plan that was executed.
 
     Raises:
-        BridgeError: the source is not sound or not supported, or the output can't be written.
-            Nothing is left at ``destination`` then.
+        BridgeError: the source is damaged or not supported, or the output can't be written. Nothing
+            is left at ``destination`` then.
     """
     plan, provenance = plan_import(source, options)
     execute(plan, Path(destination).expanduser(), provenance, write, reporter)
@@ -84,7 +79,7 @@ def import_checkpoint(
 def plan_import(
     source: str | Path, options: ImportOptions | None = None
 ) -> tuple[CopyPlan, Provenance]:
-    """Return the plan of an import, from headers alone, and what is recorded of it."""
+    """Return the plan of an import and its provenance record, from headers alone."""
     options = options or ImportOptions()
     dtype, divisor = parse_dtype(options.dtype), options.make_vocab_size_divisible_by
     if divisor < 1:
@@ -110,9 +105,7 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
     objects = _pack_extra_states(source, packer)
     model_dtype = tensors[source.bridge.vocab_param].dtype
     common = common_state(source.bridge, padded_vocab, model_dtype)
-    run_config: dict[str, Any] = {
-        "model": source.bridge.megatron_record.run_config(padded_vocab, model_dtype)
-    }
+    run_config = {"model": source.bridge.megatron_record.run_config(padded_vocab, model_dtype)}
     texts = {
         METADATA: encode_metadata(tensors, objects),
         FORMAT_FILE: json.dumps(FORMAT).encode(),
@@ -122,8 +115,8 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
     artifacts = artifact_files(source.artifacts_folder) if source.artifacts_folder else {}
     texts |= {f"{HF_SUBFOLDER}/{name}": data for name, data in artifacts.items()}
     config = f"{HF_SUBFOLDER}/{CONFIG}"
-    is_own = source.config_from == source.path / CONFIG
-    if dtype != "keep" or not is_own or json.loads(texts[config]) != source.hf_config:
+    is_from_source = source.config_from == source.path / CONFIG
+    if dtype != "keep" or not is_from_source or json.loads(texts[config]) != source.hf_config:
         texts[config] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(
         "import",
@@ -140,8 +133,8 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
 def _pack_tensors(
     mapping: ResolvedMapping, source: Checkpoint, dtype: str, packer: Packer
 ) -> dict[str, GlobalTensor]:
-    """Place every chunk; layers are stacked along a first axis, one chunk a layer (two for a
-    gated MLP), as megatron-core saves a model of equal layers."""
+    """Pack every chunk as megatron-core saves a model of equal layers: layers are stacked along the
+    first axis, with one chunk per layer, or two for a gated MLP."""
     chunks: dict[str, list[Chunk]] = defaultdict(list)
     dtypes: dict[str, str] = {}
     shapes: dict[str, Shape] = {}
@@ -171,8 +164,8 @@ def _view(parameter: Parameter, source: Checkpoint, dtype: str) -> TensorView:
     pieces = tuple(source.pieces(parameter, Region.whole(parameter.shape)))
     dtypes = sorted({piece.array.dtype for piece in pieces if piece.array})
     if len(dtypes) < 2:
-        only = source.tensors[parameter.placements[0].hf_name or ""].dtype
-        return TensorView.assembled(parameter.name, parameter.shape, pieces, only)
+        view_dtype = source.tensors[parameter.placements[0].hf_name or ""].dtype
+        return TensorView.assembled(parameter.name, parameter.shape, pieces, view_dtype)
     if dtype == "keep":
         raise FormatError(
             f"{source.path}: the parts of {parameter.name} are {' and '.join(dtypes)}; Megatron "
@@ -182,26 +175,26 @@ def _view(parameter: Parameter, source: Checkpoint, dtype: str) -> TensorView:
 
 
 def _pack_extra_states(source: Checkpoint, packer: Packer) -> dict[str, StoredBytes]:
-    """Their content is ``[None]``: no fp8 scaling factors."""
-    nothing = object_archive([None])
+    no_fp8_factors = object_archive([None])
     return {
-        key: StoredBytes(*_inside(packer.add(nothing, None, "", b"")))
+        key: StoredBytes(*_inside(packer.add(no_fp8_factors, None, "", b"")))
         for key in extra_state_keys(source.bridge)
     }
 
 
 def extra_state_keys(bridge: ModelBridge) -> Iterator[str]:
-    """Key of every ``_extra_state`` object, as megatron-core names them for layers and experts."""
+    """Yield megatron-core's key of every ``_extra_state`` object."""
     counts = (bridge.num_layers, bridge.num_experts or 1)
     for pattern in bridge.extra_state_patterns():
         axes = counts[: pattern.count(WILDCARD)]
-        of = ".".join(map(str, axes or (1,)))
+        counts_text = ".".join(map(str, axes or (1,)))
         for index in product(*map(range, axes)):
-            yield f"{stacked_key(pattern)}/shard_{'.'.join(map(str, index or (0,)))}_{of}"
+            index_text = ".".join(map(str, index or (0,)))
+            yield f"{stacked_key(pattern)}/shard_{index_text}_{counts_text}"
 
 
 def common_state(bridge: ModelBridge, padded_vocab: int, dtype: str) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors; for :func:`formats.torch_archive.object_archive`."""
+    """Return the content of ``common.pt``, which has all that is not a tensor."""
     return {
         "args": built("argparse.Namespace", bridge.megatron_record.args(padded_vocab, dtype)),
         "checkpoint_version": 3.0,
@@ -211,5 +204,6 @@ def common_state(bridge: ModelBridge, padded_vocab: int, dtype: str) -> dict[str
 
 
 def _inside(stored: tuple[str, int, int]) -> tuple[str, int, int]:
+    """Return file, offset and length with the file's name relative to the iteration's folder."""
     name, offset, length = stored
     return Path(name).name, offset, length

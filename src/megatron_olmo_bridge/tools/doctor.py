@@ -1,4 +1,4 @@
-"""What is installed here, and what of this package works with it."""
+"""Report what is installed, and which features of this package work with it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Finding:
     found: str
     works: bool
     means: str
-    """What works because of it, or what to do."""
+    """What works with it, or what to do."""
 
 
 def doctor() -> list[Finding]:
-    """Look at versions, devices, memory and disk. Changes nothing."""
+    """Return findings on versions, devices, memory and disk."""
     findings = [
         Finding("megatron-olmo-bridge", __version__, True, "conversion and its proof"),
         Finding("Python", platform.python_version(), True, platform.platform()),
@@ -37,15 +37,15 @@ def doctor() -> list[Finding]:
         _package("huggingface_hub", "hub ids as a source", "pip install huggingface_hub"),
         _package("megatron-core", "models that run", _WITH_MEGATRON),
         _package("transformers", "Hugging Face models that run", _WITH_MEGATRON),
-        _package("psutil", "megatron-core's checkpoint writer (it hangs without)",
-                 _WITH_MEGATRON),
+        _package("psutil", "megatron-core's checkpoint writer (it hangs without)", _WITH_MEGATRON),
         _transformer_engine(),
-    ]  # fmt: skip
+    ]
     if find_spec("torch"):
         findings += _devices()
         findings += _attention()
-    ways = [m.__name__.strip("_") for m in copy_methods()]
-    findings.append(Finding("copying", ways[0], len(ways) > 1, f"in this order: {', '.join(ways)}"))
+    methods = [method.__name__.strip("_") for method in copy_methods()]
+    order = f"in this order: {', '.join(methods)}"
+    findings.append(Finding("copying", methods[0], len(methods) > 1, order))
     return findings + _machine()
 
 
@@ -57,7 +57,7 @@ def _package(name: str, enables: str, install: str) -> Finding:
 
 
 def _transformer_engine() -> Finding:
-    """Of its wheels that are installed, some cannot be imported; then it is said why."""
+    """Return whether Transformer Engine can be imported, which needs more than its wheels."""
     finding = _package(
         "transformer-engine",
         "Transformer Engine layers on GPUs",
@@ -72,7 +72,7 @@ def _transformer_engine() -> Finding:
 
 
 def _attention() -> list[Finding]:
-    """What attention would run on: on a GPU by family, since widths and windows matter."""
+    """Return the attention kernels. On a GPU they depend on head widths and windows."""
     from megatron_olmo_bridge.models.attention_kernels import attention_kernels
 
     kernels = attention_kernels()
@@ -98,10 +98,10 @@ def _devices() -> list[Finding]:
     name = torch.cuda.get_device_name() if cuda else "none"
     use = "GPU models" if cuda else "conversion needs none; models run on the CPU"
     findings = [Finding("CUDA", name, cuda, use)]
-    for backend in ("gloo", "nccl"):
+    for backend, device in (("gloo", "CPU"), ("nccl", "GPU")):
         works = dist.is_available() and dist.is_backend_available(backend)
-        use = {"gloo": "several processes on CPUs", "nccl": "several processes on GPUs"}[backend]
         works = works and (cuda or backend != "nccl")
+        use = f"several processes on {device}s"
         findings.append(Finding(backend, "available" if works else "absent", works, use))
     return findings
 
@@ -114,12 +114,5 @@ def _machine() -> list[Finding]:
             Finding("memory", f"{memory / 2**30:.1f} GiB", True, "conversion needs under 0.4 GiB")
         )
     free = shutil.disk_usage(Path()).free
-    return [
-        *findings,
-        Finding(
-            "disk here",
-            f"{free / 1e9:.1f} GB free",
-            True,
-            "a conversion needs the size of its output",
-        ),
-    ]
+    use = "a conversion needs the size of its output"
+    return [*findings, Finding("disk here", f"{free / 1e9:.1f} GB free", True, use)]

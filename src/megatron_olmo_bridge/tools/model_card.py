@@ -1,4 +1,4 @@
-"""README.md of a Hugging Face checkpoint: what the model is, where it is from, how it is loaded."""
+"""Write a model card, the README.md of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_olmo_bridge.storage.provenance import LIVE, read_provenance
 
 MODEL_CARD = "README.md"
 PACKAGE = "megatron-olmo-bridge"
-_MADE_BY = {"export": "Converted", "average": "Averaged"}
+_VERBS = {"export": "Converted", "average": "Averaged"}
 _SHOWN_LABELS = 20
 _MOST_ORIGINS = 8
-"""Records that are followed, each naming what it was made from: they may name each other."""
+"""Maximum number of provenance records to follow, since they may form a circle."""
 
 
 def model_card(
@@ -30,19 +30,19 @@ def model_card(
     training: dict[str, Any] | None = None,
     made_from: str | None = None,
 ) -> str:
-    """The text of a model card: YAML front matter for the hub, then Markdown.
+    """Return the text of a model card: YAML front matter for the hub, then Markdown.
 
     Args:
-        hf_config: the model's ``config.json``.
-        name: what ``from_pretrained`` takes: ``owner/name``, or the folder's name.
-        base: hub id of the model that this one was made from.
-        license: as the hub names it, ``apache-2.0``; never guessed, so absent by default.
-        training: how it was trained, by label: ``{"steps": 1000, "final loss": 2.31}``. A label
-            whose value is a dict becomes a table of its own.
-        made_from: a sentence that says by what the folder was written, and from what.
+        hf_config: values of the model's ``config.json``.
+        name: name for ``from_pretrained``: ``owner/name``, or the folder's name.
+        base: hub id of the base model.
+        license: the hub's name of the license, for example ``apache-2.0``.
+        training: facts on the training by label: ``{"steps": 1000, "final loss": 2.31}``. A dict as
+            a value becomes a table of its own.
+        made_from: a sentence on how the folder was written, and from what.
 
     Raises:
-        BridgeError: the config is not of a model that this package knows.
+        BridgeError: no family handles the config.
     """
     from huggingface_hub import ModelCardData
 
@@ -51,10 +51,9 @@ def model_card(
     data = ModelCardData(
         library_name="transformers", pipeline_tag=task, license=license, base_model=base
     )
-    title = name.rpartition("/")[2]
     sections = [
         f"---\n{data.to_yaml().strip()}\n---",
-        f"# {title}",
+        f"# {name.rpartition('/')[2]}",
         _table(_facts(bridge, base)),
         *_training(training or {}),
         "## How to load it",
@@ -75,26 +74,25 @@ def write_model_card(
 ) -> bool:
     """Write the card of a Hugging Face folder, unless there is a README.md already.
 
-    What the folder was made from is read from the records beside its weights, and those beside what
-    it was made from; of a local path only the name is told.
+    The origin is read from provenance records. The card has only the names of local paths.
 
     Args:
-        folder: with config.json.
+        folder: folder with config.json.
         name: ``owner/name`` on the hub; by default the folder's name.
-        base: hub id of the model that training began with; by default what the records say.
+        base: hub id of the base model; by default the recorded one.
         license, training: as for :func:`model_card`.
 
     Returns:
-        Whether a card was written.
+        True if a card was written.
     """
     file = folder / MODEL_CARD
     if file.exists():
         return False
-    recorded, made_from = _origin(folder)
+    recorded_base, made_from = _origin(folder)
     text = model_card(
         read_config(folder),
         name=name or folder.resolve().name,
-        base=base or recorded,
+        base=base or recorded_base,
         license=license,
         training=training,
         made_from=made_from,
@@ -125,18 +123,17 @@ def _facts(bridge: ModelBridge, base: str | None) -> dict[str, Any]:
 def _training(facts: dict[str, Any]) -> list[str]:
     if not facts:
         return []
-    simple = {label: value for label, value in facts.items() if not isinstance(value, dict)}
     tables = {label: value for label, value in facts.items() if isinstance(value, dict)}
-    out = ["## How it was trained", *([_table(simple)] if simple else [])]
+    single = {label: value for label, value in facts.items() if label not in tables}
+    sections = ["## How it was trained", *([_table(single)] if single else [])]
     for label, value in tables.items():
-        out += [f"### {label[:1].upper()}{label[1:]}", _table(value)]
-    return out
+        sections += [f"### {label[:1].upper()}{label[1:]}", _table(value)]
+    return sections
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(
-        ["| | |", "|---|---|", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items())]
-    )
+    lines = [f"| {_cell(label)} | {_cell(value)} |" for label, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _cell(value: Any) -> str:
@@ -152,13 +149,11 @@ def _cell(value: Any) -> str:
 
 
 def _usage(bridge: ModelBridge, name: str) -> str:
-    auto, task, text = "AutoModelForCausalLM", "text-generation", "Language models are"
     if bridge.num_labels:
-        auto, task, text = (
-            "AutoModelForSequenceClassification",
-            "text-classification",
-            "A text to classify",
-        )
+        auto, task = "AutoModelForSequenceClassification", "text-classification"
+        text = "A text to classify"
+    else:
+        auto, task, text = "AutoModelForCausalLM", "text-generation", "Language models are"
     return (
         f"from transformers import {auto}, AutoTokenizer, pipeline\n\n"
         f'model = {auto}.from_pretrained("{name}")\n'
@@ -169,31 +164,31 @@ def _usage(bridge: ModelBridge, name: str) -> str:
 
 
 def _origin(folder: Path) -> tuple[str | None, str | None]:
-    """The hub id that a folder was made from, if it was, and the sentence that says it all."""
-    recorded = read_provenance(folder)
-    if recorded is None:
+    """Return the hub id that a folder was made from, and a sentence on its origin, if recorded."""
+    record = read_provenance(folder)
+    if record is None:
         return None, None
-    version = (recorded.get("versions") or {}).get(PACKAGE, __version__)
-    source = str(recorded["source"])
-    how = "Written" if source == LIVE else _MADE_BY.get(str(recorded.get("operation")), "Written")
+    version = (record.get("versions") or {}).get(PACKAGE, __version__)
+    source = str(record["source"])
     if source == LIVE:
-        return None, f"{how} by {PACKAGE} {version} out of a running model."
+        return None, f"Written by {PACKAGE} {version} out of a running model."
+    verb = _VERBS.get(str(record.get("operation")), "Written")
     names = ", ".join(f"`{_without_path(name)}`" for name in source.split(", "))
-    text = f"{how} by {PACKAGE} {version} from {names}"
+    text = f"{verb} by {PACKAGE} {version} from {names}"
     for _ in range(_MOST_ORIGINS):
         if not Path(source).is_absolute():
             break
-        before = read_provenance(Path(source))
-        if before is None:
+        record = read_provenance(Path(source))
+        if record is None:
             return None, f"{text}."
-        source, commit = str(before["source"]), before.get("revision")
+        source, commit = str(record["source"]), record.get("revision")
         text += f", which was made from `{_without_path(source)}`"
         text += f" at {commit}" if commit else ""
     return (source if HUB_ID.fullmatch(source) else None), f"{text}."
 
 
 def _without_path(source: str) -> str:
-    """A hub id as it is; of a path the name, of an iteration's folder its root's name too."""
+    """Return a path's last name, with the name of its root for an iteration; hub ids unchanged."""
     path = Path(source)
     if not path.is_absolute():
         return source

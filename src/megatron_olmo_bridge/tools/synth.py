@@ -43,22 +43,22 @@ def synth(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     reporter: Reporter | None = None,
 ) -> Path:
-    """Write random weights, normal with deviation 0.02, norm gains uniform in 0.5 to 1.5.
+    """Write random weights: norm gains uniform in 0.5 to 1.5, others normal with deviation 0.02.
 
-    Memory stays flat, whatever the size. The same arguments give the same bytes.
+    The same arguments give the same bytes. Memory does not grow with the model.
 
     Args:
-        name: a published size, ``olmo2-1b`` for example.
-        destination: the folder to make; it may not exist.
+        name: a published size, for example ``olmo2-1b``.
+        destination: folder to create; it must not exist, or be empty.
         dtype: ``float32``, ``bfloat16`` or ``float16``; also ``bf16`` or a torch dtype.
-        seed: of the random numbers.
-        layers: make a model of fewer (or more) layers than the published one.
+        seed: seed of the random numbers.
+        layers: number of layers; None for the published number.
         max_shard_size: bytes, or a text such as ``5GB``.
-        reporter: told of progress.
+        reporter: receives progress.
 
     Raises:
-        InputError: unknown name or dtype.
-        OutputError: the folder exists.
+        InputError: the name, the dtype or the number of layers is invalid.
+        OutputError: the folder is not empty, or can't be created.
     """
     sizes = published_sizes()
     if name not in sizes:
@@ -66,14 +66,13 @@ def synth(
     dtype = parse_dtype(dtype, keep=False)
     if layers is not None and not is_count(layers, MAX_LAYERS):
         raise InputError(f"--layers must be a number from 1 to {MAX_LAYERS:,}")
-    config = dict(sizes[name].sizes[name])
+    family = sizes[name]
+    config = family.sizes[name]
     if layers is not None:
-        config = sizes[name].with_layers(config, layers)
-    shapes = sizes[name](config).hf_shapes
-    files = shards(
-        {n: TensorSpec(n, shape, dtype) for n, shape in shapes.items()},
-        dtype, parse_size(max_shard_size),
-    )  # fmt: skip
+        config = family.with_layers(config, layers)
+    shapes = family(config).hf_shapes
+    tensors = {name: TensorSpec(name, shape, dtype) for name, shape in shapes.items()}
+    files = shards(tensors, dtype, parse_size(max_shard_size))
     folder = Path(destination).expanduser()
     check_name(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -87,7 +86,7 @@ def synth(
     try:
         _write(folder, files, config, dtype, seed, reporter)
     except BaseException:
-        shutil.rmtree(folder)  # it was empty or absent before
+        shutil.rmtree(folder)  # it was absent or empty before
         raise
     reporter.end()
     return folder
@@ -108,16 +107,21 @@ def _write(
                     write_all(handle.fileno(), part.data, part.offset)
                 else:
                     _write_random(handle.fileno(), part.offset, part.view, seed, reporter)
-    for text, data in index_of(files).items():
-        (folder / text).write_bytes(data)
-    (folder / "generation_config.json").write_text(json.dumps(_generation_config(config), indent=2))
-    (folder / CONFIG).write_bytes(config_with_dtype(config, dtype))  # last: now it is a checkpoint
+    for name, data in index_of(files).items():
+        (folder / name).write_bytes(data)
+    token_ids = {k: config.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation_config = {"_from_model_config": True} | {
+        key: token_id for key, token_id in token_ids.items() if token_id is not None
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
+    # Last, since config.json makes the folder a checkpoint.
+    (folder / CONFIG).write_bytes(config_with_dtype(config, dtype))
 
 
 def _write_random(fd: int, offset: int, view: TensorSpec, seed: int, reporter: Reporter) -> None:
     import torch
 
-    # A generator for each tensor: its values depend on its name, not on what was made before it.
+    # A generator for each tensor, so that its values depend on its name only, not on the order.
     digest = hashlib.sha256(f"{seed} {view.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     count, item = math.prod(view.shape), ITEM_SIZE[view.dtype]
@@ -135,8 +139,3 @@ def _random(name: str, count: int, generator: torch.Generator) -> torch.Tensor:
     if "norm" in name or (".ln_" in name and name.endswith(".weight")):
         return values.uniform_(0.5, 1.5, generator=generator)
     return values.normal_(0, 0.02, generator=generator)
-
-
-def _generation_config(config: dict[str, object]) -> dict[str, object]:
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {"_from_model_config": True} | {k: config[k] for k in keys if config.get(k) is not None}

@@ -1,4 +1,4 @@
-"""Proof that two checkpoints hold the same model, bit for bit, and that files are as recorded."""
+"""Check that two checkpoints are equal bit for bit, or that files are as recorded."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from .model_card import MODEL_CARD
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and what differs."""
+    """Result of a verification."""
 
     differences: list[Difference]
     compared: int
-    """Tensors (or files) compared in full."""
+    """Number of tensors, or files, that were compared."""
     nbytes: int
     """Bytes compared."""
     notes: list[str] = field(default_factory=list)
     """What was not compared, and why."""
     checked: str = "tensors"
-    """What equality rests on: ``tensors`` bit for bit, or of one checkpoint's files the recorded
-    ``checksums``, or the ``sizes`` only, which damaged bytes don't change."""
+    """What was compared: ``tensors`` of two checkpoints; or the files of one, by recorded
+    ``checksums`` or only by ``sizes``, which damaged bytes don't change."""
 
     @property
     def equal(self) -> bool:
@@ -57,36 +57,42 @@ def verify(
     workers: int = WORKERS,
     reporter: Reporter | None = None,
 ) -> Verification:
-    """Compare two checkpoints of any kind, bit for bit and without tolerance.
+    """Compare two checkpoints of any kind, bit for bit.
 
-    Both are read as Hugging Face tensors through the placements; no more than a few MiB of a tensor
-    are in memory. With one path, compare its files with what was recorded when they were written.
-    Each gets those of the options of one kind that are for its kind.
+    Args:
+        first: path or hub id.
+        second: path or hub id; None compares the files of ``first`` with the record that was
+            written with them.
+        options: facts that the checkpoints may not record. Options that only one kind has apply to
+            checkpoints of that kind.
+        workers: number of threads. Each holds a few MiB of a tensor.
+        reporter: receives progress.
 
     Raises:
-        BridgeError: a path is not a checkpoint, or is damaged; or an option is for neither.
+        BridgeError: a path is not a checkpoint, or is damaged; or neither has a use for an option.
     """
     reporter = reporter or Reporter()
     first = local_path(first)
     if second is None:
         return _verify_recorded(Path(first).expanduser(), workers, reporter)
-    opened = []
+    checkpoints = []
     paths = first, local_path(second)
-    for path, own in zip(paths, options_for_each(paths, options or ReadOptions()), strict=True):
+    each_options = options_for_each(paths, options or ReadOptions())
+    for path, path_options in zip(paths, each_options, strict=True):
         try:
-            opened.append(open_checkpoint(path, own, strict=False))
+            checkpoints.append(open_checkpoint(path, path_options, strict=False))
         except MappingError as error:
             return Verification([Difference("mapping", str(path), str(error))], 0, 0)
-    a, b = opened
+    a, b = checkpoints
     differences = list(config_differences(a, b)) + list(name_differences(a.tensors, b.tensors))
     differences += [
         Difference("missing", name, "in neither, though the config asks for it")
         for name in a.mapping.hf_shapes
         if name not in a.tensors and name not in b.tensors
     ]
-    found, notes = artifact_differences(a, b)
-    differences += found
-    pairs, untold = _pairs(a, b)
+    of_artifacts, artifact_notes = artifact_differences(a, b)
+    differences += of_artifacts
+    pairs, padding_notes = _pairs(a, b)
     total = sum(view.nbytes for view, _ in pairs)
     reporter.begin("verifying", total)
 
@@ -97,20 +103,20 @@ def verify(
     with ThreadPoolExecutor(workers) as pool:
         differences += [d for d in pool.map(compare, pairs) if d]
     reporter.end()
-    for source in opened:
-        source.snapshot.check_unchanged()
-    return Verification(differences, len(pairs), total, notes + untold)
+    for checkpoint in checkpoints:
+        checkpoint.snapshot.check_unchanged()
+    return Verification(differences, len(pairs), total, artifact_notes + padding_notes)
 
 
 def _pairs(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[TensorView, TensorView]], list[str]]:
-    """The tensors to compare, padding rows of a vocabulary among them, and what can't be."""
+    """Return the pairs of tensors and padding rows to compare, and notes on rows without a pair."""
     pairs = [(view, b.tensors[name]) for name, view in a.tensors.items() if name in b.tensors]
     notes = []
     for this, other in ((a, b), (b, a)):
         for name, view in this.padding.items():
-            twin = other.padding.get(name)
-            if twin is not None and twin.shape == view.shape:
-                pairs += [(view, twin)] if this is a else []
+            counterpart = other.padding.get(name)
+            if counterpart is not None and counterpart.shape == view.shape:
+                pairs += [(view, counterpart)] if this is a else []
             elif (read_provenance(this.path) or {}).get("operation") == "import":
                 zeros = Piece.zeros(Region.whole(view.shape))
                 pairs.append((view, dataclasses.replace(view, pieces=(zeros,))))
@@ -123,27 +129,28 @@ def _pairs(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[TensorView, TensorV
 def _compare(
     a: TensorView, b: TensorView, left: Transfer, right: Transfer, reporter: Reporter
 ) -> Difference | None:
-    wrong, example = 0, ""
-    for (top, _, mine), (_, _, theirs) in zip(left.blocks(a), right.blocks(b), strict=True):
-        reporter.advance(len(mine))
-        if bytearray(mine) == theirs:  # a bytearray compares as memory, a memoryview by item
+    count, example = 0, ""
+    for (top, _, block_a), (_, _, block_b) in zip(left.blocks(a), right.blocks(b), strict=True):
+        reporter.advance(len(block_a))
+        # A bytearray is compared as memory, a memoryview element by element.
+        if bytearray(block_a) == block_b:
             continue
         import torch
 
         bits = torch.int32 if ITEM_SIZE[a.dtype] == 4 else torch.int16
-        x, y = torch.frombuffer(mine, dtype=bits), torch.frombuffer(theirs, dtype=bits)
+        x, y = torch.frombuffer(block_a, dtype=bits), torch.frombuffer(block_b, dtype=bits)
         places = (x != y).nonzero()
-        if not wrong:
+        if not count:
             at = int(places[0])
             columns = Region.whole(a.shape).columns
             values = [v.view(getattr(torch, a.dtype))[at].item() for v in (x, y)]
             place = f"[{top + at // columns}, {at % columns}]"
             example = f"first at {place}: {values[0]} and {values[1]}"
-        wrong += len(places)
-    if not wrong:
+        count += len(places)
+    if not count:
         return None
     size = Region.whole(a.shape).size
-    return Difference("values", a.name, f"{wrong} of {size} differ; {example}")
+    return Difference("values", a.name, f"{count} of {size} differ; {example}")
 
 
 def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verification:
