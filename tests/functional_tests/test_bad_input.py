@@ -276,7 +276,7 @@ CONFIGS = [
     Case("config-no-json", "single", lambda src: write(src / "config.json", "{'a': 1}"),
          ("config.json", "JSON")),
     Case("config-no-object", "single", lambda src: write(src / "config.json", "3"),
-         ("config.json", "no JSON object")),
+         ("config.json", "not hold a JSON object")),
     Case("config-no-text", "single", lambda src: write(src / "config.json", b"\xff\xfe"),
          ("config.json", "JSON")),
     Case("unknown-architecture", "single", config(architectures=["LlamaForCausalLM"]),
