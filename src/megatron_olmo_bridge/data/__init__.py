@@ -1,1 +1,1 @@
-"""From text to token ids: documents of many formats into Megatron's indexed datasets."""
+"""Tokenize documents of many formats into Megatron's indexed datasets."""

@@ -2,7 +2,7 @@
 
 A file is read in spans that can be read independently of each other: byte ranges of a plain file
 (a line belongs to the span in which it begins), row groups of a Parquet file, a compressed file
-whole. Blank lines are skipped. Anything else that can't be read becomes a :class:`BadLine`.
+whole. Blank lines are skipped. Lines and rows that can't be read become :class:`BadLine`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import IO, Any
 from megatron_olmo_bridge.errors import FormatError, InputError
 
 TEXTS_AT_ONCE = 1 << 20
-"""Characters of a batch; more only if one document has more."""
+"""Characters after which a batch ends."""
 _BLOCK = 1 << 20
 _ROWS = 256
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Kind(Enum):
-    """What an input file holds."""
+    """Kind of an input file."""
 
     JSON = "JSON Lines"
     TXT = "text"
@@ -60,19 +60,19 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a file that one process reads at once."""
+    """A range of a file that one process reads at once."""
 
     path: str
     begin: int
     end: int
-    """In bytes; of Parquet in row groups; of token files in tokens."""
+    """Both in bytes; in row groups for Parquet, in tokens for token files."""
     nbytes: int
     """Its share of the file."""
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line (of Parquet a row, from 1) that can't be used, and why."""
+    """A line (in Parquet a row, from 1) that can't be used, and why."""
 
     path: str
     line: int
@@ -89,7 +89,7 @@ class Batch:
     texts: list[str] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
     nbytes: int = 0
-    """Bytes of the file that were read for them; compressed ones, if it is compressed."""
+    """Bytes of the file, as stored, that were read for the batch."""
 
 
 def split_name(path: str | Path) -> tuple[Kind | None, str | None]:
@@ -141,14 +141,14 @@ def read_texts(span: Span, options: TextOptions) -> Iterator[Batch]:
     except OSError as error:
         if error.errno is not None:
             raise
-        # pyarrow's, for what the file holds and not for how the disk is
+        # pyarrow's error about the file's content, not the disk's
         raise FormatError(f"{span.path}: damaged or cut short: {error}. Fetch it anew.") from error
     batch.nbytes = span.nbytes - done
     yield batch
 
 
 def _records(span: Span, options: TextOptions) -> Iterator[tuple[int, str | BadLine]]:
-    """Each text, or why there is none; with it the bytes of the span that were read so far."""
+    """Yield each text or bad line, with the bytes of the span that have been read so far."""
     kind, compression = split_name(span.path)
     by_line = kind is Kind.JSON or (kind is Kind.TXT and options.txt_documents == "line")
     rows: Iterator[tuple[int, bytes | None]]
@@ -167,7 +167,7 @@ def _records(span: Span, options: TextOptions) -> Iterator[tuple[int, str | BadL
         except (ValueError, RecursionError) as error:
             line = _records_before(span) + number
             if isinstance(error, UnicodeDecodeError) and kind is Kind.TXT:
-                line += error.object.count(b"\n", 0, error.start)  # of a document that is a file
+                line += error.object.count(b"\n", 0, error.start)  # if the file is one document
             yield position, BadLine(span.path, line, _why(error))
 
 
@@ -211,7 +211,7 @@ def _why(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _opened(path: str, compression: str | None) -> Iterator[tuple[io.BufferedReader, IO[bytes]]]:
-    """Open a file: its decompressed stream, and the file itself, whose position is the progress."""
+    """Yield a file's decompressed stream, and the file itself, whose position is the progress."""
     with Path(path).open("rb") as file:
         stream = file
         if compression:
@@ -219,7 +219,7 @@ def _opened(path: str, compression: str | None) -> Iterator[tuple[io.BufferedRea
 
             stream = io.BufferedReader(pyarrow.CompressedInputStream(file, compression), _BLOCK)
         if stream.peek(3).startswith(codecs.BOM_UTF8):
-            stream.read(3)  # no part of the text
+            stream.read(3)  # a byte order mark is not text
         yield stream, file
 
 
@@ -233,7 +233,7 @@ def _lines(span: Span, compression: str | None) -> Iterator[tuple[int, bytes | N
         at = 0
         if span.begin:
             stream.seek(span.begin - 1)
-            at = span.begin - 1 + len(stream.readline())  # that one began in the span before
+            at = span.begin - 1 + len(stream.readline())  # that line began in the span before
         elif not compression:
             at = stream.tell()
         while (compression or at < span.end) and (line := stream.readline()):
@@ -249,7 +249,7 @@ def _records_before(span: Span) -> int:
     if split_name(span.path)[0] is Kind.PARQUET:
         metadata = _parquet(span.path).metadata
         return sum(metadata.row_group(i).num_rows for i in range(span.begin))
-    count, left = 1, span.begin - 1  # one is cut by the span's begin, or ends there
+    count, left = 1, span.begin - 1  # the span's begin is in a line, or at its end
     with Path(span.path).open("rb") as file:
         while left > 0 and (block := file.read(min(_BLOCK, left))):
             count += block.count(b"\n")
@@ -303,7 +303,7 @@ def _rows(span: Span, column: str) -> Iterator[tuple[int, bytes | None]]:
         for batch in file.iter_batches(
             _ROWS, row_groups=range(span.begin, span.end), columns=[column], use_threads=False
         ):
-            # As bytes: pyarrow would refuse all of them for one that is not UTF-8.
+            # As bytes: for one text that is not UTF-8, pyarrow would refuse the whole batch.
             for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                 done += 1
                 yield span.nbytes * done // total, data

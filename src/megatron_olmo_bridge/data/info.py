@@ -1,4 +1,4 @@
-"""Describe an indexed dataset by the record of ``prepare-data`` and by its index."""
+"""Describe an indexed dataset, from the record of ``prepare-data`` and from its index."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _FIRST_TOKENS = 32
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Prepared dataset; fields that only ``prepare-data`` records are None for other datasets."""
+    """A dataset; what only ``prepare-data`` records is None for datasets of other programs."""
 
     prefix: str
     documents: int
     tokens: int
-    """With the eos of each document."""
+    """Including the eos of each document."""
     dtype: str
     tokenizer: str | None = None
     """The folder or hub id that it was prepared with."""
     tokenizer_sha256: str | None = None
     """SHA-256 of the tokenizer's tokenizer.json."""
     vocab_size: int | None = None
-    """Ids that the tokenizer has: the largest one plus 1."""
+    """Largest id of the tokenizer plus 1."""
     eos_id: int | None = None
     max_token_id: int | None = None
-    """The largest that occurs."""
+    """Largest id in the dataset."""
     empty_documents: int = 0
     """Documents without a token, which were left out."""
     bad_lines: int = 0
     """Lines that were left out because they could not be read."""
     first_bad_lines: list[str] = field(default_factory=list)
     inputs: list[dict[str, Any]] = field(default_factory=list)
-    """``path`` and ``bytes`` of each."""
+    """``path`` and ``bytes`` of each input file."""
     plan: str | None = None
-    """SHA-256 of what was to be prepared, and how."""
+    """SHA-256 of the inputs' names and sizes, the tokenizer, the options and the version."""
     input_state: str | None = None
-    """SHA-256 of the inputs' sizes, times and inodes, by which a change of them is noticed."""
+    """SHA-256 of the inputs' sizes, times and inodes, which shows whether they were changed."""
     version: str | None = None
     """Version of this package."""
 
@@ -58,12 +58,14 @@ class Description:
     nbytes: int
     """Bytes of its files."""
     mean: float
-    """Tokens of a document; so are the next ones."""
+    """Tokens of a document, on average."""
     median: float
+    """Tokens of a document."""
     longest: int
+    """Tokens of the longest document."""
     first_tokens: list[int]
     first_text: str | None
-    """The same decoded, where the tokenizer is in a folder here."""
+    """The first tokens decoded, if the tokenizer's folder exists here."""
 
 
 def read_info(path: str | Path) -> DataInfo:
@@ -80,10 +82,9 @@ def read_info(path: str | Path) -> DataInfo:
 
 
 def describe(path: str | Path) -> Description:
-    """Look into a dataset.
+    """Return statistics and the first tokens of a dataset.
 
-    Raises:
-        BridgeError: as :func:`read_info`.
+    Arguments and errors are those of :func:`read_info`.
     """
     data = _read(path)
     info = _info(data)
@@ -125,7 +126,9 @@ def _info(data: Indexed) -> DataInfo:
             "without one."
         ) from error
     if differing := [k for k, v in found.items() if asdict(info)[k] != v]:
-        raise FormatError(f"{path}: not of the .bin and .idx beside it: other {differing[0]}")
+        raise FormatError(
+            f"{path}: is not the record of the .bin and .idx beside it: other {differing[0]}"
+        )
     return info
 
 

@@ -1,9 +1,9 @@
-"""The folder that a dataset is prepared in: ``OUT.partial``, until OUT has all its files.
+"""Prepare a dataset in a folder ``OUT.partial``, until OUT has all its files.
 
-A marker in it says what is prepared; a part is finished when its .json is there, which has
-checksums of its files. Killed at any moment, a run leaves a folder that ``--resume`` continues, and
-no ``OUT.idx``, without which there is no dataset; with ``--overwrite`` the one that is replaced
-stays until the new one is written.
+A marker in the folder records what is prepared. A part is finished when its .json is there, with
+checksums of its files. A run that is killed at any moment leaves a folder that ``--resume``
+continues, and no ``OUT.idx``, without which there is no dataset. With ``--overwrite``, the dataset
+that is replaced stays until the new one is written.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .parts import write_json
 
 OUTPUTS = (".bin", ".idx", ".json")
 JOINED = "joined"
-"""Stem of the finished files, before they are given their names."""
+"""Stem of the finished files until they are renamed to OUT."""
 _MARKER, _LOCK = "prepare.json", "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Partial:
-    """Where parts are written, by one run at a time."""
+    """The folder ``OUT.partial`` of one run."""
 
     def __init__(
         self,
@@ -43,12 +43,19 @@ class Partial:
         resume: bool,
         overwrite: bool,
     ) -> None:
-        """Raise OutputError if something is in the way; nothing is changed before :meth:`opened`.
+        """Check what exists already; nothing is changed before :meth:`opened`.
 
         Args:
-            prefix: of the output.
-            plan: what is prepared; an interrupted run must have had the same.
-            record: has what the record of a finished run must have, ``plan`` and ``input_state``.
+            prefix: prefix of the output.
+            plan: what is prepared; an interrupted run is resumed only if its plan is the same.
+            record: record of the run; a finished run with the same ``plan`` and ``input_state`` is
+                not done again.
+            resume: continue an interrupted run.
+            overwrite: replace an existing output, and discard an interrupted run.
+
+        Raises:
+            OutputError: something is in the way, or another plan was interrupted.
+            FormatError: the marker of an interrupted run is damaged.
         """
         self.prefix = prefix
         self.folder = Path(prefix + PARTIAL)
@@ -57,9 +64,11 @@ class Partial:
         if self.folder.exists() and not overwrite:
             self._look_at_interrupted(resume)
         if self.folder.exists() and not (self._marker.exists() or self._just_made()):
-            raise OutputError(f"{self.folder}: is in the way, and not of prepare-data. Move it.")
+            raise OutputError(
+                f"{self.folder}: is in the way, and prepare-data did not make it. Move it."
+            )
         self.finished = resume and not overwrite and self._made_before(record)
-        """Whether a run before has done all: then there is nothing to do."""
+        """Whether an earlier run has done everything already."""
         for path in self.outputs:
             if path.exists() and not (self._replace or self.finished):
                 raise OutputError(f"{path}: exists already. Pass --overwrite to replace it.")
@@ -101,7 +110,7 @@ class Partial:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Have the folder, alone. Done, or of no use, it is removed; else finished parts stay.
+        """Lock the folder; remove it when all is done, or when it holds no finished part.
 
         Raises:
             OutputError: no permission, a full disk, or another run is writing there.
@@ -113,7 +122,7 @@ class Partial:
                 self._mark()
             yield
             self._remove()
-        except InputError:  # would come again
+        except InputError:  # resuming would fail again
             self._remove()
             raise
         except OSError as error:
@@ -131,7 +140,7 @@ class Partial:
     def _locked(self) -> int:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # A file, open for writing: NFS has no exclusive lock of a folder.
+            # A file that is open for writing: NFS can't lock a folder exclusively.
             lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise OutputError(f"{error.filename}: can't write here: {error.strerror}") from error
@@ -153,11 +162,11 @@ class Partial:
                 path.unlink()
 
     def _remove(self) -> None:
-        self._remove_files()  # the marker last: what a kill leaves is still known for what it is
+        self._remove_files()  # the marker last: it identifies what a kill would leave
         shutil.rmtree(self.folder)
 
     def commit(self) -> None:
-        """Give the finished files their names."""
+        """Rename the finished files to OUT."""
         self._replace = True  # from here on OUT's files may be this run's own
         self._mark()
         for path in reversed(self.outputs):

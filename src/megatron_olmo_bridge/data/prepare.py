@@ -76,23 +76,23 @@ def prepare_data(
     Documents keep their order. One without any token is left out, and counted.
 
     Args:
-        inputs: .jsonl (or .json, a JSON object a line) and .txt, either also as .gz or .zst;
-            .parquet; .npy, which are OLMo-core's headerless token files.
+        inputs: .jsonl (or .json with a JSON object in each line) and .txt, both also compressed as
+            .gz or .zst; .parquet; .npy, which are OLMo-core's token files without a header.
         out: prefix of the output.
-        tokenizer: a folder or a hub id; of token files, the one that they were made with.
-        workers: processes. With more than one, a script calls this under
-            ``if __name__ == "__main__":``, as for everything that starts processes.
+        tokenizer: a folder or a hub id; for token files, the tokenizer that they were made with.
+        workers: number of processes. With more than one, a script must call this function under
+            ``if __name__ == "__main__":``, because the processes import the script.
         text_field: field of JSON Lines, or column of Parquet, with the text.
-        txt_documents: of a .txt file, each ``line`` is a document, or each ``file``.
-        token_dtype: of token files: uint8, uint16, uint32 or uint64; by default, as in OLMo-core,
-            the smallest that holds the vocabulary.
+        txt_documents: what a document is in .txt files: each ``line``, or each ``file``.
+        token_dtype: dtype of token files: uint8, uint16, uint32 or uint64; by default, as in
+            OLMo-core, the smallest that holds the vocabulary.
         skip_bad_lines: leave out lines that can't be read, and count them.
-        resume: continue an interrupted run; afresh if there is none.
-        overwrite: replace what is there.
-        reporter: told of progress, in bytes of input.
+        resume: continue an interrupted run, if there is one.
+        overwrite: replace an existing output.
+        reporter: receives progress, in bytes of input.
 
     Raises:
-        InputError: a file or option that can't be; no documents at all.
+        InputError: an invalid file or option; no documents at all.
         FormatError: a damaged file; a bad line, unless they are skipped.
         OutputError: the output exists, can't be written, or the disk is full.
         ProcessError: a process died.
@@ -185,16 +185,16 @@ def _check_paths(files: list[str], prefix: str) -> None:
             raise InputError(f"{file}: is a folder. Name the files in it: {file}/*.jsonl.gz")
         if split_name(file)[0] is None:
             raise InputError(
-                f"{file}: of no known kind. Known are .jsonl, .json and .txt (also with .gz or "
-                ".zst), .parquet, and .npy (OLMo-core's token files)."
+                f"{file}: is of an unknown kind. Known are .jsonl, .json and .txt (also with .gz "
+                "or .zst), .parquet, and .npy (OLMo-core's token files)."
             )
         if path.stat().st_size == 0:
             raise InputError(f"{file}: is empty")
     check_name(Path(prefix))
     if split_name(prefix)[0] is not None:
         raise InputError(
-            f"{prefix}: is the output, by its place, but named like an input. The prefix of the "
-            "output comes last."
+            f"{prefix}: is named last, as the output, but has the name of an input. The prefix of "
+            "the output comes last."
         )
     if Path(prefix).is_dir():
         raise InputError(f"{prefix}: is a folder. Name a prefix in it: {prefix.rstrip('/')}/train")

@@ -240,7 +240,7 @@ def test_inputs_that_cannot_be(prepared: Prepare, corpus: Path, tmp_path: Path) 
     for name, match in (
         ("none.jsonl", "none.jsonl: no such file"),
         ("empty.jsonl", "empty.jsonl: is empty"),
-        ("a.csv", r"a.csv: of no known kind. Known are .jsonl"),
+        ("a.csv", r"a.csv: is of an unknown kind. Known are .jsonl"),
         ("", r"is a folder. Name the files"),
     ):
         refused(InputError, match, prepared, [corpus, tmp_path / name], out)
@@ -274,7 +274,7 @@ def test_tokenizers_that_cannot_be(prepared: Prepare, corpus: Path, tmp_path: Pa
 
 def test_outputs_that_cannot_be(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
     refused(InputError, "is a folder. Name a prefix in it", prepared, corpus, tmp_path)
-    refused(InputError, "named like an input", prepared, corpus, tmp_path / "b.jsonl")
+    refused(InputError, "has the name of an input", prepared, corpus, tmp_path / "b.jsonl")
     same = write_json_lines(tmp_path / "same.json", ["a"])
     refused(InputError, "both input and output", prepared, same, tmp_path / "same", overwrite=True)
     refused(OutputError, "can't write here: Not a directory", prepared, corpus, same / "out")
@@ -545,7 +545,7 @@ def test_a_record_of_another_dataset(prepared: Prepare, corpus: Path, tmp_path: 
     prepared(corpus, tmp_path / "a")
     prepared(write_json_lines(tmp_path / "in.jsonl", ["a"]), tmp_path / "b")
     shutil.copy(tmp_path / "a.json", tmp_path / "b.json")
-    with pytest.raises(FormatError, match=r"b\.json: not of the \.bin and \.idx beside it"):
+    with pytest.raises(FormatError, match=r"b\.json: is not the record of the \.bin and"):
         read_info(tmp_path / "b")
     for text in ("{", "[]", '{"documents": 3}', '{"what": 3}'):
         (tmp_path / "b.json").write_text(text)
