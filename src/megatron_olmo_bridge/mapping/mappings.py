@@ -1,21 +1,21 @@
-"""The kinds of mapping that language models need, each a few lines of arithmetic over rows."""
+"""Kinds of mapping between Hugging Face tensors and Megatron parameters."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 from .placement import Placement, Region, Shape
 
 WILDCARD = "*"
-"""In names: the layer's number; a second one is the expert's. As in Megatron-Bridge."""
+"""Stands for the layer's number in a name; a second one for the expert's. As in Megatron-Bridge."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mapping(ABC):
-    """How one Megatron parameter is made of Hugging Face tensors. Names may hold wildcards."""
+    """How a Megatron parameter is made of Hugging Face tensors. Names may have wildcards."""
 
     megatron_param: str
 
@@ -26,24 +26,20 @@ class Mapping(ABC):
 
     @abstractmethod
     def hf_shapes(self) -> dict[str, Shape]:
-        """Name and shape of each Hugging Face tensor that the parameter is made of."""
+        """Return name and shape of each Hugging Face tensor that the parameter is made of."""
 
     @abstractmethod
     def placements(self) -> Iterator[Placement]:
-        """The blocks, in the order of the parameter's rows."""
+        """Yield the blocks of the parameter, in the order of its rows."""
 
     def chunks(self) -> list[Region]:
-        """The blocks that megatron-core's own ``sharded_state_dict`` stores separately."""
+        """Return the blocks that megatron-core's ``sharded_state_dict`` stores separately."""
         return [Region.whole(self.megatron_shape)]
 
     def at(self, index: tuple[int, ...]) -> Self:
-        """The same mapping with each ``*`` replaced by a number: the layer's, the expert's."""
-        named = {
-            f.name: numbered(value, index)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), str)
-        }
-        return replace(self, **named)
+        """Return the mapping of one layer, or of one expert of a layer."""
+        names = {n: numbered(v, index) for n, v in vars(self).items() if isinstance(v, str)}
+        return replace(self, **names)
 
 
 def numbered(pattern: str, index: tuple[int, ...]) -> str:
@@ -55,7 +51,7 @@ def numbered(pattern: str, index: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DirectMapping(Mapping):
-    """One to one, shapes equal; with ``padded_rows``, zeros below (a padded vocabulary)."""
+    """Equal tensors; ``padded_rows`` pads the parameter with rows of zeros (a vocabulary)."""
 
     hf_param: str
     hf_shape: Shape
@@ -78,7 +74,7 @@ class DirectMapping(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class TransposedMapping(Mapping):
-    """A matrix that Hugging Face stores as [in, out]: GPT-2's ``Conv1D``."""
+    """Matrix that Hugging Face stores as [in, out], which GPT-2's ``Conv1D`` does."""
 
     hf_param: str
     hf_shape: Shape
@@ -97,7 +93,7 @@ class TransposedMapping(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class QKVMapping(Mapping):
-    """megatron-core's ``linear_qkv``: for each query group its q heads, then its k, then its v.
+    """megatron-core's ``linear_qkv``, which has q heads, k and v of each query group in turn.
 
     ``q`` is [num_attention_heads * kv_channels, hidden_size]; ``k`` and ``v`` are
     [num_query_groups * kv_channels, hidden_size].
@@ -141,7 +137,7 @@ class QKVMapping(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedMLPMapping(Mapping):
-    """megatron-core's ``linear_fc1`` of a gated MLP: gate over up, each [ffn, hidden]."""
+    """megatron-core's ``linear_fc1`` of a gated MLP: gate above up, each [ffn, hidden]."""
 
     gate: str
     up: str
@@ -167,9 +163,9 @@ class GatedMLPMapping(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class FusedQKVMapping(Mapping):
-    """``linear_qkv`` out of one tensor with all of q, then all of k, then all of v: GPT-2's.
+    """``linear_qkv`` from GPT-2's tensor with all of q, all of k and all of v.
 
-    The weight is ``Conv1D``'s, [hidden_size, 3 * hidden_size], and so transposed; of the bias,
+    The Hugging Face weight is [hidden_size, 3 * hidden_size], transposed. For the bias,
     [3 * hidden_size], ``hidden_size`` is None.
     """
 

@@ -1,4 +1,4 @@
-"""Regions of tensors, and placements: which region of one tensor equals which of another."""
+"""Regions of tensors, and placements, which say which regions of two tensors are equal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Shape = tuple[int, ...]
 class Region(NamedTuple):
     """Rows ``top`` to ``bottom`` and columns ``left`` to ``right`` of a tensor, ends excluded.
 
-    Every tensor is treated as a matrix in row-major order: a vector is one column, and dimensions
-    after the first are folded into the columns.
+    Every tensor is a matrix in row-major order: a vector is one column, and dimensions after the
+    first are folded into the columns.
     """
 
     top: int
@@ -61,7 +61,9 @@ class Region(NamedTuple):
         """Return the region that lies in ``to`` as this one lies in ``origin``.
 
         Args:
-            transposed: the rows of ``origin`` are the columns of ``to``.
+            origin: a region that contains this one.
+            to: a region with the same rows and columns as ``origin``.
+            transposed: the rows of ``origin`` are the columns of ``to`` instead.
         """
         if transposed:
             return self.moved(origin, to.transposed).transposed
@@ -80,8 +82,7 @@ class Placement:
     """
 
     hf_name: str | None
-    """None for padding rows of a vocabulary: zeros that no Hugging Face tensor has. Then
-    ``hf_region`` repeats ``megatron_region``."""
+    """None for zero padding of a vocabulary; then ``hf_region`` repeats ``megatron_region``."""
     hf_region: Region
     megatron_name: str
     megatron_region: Region

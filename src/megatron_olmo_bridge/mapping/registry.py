@@ -1,4 +1,4 @@
-"""A family's mappings, resolved for a model: every parameter, every tensor, checked both ways."""
+"""Registry of a family's mappings, and its resolution for a model of known size."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .mappings import WILDCARD, Mapping, numbered
 from .placement import Placement, Region, Shape, uncovered
 
 SHOWN_NAMES = 8
-"""Names that an error lists before it only counts the rest: one screen."""
+"""Maximum number of names that an error lists."""
 SHOWN_OF_EACH_KIND = 5
-"""The same where up to three lists share the screen."""
+"""The same for each list of an error with up to three lists."""
 _MANY = 5000
-"""Parameters that are quickly written out, to say by name which of them are missing."""
+"""Number of missing parameters up to which they are resolved, to report their names."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter of a model of known size."""
+    """Megatron parameter of a model of known size."""
 
     name: str
     """``decoder.layers.3.mlp.linear_fc2.weight``"""
@@ -48,7 +48,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ResolvedMapping:
-    """What the registry says of one model. Built only if both sides are covered exactly once."""
+    """Mapping of one model, in which all elements of both sides are covered exactly once."""
 
     counts: tuple[int, ...]
     """Number of layers and, if there are any, of experts."""
@@ -56,9 +56,9 @@ class ResolvedMapping:
     hf_shapes: dict[str, Shape]
     """Hugging Face tensors in the order of the model's state dict."""
     ignored: dict[str, str]
-    """Patterns of Hugging Face names that have no place in Megatron, each with its reason."""
+    """Patterns of Hugging Face names that Megatron doesn't store, each with the reason."""
     placements_by_hf_name: dict[str, list[Placement]] = field(init=False)
-    """The placements of all parameters once more, without padding."""
+    """Placements of all parameters, without padding."""
 
     def __post_init__(self) -> None:
         by_hf_name: dict[str, list[Placement]] = defaultdict(list)
@@ -88,13 +88,18 @@ class ResolvedMapping:
         return None
 
     def check_hf(self, shapes: MappingABC[str, Shape], where: object) -> None:
-        """Raise MappingError unless the tensors found are those of the mapping."""
-        found = {name: s for name, s in shapes.items() if self.reason_to_ignore(name) is None}
-        check_tensors(self.hf_shapes, found, where)
+        """Raise MappingError unless these are the mapping's Hugging Face tensors.
+
+        Args:
+            shapes: shapes by name; ignored tensors may be among them.
+            where: the checkpoint, for the message.
+        """
+        stored = {name: s for name, s in shapes.items() if self.reason_to_ignore(name) is None}
+        check_tensors(self.hf_shapes, stored, where)
 
 
 class MegatronMappingRegistry:
-    """A family's table: one mapping for each Megatron parameter, ``*`` for layer and expert."""
+    """Mapping table of a family, with a row for each Megatron parameter of a layer or expert."""
 
     def __init__(
         self,
@@ -110,28 +115,28 @@ class MegatronMappingRegistry:
     def check_size(self, stored: int, where: object) -> None:
         """Raise MappingError if the model has far more parameters than a checkpoint has tensors.
 
-        To be called before :meth:`resolve`, which takes time and memory for each layer and expert.
+        Call it before :meth:`resolve`, which takes time and memory for each layer and expert.
 
         Args:
-            stored: tensors in the checkpoint, or chunks of them.
-            where: what a message names.
+            stored: number of tensors in the checkpoint, or of their chunks.
+            where: the checkpoint, for the message.
         """
         patterns = (mapping.megatron_param for mapping in self.mappings)
-        asked = sum(math.prod(self.counts[: name.count(WILDCARD)]) for name in patterns)
-        if asked > stored + _MANY:
-            numbers = zip(("layers", "experts"), self.counts, strict=False)
+        expected = sum(math.prod(self.counts[: name.count(WILDCARD)]) for name in patterns)
+        if expected > stored + _MANY:
+            counts = zip(self.counts, ("layers", "experts"), strict=False)
+            size = " and ".join(f"{count:,} {name}" for count, name in counts)
             raise MappingError(
-                f"{where}: has {stored:,} tensors, too few for a model of "
-                f"{' and '.join(f'{count:,} {name}' for name, count in numbers)}: is it another "
+                f"{where}: has {stored:,} tensors, too few for a model of {size}: is it another "
                 "model's config?"
             )
 
     def resolve(self) -> ResolvedMapping:
-        """Write out every layer, and check that both sides are covered exactly once.
+        """Return the mapping of every layer and expert.
 
         Raises:
             MappingError: an element of either side is covered twice or not at all, or two
-                mappings claim the same name.
+                mappings have the same parameter.
         """
         parameters: dict[str, Parameter] = {}
         hf_shapes: dict[str, Shape] = {}
@@ -139,13 +144,9 @@ class MegatronMappingRegistry:
             name = mapping.megatron_param
             if name in parameters:
                 raise MappingError(f"two mappings write the Megatron parameter {name}")
+            placements, chunks = tuple(mapping.placements()), tuple(mapping.chunks())
             parameters[name] = Parameter(
-                name,
-                pattern,
-                index,
-                mapping.megatron_shape,
-                tuple(mapping.placements()),
-                tuple(mapping.chunks()),
+                name, pattern, index, mapping.megatron_shape, placements, chunks
             )
             for hf_name, shape in mapping.hf_shapes().items():
                 if hf_shapes.setdefault(hf_name, shape) != shape:
@@ -153,11 +154,14 @@ class MegatronMappingRegistry:
         return ResolvedMapping(self.counts, parameters, hf_shapes, self.ignored)
 
     def resolve_hf(self) -> dict[str, Shape]:
-        """Name and shape of every Hugging Face tensor, unchecked."""
+        """Return name and shape of every Hugging Face tensor, unchecked."""
         return {n: s for _, _, m in self._by_layer() for n, s in m.hf_shapes().items()}
 
     def _by_layer(self) -> Iterable[tuple[str, tuple[int, ...], Mapping]]:
-        """Layer by layer where the layers stand in the table, as the model's state dict does."""
+        """Yield pattern, index and mapping of each parameter in the order of the state dict.
+
+        Layers come one after the other at the place of the table's first layer row.
+        """
         layered = [m for m in self.mappings if WILDCARD in m.megatron_param]
         first = self.mappings.index(layered[0]) if layered else len(self.mappings)
         for i, mapping in enumerate(self.mappings):
@@ -173,32 +177,29 @@ class MegatronMappingRegistry:
 
 
 def check_tensors(
-    expected: MappingABC[str, Shape], found: MappingABC[str, Shape], where: object
+    expected: MappingABC[str, Shape], stored: MappingABC[str, Shape], where: object
 ) -> None:
     """Raise one MappingError that names all missing, unexpected and misshapen tensors."""
-    missing = [n for n in expected if n not in found]
-    unexpected = [n for n in found if n not in expected]
+    missing = [n for n in expected if n not in stored]
+    unexpected = [n for n in stored if n not in expected]
     misshapen = [
-        f"{n} has shape {list(found[n])}, the config asks for {list(expected[n])}"
+        f"{n} has shape {list(stored[n])}, the config asks for {list(expected[n])}"
         for n in expected
-        if n in found and found[n] != expected[n]
+        if n in stored and stored[n] != expected[n]
     ]
-    faults = []
-    for title, names in (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("wrong shape", misshapen),
-    ):
-        if names:
-            faults.append(f"{title} ({len(names)}):\n{bulleted(names, SHOWN_OF_EACH_KIND)}")
+    lists = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    faults = [
+        f"{title} ({len(names)}):\n{bulleted(names, SHOWN_OF_EACH_KIND)}"
+        for title, names in lists.items()
+        if names
+    ]
     if faults:
-        raise MappingError(
-            f"{where}: its tensors are not those of its config.\n" + "\n".join(faults)
-        )
+        message = f"{where}: its tensors are not those of its config."
+        raise MappingError("\n".join([message, *faults]))
 
 
 def bulleted(lines: list[str], most: int = SHOWN_NAMES) -> str:
-    """Return the lines as a bulleted list that ends after ``most`` of them."""
+    """Return the first ``most`` lines as a bulleted list, with the number of the others."""
     rest = len(lines) - most
     shown = [f"  - {line}" for line in lines[:most]]
     return "\n".join([*shown, f"  - and {rest} more"] if rest > 0 else shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
@@ -23,23 +24,22 @@ class FlexOlmoConfig(MoEConfig):
     }
 
 
-def _published(*shape: int, experts: int = 7, top: int = 5, vocab: int = 100352) -> dict[str, Any]:
-    return published(
-        "FlexOlmoForCausalLM",
-        *shape,
-        vocab=vocab,
-        eos=100257,
-        pad=100277,
-        model_type="flex_olmo",
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        rope_theta=500000,
-        norm_topk_prob=False,
-        num_experts=experts,
-        num_experts_per_tok=top,
-        output_router_logits=False,
-        router_aux_loss_coef=0.01,
-    )
+_published = partial(
+    published,
+    "FlexOlmoForCausalLM",
+    vocab=100352,
+    eos=100257,
+    pad=100277,
+    model_type="flex_olmo",
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+    rope_theta=500000,
+    norm_topk_prob=False,
+    num_experts=7,
+    num_experts_per_tok=5,
+    output_router_logits=False,
+    router_aux_loss_coef=0.01,
+)
 
 
 class FlexOlmoBridge(DecoderBridge):
@@ -49,7 +49,9 @@ class FlexOlmoBridge(DecoderBridge):
     architectures = ("FlexOlmoForCausalLM", "flex_olmo")
     hf_base = "FlexOlmoModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "flex-olmo-tiny": _published(2, 128, 8, 4, 96, experts=4, top=3, vocab=1024),
+        "flex-olmo-tiny": _published(
+            2, 128, 8, 4, 96, num_experts=4, num_experts_per_tok=3, vocab=1024
+        ),
         "flex-olmo-7x7b": _published(32, 4096, 32, 32, 11008),
     }
     layouts = "TP, PP, SP, EP"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
@@ -12,22 +13,17 @@ from megatron_olmo_bridge.models.tables import attention, embedding, gated_mlp
 
 from .config import OlmoConfig
 
-
-def _published(
-    *shape: int, tied: bool, clip: float | None = None, vocab: int = 50304
-) -> dict[str, Any]:
-    return published(
-        "OlmoForCausalLM",
-        *shape,
-        vocab=vocab,
-        eos=50279,
-        pad=1,
-        model_type="olmo",
-        max_position_embeddings=2048,
-        rope_theta=10000.0,
-        clip_qkv=clip,
-        tie_word_embeddings=tied,
-    )
+_published = partial(
+    published,
+    "OlmoForCausalLM",
+    vocab=50304,
+    eos=50279,
+    pad=1,
+    model_type="olmo",
+    max_position_embeddings=2048,
+    rope_theta=10000.0,
+    clip_qkv=None,
+)
 
 
 class OlmoBridge(DecoderBridge):
@@ -37,9 +33,9 @@ class OlmoBridge(DecoderBridge):
     architectures = ("OlmoForCausalLM", "OlmoForSequenceClassification", "olmo")
     hf_base = "OlmoModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "olmo-tiny": _published(4, 128, 8, 4, 384, tied=False, clip=0.4, vocab=1024),
-        "olmo-1b": _published(16, 2048, 16, 16, 8192, tied=True),
-        "olmo-7b": _published(32, 4096, 32, 32, 11008, tied=False),
+        "olmo-tiny": _published(4, 128, 8, 4, 384, clip_qkv=0.4, vocab=1024),
+        "olmo-1b": _published(16, 2048, 16, 16, 8192, tie_word_embeddings=True),
+        "olmo-7b": _published(32, 4096, 32, 32, 11008),
     }
     config_class = OlmoConfig
     provider_class = "megatron_olmo_bridge.models.olmo.provider:OlmoModelProvider"

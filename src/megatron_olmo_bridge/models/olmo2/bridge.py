@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
@@ -12,19 +13,17 @@ from megatron_olmo_bridge.models.tables import attention, embedding, final_norm,
 from .config import Olmo2Config
 from .megatron_lm import Olmo2MegatronRecord
 
-
-def _published(*shape: int, vocab: int = 100352) -> dict[str, Any]:
-    return published(
-        "Olmo2ForCausalLM",
-        *shape,
-        vocab=vocab,
-        eos=100257,
-        pad=100277,
-        model_type="olmo2",
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        rope_theta=500000,
-    )
+_published = partial(
+    published,
+    "Olmo2ForCausalLM",
+    vocab=100352,
+    eos=100257,
+    pad=100277,
+    model_type="olmo2",
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+    rope_theta=500000,
+)
 
 
 def olmo2_table(bridge: ModelBridge, padded_vocab_size: int | None) -> list[Mapping]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
@@ -11,27 +12,23 @@ from megatron_olmo_bridge.models.tables import attention, embedding, experts, fi
 
 from .config import OlmoeConfig
 
-
-def _published(
-    *shape: int, experts: int = 64, top: int = 8, clip: float | None = None, vocab: int = 50304
-) -> dict[str, Any]:
-    return published(
-        "OlmoeForCausalLM",
-        *shape,
-        vocab=vocab,
-        eos=50279,
-        pad=1,
-        model_type="olmoe",
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        clip_qkv=clip,
-        norm_topk_prob=False,
-        num_experts=experts,
-        num_experts_per_tok=top,
-        output_router_logits=False,
-        router_aux_loss_coef=0.01,
-    )
+_published = partial(
+    published,
+    "OlmoeForCausalLM",
+    vocab=50304,
+    eos=50279,
+    pad=1,
+    model_type="olmoe",
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    clip_qkv=None,
+    norm_topk_prob=False,
+    num_experts=64,
+    num_experts_per_tok=8,
+    output_router_logits=False,
+    router_aux_loss_coef=0.01,
+)
 
 
 class OlmoeBridge(DecoderBridge):
@@ -41,7 +38,9 @@ class OlmoeBridge(DecoderBridge):
     architectures = ("OlmoeForCausalLM", "olmoe")
     hf_base = "OlmoeModel"
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "olmoe-tiny": _published(2, 128, 8, 4, 96, experts=8, top=3, clip=0.5, vocab=1024),
+        "olmoe-tiny": _published(
+            2, 128, 8, 4, 96, num_experts=8, num_experts_per_tok=3, clip_qkv=0.5, vocab=1024
+        ),
         "olmoe-1b-7b": _published(16, 2048, 16, 16, 1024),
     }
     layouts = "TP, PP, SP, EP"
