@@ -84,7 +84,7 @@ def test_read_only_commands_need_no_lock(
     def refuse(*_: Any) -> None:
         raise AssertionError("a lock was asked for")
 
-    monkeypatch.setattr(run_lock, "_open_locked", refuse)
+    monkeypatch.setattr(run_lock, "_take", refuse)
     before = tree_hash(alone.folder)
     save = f"checkpoint.save={alone.folder}"
     exports = f"export.hf={place.folder}/alone-exports"

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats.files import read_json
 from megatron_olmo_bridge.storage.atomic import PARTIAL, sync
+from megatron_olmo_bridge.storage.lock import Lock, take
 
 from .info import read_info
 from .parts import write_json
@@ -135,23 +134,14 @@ class Partial:
         finally:
             if self.folder.exists() and not any(self.folder.glob("part-*.json")):
                 self._remove()
-            os.close(lock)
+            lock.release()
 
-    def _locked(self) -> int:
+    def _locked(self) -> Lock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # A file that is open for writing: NFS can't lock a folder exclusively.
-            lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            return take(self.folder / _LOCK)
         except OSError as error:
             raise OutputError(f"{error.filename}: can't write here: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise OutputError(f"{self.folder}: another prepare-data is writing here") from None
-        except OSError:
-            pass  # a file system without locks
-        return lock
 
     def _mark(self) -> None:
         write_json(self._marker, {"plan": self._plan, "replace": self._replace})

@@ -29,7 +29,7 @@ from megatron_olmo_bridge.formats.iterations import TRACKER
 from megatron_olmo_bridge.formats.tensors import TensorSpec
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
-from megatron_olmo_bridge.storage.atomic import PARTIAL
+from megatron_olmo_bridge.storage.atomic import PARTIAL, sync, sync_tree, write_synced
 from megatron_olmo_bridge.storage.execute import cleaning_up, finish
 from megatron_olmo_bridge.storage.plan import CopyPlan, Literal
 from megatron_olmo_bridge.storage.progress import Reporter
@@ -212,10 +212,13 @@ def _begin(root: Path, stage: Path, folder: Path) -> None:
 
 def _commit(root: Path, stage: Path, folder: Path, texts: dict[str, bytes], iteration: int) -> None:
     write_texts(folder, texts)
+    sync_tree(stage)
     if stage != root:
         stage.rename(root)
-    (root / TRACKER).write_text(str(iteration))
+        sync(root.parent)
+    write_synced(root / TRACKER, str(iteration))
     (root / PARTIAL_MARKER).unlink()
+    sync(root)
     open_checkpoint(root)  # raises unless all of the model is there
 
 

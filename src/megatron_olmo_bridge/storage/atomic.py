@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and durable when they are there."""
+"""Write files and folders atomically and durably."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""Ends the name of a file or folder while it is written."""
+"""Suffix of a file or folder while it is written."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Values from Linux's <fcntl.h> and <linux/fs.h>."""
 
 
 @contextlib.contextmanager
 def name_in_errors(file: Path) -> Iterator[None]:
-    """Name the file in errors of calls on its descriptor, which don't."""
+    """Add the file name to errors of calls on a file descriptor, which lack it."""
     try:
         yield
     except OSError as error:
@@ -26,17 +26,17 @@ def name_in_errors(file: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, data: bytes | str) -> None:
-    """Write a file under another name and, when it is durable, rename it.
+    """Write a file as ``NAME.partial``, sync it, and rename it.
 
-    A kill at any moment leaves the file of before, or the new one, and at most ``NAME.partial``
-    beside it. An error leaves the file of before alone.
+    After a kill, the path has either the old or the new content, and there may be a
+    ``NAME.partial``. After an error, it has the old content.
 
     Args:
-        path: Where the file is to be, in place of one that is there; its folder exists.
-        data: The content; text is encoded as UTF-8.
+        path: file to create or replace; its folder exists.
+        data: content; text is encoded as UTF-8.
 
     Raises:
-        OSError: It can't be written.
+        OSError: the file can't be written.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -51,33 +51,36 @@ def replace_file(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Give an empty ``NAME.partial`` to fill, which takes the name when the block has ended.
+    """Yield an empty folder ``NAME.partial`` to fill, and rename it when the block ends.
 
-    An error in the block leaves the folder of before alone. So does a kill; only where the file
-    system can't exchange two names, there is a moment in which neither has the name.
+    After an error in the block, the path has the old folder. After a kill, it has either the old
+    or the new one; if the file system can't exchange two names, there may be neither.
 
     Args:
-        path: Where the folder is to be, in place of one that is there.
+        path: folder to create or replace.
 
     Raises:
-        OSError: It can't be written.
+        OSError: the folder can't be written.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    partial, old = (path.with_name(f"{path.name}{suffix}{PARTIAL}") for suffix in ("", ".old"))
+    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
+    shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         sync_tree(partial)
         if not exchange(partial, path):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
             partial.rename(path)
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system can't."""
+    """Exchange two names atomically; return False if the file system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     paths = os.fsencode(first), os.fsencode(second)
     if renameat2 is None:
@@ -87,7 +90,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def write_synced(path: Path, data: bytes | str) -> None:
-    """Write a file and make its bytes durable; a kill may leave half of it."""
+    """Write and sync a file. A kill may leave it incomplete."""
     with name_in_errors(path), path.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
@@ -95,7 +98,7 @@ def write_synced(path: Path, data: bytes | str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, durable."""
+    """Sync the content of a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with name_in_errors(path):
@@ -105,6 +108,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a folder durable with all that is in it."""
+    """Sync a folder and everything in it."""
     for path in (folder, *folder.rglob("*")):
         sync(path)

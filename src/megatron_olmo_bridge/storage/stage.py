@@ -9,14 +9,12 @@ refused as a checkpoint and that ``--resume`` completes.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import resource
 import shutil
 import threading
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import OutputError
@@ -25,6 +23,7 @@ from megatron_olmo_bridge.mapping.registry import bulleted
 
 from .atomic import PARTIAL, name_in_errors, sync, write_synced
 from .identity import Identity
+from .lock import Lock, check_free, take
 from .plan import CopyPlan
 from .provenance import read_provenance
 
@@ -46,8 +45,9 @@ class Stage:
         self._replaced = destination.parent / f"{destination.name}.replaced"
         self._plan, self._resume, self._overwrite = plan, resume and not overwrite, overwrite
         self._header = {"plan": plan.digest, "source": plan.source_fingerprint}
-        self._lock = threading.Lock()
-        self._marker: int | None = None
+        self._recording = threading.Lock()
+        self._lock: Lock | None = None
+        """Lock of the marker, while this process writes here."""
         self.folder = self._where_to_write()
         """``DST.partial``; or ``DST``, if it is a folder without anything worth keeping."""
         self._check()
@@ -95,8 +95,7 @@ class Stage:
 
     def _check_occupied(self, folder: Path) -> None:
         if _started(folder):
-            with _locked(folder, fcntl.LOCK_SH):
-                pass  # nobody is writing here right now
+            check_free(folder / PARTIAL_MARKER)
             if not (self._resume or self._overwrite):
                 raise OutputError(
                     f"{folder}: left by an interrupted {self._plan.operation}. Pass --resume "
@@ -197,8 +196,7 @@ class Stage:
             return
         try:
             if self.folder == self.destination and self._partial.exists():
-                with _locked(self._partial):
-                    _remove(self._partial)
+                _remove_abandoned(self._partial)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take()
             for file in self._plan.files:
@@ -211,21 +209,16 @@ class Stage:
     def _take(self) -> None:
         """Lock the folder, and empty it unless it is continued."""
         begun = _started(self.folder)
-        marker = os.open(self.folder / PARTIAL_MARKER, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        _take_lock(marker, self.folder)
-        if not (self.folder / PARTIAL_MARKER).exists():  # the one before us has just finished
-            os.close(marker)
-            raise OutputError(f"{self.folder}: another olmo-bridge was writing here just now")
+        lock = take(self.folder / PARTIAL_MARKER, is_journal=True)
         if not begun and len(list(self.folder.iterdir())) > 1:
-            (self.folder / PARTIAL_MARKER).unlink()
-            os.close(marker)
+            lock.release(delete=True)
             raise OutputError(f"{self.folder}: exists already. Pass --overwrite to replace it.")
-        self._marker = marker  # now it is known to be ours
+        self._lock = lock  # now it is known to be ours
         if not self.complete:
             clear(self.folder)
-            os.truncate(marker, 0)
-            os.write(marker, json.dumps(self._header).encode() + b"\n")
-            os.fsync(marker)
+            os.truncate(lock.descriptor, 0)
+            os.write(lock.descriptor, json.dumps(self._header).encode() + b"\n")
+            os.fsync(lock.descriptor)
             sync(self.folder)
 
     def _allocate(self, path: Path, size: int) -> None:
@@ -241,11 +234,11 @@ class Stage:
 
     def record(self, name: str) -> None:
         """Journal a file that is written and synced, so that --resume knows it if it is changed."""
-        assert self._marker is not None
+        assert self._lock is not None
         line = json.dumps([name, *Identity.of(self.folder / name)]).encode() + b"\n"
-        with self._lock:
+        with self._recording:
             self.complete.add(name)
-            os.write(self._marker, line)
+            os.write(self._lock.descriptor, line)
 
     def write_text(self, name: str, data: bytes) -> None:
         """Write a small file, synced."""
@@ -281,7 +274,7 @@ class Stage:
 
     def discard(self) -> None:
         """Remove what was written, if this process writes here; a folder that was there stays."""
-        if self._marker is not None:
+        if self._lock is not None:
             if self.folder == self.destination:
                 clear(self.folder)
                 (self.folder / PARTIAL_MARKER).unlink()
@@ -291,32 +284,9 @@ class Stage:
 
     def close(self) -> None:
         """Let go of the folder; what is written stays."""
-        if self._marker is not None:
-            os.close(self._marker)
-            self._marker = None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Keeps other runs out of a folder with a marker."""
-    if not _started(folder):
-        yield
-        return
-    fd = os.open(folder / PARTIAL_MARKER, os.O_RDWR)
-    try:
-        _take_lock(fd, folder, kind)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _take_lock(fd: int, folder: Path, kind: int = fcntl.LOCK_EX) -> None:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(f"{folder}: another olmo-bridge is writing here right now") from None
-    except OSError:
-        return  # a file system without locks
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
 def refuse_overlap(source: Path, destination: Path) -> None:
@@ -346,6 +316,14 @@ def _remove(folder: Path) -> None:
     """Delete a folder, its marker last: what a kill leaves of it is refused as a checkpoint."""
     clear(folder)
     shutil.rmtree(folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what an interrupted run left, unless another run continues it."""
+    with ExitStack() as stack:
+        if _started(folder):
+            stack.callback(take(folder / PARTIAL_MARKER, is_journal=True).release)
+        _remove(folder)
 
 
 def clear(folder: Path) -> None:

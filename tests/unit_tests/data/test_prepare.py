@@ -476,7 +476,7 @@ def test_stopped_while_files_get_their_names(
 def test_two_runs_do_not_share_an_output(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
     class Second(PrepareReporter):
         def begin(self, what: str, total: int) -> None:
-            with pytest.raises(OutputError, match="another prepare-data is writing here"):
+            with pytest.raises(OutputError, match="another olmo-bridge is writing here right now"):
                 prepared(corpus, tmp_path / "out", overwrite=True)
 
     assert prepared(corpus, tmp_path / "out", reporter=Second()).documents == 40

@@ -1,13 +1,17 @@
-"""A file or folder is there whole or not at all, wherever writing it is stopped."""
+"""A file or folder is complete or absent, wherever writing it is stopped."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,3 +139,55 @@ def test_an_error_leaves_the_folder_of_before(tmp_path: Path) -> None:
         raise OSError("full")
     assert names(folder) == ["older.json"]
     assert names(tmp_path) == ["tokenizer"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed"])
+def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path: Path, exchanges: bool) -> None:
+    """Killed before each call that changes names. Where names can't be exchanged, there may be
+    neither folder, but never half of one."""
+    folder, call, found = tmp_path / "tokenizer", 0, []
+    while not found or found[-1] != "finished":
+        folder.mkdir(exist_ok=True)
+        write(folder, "older")
+        process = os.fork()
+        if not process:
+            kill_at(call, exchanges)
+            with replacing_folder(folder) as partial:
+                write(partial, "newer")
+            os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        states = {"": None, "older": ["older-1", "older-2"], "newer": ["newer-1", "newer-2"]}
+        content = names(folder) if folder.exists() else None
+        found.append(next(state for state, files in states.items() if files == content))
+        shutil.rmtree(folder, ignore_errors=True)
+        call += 1
+        if not killed:
+            assert names(tmp_path) == []
+            found.append("finished")
+    assert found[0] == "older" and found[-2] == "newer"
+    assert ("" in found) == (not exchanges)
+
+
+def write(folder: Path, version: str) -> None:
+    for name in names(folder):
+        (folder / name).unlink()
+    for number in (1, 2):
+        (folder / f"{version}-{number}").touch()
+
+
+def kill_at(call: int, exchanges: bool) -> None:
+    """Kill this process before the given call (counted from 0) that changes a name on the disk."""
+    calls = itertools.count()
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return run
+
+    exchange = atomic.exchange if exchanges else lambda *_: False
+    atomic.exchange = counted(exchange)
+    for name in ("mkdir", "rename", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
