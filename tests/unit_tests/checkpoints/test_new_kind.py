@@ -112,12 +112,12 @@ def test_the_command_line_reads_it_and_has_its_option(hf: Path, flat: Path, tmp_
     assert "Bytes before the config." in " ".join(run("inspect", "--help").split())
 
 
-def test_python_reads_it(hf: Path, flat: Path, tmp_path: Path) -> None:
+def test_the_python_api_reads_it(hf: Path, flat: Path, tmp_path: Path) -> None:
     export_checkpoint(flat, tmp_path / "out", ExportOptions(kind_options={"skip": 3}))
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_verify_refuses_an_option_that_is_for_neither(hf: Path, flat: Path) -> None:
+def test_verify_refuses_an_option_that_neither_checkpoint_accepts(hf: Path, flat: Path) -> None:
     with pytest.raises(InputError, match="--skip is for flat checkpoints; this is Hugging Face"):
         verify(hf, hf, ReadOptions(kind_options={"skip": 3}))
 

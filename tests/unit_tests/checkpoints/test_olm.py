@@ -98,7 +98,7 @@ def values(view: TensorView) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ffn", [FFN, 4 * WIDTH])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_tensor_is_that_of_hugging_face(
+def test_every_tensor_equals_the_hugging_face_one(
     tmp_path: Path, tied: bool, ffn: int, dtype: torch.dtype
 ) -> None:
     state = state_dict(tied, ffn, dtype)
@@ -114,7 +114,7 @@ def test_every_tensor_is_that_of_hugging_face(
     assert source.bridge.config.ffn_hidden_size == ffn
 
 
-def test_the_config_says_what_the_shapes_and_olms_code_say(tmp_path: Path) -> None:
+def test_the_config_follows_from_shapes_and_olms_constants(tmp_path: Path) -> None:
     source = open_checkpoint(
         saved(tmp_path, state_dict()), ReadOptions(kind_options={"heads": HEADS})
     )
@@ -137,7 +137,7 @@ def test_the_config_says_what_the_shapes_and_olms_code_say(tmp_path: Path) -> No
     assert source.config_from == source.path == tmp_path / "step_1.pt"
 
 
-def test_a_head_of_its_own_with_the_embeddings_values_stays_one(tmp_path: Path) -> None:
+def test_a_head_that_only_equals_the_embedding_is_kept(tmp_path: Path) -> None:
     """Only a shared storage says that training keeps the two equal."""
     source = opened(tmp_path, lambda s: s.update({HEAD: s[HEAD].clone()}))
     assert source.hf_config["tie_word_embeddings"] is False
@@ -159,7 +159,7 @@ def test_the_table_names_every_tensor_once(tmp_path: Path) -> None:
     } == set(table)
 
 
-def test_the_number_of_heads_must_be_said(tmp_path: Path) -> None:
+def test_the_number_of_heads_must_be_stated(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"how many attention heads.*--heads, or --hf-config"):
         opened(tmp_path, lambda _: None, kind_options={})
     with pytest.raises(InputError, match=r"step_1\.pt: n_embd 12 cannot be divided by 5"):
@@ -175,7 +175,7 @@ def test_options_for_other_checkpoints_are_refused(tmp_path: Path, option: str) 
         opened(tmp_path, lambda _: None, **{option: NEEDLESS[option]})
 
 
-def test_heads_are_for_olm_alone(tiny_hf: Path) -> None:
+def test_the_option_heads_is_for_olm_only(tiny_hf: Path) -> None:
     with pytest.raises(InputError, match="--heads is for OLM checkpoints; this is Hugging Face"):
         open_checkpoint(tiny_hf, ReadOptions(kind_options={"heads": 2}))
 
@@ -222,7 +222,7 @@ def test_other_models_are_refused_with_the_names_of_their_tensors(
 
 
 @pytest.mark.parametrize("name", ["embedding", "up_proj", "pos_embedding"])
-def test_extents_of_zero_are_refused(tmp_path: Path, name: str) -> None:
+def test_tensors_without_elements_are_refused(tmp_path: Path, name: str) -> None:
     def empty(state: Tensors) -> None:
         for n in [n for n in state if name in n and n.endswith("weight")]:
             state[n] = torch.zeros(0, *state[n].shape[1:])
@@ -243,7 +243,7 @@ def config(tmp_path: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_a_config_says_the_heads_and_more(tmp_path: Path) -> None:
+def test_a_config_states_the_heads_and_the_token_ids(tmp_path: Path) -> None:
     folder = config(tmp_path)
     for heads in (None, HEADS):
         source = open_checkpoint(
@@ -306,7 +306,7 @@ def test_names_and_shapes_are_those_of_the_package(tied: bool) -> None:
     assert (state[HEAD].data_ptr() == next(iter(state.values())).data_ptr()) is tied
 
 
-def test_what_the_code_says_is_what_the_package_does() -> None:
+def test_the_constants_are_those_of_the_installed_package() -> None:
     gpt2 = pytest.importorskip("olm.models.openai.gpt2")
     model = gpt2.GPT2Model(VOCAB, WIDTH, LAYERS, HEADS, POSITIONS)
     norms = [m for m in model.modules() if type(m).__name__ == "LayerNorm"]

@@ -52,7 +52,7 @@ def assert_found(arrays: dict[str, StoredArray], state: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("key", ["model_state_dict", "model"])
 @pytest.mark.parametrize("kind", [dict, OrderedDict])
-def test_finds_every_tensor_of_the_model(tmp_path: Path, key: str, kind: Any) -> None:
+def test_every_tensor_of_the_model_is_read(tmp_path: Path, key: str, kind: Any) -> None:
     assert_found(read_olm(saved(tmp_path, kind(STATE), key)), STATE)
 
 
@@ -62,7 +62,7 @@ def test_names_are_those_of_the_model_that_was_wrapped(tmp_path: Path, wrapper: 
     assert_found(read_olm(saved(tmp_path, wrapped)), STATE)
 
 
-def test_a_name_that_begins_so_alone_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_prefix_of_some_names_only_is_kept(tmp_path: Path) -> None:
     state = {"module.x": torch.zeros(2), "y": torch.ones(2)}
     assert_found(read_olm(saved(tmp_path, state)), state)
 
@@ -74,7 +74,7 @@ def test_shared_tensors_are_the_same_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["step_3.pt", "best_model.pt"])
-def test_a_pt_file_is_taken_for_one_of_olm(tmp_path: Path, name: str) -> None:
+def test_a_pt_file_is_read_as_an_olm_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"whatever")
     assert find_kind(tmp_path / name) == (OLMCheckpoint, tmp_path / name)
 
@@ -198,7 +198,7 @@ STORAGE = Persistent(("storage", FLOAT, "0", "cpu", 15))
         REBUILD(Persistent(("storage",)), 0, (3,), (1,)),
     ],
 )  # fmt: skip
-def test_tensors_that_cannot_be_are_refused(tmp_path: Path, tensor: Any) -> None:
+def test_invalid_tensors_are_refused(tmp_path: Path, tensor: Any) -> None:
     file = rezipped(saved(tmp_path, STATE), dumps({"model": {"a.weight": tensor}}))
     with pytest.raises(FormatError, match=r"other\.pt"):
         read_olm(file)
@@ -217,7 +217,7 @@ def test_a_pickle_that_hides_methods_of_a_dictionary_does_no_harm(tmp_path: Path
 
 
 @pytest.mark.parametrize("model", [built("torch.Size", {"a": 1}), None, "text", ()])
-def test_a_model_that_is_no_dictionary_is_refused(tmp_path: Path, model: Any) -> None:
+def test_a_model_that_is_not_a_dictionary_is_refused(tmp_path: Path, model: Any) -> None:
     file = rezipped(saved(tmp_path, STATE), dumps({"model": model}))
     with pytest.raises(BridgeError, match="not a checkpoint of OLM's trainer"):
         read_olm(file)

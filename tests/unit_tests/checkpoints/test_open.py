@@ -23,11 +23,11 @@ def tree(root: Path, *names: str) -> Path:
     return root
 
 
-def test_a_hugging_face_folder(tmp_path: Path) -> None:
+def test_a_hugging_face_folder_is_found(tmp_path: Path) -> None:
     assert find_kind(tree(tmp_path, "config.json", "model.safetensors")) == (HFCheckpoint, tmp_path)
 
 
-def test_an_iterations_folder(tmp_path: Path) -> None:
+def test_an_iterations_folder_is_found(tmp_path: Path) -> None:
     folder = tree(tmp_path, "iter_0000003/metadata.json") / "iter_0000003"
     assert find_kind(folder) == (MegatronCheckpoint, folder)
 
@@ -89,12 +89,12 @@ def test_another_backend_is_refused_by_name(tmp_path: Path) -> None:
         (["iter_0000003/x", TRACKER], "no metadata.json: an incomplete or foreign checkpoint"),
     ],
 )
-def test_what_is_no_checkpoint(tmp_path: Path, names: list[str], says: str) -> None:
+def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path, names: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         find_kind(tree(tmp_path, *names))
 
 
-def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         find_kind(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
@@ -125,7 +125,7 @@ def test_the_root_of_a_trainers_run_names_its_checkpoints(tmp_path: Path) -> Non
     )
 
 
-def test_so_does_one_with_a_config_of_its_own(tmp_path: Path) -> None:
+def test_the_root_of_a_trainers_run_with_a_config_names_its_checkpoints_too(tmp_path: Path) -> None:
     hugging_face(tmp_path / "checkpoint-9")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"no safetensors files\. The checkpoints .*checkpoint-9"):

@@ -57,7 +57,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("weights", [None, [0.5, 0.25, 0.25], [1.0, 3.0, 0.1]])
-def test_the_mean_is_torchs(
+def test_the_mean_equals_torchs(
     make_hf: HFFactory, tmp_path: Path, dtype: str, weights: list[float] | None
 ) -> None:
     """Of Hugging Face and Megatron checkpoints, the one's vocabulary padded."""
@@ -109,7 +109,7 @@ def test_dtypes_may_differ_if_one_is_asked_for(make_hf: HFFactory, tmp_path: Pat
     assert_equal(weights_of(tmp_path / "mean"), torch_mean(folders, torch.bfloat16))
 
 
-def test_what_lies_beside_the_weights(make_hf: HFFactory, tmp_path: Path) -> None:
+def test_the_artifacts_are_the_first_sources(make_hf: HFFactory, tmp_path: Path) -> None:
     a, b = make_hf("a"), make_hf("b", seed=1)
     (b / "tokenizer.json").write_text('{"another": "tokenizer"}')
     plan = average_checkpoints([a, b], tmp_path / "mean", AverageOptions(weights=[3, 1]))
@@ -124,7 +124,7 @@ def test_what_lies_beside_the_weights(make_hf: HFFactory, tmp_path: Path) -> Non
     assert verify(tmp_path / "mean").equal
 
 
-def test_a_plan_is_of_its_weights(make_hf: HFFactory, tmp_path: Path) -> None:
+def test_another_weight_makes_another_plan(make_hf: HFFactory, tmp_path: Path) -> None:
     sources = [make_hf("a"), make_hf("b", seed=1)]
     plans = [
         plan_average(sources, tmp_path / "m", AverageOptions(weights=w))[0]
@@ -158,7 +158,7 @@ def test_other_models_are_refused(
     [([1], "1 weights for 2"), ([1, 0], "above 0, not 0"), ([1, float("nan")], "not nan"),
      ([1, -1], "above 0, not -1")],
 )  # fmt: skip
-def test_weights_that_are_none(
+def test_invalid_weights_are_refused(
     make_hf: HFFactory, tmp_path: Path, weights: list[float], says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
@@ -167,7 +167,7 @@ def test_weights_that_are_none(
         )
 
 
-def test_one_is_no_average(make_hf: HFFactory, tmp_path: Path) -> None:
+def test_one_source_is_refused(make_hf: HFFactory, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="two checkpoints or more"):
         average_checkpoints([make_hf("a")], tmp_path / "mean")
 
@@ -179,7 +179,7 @@ def test_the_output_may_not_be_in_a_source(make_hf: HFFactory, tmp_path: Path, i
         average_checkpoints(sources, sources[inside] / "mean")
 
 
-def test_too_large_for_float16(make_hf: HFFactory, tmp_path: Path) -> None:
+def test_a_value_too_large_for_float16_is_refused(make_hf: HFFactory, tmp_path: Path) -> None:
     def huge(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] = 1e6
 

@@ -55,7 +55,7 @@ SOURCES = {
 @pytest.mark.parametrize(
     ("operation", "name"), [(o, name) for o, names in SOURCES.items() for name in names]
 )
-def test_each_kind_of_file(
+def test_a_change_of_each_kind_of_file_is_refused(
     operation: str, name: str, tiny_hf: Path, tiny_megatron: Path, tmp_path: Path
 ) -> None:
     original = tiny_megatron if operation == "export" else tiny_hf
@@ -73,7 +73,7 @@ def test_each_kind_of_file(
     assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing is left of the output"
 
 
-def test_a_file_that_is_replaced_by_its_like(tiny_hf: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_replaced_by_a_similar_one_is_refused(tiny_hf: Path, tmp_path: Path) -> None:
     """The old one is read to its end, as it is open; the others may be of the new checkpoint."""
     source = Path(shutil.copytree(tiny_hf, tmp_path / "source"))
     file = source / "model-00003-of-00005.safetensors"
@@ -95,7 +95,7 @@ def test_a_log_beside_the_weights_may_grow(tiny_hf: Path, tmp_path: Path) -> Non
     assert verify(source, tmp_path / "dst").equal
 
 
-def test_verify_refuses_it_too(tiny_hf: Path, tmp_path: Path) -> None:
+def test_verify_refuses_changed_sources_too(tiny_hf: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_hf, tmp_path / "source"))
     file = source / "model-00001-of-00005.safetensors"
 

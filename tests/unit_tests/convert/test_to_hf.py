@@ -45,21 +45,23 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_there_and_back(make_hf: HF, tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+def test_export_reverses_import(
+    make_hf: HF, tmp_path: Path, dtype: torch.dtype, tied: bool
+) -> None:
     hf = make_hf(dtype=dtype, tie_word_embeddings=tied)
     import_checkpoint(hf, tmp_path / "m", ImportOptions(make_vocab_size_divisible_by=128))
     export_checkpoint(tmp_path / "m", tmp_path / "back")
     assert same(load(tmp_path / "back"), load(hf))
-    side = ["config.json", "generation_config.json", "tokenizer.json"]
+    artifacts = ["config.json", "generation_config.json", "tokenizer.json"]
     assert sorted(p.name for p in (tmp_path / "back").iterdir()) == [
-        *side[:2], "model.safetensors", "olmo_bridge.json", side[2],
+        *artifacts[:2], "model.safetensors", "olmo_bridge.json", artifacts[2],
     ]  # fmt: skip
-    for name in side:
+    for name in artifacts:
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
 
 
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
-def test_at_another_dtype(make_hf: HF, tmp_path: Path, target: str) -> None:
+def test_the_dtype_can_be_changed(make_hf: HF, tmp_path: Path, target: str) -> None:
     hf = make_hf(dtype=torch.bfloat16)
     import_checkpoint(hf, tmp_path / "m")
     export_checkpoint(tmp_path / "m", tmp_path / "back", ExportOptions(dtype=target))
@@ -103,7 +105,7 @@ def test_the_dtype_is_recorded_under_both_keys_if_there_are_two(
 
 
 @pytest.mark.parametrize(("limit", "count"), [("5GB", 1), ("40KB", 4), (1, 36)])
-def test_shards_of_at_most_so_many_bytes(
+def test_shards_have_at_most_the_given_number_of_bytes(
     make_hf: HF, tmp_path: Path, limit: str | int, count: int
 ) -> None:
     hf = make_hf()
@@ -138,12 +140,12 @@ def test_shards_of_at_most_so_many_bytes(
     [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("200kb", 200_000), ("7", 7), (9, 9),
      ("2GiB", 2 << 30)],
 )  # fmt: skip
-def test_sizes(text: str | int, count: int) -> None:
+def test_sizes_are_parsed(text: str | int, count: int) -> None:
     assert parse_size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "5TB", "0", "0GB", "5 G", "1e9", "0.1"])
-def test_what_is_no_size(text: str) -> None:
+def test_what_is_not_a_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is not a size"):
         parse_size(text)
 
@@ -168,7 +170,7 @@ def pad(tensors: Tensors, rows: int) -> Tensors:
 Save = Callable[..., Path]
 
 
-def test_the_config_from_megatron_lms_args(
+def test_the_config_is_read_from_megatron_lms_args(
     state: SimpleNamespace, save_torch_dist: Save, tmp_path: Path
 ) -> None:
     folder = save_torch_dist("m", pad(state.megatron, 128), seed=4)
@@ -180,7 +182,7 @@ def test_the_config_from_megatron_lms_args(
     assert config_of(tmp_path / "hf")["torch_dtype"] == "float32"
 
 
-def test_the_config_from_a_run_config(
+def test_the_config_is_read_from_a_run_config(
     state: SimpleNamespace, save_torch_dist: Save, tmp_path: Path
 ) -> None:
     folder = save_torch_dist("m", state.megatron)
@@ -192,7 +194,7 @@ def test_the_config_from_a_run_config(
     assert Olmo2Bridge(config_of(tmp_path / "hf")).config_values == state.bridge.config_values
 
 
-def test_the_config_from_the_folder_that_the_user_names(
+def test_the_config_is_read_from_the_folder_that_the_user_names(
     state: SimpleNamespace, save_torch_dist: Save, make_hf: HF, tmp_path: Path
 ) -> None:
     folder = save_torch_dist("m", state.megatron)
@@ -243,7 +245,7 @@ def test_the_vocabulary_of_a_config_can_be_overruled(
         ("model: 3", r"run_config\.yaml: has no model section"),
     ],
 )
-def test_a_run_config_that_is_none(
+def test_a_run_config_without_a_model_is_refused(
     text: str, says: str, state: SimpleNamespace, save_torch_dist: Save, tmp_path: Path
 ) -> None:
     folder = save_torch_dist("m", state.megatron)
@@ -262,7 +264,7 @@ def test_another_models_settings_are_refused(
         export_checkpoint(folder, tmp_path / "hf")
 
 
-def test_a_post_norm_where_a_pre_norm_would_be_is_refused(
+def test_a_post_norm_in_place_of_a_pre_norm_is_refused(
     state: SimpleNamespace, save_torch_dist: Save, make_hf: HF, tmp_path: Path
 ) -> None:
     right = "decoder.layers.mlp.linear_fc2.post_layernorm.weight"
@@ -275,7 +277,7 @@ def test_a_post_norm_where_a_pre_norm_would_be_is_refused(
     assert f"unexpected (1):\n  - {wrong}" in str(caught.value)
 
 
-def test_all_iterations(make_hf: HF, tmp_path: Path) -> None:
+def test_all_iterations_are_exported(make_hf: HF, tmp_path: Path) -> None:
     a, b = make_hf("a", seed=1), make_hf("b", seed=2)
     import_checkpoint(a, tmp_path / "m")
     import_checkpoint(b, tmp_path / "r", ImportOptions(release=True))
@@ -289,7 +291,7 @@ def test_all_iterations(make_hf: HF, tmp_path: Path) -> None:
         assert same(load(tmp_path / "all" / name), load(source))
 
 
-def test_one_iteration_of_several(make_hf: HF, tmp_path: Path) -> None:
+def test_one_iteration_of_several_is_exported(make_hf: HF, tmp_path: Path) -> None:
     a, b = make_hf("a", seed=1), make_hf("b", seed=2)
     import_checkpoint(a, tmp_path / "m")
     import_checkpoint(b, tmp_path / "r")
@@ -302,7 +304,7 @@ def test_one_iteration_of_several(make_hf: HF, tmp_path: Path) -> None:
     assert same(load(tmp_path / "x"), load(b))
 
 
-def test_what_is_no_source(make_hf: HF, tmp_path: Path) -> None:
+def test_what_is_not_a_source_is_refused(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf()
     with pytest.raises(InputError, match="is a Hugging Face checkpoint already"):
         plan_exports(hf, tmp_path / "x")

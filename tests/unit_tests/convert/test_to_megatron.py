@@ -62,7 +62,7 @@ def test_torch_reads_the_weights(
 
 
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
-def test_at_another_dtype(
+def test_the_dtype_can_be_changed(
     make_hf: HF, tmp_path: Path, reference: SimpleNamespace, target: str
 ) -> None:
     hf = make_hf()
@@ -100,7 +100,7 @@ def test_tied_embeddings_have_no_output_layer(
     assert same(loaded, expected(hf, reference, tie_word_embeddings=True))
 
 
-def test_tensors_without_a_place_are_left_out(
+def test_ignored_tensors_are_left_out(
     make_hf: HF, tmp_path: Path, reference: SimpleNamespace
 ) -> None:
     def change(tensors: Tensors) -> None:
@@ -112,7 +112,7 @@ def test_tensors_without_a_place_are_left_out(
     assert "output_layer.weight" not in load(tmp_path / "m/iter_0000000")
 
 
-def test_the_folder_of_an_import(make_hf: HF, tmp_path: Path) -> None:
+def test_the_folder_of_an_import_has_these_files(make_hf: HF, tmp_path: Path) -> None:
     import_checkpoint(make_hf(), tmp_path / "m")
     assert sorted(files(tmp_path / "m")) == [
         "iter_0000000/.metadata",
@@ -133,7 +133,7 @@ def test_the_folder_of_an_import(make_hf: HF, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_release_differs_in_name_alone(make_hf: HF, tmp_path: Path) -> None:
+def test_a_release_differs_only_in_its_name(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf()
     import_checkpoint(hf, tmp_path / "m")
     import_checkpoint(hf, tmp_path / "r", ImportOptions(release=True))
@@ -183,7 +183,7 @@ def test_the_same_source_gives_the_same_bytes(make_hf: HF, tmp_path: Path) -> No
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_several_files_and_workers(
+def test_several_files_are_written_by_several_workers(
     make_hf: HF, tmp_path: Path, reference: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_olmo_bridge.convert.to_megatron.FILE_BYTES", 20_000)
@@ -260,7 +260,7 @@ def test_a_value_too_large_leaves_nothing_behind(make_hf: HF, tmp_path: Path) ->
     assert not (tmp_path / "m").exists()
 
 
-def test_what_is_no_source(make_hf: HF, tmp_path: Path) -> None:
+def test_what_is_not_a_source_is_refused(make_hf: HF, tmp_path: Path) -> None:
     hf = make_hf()
     with pytest.raises(InputError, match="dtype 'float64' is not one of keep, float32"):
         plan_import(hf, ImportOptions(dtype="float64"))

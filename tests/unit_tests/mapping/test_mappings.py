@@ -93,14 +93,14 @@ def test_fused_qkv_is_interleaved_and_transposed(heads: int, head_dim: int) -> N
     assert torch.equal(apply(bias, tensors), expected)
 
 
-def test_transposed() -> None:
+def test_a_transposed_mapping_swaps_rows_and_columns() -> None:
     mapping = TransposedMapping(megatron_param="fc1", hf_param="c_fc", hf_shape=(5, 3))
     tensors = random_tensors(mapping)
     assert mapping.megatron_shape == (3, 5)
     assert torch.equal(apply(mapping, tensors), tensors["c_fc"].T)
 
 
-def test_gated_is_gate_over_up() -> None:
+def test_a_gated_mlp_has_gate_above_up() -> None:
     mapping = GatedMLPMapping(
         megatron_param="fc1", gate="gate", up="up", ffn_hidden_size=6, hidden_size=5
     )
@@ -109,7 +109,7 @@ def test_gated_is_gate_over_up() -> None:
     assert torch.equal(apply(mapping, tensors), expected)
 
 
-def test_gated_is_stored_as_gate_and_up() -> None:
+def test_gate_and_up_are_separate_chunks() -> None:
     # As GPTModel.sharded_state_dict() cuts linear_fc1: at row 0 and at row ffn.
     mapping = GatedMLPMapping(
         megatron_param="fc1", gate="gate", up="up", ffn_hidden_size=6, hidden_size=5
@@ -118,7 +118,7 @@ def test_gated_is_stored_as_gate_and_up() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 3)])
-def test_direct_is_one_to_one(shape: tuple[int, ...]) -> None:
+def test_a_direct_mapping_changes_nothing(shape: tuple[int, ...]) -> None:
     mapping = DirectMapping(megatron_param="a", hf_param="b", hf_shape=shape)
     tensors = random_tensors(mapping)
     assert mapping.megatron_shape == shape
@@ -126,7 +126,7 @@ def test_direct_is_one_to_one(shape: tuple[int, ...]) -> None:
     assert mapping.chunks() == [Region.whole(shape)]
 
 
-def test_padding_is_zeros_below() -> None:
+def test_padding_is_rows_of_zeros_at_the_end() -> None:
     mapping = DirectMapping(megatron_param="a", hf_param="b", hf_shape=(5, 3), padded_rows=8)
     tensors = random_tensors(mapping)
     expected = torch.cat([tensors["b"], torch.zeros(3, 3)])
@@ -159,7 +159,7 @@ def test_no_padding_where_the_rows_suffice() -> None:
         DirectMapping(megatron_param="a", hf_param="b", hf_shape=(5, 3), padded_rows=8),
     ],
 )
-def test_both_sides_are_covered_once(mapping: Mapping) -> None:
+def test_all_elements_of_both_sides_are_covered_once(mapping: Mapping) -> None:
     placements = list(mapping.placements())
     assert all(p.hf_region.rows == p.megatron_region.rows for p in placements)
     assert all(p.hf_region.columns == p.megatron_region.columns for p in placements)

@@ -78,7 +78,7 @@ def test_moved_keeps_extent_and_place_relative_to_the_origin() -> None:
         assert there.moved(to, origin) == region
 
 
-def test_the_hf_region_of_a_part_has_the_same_elements() -> None:
+def test_the_hf_region_of_a_part_of_a_placement_has_the_same_elements() -> None:
     rng = random.Random(2)
     hf = torch.arange(12 * 12).view(12, 12)
     for transposed in (False, True):
@@ -111,7 +111,7 @@ def test_cuts_of_a_tensor_cover_it(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_missing_a_doubled_and_a_grown_block_are_found(seed: int) -> None:
+def test_a_missing_a_duplicate_and_a_larger_block_are_found(seed: int) -> None:
     rng = random.Random(seed)
     shape = (rng.randrange(5, 30), rng.randrange(5, 30))
     cuts = random_cuts(rng, Region.whole(shape), 3)
@@ -125,7 +125,7 @@ def test_a_missing_a_doubled_and_a_grown_block_are_found(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_blocks_that_overlap_are_found_however_they_lie(seed: int) -> None:
+def test_overlapping_blocks_are_found_wherever_they_are(seed: int) -> None:
     rng = random.Random(seed)
     rows, columns = rng.randrange(2, 9), rng.randrange(2, 9)
     blocks = [random_region(rng, rows, columns) for _ in range(rng.randrange(2, 5))]
@@ -134,7 +134,7 @@ def test_blocks_that_overlap_are_found_however_they_lie(seed: int) -> None:
     assert (said is not None and "is covered twice" in said) == bool((times_covered > 1).any())
 
 
-def test_many_blocks_that_all_reach_into_the_same_rows_take_little_time() -> None:
+def test_many_blocks_in_the_same_rows_are_checked_quickly() -> None:
     """Compared in pairs they would take minutes."""
     many = 20_000
     blocks = [Region(i % 7, 100, i, i + 1) for i in range(many)]
@@ -144,7 +144,7 @@ def test_many_blocks_that_all_reach_into_the_same_rows_take_little_time() -> Non
     )
 
 
-def test_equal_count_of_elements_is_not_enough() -> None:
+def test_blocks_with_the_right_number_of_elements_may_still_overlap() -> None:
     # 4 elements for a tensor of 4: one of them twice, one not at all.
     blocks = [Region(0, 1, 0, 2), Region(0, 1, 1, 2), Region(1, 2, 0, 1)]
     assert uncovered((2, 2), blocks) == "block [0:1, 1:2] is covered twice"

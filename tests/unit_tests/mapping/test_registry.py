@@ -83,7 +83,7 @@ def test_layers_are_written_out_in_the_order_of_the_model() -> None:
     assert mapping.parameters["final"].index == ()
 
 
-def test_the_placements_are_also_found_by_hf_name_without_padding() -> None:
+def test_placements_by_hf_name_leave_out_padding() -> None:
     mapping = small()
     by_hf_name = mapping.placements_by_hf_name
     assert list(by_hf_name) == list(mapping.hf_shapes)
@@ -95,14 +95,14 @@ def test_the_placements_are_also_found_by_hf_name_without_padding() -> None:
     assert (padding.hf_name, padding.megatron_region) == (None, Region(4, 6, 0, 3))
 
 
-def test_a_table_without_layers() -> None:
+def test_a_table_may_have_no_layers() -> None:
     registry = MegatronMappingRegistry(
         DirectMapping(megatron_param="a", hf_param="b", hf_shape=(2,)), num_layers=7
     )
     assert list(registry.resolve().parameters) == ["a"]
 
 
-def test_covered_twice_is_refused() -> None:
+def test_an_element_that_is_covered_twice_is_refused() -> None:
     registry = MegatronMappingRegistry(
         Overlapping(megatron_param="mine", hf_param="theirs", hf_shape=(4, 3)), num_layers=1
     )
@@ -112,7 +112,7 @@ def test_covered_twice_is_refused() -> None:
     assert "- theirs: block [0:1, 0:3] is covered twice" in str(caught.value)
 
 
-def test_not_covered_is_refused_for_each_layer() -> None:
+def test_elements_that_are_not_covered_are_refused_for_each_layer() -> None:
     registry = MegatronMappingRegistry(
         Gapped(megatron_param="l.*.mine", hf_param="h.*.theirs", hf_shape=(4, 3)), num_layers=2
     )
@@ -169,11 +169,11 @@ def test_two_shapes_for_one_tensor_are_refused() -> None:
         ("embed", None),
     ],
 )
-def test_reason_to_ignore(name: str, reason: str | None) -> None:
+def test_ignored_names_have_a_reason(name: str, reason: str | None) -> None:
     assert small().reason_to_ignore(name) == reason
 
 
-def test_check_hf_accepts_what_fits_and_what_is_ignored() -> None:
+def test_check_hf_accepts_the_models_tensors_and_ignored_ones() -> None:
     mapping = small()
     mapping.check_hf({**mapping.hf_shapes, "h.0.inv_freq": (2,), "head": (4, 3)}, "folder")
 
@@ -213,6 +213,6 @@ def test_a_model_far_larger_than_its_checkpoint_is_refused_before_it_is_written_
         MegatronMappingRegistry(*rows, num_layers=100, num_experts=51).check_size(100, "folder")
 
 
-def test_a_long_list_is_counted_after_so_many() -> None:
+def test_a_long_list_ends_with_the_number_of_the_other_lines() -> None:
     assert bulleted(["a", "b"], 2) == "  - a\n  - b"
     assert bulleted(list("abcde"), 3).splitlines() == ["  - a", "  - b", "  - c", "  - and 2 more"]

@@ -79,13 +79,13 @@ def test_a_prefix_does_not_hide_a_classifier() -> None:
     assert bridge_for(NUMBERS | says, "config.json").num_labels == 2
 
 
-def test_an_architecture_that_is_not_in_a_list() -> None:
+def test_an_architecture_may_be_a_string() -> None:
     config = NUMBERS | {"architectures": "Olmo2ForSequenceClassification"}
     assert bridge_for(config, "x").num_labels == 2
 
 
 @pytest.mark.parametrize("labels", [0, -1, 100_001, 10**12])
-def test_a_head_of_too_many_classes(labels: int) -> None:
+def test_a_head_of_too_many_classes_is_refused(labels: int) -> None:
     config = NUMBERS | {"architectures": ["Olmo2ForCausalLM"]}
     with pytest.raises(InputError, match=f"a head can have 1 to 100,000 classes, not {labels}"):
         as_classifier(config, labels)
@@ -94,7 +94,7 @@ def test_a_head_of_too_many_classes(labels: int) -> None:
 @pytest.mark.parametrize(
     "names", [{"Olmo2ForCausalLM": 1}, [["Olmo2ForCausalLM"]], [1], 3, 0, False]
 )
-def test_architectures_that_are_no_names(names: object) -> None:
+def test_architectures_that_are_not_names_are_refused(names: object) -> None:
     with pytest.raises(InputError, match=r"x: architectures must be a list of names, not"):
         bridge_for(NUMBERS | {"architectures": names, "model_type": "olmo2"}, "x")
 

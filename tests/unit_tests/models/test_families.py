@@ -57,13 +57,13 @@ def test_published_sizes_have_the_published_parameters(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", TINY)
-def test_another_depth(size: str) -> None:
+def test_the_number_of_layers_can_be_changed(size: str) -> None:
     kind = published_sizes()[size]
     assert kind(kind.with_layers(kind.sizes[size], 7)).num_layers == 7
 
 
 @pytest.mark.parametrize("size", TINY)
-def test_the_providers_numbers_are_the_configs(size: str) -> None:
+def test_the_providers_values_are_the_configs(size: str) -> None:
     pytest.importorskip("megatron.core")
     family = bridge(size)
     provider = family.provider(params_dtype=__import__("torch").float32)

@@ -24,7 +24,7 @@ def test_without_labels_a_classifier_has_two() -> None:
 
 
 @pytest.mark.parametrize("labels", [-1, 2.5, "many"])
-def test_labels_that_are_no_count_are_refused(labels: object) -> None:
+def test_a_number_of_labels_that_is_not_a_count_is_refused(labels: object) -> None:
     with pytest.raises(InputError, match="num_labels"):
         bridge(architectures=["Olmo2ForSequenceClassification"], num_labels=labels)
 

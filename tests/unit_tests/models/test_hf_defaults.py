@@ -152,7 +152,7 @@ def test_a_value_of_another_type_is_refused_by_name(family: str, key: str, value
         ("pad_token_id", True),
     ],
 )
-def test_a_classifiers_values_too(key: str, value: Any) -> None:
+def test_a_classifiers_value_of_another_type_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(InputError, match=rf"folder/config\.json: {key} must be "):
         read({"architectures": ["Olmo2ForSequenceClassification"], key: value})
 
@@ -174,7 +174,9 @@ def test_a_classifiers_values_too(key: str, value: Any) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("family", [name for name in TRANSFORMERS if name != "gpt2"])
-def test_rope_too(family: str, rope: dict[str, Any], says: str) -> None:
+def test_a_rope_value_of_another_type_is_refused_by_name(
+    family: str, rope: dict[str, Any], says: str
+) -> None:
     plain = {k: v for k, v in tiny(family).items() if not k.startswith("rope_")}
     with pytest.raises(InputError) as caught:
         read(plain | rope)
@@ -183,7 +185,7 @@ def test_rope_too(family: str, rope: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize("key", ["factor", "original_max_position_embeddings", "beta_fast"])
 @pytest.mark.parametrize("value", ["8", None, -1, 0, True, NAN])
-def test_yarn_too(key: str, value: Any) -> None:
+def test_a_yarn_value_of_another_type_is_refused_by_name(key: str, value: Any) -> None:
     config = tiny("olmo3")
     with pytest.raises(InputError, match=f"{key} of YaRN must be "):
         read(config | {"rope_scaling": config["rope_scaling"] | {key: value}})
@@ -226,7 +228,7 @@ MOST = {
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
-def test_a_count_is_refused_before_anything_is_made_for_each(family: str) -> None:
+def test_a_huge_count_is_refused_before_anything_is_built(family: str) -> None:
     defaults = BRIDGES[family].config_class.hf_defaults
     for key in (key for key, default in defaults.items() if type(default) is int):
         most = MOST.get(key, 2**31 - 1)

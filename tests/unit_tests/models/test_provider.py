@@ -109,7 +109,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("build", ["finalize", "provide_distributed_model"])
 @pytest.mark.parametrize(("fields", "sentence"), [*IMPOSSIBLE, *UNSUPPORTED])
-def test_what_cannot_be_is_refused_before_anything_is_built(
+def test_an_invalid_layout_is_refused_before_anything_is_built(
     fields: dict[str, Any], sentence: str, build: str
 ) -> None:
     provider = make()
@@ -137,14 +137,14 @@ def test_query_heads_that_key_heads_do_not_divide_are_refused() -> None:
         make(num_query_groups=5).finalize()
 
 
-def test_what_is_unset_later_is_derived() -> None:
+def test_a_field_that_is_unset_later_is_derived() -> None:
     provider = make()
     provider.ffn_hidden_size = None
     provider.finalize()
     assert provider.ffn_hidden_size == 4 * 48
 
 
-def test_megatron_cores_own_refusals_come_on_construction_already() -> None:
+def test_megatron_core_refuses_values_on_construction() -> None:
     with pytest.raises(InputError, match=r"^megatron-core refuses this config: Cannot use seq"):
         make(sequence_parallel=True)
 
@@ -164,7 +164,7 @@ def test_megatron_cores_own_refusals_come_on_construction_already() -> None:
         {PP: 2, "num_layers": 5, "num_layers_in_last_pipeline_stage": 2},
     ],
 )
-def test_what_can_be_is_not_refused(fields: dict[str, Any]) -> None:
+def test_a_valid_layout_is_accepted(fields: dict[str, Any]) -> None:
     make(**fields).finalize()
 
 
@@ -195,7 +195,7 @@ def test_the_vocabulary_is_padded_up_to_a_multiple(vocab: int, multiple: int, pa
         {"init_method_std": 0.5},
     ],
 )
-def test_a_field_set_later_is_as_good_as_one_given_at_once(fields: dict[str, Any]) -> None:
+def test_a_field_may_be_set_after_construction(fields: dict[str, Any]) -> None:
     derived = {"ffn_hidden_size": None, "kv_channels": None}
     at_once = make(**derived, **fields)
     at_once.finalize()
@@ -257,7 +257,7 @@ def test_a_subclass_may_declare_more_fields() -> None:
         mine.label_smothing = 0.3  # type: ignore[attr-defined]
 
 
-def test_what_follows_from_other_fields() -> None:
+def test_fields_follow_from_other_fields() -> None:
     provider = make(params_dtype=torch.bfloat16)
     assert (provider.bf16, provider.fp16, provider.pipeline_dtype) == (True, False, None)
     for stages in (2, 4):
@@ -284,7 +284,7 @@ def test_a_value_that_the_user_set_is_not_derived_again() -> None:
     assert provider.pipeline_dtype is torch.float64
 
 
-def test_a_value_that_was_set_wins_though_it_is_the_derived_one() -> None:
+def test_a_field_that_is_set_to_its_derived_value_is_kept() -> None:
     provider = make(pipeline_model_parallel_size=2)
     provider.microbatch_group_size_per_vp_stage = provider.microbatch_group_size_per_vp_stage
     provider.pipeline_model_parallel_size = 4
@@ -292,7 +292,7 @@ def test_a_value_that_was_set_wins_though_it_is_the_derived_one() -> None:
     assert provider.microbatch_group_size_per_vp_stage == 2
 
 
-def test_what_was_derived_from_other_values_does_not_stand_in_the_way() -> None:
+def test_fields_are_derived_again_after_a_change() -> None:
     provider = make(num_query_groups=None)
     provider.finalize()
     provider.num_attention_heads = 8
@@ -309,7 +309,7 @@ def test_what_was_derived_from_other_values_does_not_stand_in_the_way() -> None:
     ({"init_method_std": 0.5}, {"init_method_std": 0.25}),
     ({"init_truncation": 3.0}, {"init_truncation": None}),
 ])  # fmt: skip
-def test_a_copy_with_other_fields_is_as_if_made_with_them(
+def test_a_copy_with_other_fields_equals_a_provider_made_with_them(
     before: dict[str, Any], after: dict[str, Any], finalized: bool
 ) -> None:
     provider = make(**before)
@@ -322,7 +322,7 @@ def test_a_copy_with_other_fields_is_as_if_made_with_them(
     assert comparable(provider) == unchanged
 
 
-def test_a_copy_keeps_what_was_set_and_has_hooks_of_its_own() -> None:
+def test_a_copy_keeps_its_fields_and_has_its_own_hooks() -> None:
     provider = make(pipeline_model_parallel_size=2, microbatch_group_size_per_vp_stage=6)
     provider.register_pre_wrap_hook(print)
     copied = replace(provider, pipeline_model_parallel_size=4)
@@ -333,7 +333,7 @@ def test_a_copy_keeps_what_was_set_and_has_hooks_of_its_own() -> None:
         replace(provider, num_layer=2)  # type: ignore[call-arg]
 
 
-def test_a_copy_goes_its_own_way() -> None:
+def test_a_change_of_a_copy_does_not_change_the_original() -> None:
     provider = make(pipeline_model_parallel_size=2)
     other = copy.deepcopy(provider)
     other.pipeline_model_parallel_size = 4
@@ -347,7 +347,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_each_kind_of_chunk_and_its_wrapping() -> None:
+def test_chunks_are_wrapped_by_dtype_and_ddp() -> None:
     (plain,) = make().provide_distributed_model(wrap_with_ddp=False)
     assert type(plain) is GPTModel
     (half,) = make(params_dtype=torch.bfloat16).provide_distributed_model(wrap_with_ddp=False)
@@ -359,7 +359,7 @@ def test_each_kind_of_chunk_and_its_wrapping() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_numbers_reach_the_model() -> None:
+def test_the_config_values_reach_the_model() -> None:
     provider = make(make_vocab_size_divisible_by=64)
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
     assert model.embedding.word_embeddings.weight.shape == (128, 48)
@@ -406,7 +406,7 @@ def initial(**fields: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_truncated_initial_weights_are_alike_in_all_matrices() -> None:
+def test_truncated_initial_weights_have_the_same_deviation_in_all_matrices() -> None:
     """Of a normal distribution cut off at 3 standard deviations the standard deviation is 0.9866
     of the untruncated one's; 48 x 48 values show it to 1.5 %."""
     matrices = {n: p for n, p in initial(init_truncation=3.0).items() if p.ndim == 2}
@@ -436,7 +436,7 @@ def test_without_truncation_megatron_core_initialises() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_what_is_not_initialised_is_marked_as_if_it_were() -> None:
+def test_uninitialized_weights_are_marked_as_sharded_too() -> None:
     """By these marks megatron-core counts each parameter once in the gradient's norm."""
     marks = (
         "tensor_model_parallel",
@@ -461,7 +461,7 @@ def test_what_is_not_initialised_is_marked_as_if_it_were() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_what_is_not_initialised_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uninitialized_weights_draw_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     original = torch.Tensor.normal_
     monkeypatch.setattr(
@@ -488,7 +488,7 @@ def test_hooks_are_called_in_order_with_the_chunks_before_they_are_wrapped() -> 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("last", [True, False])
-def test_a_stage_is_built_with_the_ends_that_are_asked_for(first: bool, last: bool) -> None:
+def test_a_stage_is_built_with_the_requested_ends(first: bool, last: bool) -> None:
     provider = make()
     ensure_process_groups(provider)
     stage = provider.provide(pre_process=first, post_process=last)

@@ -33,7 +33,7 @@ def said(of: ModelBridge, record: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["args", "run_config.yaml"])
 @pytest.mark.parametrize("size", TINY)
-def test_a_models_own_record_agrees(size: str, kind: str) -> None:
+def test_the_record_of_a_model_agrees_with_its_config(size: str, kind: str) -> None:
     assert said(bridge(size), records(bridge(size))[kind]) == []
 
 
@@ -69,14 +69,14 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("kind", ["args", "run_config.yaml"])
 @pytest.mark.parametrize(("size", "change", "line"), CHANGES)
-def test_each_number_of_another_model_contradicts(
+def test_each_config_value_of_another_model_contradicts(
     size: str, change: dict[str, Any], line: str, kind: str
 ) -> None:
     found = said(bridge(size, **change), records(bridge(size))[kind])
     assert [x for x in found if x.startswith(line)], found
 
 
-def test_none_is_a_value_where_only_this_package_records_the_name() -> None:
+def test_null_means_none_in_names_that_only_this_package_records() -> None:
     unclipped = records(bridge("olmo-tiny", clip_qkv=None))["run_config.yaml"]
     assert said(bridge("olmo-tiny"), unclipped) == [
         "clip_qkv is null in the checkpoint, 0.4 in the config"
@@ -159,11 +159,11 @@ def stock_args(**changes: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_what_stock_megatron_lm_records_agrees(change: dict[str, Any]) -> None:
+def test_a_record_of_stock_megatron_lm_agrees(change: dict[str, Any]) -> None:
     assert said(bridge("olmo2-tiny"), stock_args(**change)) == []
 
 
-def test_grouped_queries_that_are_off() -> None:
+def test_without_grouped_queries_the_recorded_number_of_groups_is_ignored() -> None:
     """Megatron-LM leaves 1 group there, TransformerConfig None."""
     multi_head, grouped = bridge("olmo2-tiny", num_key_value_heads=8), bridge("olmo2-tiny")
     for record in (
@@ -175,7 +175,7 @@ def test_grouped_queries_that_are_off() -> None:
     assert said(grouped, {"num_attention_heads": 8}) == []
 
 
-def test_a_padded_vocabulary_leaves_the_size_open() -> None:
+def test_a_record_without_a_vocabulary_size_fits_any_size() -> None:
     for rows in (1024, 1152):
         for size in (1000, 1024):
             record = stock_args(vocab_size=None, padded_vocab_size=rows)
@@ -202,13 +202,15 @@ def test_a_padded_vocabulary_leaves_the_size_open() -> None:
         ({"softmax_scale": 0.5}, "softmax_scale is 0.5 in the checkpoint, not set in the config"),
     ],
 )  # fmt: skip
-def test_what_stock_megatron_lm_records_of_another_model(change: dict[str, Any], line: str) -> None:
+def test_a_record_of_stock_megatron_lm_contradicts_another_model(
+    change: dict[str, Any], line: str
+) -> None:
     found = said(bridge("olmo2-tiny"), stock_args(**change))
     assert len(found) == 1
     assert found[0].startswith(line)
 
 
-def test_defaults_that_were_never_used_are_no_evidence() -> None:
+def test_defaults_that_were_never_used_are_not_compared() -> None:
     """Of a model that other code built, in Megatron-LM's loop, args have the sizes alone."""
     untouched = stock_args(
         position_embedding_type="learned_absolute",

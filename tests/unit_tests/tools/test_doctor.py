@@ -26,7 +26,7 @@ def test_versions_devices_and_machine() -> None:
     assert {f.what for f in doctor()} >= {"CPUs", "nccl", "transformer-engine", "psutil"}
 
 
-def test_without_transformer_engine_attention_is_torchs() -> None:
+def test_without_transformer_engine_attention_runs_in_torch() -> None:
     if torch.cuda.is_available():
         pytest.skip("written for a machine without CUDA")
     found = {f.what: f for f in doctor()}
@@ -48,7 +48,9 @@ def test_an_installed_transformer_engine_that_cannot_be_used_says_why(
     assert (found.found, found.works, found.means) == ("2.20.2", False, reason)
 
 
-def test_what_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = module.version
 
     def without_megatron(name: str) -> str:

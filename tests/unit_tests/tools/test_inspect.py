@@ -22,7 +22,7 @@ def count_tiny() -> int:
     return 2 * vocab * hidden + hidden + layers * (attention + 3 * ffn * hidden + 2 * hidden)
 
 
-def test_a_hugging_face_checkpoint(tiny_hf: Path) -> None:
+def test_a_hugging_face_checkpoint_is_described(tiny_hf: Path) -> None:
     found = inspect(tiny_hf)
     assert (found.kind, found.family, found.size) == ("Hugging Face", "olmo2", "olmo2-tiny")
     assert found.parameters == count_tiny()
@@ -40,7 +40,7 @@ def test_a_hugging_face_checkpoint(tiny_hf: Path) -> None:
     assert len(found.tensors) == 3 + 4 * 11
 
 
-def test_a_megatron_checkpoint(tiny_hf: Path, tiny_megatron: Path) -> None:
+def test_a_megatron_checkpoint_is_described(tiny_hf: Path, tiny_megatron: Path) -> None:
     found = inspect(tiny_megatron)
     assert (found.kind, found.size) == ("Megatron torch_dist", "olmo2-tiny")
     assert found.folder == str(tiny_megatron / "iter_0000000")
@@ -85,7 +85,7 @@ def test_padding_rows_are_listed(make_hf: HF, tmp_path: Path) -> None:
     ]
 
 
-def test_a_checkpoint_of_a_training_run(
+def test_a_checkpoint_of_a_training_run_is_described(
     make_hf: HF, save_torch_dist: Callable[..., Path], reference: SimpleNamespace
 ) -> None:
     tensors = reference.state_dict(reference.config, torch.float32, 0)

@@ -22,7 +22,7 @@ HFFactory = Callable[..., Path]
 CONFIG: dict[str, Any] = published_sizes()["olmo2-1b"].sizes["olmo2-1b"]
 
 
-def test_what_the_hub_reads() -> None:
+def test_the_front_matter_is_what_the_hub_reads() -> None:
     card = ModelCard(model_card(CONFIG, name="me/mine"))
     assert card.data.to_dict() == {
         "library_name": "transformers", "pipeline_tag": "text-generation"
@@ -32,7 +32,7 @@ def test_what_the_hub_reads() -> None:
     assert (data.base_model, data.license) == ("allenai/OLMo-2-0425-1B", "apache-2.0")
 
 
-def test_what_people_read() -> None:
+def test_the_card_states_the_facts_of_the_model() -> None:
     text = model_card(CONFIG, name="me/mine")
     assert "\n# mine\n" in text
     for row in ("| family | OLMo-2 |", "| size | olmo2-1b |", "| parameters | 1,484,916,736 |",
@@ -51,7 +51,7 @@ def test_the_code_is_sound_python() -> None:
         compile(code, "card", "exec")
 
 
-def test_a_classifier() -> None:
+def test_the_card_of_a_classifier_has_its_labels() -> None:
     text = model_card(as_classifier(CONFIG, 3), name="complaints")
     assert ModelCard(text).data.pipeline_tag == "text-classification"
     assert "AutoModelForSequenceClassification" in text
@@ -59,7 +59,7 @@ def test_a_classifier() -> None:
     assert "LABEL_0" not in model_card(as_classifier(CONFIG, 113), name="complaints")
 
 
-def test_how_it_was_trained() -> None:
+def test_the_card_states_how_the_model_was_trained() -> None:
     text = model_card(CONFIG, name="mine", training={
         "steps": 20_000, "final loss": 2.31456789, "data": ["wiki", "a|b"], "z-loss": None,
         "hyper-parameters": {"learning rate": 4e-4, "distributed": True},
@@ -71,7 +71,7 @@ def test_how_it_was_trained() -> None:
         assert row in trained
 
 
-def test_a_model_that_is_not_known() -> None:
+def test_a_model_of_no_family_is_refused() -> None:
     with pytest.raises(UnsupportedError):
         model_card({"architectures": ["BertModel"]}, name="mine")
 
@@ -84,7 +84,7 @@ def made_from(folder: Path) -> str:
     return text.rstrip().splitlines()[-1]
 
 
-def test_where_it_is_from(make_hf: HFFactory, tmp_path: Path) -> None:
+def test_the_card_states_where_the_model_is_from(make_hf: HFFactory, tmp_path: Path) -> None:
     hf = make_hf()
     import_checkpoint(hf, tmp_path / "megatron")
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
@@ -101,7 +101,7 @@ def test_where_it_is_from(make_hf: HFFactory, tmp_path: Path) -> None:
     assert made_from(tmp_path / "trained") == f"Converted {by} `megatron/iter_0000005`."
 
 
-def test_of_the_hub_the_id_and_the_commit(
+def test_a_hub_model_is_named_by_id_and_commit(
     make_hf: HFFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hf = make_hf()
@@ -114,7 +114,7 @@ def test_of_the_hub_the_id_and_the_commit(
     assert card.data.base_model == "allenai/OLMo-2-0425-1B"
 
 
-def test_a_card_that_is_there_is_left_alone(make_hf: HFFactory) -> None:
+def test_an_existing_card_is_kept(make_hf: HFFactory) -> None:
     hf = make_hf()
     before = (hf / "README.md").read_text()
     assert not write_model_card(hf)

@@ -36,7 +36,7 @@ def test_another_seed_gives_other_weights_everywhere(tmp_path: Path) -> None:
     assert not [name for name in a if torch.equal(a[name], b[name])]
 
 
-def test_the_weights_do_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:
+def test_the_weights_do_not_depend_on_the_shard_size(tmp_path: Path) -> None:
     one = synth("olmo2-tiny", tmp_path / "one", layers=2)
     many = synth("olmo2-tiny", tmp_path / "many", layers=2, max_shard_size="100KB")
     assert (one / "model.safetensors").exists()
@@ -97,7 +97,7 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").exists()
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'olmo2-2b' is not known\. Known are: olmo2-tiny, "):
         synth("olmo2-2b", tmp_path / "t")
     with pytest.raises(InputError, match="dtype 'int8' is not one of float32"):
@@ -117,7 +117,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "disk full")])
-def test_what_was_begun_is_removed(error: BaseException, tmp_path: Path) -> None:
+def test_a_failed_run_leaves_no_folder(error: BaseException, tmp_path: Path) -> None:
     """Else the half-written folder would be in the way of a second try."""
 
     class Failing(Reporter):

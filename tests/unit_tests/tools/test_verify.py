@@ -50,7 +50,9 @@ ALL_KINDS = pytest.mark.parametrize("which", ["HH", "HM", "MH", "MM"])
 
 
 @ALL_KINDS
-def test_equal(pair: Callable[..., tuple[Path, Path]], which: str) -> None:
+def test_the_same_model_is_equal_in_any_kind(
+    pair: Callable[..., tuple[Path, Path]], which: str
+) -> None:
     a, b = pair(which)
     layer = 2 * 36 * 36 + 2 * 12 * 36 + 36 + 12 + 3 * 50 * 36 + 2 * 36
     count = 2 * 101 * 36 + 36 + 3 * layer
@@ -67,7 +69,7 @@ def change(tensors: Tensors) -> None:
 
 
 @ALL_KINDS
-def test_values(pair: Callable[..., tuple[Path, Path]], which: str) -> None:
+def test_a_changed_value_is_found(pair: Callable[..., tuple[Path, Path]], which: str) -> None:
     a, b = pair(which, change=change)
     for first, second in ((a, b), (b, a)):
         (difference,) = verify(first, second).differences
@@ -128,7 +130,7 @@ def test_fewer_layers(pair: Callable[..., tuple[Path, Path]], which: str) -> Non
 
 
 @ALL_KINDS
-def test_shape(pair: Callable[..., tuple[Path, Path]], which: str) -> None:
+def test_another_shape_is_found(pair: Callable[..., tuple[Path, Path]], which: str) -> None:
     a, b = pair(which, intermediate_size=40)
     result = verify(a, b)
     assert ("config", "ffn_hidden_size") in kinds(result)
@@ -140,7 +142,9 @@ def test_shape(pair: Callable[..., tuple[Path, Path]], which: str) -> None:
 
 
 @ALL_KINDS
-def test_a_number_of_the_config(pair: Callable[..., tuple[Path, Path]], which: str) -> None:
+def test_a_changed_config_value_is_found(
+    pair: Callable[..., tuple[Path, Path]], which: str
+) -> None:
     a, b = pair(which, rope_theta=10000)
     (difference,) = verify(a, b).differences
     assert (difference.kind, difference.name) == ("config", "rotary_base")
@@ -148,7 +152,9 @@ def test_a_number_of_the_config(pair: Callable[..., tuple[Path, Path]], which: s
 
 
 @ALL_KINDS
-def test_other_values_of_the_config(pair: Callable[..., tuple[Path, Path]], which: str) -> None:
+def test_a_changed_key_without_effect_on_the_model_is_found(
+    pair: Callable[..., tuple[Path, Path]], which: str
+) -> None:
     a, b = pair(which, eos_token_id=5)
     (difference,) = verify(a, b).differences
     assert (difference.kind, difference.name) == ("config", "eos_token_id")
@@ -182,7 +188,7 @@ def side_folder(checkpoint: Path) -> Path:
          ("additional_chat_templates/rag.jinja", "only in the second")),
     ],
 )  # fmt: skip
-def test_a_file_beside_the_weights(
+def test_a_changed_artifact_is_found(
     pair: Callable[..., tuple[Path, Path]], which: str, name: str, content: str,
     expected: tuple[str, str],
 ) -> None:  # fmt: skip
@@ -197,7 +203,7 @@ def test_a_file_beside_the_weights(
     assert (difference.name, difference.detail) == expected
 
 
-def test_a_file_that_is_no_text(make_hf: HF) -> None:
+def test_a_changed_binary_artifact_is_found(make_hf: HF) -> None:
     a, b = make_hf("a"), make_hf("b")
     (a / "tokenizer.model").write_bytes(b"\x00\xff")
     (b / "tokenizer.model").write_bytes(b"\x00\xfe")
@@ -212,7 +218,7 @@ def test_a_file_that_is_no_text(make_hf: HF) -> None:
         '{"transformers_version": "9.9", "_name_or_path": "elsewhere", "eos_token_id": 7}',
     ],
 )
-def test_json_files_that_say_the_same(make_hf: HF, content: str) -> None:
+def test_json_files_with_the_same_values_are_equal(make_hf: HF, content: str) -> None:
     a, b = make_hf("a"), make_hf("b")
     (b / "generation_config.json").write_text(content)
     result = verify(a, b)
@@ -220,7 +226,7 @@ def test_json_files_that_say_the_same(make_hf: HF, content: str) -> None:
     assert result.notes == []
 
 
-def test_not_a_number_is_itself(make_hf: HF) -> None:
+def test_nan_equals_nan(make_hf: HF) -> None:
     a, b = make_hf("a", embd_pdrop=math.nan), make_hf("b", embd_pdrop=math.nan)
     for folder in (a, b):
         (folder / "generation_config.json").write_text('{"x": [NaN, {"y": Infinity}]}')
@@ -234,7 +240,7 @@ def test_not_a_number_is_itself(make_hf: HF) -> None:
     ("name", "what"),
     [("generation_config.json", "generation_config.json"), ("tokenizer.json", "tokenizer files")],
 )
-def test_what_one_of_the_two_lacks_is_noted(make_hf: HF, name: str, what: str) -> None:
+def test_artifacts_that_only_one_has_are_noted(make_hf: HF, name: str, what: str) -> None:
     a, b = make_hf("a"), make_hf("b")
     (b / name).unlink()
     for first, second in ((a, b), (b, a)):
@@ -296,7 +302,7 @@ def test_either_key_of_the_dtype(make_hf: HF) -> None:
 
 
 @pytest.mark.parametrize("names", [[WEIGHT], ["model.norm.weight", "lm_head.weight"]])
-def test_a_tensor_missing_from_a_hugging_face_folder(make_hf: HF, names: list[str]) -> None:
+def test_a_missing_tensor_in_a_hugging_face_folder_is_found(make_hf: HF, names: list[str]) -> None:
     a = make_hf("a")
     b = make_hf("b", change=lambda t: [t.pop(name) for name in names])
     assert kinds(verify(a, b)) == {("missing", name) for name in names}
@@ -304,7 +310,7 @@ def test_a_tensor_missing_from_a_hugging_face_folder(make_hf: HF, names: list[st
     assert kinds(verify(as_megatron(a), b)) == {("missing", name) for name in names}
 
 
-def test_a_tensor_too_many_in_a_hugging_face_folder(make_hf: HF) -> None:
+def test_an_unexpected_tensor_in_a_hugging_face_folder_is_found(make_hf: HF) -> None:
     a = make_hf("a")
     b = make_hf("b", change=lambda t: t.update({"extra": torch.zeros(2)}))
     assert kinds(verify(a, b)) == {("unexpected", "extra")}
@@ -316,7 +322,7 @@ def test_what_is_ignored_by_the_mapping_is_not_compared(make_hf: HF) -> None:
     assert verify(make_hf("a"), b).equal
 
 
-def test_a_megatron_checkpoint_that_is_not_its_configs(make_hf: HF) -> None:
+def test_a_megatron_checkpoint_that_does_not_fit_its_config_is_found(make_hf: HF) -> None:
     a, b = make_hf("a"), as_megatron(make_hf("b"))
     config = b / "iter_0000000/hf/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
@@ -392,7 +398,9 @@ def test_recorded_files_are_as_recorded(recorded: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "back").equal
 
 
-def test_without_checksums_it_says_so(make_hf: HF, tmp_path: Path) -> None:
+def test_without_checksums_the_result_states_that_only_sizes_were_compared(
+    make_hf: HF, tmp_path: Path
+) -> None:
     import_checkpoint(make_hf(), tmp_path / "m")
     result = verify(tmp_path / "m")
     assert result.equal
@@ -436,7 +444,7 @@ def test_files_that_are_not_as_recorded(
     assert kinds(verify(recorded)) == expected
 
 
-def test_nothing_recorded(make_hf: HF) -> None:
+def test_a_checkpoint_without_a_record_needs_a_second_one(make_hf: HF) -> None:
     with pytest.raises(InputError, match="nothing was recorded to check it against"):
         verify(make_hf())
 

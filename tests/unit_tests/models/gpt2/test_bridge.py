@@ -14,7 +14,7 @@ CONFIG: dict[str, Any] = GPT2Bridge.sizes["gpt2-124m"]
 TINY: dict[str, Any] = GPT2Bridge.sizes["gpt2-tiny"]
 
 
-def test_reads_every_number() -> None:
+def test_every_value_is_read() -> None:
     assert GPT2Config.from_hf(CONFIG) == GPT2Config(
         num_layers=12,
         hidden_size=768,
@@ -42,7 +42,9 @@ def test_reads_every_number() -> None:
         ({"add_cross_attention": True}, UnsupportedError, "add_cross_attention"),
     ],
 )
-def test_what_it_cannot_be(changes: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_invalid_configs_are_refused(
+    changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
     with pytest.raises(error, match=says):
         GPT2Config.from_hf(CONFIG | changes)
 

@@ -47,7 +47,7 @@ def sources(mapping: ResolvedMapping) -> dict[str, set[str | None]]:
 
 
 @pytest.mark.parametrize(("size", "count"), PUBLISHED.items())
-def test_parameters_are_as_many_as_published(size: str, count: int) -> None:
+def test_the_number_of_parameters_is_the_published_one(size: str, count: int) -> None:
     mapping = bridge(size).mapping_registry().resolve()
     assert sum(math.prod(shape) for shape in mapping.hf_shapes.values()) == count
     assert sum(math.prod(p.shape) for p in mapping.parameters.values()) == count
@@ -62,7 +62,7 @@ def test_every_parameter_and_what_it_is_made_of() -> None:
     }
 
 
-def test_post_norms_never_go_where_a_pre_norm_would() -> None:
+def test_post_norms_are_never_stored_as_pre_norms() -> None:
     # These names exist in other models' layer specs: there the norm stands before the linear.
     mapping = bridge().mapping_registry().resolve()
     assert not [n for n in mapping.parameters if "layer_norm_weight" in n]

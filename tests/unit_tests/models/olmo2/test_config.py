@@ -28,7 +28,7 @@ def without(*names: str) -> dict[str, Any]:
     return {name: value for name, value in CONFIG.items() if name not in names}
 
 
-def test_reads_every_number() -> None:
+def test_every_value_is_read() -> None:
     assert Olmo2Config.from_hf(CONFIG) == Olmo2Config(
         num_layers=3,
         hidden_size=64,
@@ -56,7 +56,7 @@ def test_reads_every_number() -> None:
         {"rope_scaling": {"rope_type": "default"}, "rope_theta": 500000},
     ],
 )
-def test_every_spelling_of_rope(rope: dict[str, Any]) -> None:
+def test_every_spelling_of_rope_is_read(rope: dict[str, Any]) -> None:
     config = Olmo2Config.from_hf(without("rope_theta", "rope_scaling") | rope)
 
     assert config.rotary_base == 500000.0
@@ -106,6 +106,6 @@ def test_refuses_other_arithmetic(change: dict[str, Any], words: str) -> None:
         ({"num_key_value_heads": 3}, "8 attention heads .* 3 key/value heads"),
     ],
 )
-def test_refuses_numbers_that_cannot_be(change: dict[str, Any], words: str) -> None:
+def test_refuses_invalid_values(change: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Olmo2Config.from_hf(CONFIG | change)

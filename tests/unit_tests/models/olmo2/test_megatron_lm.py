@@ -67,7 +67,7 @@ def flags_of(config: Olmo2Config = CONFIG, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("config", [CONFIG, MULTI_HEAD, TIED, WIDE_HEADS])
-def test_there_and_back(config: Olmo2Config) -> None:
+def test_args_are_read_back_as_the_same_config(config: Olmo2Config) -> None:
     hf = hf_config(args_of(config))
 
     assert Olmo2Config.from_hf(hf) == config
@@ -91,14 +91,14 @@ def test_the_layer_spec_is_where_args_say() -> None:
     assert isinstance(spec, ModuleSpec)
 
 
-def test_nothing_to_load_but_weights() -> None:
+def test_args_state_that_there_are_only_weights() -> None:
     args = args_of()
 
     assert args["no_save_optim"] is True
     assert args["no_save_rng"] is True
 
 
-def test_rotary_base_is_a_whole_number_where_it_can_be() -> None:
+def test_rotary_base_is_a_whole_number_if_possible() -> None:
     assert repr(args_of()["rotary_base"]) == "500000"
     odd = replace(CONFIG, rotary_base=10000.5)
     assert args_of(odd)["rotary_base"] == 10000.5
@@ -111,7 +111,7 @@ def test_refuses_an_unknown_dtype(function: Any) -> None:
         function(CONFIG, padded_vocab_size=256, dtype="int8")
 
 
-def test_flags_say_what_no_version_restores() -> None:
+def test_flags_have_what_no_version_restores() -> None:
     flags = flags_of()
 
     assert "--qk-layernorm" in flags
@@ -122,7 +122,7 @@ def test_flags_say_what_no_version_restores() -> None:
 @pytest.mark.parametrize(
     ("dtype", "flag"), [("float32", None), ("bfloat16", "--bf16"), ("float16", "--fp16")]
 )
-def test_flags_say_the_dtype(dtype: str, flag: str | None) -> None:
+def test_flags_have_the_dtype(dtype: str, flag: str | None) -> None:
     assert {"--bf16", "--fp16"} & set(flags_of(dtype=dtype)) == ({flag} if flag else set())
 
 
@@ -207,7 +207,7 @@ def test_transformers_reads_the_config() -> None:
     assert read.pad_token_id is None and read.eos_token_id is None
 
 
-def test_one_group_is_only_a_default_where_grouping_is_off() -> None:
+def test_one_group_is_ignored_without_grouped_queries() -> None:
     args = args_of() | {"group_query_attention": False, "num_query_groups": 1}
     assert hf_config(args)["num_key_value_heads"] == 8
     args = args_of() | {"group_query_attention": True, "num_query_groups": 1}
@@ -215,7 +215,7 @@ def test_one_group_is_only_a_default_where_grouping_is_off() -> None:
 
 
 @pytest.mark.parametrize("name", ["norm_epsilon", "layernorm_epsilon"])
-def test_epsilon_by_either_name(name: str) -> None:
+def test_epsilon_is_read_by_either_name(name: str) -> None:
     both = {"norm_epsilon", "layernorm_epsilon"}
     args = {key: value for key, value in args_of().items() if key not in both - {name}}
 
@@ -231,7 +231,7 @@ def test_vocab_size_is_not_guessed_from_the_padded_one() -> None:
         hf_config(args, vocab_size=257)
 
 
-def test_the_given_vocab_size_overrules() -> None:
+def test_a_stated_vocab_size_takes_precedence() -> None:
     assert hf_config(args_of(), vocab_size=240)["vocab_size"] == 240
 
 
@@ -250,7 +250,7 @@ def test_the_given_vocab_size_overrules() -> None:
          "untie_embeddings_and_output_weights or share_embeddings_and_output_weights"),
     ],
 )  # fmt: skip
-def test_names_what_is_missing(absent: list[str], words: str) -> None:
+def test_a_missing_setting_is_named(absent: list[str], words: str) -> None:
     args = {name: value for name, value in args_of().items() if name not in absent}
     with pytest.raises(InputError, match=f"lack {words}$"):
         hf_config(args)
@@ -321,7 +321,7 @@ def test_refuses_numbers_that_do_not_fit_together() -> None:
         {"multi_latent_attention": True},
     ],
 )
-def test_refuses_what_is_not_olmo2(change: dict[str, Any]) -> None:
+def test_settings_of_other_models_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match=next(iter(change))):
         hf_config(args_of() | change)
 
@@ -330,7 +330,7 @@ def test_args_survive_a_namespace() -> None:
     assert vars(Namespace(**args_of())) == args_of()
 
 
-def test_args_may_hold_values_without_end() -> None:
+def test_args_may_hold_values_that_contain_themselves() -> None:
     """A pickle of a few hundred bytes makes them; written out, they would never end."""
     pairs: Any = None
     for _ in range(60):

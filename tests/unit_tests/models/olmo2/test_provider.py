@@ -58,7 +58,7 @@ def test_a_sized_provider_has_the_published_numbers(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_a_sized_provider_is_that_of_its_config(size: str) -> None:
+def test_a_sized_provider_equals_one_made_from_its_config(size: str) -> None:
     sized = getattr(megatron_olmo_bridge, f"Olmo2ModelProvider{size}")(params_dtype=torch.bfloat16)
     same = provider_of(Olmo2Bridge.sizes[f"olmo2-{size.lower()}"], params_dtype=torch.bfloat16)
     for name in vars(same):

@@ -35,7 +35,7 @@ FLAT = spelled(rope_parameters={"rope_theta": 500000, **YARN})
 
 
 @pytest.mark.parametrize("config", [CONFIG, NESTED, FLAT], ids=["legacy", "nested", "flat"])
-def test_yarn_in_layers_without_a_window_alone(config: dict[str, Any]) -> None:
+def test_only_layers_without_a_window_have_yarn(config: dict[str, Any]) -> None:
     found = Olmo3Config.from_hf(config)
     assert found.rotary_base == 500000.0
     assert found.full_attention_rope == READ
@@ -48,7 +48,7 @@ def test_yarn_without_an_original_length_takes_the_configs() -> None:
 
 
 @pytest.mark.parametrize("left_out", [("attention_factor",), ("beta_fast", "beta_slow")])
-def test_what_yarn_leaves_out_is_the_papers(left_out: tuple[str, ...]) -> None:
+def test_missing_yarn_values_are_the_papers(left_out: tuple[str, ...]) -> None:
     yarn = {key: value for key, value in YARN.items() if key not in left_out}
     assert Olmo3Config.from_hf(CONFIG | {"rope_scaling": yarn}).full_attention_rope == READ
 
@@ -57,7 +57,7 @@ def test_without_yarn_there_is_one_rope() -> None:
     assert Olmo3Config.from_hf(CONFIG | {"rope_scaling": None}).full_attention_rope is None
 
 
-def test_thetas_of_their_own() -> None:
+def test_each_layer_type_may_have_its_own_theta() -> None:
     config = spelled(
         rope_parameters={
             FULL: {"rope_theta": 7e5, "rope_type": "default"},
@@ -83,7 +83,7 @@ def test_thetas_of_their_own() -> None:
     ],
     ids=["legacy", "nested", "flat", "another theta"],
 )
-def test_what_transformers_would_read_otherwise_is_noted(
+def test_rope_values_that_transformers_reads_differently_are_noted(
     config: dict[str, Any], says: str | None
 ) -> None:
     notes = Olmo3Bridge(config).notes
@@ -91,7 +91,7 @@ def test_what_transformers_would_read_otherwise_is_noted(
     assert says is None or says in notes[0]
 
 
-def test_windows() -> None:
+def test_windows_are_read_by_frequency_or_layer_by_layer() -> None:
     found = Olmo3Config.from_hf(CONFIG)
     assert found.window_size == (4095, 0)  # the token itself is one of 4096
     assert found.window_attn_skip_freq == 4
@@ -119,6 +119,8 @@ def test_windows() -> None:
         ({"rope_parameters": {FULL: {"rope_type": "default"}}}, InputError, "contradict each"),
     ],
 )  # fmt: skip
-def test_what_it_cannot_be(changes: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_invalid_configs_are_refused(
+    changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
     with pytest.raises(error, match=says):
         Olmo3Config.from_hf(CONFIG | changes)

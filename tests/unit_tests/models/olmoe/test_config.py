@@ -27,6 +27,6 @@ def test_reads_the_experts() -> None:
         ({"num_experts_per_tok": 65}, "65 of 64 experts"),
     ],
 )
-def test_what_it_cannot_be(changes: dict[str, Any], says: str) -> None:
+def test_invalid_configs_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         OlmoeConfig.from_hf(CONFIG | changes)
