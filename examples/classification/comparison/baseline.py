@@ -11,7 +11,8 @@ import torch
 from megatron_olmo_bridge.nn.sequence_loss import sequence_losses
 from megatron_olmo_bridge.storage.atomic import replacing_folder
 from megatron_olmo_bridge.tasks.classification.data import Examples, class_weights, samples
-from megatron_olmo_bridge.tasks.classification.problems import AnyQuality, Problem, problem_of
+from megatron_olmo_bridge.tasks.classification.metrics import Metrics
+from megatron_olmo_bridge.tasks.classification.problems import Problem, problem_of
 from megatron_olmo_bridge.tasks.classification.stopping import Evaluation, best, out_of_patience
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.monitor.human import spoken
@@ -79,7 +80,7 @@ def train_baseline(
     _save(classifier, folder)
 
 
-def measure(problem: Problem, examples: Examples, logits: torch.Tensor) -> AnyQuality:
+def measure(problem: Problem, examples: Examples, logits: torch.Tensor) -> Metrics:
     """Return the quality of logits [n, outputs], float32, of all the examples."""
     labels, outputs = torch.from_numpy(examples.labels), len(examples.classes)
     counts = problem.counts(labels, problem.predictions(logits), outputs)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.storage.atomic import replace_file
-from megatron_olmo_bridge.tasks.classification.metrics import Quality, RegressionQuality
-from megatron_olmo_bridge.tasks.classification.problems import AnyQuality, Problem
+from megatron_olmo_bridge.tasks.classification.metrics import Metrics, Quality, RegressionQuality
+from megatron_olmo_bridge.tasks.classification.problems import Problem
 from megatron_olmo_bridge.training.monitor.human import heading, short, spoken
 from megatron_olmo_bridge.training.monitor.page import Tile, folded, page, picture, table, tiles
 from megatron_olmo_bridge.training.monitor.report import NAME as TRAINING_REPORT
@@ -48,7 +48,7 @@ class Result:
 
     name: str
     parameters: int
-    quality: AnyQuality
+    quality: Metrics
     speed: Speed
     intervals: dict[str, Interval]
     """95 % confidence intervals over the held-out texts, of some measures."""
@@ -124,7 +124,7 @@ def write_report(report: Report, folder: Path) -> None:
     replace_file(folder / PAGE, _page(report, (folder / TRAINING_REPORT).is_file()))
 
 
-def _confused(quality: AnyQuality) -> dict[str, list[list[Any]]]:
+def _confused(quality: Metrics) -> dict[str, list[list[Any]]]:
     if not isinstance(quality, Quality):
         return {}
     return {"confused": [list(pair) for pair in quality.confused]}
@@ -226,7 +226,7 @@ def _misread_table(result: Result) -> str:
     return folded(title, body, len(result.misread), is_open=False)
 
 
-def _each(name: str, found: AnyQuality) -> str:
+def _each(name: str, found: Metrics) -> str:
     """Return the table of each class, or of each value."""
     if isinstance(found, RegressionQuality):
         head = ["value", "MSE", "MAE", "R2", "Pearson"]

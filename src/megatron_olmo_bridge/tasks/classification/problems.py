@@ -1,11 +1,10 @@
-"""Problem types: how each reads labels, makes predictions and measures them."""
+"""Problem types: how each reads labels, makes predictions and computes metrics."""
 
 from __future__ import annotations
 
 import json
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -22,23 +21,15 @@ from megatron_olmo_bridge.nn.problem_types import (
 )
 from megatron_olmo_bridge.training.config import ClassificationConfig
 
-from .metrics import (
-    MultiLabelQuality,
-    Quality,
-    RegressionQuality,
-    multi_label_quality,
-    quality_of,
-    regression_quality,
-)
+from .metrics import Metrics, multi_label_quality, regression_quality, single_label_quality
 
 SEPARATOR = ";"
 """Separates the labels, or the values, of a text in a .csv file."""
 _SHOWN = 8
 """Maximum number of names in a message."""
 
-AnyQuality = Quality | MultiLabelQuality | RegressionQuality
 Counts = dict[str, torch.Tensor]
-"""Sums over texts from which the metrics are computed; they are added up over batches."""
+"""Sums over texts, from which the metrics are computed; batches are added up."""
 
 
 class Problem(ABC):
@@ -55,12 +46,12 @@ class Problem(ABC):
         """Return the label in a field's value.
 
         Args:
-            value: From JSON, or a text from a .csv file.
-            name: Name of the field.
-            where: File and line.
+            value: the field's value in JSON, or its text in a .csv file.
+            name: name of the field.
+            where: file and line.
 
         Raises:
-            InputError: The value is not a label of this problem type.
+            InputError: the value is not a label of this problem type.
         """
 
     @abstractmethod
@@ -68,7 +59,7 @@ class Problem(ABC):
         """Return the names of the model's outputs, from the labels of the training file.
 
         Raises:
-            InputError: all labels are equal, so there is nothing to learn.
+            InputError: there is nothing to learn, as all labels are equal or none occurs.
         """
 
     @abstractmethod
@@ -76,8 +67,8 @@ class Problem(ABC):
         """Return a label as numbers: an index, or one number for each name.
 
         Raises:
-            ValueError: the label is unknown or has the wrong length; the caller puts file and line
-                before the message.
+            ValueError: the label is unknown or has the wrong length; the caller adds file and line
+                to the message.
         """
 
     @abstractmethod
@@ -89,7 +80,7 @@ class Problem(ABC):
         """Return the sums over a batch of labels and predictions."""
 
     @abstractmethod
-    def quality(self, counts: Counts, names: Sequence[str]) -> AnyQuality:
+    def quality(self, counts: Counts, names: Sequence[str]) -> Metrics:
         """Return the metrics from the sums over all texts, on the CPU."""
 
     @abstractmethod
@@ -127,14 +118,13 @@ class SingleLabel(Problem):
         cells = labels * outputs + predictions
         return {"confusion": torch.bincount(cells, minlength=outputs**2)}
 
-    def quality(self, counts: Counts, names: Sequence[str]) -> Quality:
+    def quality(self, counts: Counts, names: Sequence[str]) -> Metrics:
         matrix = counts["confusion"].numpy().astype(np.int64)
-        return quality_of(matrix.reshape(len(names), -1), names)
+        return single_label_quality(matrix.reshape(len(names), -1), names)
 
     def describe(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
-        return (
-            f"{len(names)} classes, {_extremes(np.bincount(labels, minlength=len(names)), names)}"
-        )
+        counts = np.bincount(labels, minlength=len(names))
+        return f"{len(names)} classes, {_extremes(counts, names)}"
 
 
 class MultiLabel(Problem):
@@ -166,7 +156,7 @@ class MultiLabel(Problem):
         return [float(name in label) for name in names]
 
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
-        # sigmoid(0) is 0.5. Strictly above 0: a new head of zeros would else predict every class.
+        # sigmoid(0) is 0.5. Strictly above, as a new head of zeros must not predict every class.
         return (logits > 0).float()
 
     def counts(self, labels: torch.Tensor, predictions: torch.Tensor, outputs: int) -> Counts:
@@ -178,7 +168,7 @@ class MultiLabel(Problem):
             "texts": torch.tensor(len(labels), device=labels.device),
         }
 
-    def quality(self, counts: Counts, names: Sequence[str]) -> MultiLabelQuality:
+    def quality(self, counts: Counts, names: Sequence[str]) -> Metrics:
         return multi_label_quality({k: v.numpy() for k, v in counts.items()}, names)
 
     def describe(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
@@ -240,7 +230,7 @@ class Regression(Problem):
             "texts": torch.tensor(len(labels), device=labels.device),
         }
 
-    def quality(self, counts: Counts, names: Sequence[str]) -> RegressionQuality:
+    def quality(self, counts: Counts, names: Sequence[str]) -> Metrics:
         return regression_quality({k: v.numpy() for k, v in counts.items()}, names)
 
     def describe(self, labels: npt.NDArray[Any], names: Sequence[str]) -> str:
@@ -277,7 +267,7 @@ def head_labels(classes: Sequence[str], problem_type: str) -> dict[str, Any]:
 
 
 def some(names: Sequence[str]) -> str:
-    """List the first names, quoted, and the number of the others."""
+    """Return the first names, quoted, and the number of the others, for a message."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
@@ -302,7 +292,6 @@ def _unknown(labels: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _extremes(counts: npt.NDArray[Any], names: Sequence[str]) -> str:
-    by_name = Counter(dict(zip(names, counts.tolist(), strict=True)))
-    ordered = by_name.most_common()
-    (common, most), (rare, least) = ordered[0], ordered[-1]
+    by_count = sorted(zip(names, counts.tolist(), strict=True), key=lambda pair: -pair[1])
+    (common, most), (rare, least) = by_count[0], by_count[-1]
     return f"from {rare!r} ({least:,}) to {common!r} ({most:,})"

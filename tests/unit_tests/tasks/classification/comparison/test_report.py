@@ -18,7 +18,6 @@ from comparison.report import (
 )
 from comparison.speed import Speed
 
-from megatron_olmo_bridge.tasks.classification.metrics import quality
 from megatron_olmo_bridge.tasks.classification.problems import MultiLabel, Regression, SingleLabel
 
 WIDTHS_AND_THEMES = 4
@@ -29,7 +28,8 @@ def result(name: str, classes: int, wrong: int) -> Result:
     true = [i % classes for i in range(4 * classes)]
     predicted = [(t + 1) % classes if i < wrong else t for i, t in enumerate(true)]
     names = [f"<class> {i}" for i in range(classes)]
-    found = quality(true, predicted, names)
+    counts = SINGLE.counts(torch.tensor(true), torch.tensor(predicted), classes)
+    found = SINGLE.quality(counts, names)
     misread = [
         Misread(f"text {i} " + "word " * 200, names[t], names[p], 0.9 - 0.1 * i)
         for i, (t, p) in enumerate(zip(true, predicted, strict=True))
