@@ -386,6 +386,7 @@ def test_a_line_that_is_not_json_is_named(data: Path, tmp_path: Path) -> None:
         ("checkpoint.save=null", "checkpoint.save is not set"),
         ("optimizer.z_loss=1e-4", "is for language models; set it to 0"),
         ("init.hf=null", "init.hf is not set"),
+        ("init.checkpoint=run", "give either init.hf or init.checkpoint"),
         ("classification.labels=x", "Did you mean"),
     ],
 )

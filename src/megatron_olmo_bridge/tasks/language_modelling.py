@@ -63,7 +63,7 @@ def with_model(config: TrainingConfig) -> tuple[TrainingConfig, Checkpoint | Non
 def _with_end_of_data(config: TrainingConfig) -> TrainingConfig:
     """Set a new model's ``eos_token_id`` to the token that ends the documents of its data.
 
-    Without it, generation would not know where to stop.
+    Without it, generation would not stop at the end of a text.
 
     Raises:
         InputError: the model's config has a different ``eos_token_id``.
@@ -76,8 +76,8 @@ def _with_end_of_data(config: TrainingConfig) -> TrainingConfig:
         return config
     if end_of_model is not None:
         raise InputError(
-            f"the documents of {config.data.path[0]} end with token {end_of_data}, a text of the "
-            f"model with {end_of_model}: prepare them with the model's tokenizer, or set "
+            f"the documents of {config.data.path[0]} end with token {end_of_data}, but the model's "
+            f"{name} is {end_of_model}: prepare them with the model's tokenizer, or set "
             f"model.{name}={end_of_data}"
         )
     return replace(config, model=config.model | {name: end_of_data})
@@ -154,7 +154,7 @@ def check_prepared(resolved: ResolvedRun) -> None:
     """Check data and tokenizer as the run would, without opening the data.
 
     Raises:
-        BridgeError: as :func:`check_data`, or ``data.tokenizer`` is not a tokenizer folder.
+        BridgeError: as :func:`check_data`, or ``data.tokenizer`` does not exist.
     """
     config = resolved.config
     info = check_data(config.data, resolved.bridge.vocab_size, config.train.sequence_length)
@@ -167,7 +167,7 @@ def _tokenizer_folder(
     """Return the folder with the tokenizer files, which are copied to every checkpoint and export.
 
     Raises:
-        InputError: ``data.tokenizer`` does not exist.
+        InputError: ``data.tokenizer`` does not exist, or is a file.
     """
     if config.data.tokenizer is None and source is not None and source.artifacts_folder is not None:
         return source.artifacts_folder
@@ -177,12 +177,12 @@ def _tokenizer_folder(
     if Path(named).is_file():
         raise InputError(f"data.tokenizer={named}: is a file; name the tokenizer's folder")
     if config.data.tokenizer is None:
-        return None  # prepared elsewhere; the tokenizer is not on this machine
+        return None  # the data was prepared on another machine, which has the tokenizer
     return fetch(named, None)[0]
 
 
 def _check_tokens(batch: Batch, vocab_size: int) -> None:
-    """Refuse tokens without an embedding: a GPU would only report a failed assertion.
+    """Check that each token has an embedding; else a GPU would only report a failed assertion.
 
     Raises:
         InputError: a token is outside the vocabulary.
@@ -191,7 +191,7 @@ def _check_tokens(batch: Batch, vocab_size: int) -> None:
         least, most = (int(token) for token in batch[name].aminmax())
         if least < 0 or most >= vocab_size:
             raise InputError(
-                f"the data have token {least if least < 0 else most}, the model has {vocab_size} "
-                "tokens: they were prepared with another tokenizer. Prepare them with the model's, "
-                "or set model.vocab_size."
+                f"the data has token {least if least < 0 else most}, the model has {vocab_size} "
+                "tokens: the data was prepared with another tokenizer. Prepare it with the "
+                "model's, or set model.vocab_size."
             )

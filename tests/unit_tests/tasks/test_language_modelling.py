@@ -53,7 +53,7 @@ def test_a_new_model_ends_texts_as_its_data_does(config: TrainingConfig) -> None
 
 def test_a_model_that_ends_texts_otherwise_is_refused(config: TrainingConfig) -> None:
     config.model["eos_token_id"] = 8
-    with pytest.raises(InputError, match=r"end with token 7.*with 8.*model\.eos_token_id=7"):
+    with pytest.raises(InputError, match=r"token 7.*eos_token_id is 8.*model\.eos_token_id=7"):
         with_model(config)
 
 

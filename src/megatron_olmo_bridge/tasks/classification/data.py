@@ -1,4 +1,4 @@
-"""Labelled texts: reading from .jsonl or .csv, tokenization, and order."""
+"""Labelled texts: read them from .jsonl or .csv files, tokenize them, and shuffle each epoch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from megatron_olmo_bridge.training.config import ClassificationConfig
 
 from .problems import Problem, SingleLabel, problem_of, some
 
-KINDS = (".jsonl", ".csv")
+SUFFIXES = (".jsonl", ".csv")
 _TOKENIZED_AT_ONCE = 1000
 _LONGEST_LINE = 16 << 20
-"""Bytes."""
+"""Maximum length of a line, in bytes."""
 
 Integers = npt.NDArray[np.int64]
 Labels = npt.NDArray[Any]
@@ -36,10 +36,10 @@ class Examples:
 
     texts: list[str]
     labels: Labels
-    """Single-label: [n], int64, indices into ``classes``. Otherwise [n, classes], float32: 1 for
-    each label that a text has, else 0; or the target values of a regression."""
+    """Single-label: indices into ``classes``, [n], int64. Multi-label: 1 for each label of a text,
+    else 0, [n, classes], float32. Regression: values, [n, classes], float32."""
     classes: tuple[str, ...]
-    """Names of the model's outputs. Classes are sorted, numerically if all are whole numbers."""
+    """Names of the model's outputs; classes are sorted, numerically if all are whole numbers."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -47,12 +47,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Record:
-    """A text with its label and its location, ``FILE:LINE``."""
+    """A text and its label."""
 
     text: str
     label: Any
     """A name, a list of names or a list of numbers, depending on the problem type."""
     where: str
+    """``FILE:LINE``"""
 
 
 def load_examples(config: ClassificationConfig) -> tuple[Examples, Examples]:
@@ -61,13 +62,13 @@ def load_examples(config: ClassificationConfig) -> tuple[Examples, Examples]:
     Raises:
         InputError: a file is missing or a line is malformed; the message has file and line.
     """
-    named = {"classification.train": config.train, "classification.validation": config.validation}
-    for option, path in named.items():
+    paths = {"classification.train": config.train, "classification.validation": config.validation}
+    for option, path in paths.items():
         if not path:
             raise InputError(f"{option} is not set: name a .jsonl or .csv file with labelled texts")
     problem = problem_of(config)
     train, held_out = (
-        list(read_records(p, config.text, config.label, problem)) for p in named.values()
+        list(read_records(path, config.text, config.label, problem)) for path in paths.values()
     )
     classes = problem.names([r.label for r in train], config.label, config.train)
     return _examples(train, problem, classes), _examples(held_out, problem, classes)
@@ -85,23 +86,23 @@ def read_records(path: str | Path, text: str, label: str, problem: Problem) -> I
         InputError: the file is missing or a line is malformed; the message has file and line.
     """
     path = Path(path).expanduser()
-    if path.suffix not in KINDS:
-        raise InputError(f"{path}: not one of {', '.join(KINDS)}")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: not one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    count = 0
+    is_empty = True
     for number, fields in _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path):
-        count += 1
+        is_empty = False
         where = f"{path}:{number}"
         for name in (text, label):
             if name not in fields:
                 raise InputError(
-                    f"{where}: no {name!r}; it has {some(list(fields))}. Say which by "
+                    f"{where}: no {name!r}; it has {some(list(fields))}. Choose the fields by "
                     "classification.text and classification.label."
                 )
         read = problem.read(fields[label], label, where)
         yield Record(_text(fields[text], text, where), read, where)
-    if not count:
+    if is_empty:
         raise InputError(f"{path}: holds no examples")
 
 
@@ -131,20 +132,21 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(_lines(path), strict=True)
-    begin = 1
+    first_line = 1  # of a row, which may have several
     try:
         header = next(reader, [])
-        begin = reader.line_num + 1
+        first_line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
                 raise InputError(
-                    f"{path}:{begin}: {len(row)} fields, the first line names {len(header)} columns"
+                    f"{path}:{first_line}: {len(row)} fields, the first line names {len(header)} "
+                    "columns"
                 )
             if row:
-                yield begin, dict(zip(header, row, strict=True))
-            begin = reader.line_num + 1
+                yield first_line, dict(zip(header, row, strict=True))
+            first_line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{begin}: malformed CSV: {error}") from error
+        raise InputError(f"{path}:{first_line}: malformed CSV: {error}") from error
 
 
 def _text(value: Any, name: str, where: str) -> str:
@@ -167,7 +169,7 @@ def _examples(records: list[Record], problem: Problem, classes: tuple[str, ...])
 
 
 def balanced_weights(labels: Integers, classes: int) -> npt.NDArray[np.float32]:
-    """Return [classes], n / (classes * occurrences of the class); the mean over examples is 1.
+    """Return class weights [classes]: n / (classes * examples of the class), with mean 1 over n.
 
     Source: ``compute_class_weight("balanced")`` of scikit-learn.
     """
@@ -178,9 +180,8 @@ def balanced_weights(labels: Integers, classes: int) -> npt.NDArray[np.float32]:
 def class_weights(task: ClassificationConfig, train: Examples) -> torch.Tensor | None:
     """Return the weight of each class in the loss, [classes], float32; None if all are equal.
 
-    The loss is the plain mean of the weighted losses. The weights' mean over the data is 1, so the
-    loss does not depend on how a batch is split, as it would if it were divided by the sum of the
-    batch's own weights.
+    The loss is the plain mean of the weighted losses. PyTorch would divide by the sum of a batch's
+    weights, and the loss would then depend on how a batch is split.
 
     Raises:
         InputError: ``classification.class_weights`` is neither none nor balanced, or is balanced
@@ -262,8 +263,8 @@ def tokenize(examples: Examples, tokenizer: Any, length: int, vocab_size: int) -
     tokens = np.concatenate(rows)
     if tokens.max() >= vocab_size:
         raise InputError(
-            f"the tokenizer has token {tokens.max()}, the model only {vocab_size} rows: it is "
-            "another model's tokenizer"
+            f"the tokenizer has token {tokens.max()}, the model has {vocab_size}: it is the "
+            "tokenizer of another model. Set data.tokenizer to the model's own."
         )
     ends = np.cumsum([len(row) for row in rows])
     return Tokenized(tokens, ends, examples.labels, truncated)
@@ -273,18 +274,20 @@ def tokenize(examples: Examples, tokenizer: Any, length: int, vocab_size: int) -
 
 
 def samples(seed: int, count: int, first: int, number: int) -> list[int]:
-    """Return the indices of samples ``first`` to ``first + number`` of an endless stream of epochs.
+    """Return the indices of ``number`` samples, from ``first`` on, of an endless stream of epochs.
 
     Each epoch is shuffled anew. The result depends on the arguments alone, for exact resume.
 
     Args:
         seed: seed of the shuffling.
         count: number of examples in an epoch.
+        first: number of the first sample in the stream, from 0.
+        number: number of samples to return.
     """
     places = (divmod(i, count) for i in range(first, first + number))
-    return [int(_order(seed, count, epoch)[place]) for epoch, place in places]
+    return [int(_shuffled(seed, count, epoch)[place]) for epoch, place in places]
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, count: int, epoch: int) -> Integers:
+def _shuffled(seed: int, count: int, epoch: int) -> Integers:
     return np.random.default_rng([seed, epoch]).permutation(count)

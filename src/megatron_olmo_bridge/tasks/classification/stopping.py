@@ -16,7 +16,7 @@ HISTORY = "evaluations.json"
 
 
 class Evaluation(NamedTuple):
-    """Score on the held-out data after ``step`` steps."""
+    """Score on the held-out data after a number of steps."""
 
     step: int
     score: float
@@ -24,7 +24,7 @@ class Evaluation(NamedTuple):
 
 
 def best(history: Sequence[Evaluation]) -> Evaluation:
-    """Return the evaluation with the highest score; the first of several."""
+    """Return the evaluation with the highest score; the first one of equals."""
     return max(history, key=lambda e: e.score)
 
 
@@ -57,5 +57,5 @@ def read_history(file: Path) -> list[Evaluation]:
     except (FormatError, TypeError) as error:
         raise FormatError(
             f"{file}: is damaged, or was written by an older version, so that the best step of the "
-            "run is not known. Name another folder as checkpoint.save."
+            "run is unknown. Name another folder as checkpoint.save."
         ) from error

@@ -20,10 +20,10 @@ from .data import Tokenized, samples
 from .problems import Problem, problem_of
 from .stopping import Evaluation, out_of_patience
 
-NONE = -1
-"""Index of a row that pads a batch."""
+NO_TEXT = -1
+"""Index that stands for a row that pads a batch."""
 _MULTIPLE = 8
-"""Sequences are padded to a multiple of this, which is efficient on tensor cores."""
+"""Multiple that sequences are padded to; efficient on tensor cores."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Classification(Task):
     """Evaluations so far."""
     tokenizer_folder: Path | None = None
     on_evaluated: Callable[[], None] = lambda: None
-    """Called in all processes when an evaluation has been added to the history."""
+    """Called in all processes after an evaluation is added to the history."""
     problem: Problem = field(init=False)
     loss_unit: str = field(init=False)
 
@@ -59,14 +59,14 @@ class Classification(Task):
         train = self.config.train
         size, step = train.global_batch_size, begin - 1
         while True:
-            whole = samples(train.seed, len(self.train), step * size, size)
-            yield from self._shared(self.train, whole)
+            global_batch = samples(train.seed, len(self.train), step * size, size)
+            yield from self._micro_batches(self.train, global_batch)
             step += 1
 
     def validation_batches(self) -> Iterator[Batch]:
         count = self.validation_micro_batches * self._at_once
-        everything = [i if i < len(self.held_out) else NONE for i in range(count)]
-        return self._shared(self.held_out, everything)
+        padded = [i if i < len(self.held_out) else NO_TEXT for i in range(count)]
+        return self._micro_batches(self.held_out, padded)
 
     @property
     def validation_micro_batches(self) -> int:
@@ -87,7 +87,7 @@ class Classification(Task):
             batch[n].to(device, non_blocking=True) for n in ("tokens", "labels", "counted")
         )
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        # No mask: padding is on the right, which causal attention never sees.
+        # Causal attention needs no mask for padding on the right.
         output = chunk(tokens, positions, None)
 
         def score(logits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
@@ -105,7 +105,7 @@ class Classification(Task):
     def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
         measures = self.problem.quality(sums, self.classes).measures
         figures = {"loss": float(sums["loss"] / sums["weight"]), **measures}
-        # A resumed run repeats the evaluations after its last checkpoint.
+        # A resumed run repeats the evaluations that followed its last checkpoint.
         self.history[:] = [e for e in self.history if e.step < step]
         self.history.append(Evaluation(step, measures[self.problem.score]))
         self.on_evaluated()
@@ -116,7 +116,7 @@ class Classification(Task):
         """Early-stopping patience, in evaluations."""
         return self.config.classification.patience if self.config.classification else None
 
-    def _shared(self, data: Tokenized, indices: list[int]) -> Iterator[Batch]:
+    def _micro_batches(self, data: Tokenized, indices: list[int]) -> Iterator[Batch]:
         """Yield this process's micro-batches, dealt round-robin to the data-parallel ranks."""
         micro = self.config.train.micro_batch_size
         ranks = parallel_state.get_data_parallel_world_size()
@@ -128,11 +128,11 @@ class Classification(Task):
             yield {
                 "tokens": torch.from_numpy(tokens),
                 "labels": torch.from_numpy(data.labels[texts]),
-                "counted": torch.tensor([i != NONE for i in rows]),
+                "counted": torch.tensor([i != NO_TEXT for i in rows]),
             }
 
     def _length(self, data: Tokenized, indices: list[int]) -> int:
-        """Return the length to pad to: of the longest text, or with PP the full length."""
+        """Return the length to pad to: that of the longest text, or with PP the full length."""
         full, parallel = self.config.train.sequence_length, self.config.parallel
         if parallel.pp > 1:
             return full

@@ -52,16 +52,15 @@ def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float
     """
     classifier = Classifier.open(config)
     with started(classifier.resolved, classifier.task, say) as run:
-        first = dist.get_rank() == 0
-        if first:
+        is_first = dist.get_rank() == 0
+        if is_first:
             for line in classifier.describe_data():
                 say(line)
-        history = classifier.keep_the_best_of(run, say)
+        history = classifier.keep_best_weights(run, say)
         train_loop(run)
-        top = best(history)
-        score = classifier.problem.score
+        top, score = best(history), classifier.problem.score
         figures = run.figures | {f"best_{score}": top.score, "best_step": top.step}
-        if first:
+        if is_first:
             say(f">> best: {spoken(score)} {top.score:.4f} at step {top.step}")
             classifier.write_card(figures)
         return figures
@@ -146,8 +145,8 @@ class Classifier:
             history=history[0] or [],
         )
 
-    def keep_the_best_of(self, run: Run, say: Callable[[str], None]) -> list[Evaluation]:
-        """Write ``classifier/`` after each evaluation that is the best so far.
+    def keep_best_weights(self, run: Run, say: Callable[[str], None]) -> list[Evaluation]:
+        """Write ``classifier/`` after each evaluation with the best score so far.
 
         Returns:
             The history of evaluations, which grows during the run.
@@ -156,13 +155,12 @@ class Classifier:
         assert isinstance(task, Classification)
         history = task.history
         history[:] = [e for e in history if e.step <= run.step]
-        run.stopped_early = out_of_patience(history, task.patience)  # already before the resume
-
+        run.stopped_early = out_of_patience(history, task.patience)  # before it was resumed
         score = spoken(self.problem.score)
 
-        def evaluated() -> None:
-            better = best(history) is history[-1]
-            if better:
+        def on_evaluated() -> None:
+            is_best = best(history) is history[-1]
+            if is_best:
                 with whole_parameters(run.chunks):
                     save_hf(
                         run.chunks,
@@ -172,10 +170,10 @@ class Classifier:
                         overwrite=True,
                     )
             on_first(lambda: write_history(self.folder / HISTORY, history))
-            if better and dist.get_rank() == 0:
+            if is_best and dist.get_rank() == 0:
                 say(f">> the best {score} so far: kept as {target}")
 
-        task.on_evaluated = evaluated
+        task.on_evaluated = on_evaluated
         return history
 
     def write_card(self, figures: dict[str, float]) -> None:
@@ -207,7 +205,7 @@ def with_head(
     """
     assert config.classification is not None
     init, problem_type = config.init, config.classification.problem_type
-    if bool(init.hf) == bool(init.checkpoint):
+    if not (init.hf or init.checkpoint):
         raise InputError("init.hf is not set: name the OLMo checkpoint to be fine-tuned")
     folder = fetch(init.hf, init.revision)[0] if init.hf else Path(init.checkpoint or "")
     source = open_checkpoint(folder)

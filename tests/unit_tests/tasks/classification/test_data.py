@@ -92,7 +92,7 @@ TWO = (record("a", "x"), record("b", "y"))
         (record("a", 0.5), r"t\.jsonl:3: 'label' is 0\.5, neither a text nor a whole number"),
         (record("a", True), r"t\.jsonl:3: 'label' is true, neither"),
         (record("a", ["x"]), r"t\.jsonl:3: 'label' is \[\"x\"\], neither"),
-        ({"body": "a", "label": "x"}, r"t\.jsonl:3: no 'text'; it has 'body', 'label'\. Say which"),
+        ({"body": "a", "label": "x"}, r"t\.jsonl:3: no 'text'; it has 'body', 'label'\. Choose"),
         (["a", "x"], r"t\.jsonl:3: not a JSON object"),
     ],
 )
@@ -209,7 +209,7 @@ def test_many_texts_keep_their_order() -> None:
 
 
 def test_another_models_tokenizer_is_refused() -> None:
-    with pytest.raises(InputError, match="has token 6, the model only 6 rows"):
+    with pytest.raises(InputError, match="has token 6, the model has 6: it is the tok"):
         tokenize(examples("a c"), tokenizer(), 3, vocab_size=6)
 
 
