@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_olmo_bridge.errors import FormatError, InputError, MappingError, UnsupportedError
 from megatron_olmo_bridge.formats.hf_folder import (
@@ -57,24 +57,41 @@ class HFCheckpoint(Checkpoint):
 
     @classmethod
     def open(cls, path: Path, options: ReadOptions, strict: bool) -> HFCheckpoint:
-        model = _read_model(path, options.num_labels)
-        registry = model.bridge.mapping_registry()
-        registry.check_size(len(model.folder.arrays), path)
+        hf = HFFolder.read(path, is_buffer, may_be_tied)
+        bridge = bridge_for(hf.config, path / CONFIG)
+        arrays = _split_experts(_by_table_names(hf, bridge), bridge, path)
+        config, notes = hf.config, []
+        if options.num_labels is not None:
+            config = _config_with_new_head(hf, bridge, options.num_labels)
+            arrays.pop(HF_HEAD, None)
+        elif _has_untied_head(bridge, arrays):
+            config = {**config, "tie_word_embeddings": False}
+            notes = [
+                f"config.json says that embeddings are tied, but {HF_HEAD} differs from "
+                f"{bridge.hf_embedding}: kept as a head of its own, as transformers 5 does"
+            ]
+        elif bridge.num_labels is not None and HF_HEAD in arrays:
+            notes = [f"{HF_HEAD} was left out: a classifier doesn't use a language model's head"]
+        if config is not hf.config:
+            bridge = bridge_for(config, path / CONFIG)
+        registry = bridge.mapping_registry()
+        registry.check_size(len(arrays), path)
         mapping = registry.resolve()
+        new_tensors = frozenset((HF_SCORE,) if options.num_labels is not None else ())
         if strict:
-            shapes = {name: array.shape for name, array in model.folder.arrays.items()}
-            shapes |= {name: mapping.hf_shapes[name] for name in model.new_tensors}
-            with explaining_names(shapes, model.bridge):
+            shapes = {name: array.shape for name, array in arrays.items()}
+            shapes |= {name: mapping.hf_shapes[name] for name in new_tensors}
+            with explaining_names(shapes, bridge):
                 mapping.check_hf(shapes, path)
         return cls(
             path=path,
-            bridge=model.bridge,
+            bridge=bridge,
             mapping=mapping,
             config_from=path / CONFIG,
             artifacts_folder=path,
-            hf_folder=model.folder,
-            new_tensors=model.new_tensors,
-            read_as=model.notes,
+            hf_folder=replace(hf, config=config, arrays=arrays),
+            new_tensors=new_tensors,
+            read_as=tuple(notes),
         )
 
     @cached_property
@@ -96,35 +113,6 @@ class HFCheckpoint(Checkpoint):
     @property
     def layout(self) -> str:
         return f"{len(self.hf_folder.shards)} safetensors file(s)"
-
-
-@dataclass(frozen=True)
-class _HFModel:
-    folder: HFFolder
-    bridge: ModelBridge
-    new_tensors: frozenset[str] = frozenset()
-    notes: tuple[str, ...] = ()
-
-
-def _read_model(path: Path, num_labels: int | None) -> _HFModel:
-    """Read a folder's headers, and tensors only to compare a head with tied embeddings."""
-    hf = HFFolder.read(path, is_buffer, may_be_tied)
-    bridge = bridge_for(hf.config, path / CONFIG)
-    hf = replace(hf, arrays=_split_experts(_by_table_names(hf, bridge), bridge, path))
-    if num_labels is not None:
-        return _with_new_head(hf, bridge, num_labels)
-    if _has_untied_head(bridge, hf.arrays):
-        config = {**hf.config, "tie_word_embeddings": False}
-        note = (
-            f"config.json says that embeddings are tied, but {HF_HEAD} differs from "
-            f"{bridge.hf_embedding}: kept as a head of its own, as transformers 5 does"
-        )
-        hf = replace(hf, config=config)
-        return _HFModel(hf, bridge_for(config, path / CONFIG), notes=(note,))
-    notes = []
-    if bridge.num_labels is not None and HF_HEAD in hf.arrays:
-        notes = [f"{HF_HEAD} was left out: a classifier doesn't use a language model's head"]
-    return _HFModel(hf, bridge, notes=tuple(notes))
 
 
 def _by_table_names(hf: HFFolder, bridge: ModelBridge) -> dict[str, StoredArray]:
@@ -196,13 +184,10 @@ def _has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> boo
         return any(bytearray(a) != b for (_, _, a), (_, _, b) in blocks)
 
 
-def _with_new_head(hf: HFFolder, bridge: ModelBridge, num_labels: int) -> _HFModel:
+def _config_with_new_head(hf: HFFolder, bridge: ModelBridge, num_labels: int) -> dict[str, Any]:
     if bridge.num_labels is not None:
         raise InputError(f"{hf.path}: has a classification head of {bridge.num_labels} classes")
     try:
-        config = as_classifier(hf.config, num_labels)
+        return as_classifier(hf.config, num_labels)
     except UnsupportedError as error:
         raise UnsupportedError(f"{hf.path / CONFIG}: {error}") from error
-    kept = {name: array for name, array in hf.arrays.items() if name != HF_HEAD}
-    hf = replace(hf, config=config, arrays=kept)
-    return _HFModel(hf, bridge_for(config, hf.path / CONFIG), frozenset((HF_SCORE,)))

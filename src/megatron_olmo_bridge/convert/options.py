@@ -1,4 +1,4 @@
-"""What a conversion can be asked for."""
+"""Options of the conversions."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which block of which Hugging Face tensor stands where in which Megatron parameter. Pure data."""
+"""Mapping between Hugging Face tensors and Megatron parameters, block by block, as pure data."""

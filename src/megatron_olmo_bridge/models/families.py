@@ -15,9 +15,10 @@ from megatron_olmo_bridge.errors import (
     UnsupportedError,
     quote,
 )
+from megatron_olmo_bridge.formats.hf_folder import CONFIG
 
 from .bridge import ModelBridge
-from .heads import CLASSIFIER, CONFIG, architectures_of_config
+from .heads import CLASSIFIER, architectures_of_config
 from .hf_values import MAX_LABELS, is_count
 from .tables import HF_HEAD
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError, quote
+from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
 
 from .hf_values import HFValues
 
 CLASSIFIER = "ForSequenceClassification"
 """Suffix of the class names of classifiers."""
-CONFIG = "config.json"
 
 
 def architectures_of_config(hf_config: dict[str, Any], where: object = CONFIG) -> list[str]:

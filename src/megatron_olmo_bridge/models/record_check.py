@@ -123,8 +123,8 @@ def contradictions(
         expected = {n: v for n, v in expected.items() if not n.startswith("moe_")}
     lines = []
     for name, value in differing(record, expected).items():
-        wanted = expected[_ALIASES.get(name, name)]
-        in_config = "not set" if wanted is None else quote(wanted)
+        config_value = expected[_ALIASES.get(name, name)]
+        in_config = "not set" if config_value is None else quote(config_value)
         lines.append(f"{name} is {quote(value)} in the checkpoint, {in_config} in the config")
     lines += [
         f"{name} is null in the checkpoint, {quote(expected[name])} in the config"

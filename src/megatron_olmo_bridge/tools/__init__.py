@@ -1,1 +1,1 @@
-"""What is done with checkpoints beside converting them: verify, inspect, synth, doctor."""
+"""Tools for checkpoints: verify, inspect, synth, model card, and the doctor."""
