@@ -1,4 +1,4 @@
-"""Megatron's indexed datasets: a .bin of token ids, and an .idx that says where each sequence is.
+"""Read and write Megatron's indexed datasets: token ids in a .bin, their places in an .idx.
 
 An .idx is, little-endian: 9 bytes of magic, uint64 version 1, uint8 code of the dtype, uint64
 number of sequences S, uint64 number of document bounds D + 1; then S int32 lengths in tokens, S
@@ -24,12 +24,12 @@ from .prefix import prefix_of
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-"""megatron-core's ``DType``, without the floating-point ones: those are no token ids."""
+"""megatron-core's ``DType``, without the floating-point ones, which can't be token ids."""
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """Memory-mapped indexed dataset."""
+    """A memory-mapped indexed dataset."""
 
     prefix: str
     dtype: np.dtype[Any]
@@ -47,7 +47,7 @@ class Indexed:
         return int(self.lengths.sum(dtype=np.int64))
 
     def document_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document: [D]."""
+        """Return the tokens of each document: [D]."""
         ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         return np.asarray(np.diff(ends[self.bounds]))
 
@@ -57,7 +57,7 @@ class Indexed:
 
 
 def read_indexed(path: str | Path) -> Indexed:
-    """Map a dataset; the sizes of both files are checked.
+    """Map a dataset and check the sizes of both files.
 
     Args:
         path: its prefix, or one of its files.

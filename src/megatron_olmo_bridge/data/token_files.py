@@ -1,6 +1,6 @@
-"""Read OLMo-core's token files: headerless ids of one unsigned dtype, documents ended by eos.
+"""Read OLMo-core's token files: ids of one unsigned dtype, with an eos after each document.
 
-They are called .npy, but have no numpy header. Source: OLMo-core ``src/olmo_core/data/utils.py``.
+They are named .npy but have no numpy header. Source: OLMo-core ``src/olmo_core/data/utils.py``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .documents import Span
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "uint64")
 LONGEST_DOCUMENT = 2**31 - 1
-"""Tokens; the lengths of an indexed dataset are int32."""
+"""In tokens: an indexed dataset has int32 lengths."""
 _BLOCK = 1 << 20
-_TELLING = 16
-"""Tokens that say whether a file is of a wider dtype."""
+_MIN_TOKENS_TO_JUDGE = 16
+"""Tokens that a file needs so that its dtype can be recognised as too narrow."""
 _NUMPY_MAGIC = b"\x93NUMPY"
 
 
@@ -35,7 +35,7 @@ def token_spans(path: str, limit: int, dtype: str) -> list[Span]:
     """Return spans of at most ``limit`` bytes. A document belongs to the span where it begins.
 
     Raises:
-        FormatError: the file has a numpy header, no whole number of tokens, or is of a wider dtype.
+        FormatError: the file has a numpy header, is cut within a token, or has a wider dtype.
     """
     width, size = np.dtype(dtype).itemsize, Path(path).stat().st_size
     with Path(path).open("rb") as file:
@@ -46,11 +46,13 @@ def token_spans(path: str, limit: int, dtype: str) -> list[Span]:
             )
     if size % width:
         raise FormatError(
-            f"{path}: {size:,} bytes are no whole number of {dtype} tokens: it is cut short, or of "
-            "another dtype (--token-dtype)"
+            f"{path}: {size:,} bytes are not a whole number of {dtype} tokens: it is cut short, or "
+            "has another dtype (--token-dtype)"
         )
     head = np.fromfile(path, dtype, _BLOCK)
-    if len(head) >= _TELLING and not head[1::2].any():  # the upper halves of small numbers
+    if (
+        len(head) >= _MIN_TOKENS_TO_JUDGE and not head[1::2].any()
+    ):  # the upper halves of small numbers
         raise FormatError(
             f"{path}: every second {dtype} token is 0, as in a file of uint{16 * width}. Name its "
             "dtype: --token-dtype"
@@ -64,19 +66,19 @@ def read_tokens(
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], int, int]]:
     """Yield the documents that begin in a span, in blocks.
 
-    An eos right after another ends a document without tokens: it is left out, and counted. A last
-    document without an eos gets one.
+    A document without tokens, an eos right after another, is left out and counted. If the last
+    document has no eos, it gets one.
 
     Yields:
-        ids, which may stop within a document; lengths of the documents that end with them;
-        documents without tokens; bytes that were read.
+        ids, which may end within a document; lengths of the documents that end among them; number
+        of documents without tokens; bytes that were read.
 
     Raises:
-        InputError: an id beyond the vocabulary.
+        InputError: an id is beyond the vocabulary, or no eos was found.
     """
     tokens = np.memmap(span.path, dtype, mode="r")
     at, stop = (_document_from(tokens, i, span.path, eos_id) for i in (span.begin, span.end))
-    unfinished = 0  # tokens of a document that the block before began
+    unfinished = 0  # tokens of a document that an earlier block began
     while at < stop:
         block = tokens[at : min(at + _BLOCK, stop)]
         _check_ids(block, at, span.path, dtype, vocab_size)

@@ -1,4 +1,4 @@
-"""Load the tokenizer that turns text into ids."""
+"""Load a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE = "tokenizer.json"
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Tokenizer, and the facts that are recorded about it."""
+    """A tokenizer, and what is recorded about it."""
 
     name: str
     """Its folder, as an absolute path; or its hub id."""
@@ -26,18 +26,18 @@ class TextTokenizer:
     """Largest token id plus 1."""
     eos_id: int
     serialized: str
-    """As a tokenizer.json, without padding and truncation. With it a process can tokenize that
-    has loaded neither transformers nor torch."""
+    """Content of a tokenizer.json, without padding and truncation. Processes that tokenize load it,
+    and need neither transformers nor torch."""
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
-    """Load a tokenizer by transformers.
+    """Load a fast tokenizer with transformers.
 
     Args:
         name: a folder, or a hub id.
 
     Raises:
-        InputError: there is none, it has no eos, or is of the slow kind.
+        InputError: there is none, or it has no eos token, or is not a fast tokenizer.
     """
     loaded, local = load_pretrained(name)
     if not getattr(loaded, "is_fast", False):
@@ -60,7 +60,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
 
 
 def load_pretrained(name: str) -> tuple[Any, Path | None]:
-    """Load a tokenizer of transformers; also its folder, None of a hub's.
+    """Load a tokenizer with transformers; also return its folder, or None if it is from the hub.
 
     Args:
         name: a folder, or a hub id.
@@ -72,16 +72,16 @@ def load_pretrained(name: str) -> tuple[Any, Path | None]:
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
-    if not folder.is_dir() and not is_on_hub(name):  # a name that can't be is not asked for there
+    if not folder.is_dir() and not is_on_hub(name):  # an impossible id is not asked for
         raise InputError(
             f"{name}: no such folder. --tokenizer takes a folder or a hub id (owner/name)."
         )
     local = folder.resolve() if folder.is_dir() else None
     if local is not None:
-        artifact_files(local)  # refuses what transformers would wait for, or read whole
+        artifact_files(local)  # refuses pipes and huge files, which transformers would read
     try:
         return AutoTokenizer.from_pretrained(local or name), local
-    except Exception as error:  # many kinds, of transformers, tokenizers and the hub
+    except Exception as error:  # transformers, tokenizers and the hub raise many kinds
         why = str(error).strip().partition("\n")[0]
         raise InputError(f"{name}: no tokenizer could be loaded: {why}") from error
 

@@ -219,35 +219,29 @@ def encode_metadata(
         # TensorProperties.__getstate__: dtype, layout, requires_grad, memory format, pin_memory
         layout = inert("torch.serialization._get_layout")("torch.strided")
         memory = inert(f"{_DCP}._MEM_FORMAT_ENCODING")(0)
-        properties = built(
-            f"{_DCP}.TensorProperties",
-            (inert(f"torch.{tensor.dtype}"), layout, False, memory, False),
-        )
+        properties = inert(f"torch.{tensor.dtype}"), layout, False, memory, False
         chunks = [
             built(
                 f"{_DCP}.ChunkStorageMetadata", {"offsets": size(c.offset), "sizes": size(c.shape)}
             )
             for c in tensor.chunks
         ]
-        return built(
-            f"{_DCP}.TensorStorageMetadata",
-            {"properties": properties, "size": size(tensor.shape), "chunks": chunks},
-        )
+        fields = {
+            "properties": built(f"{_DCP}.TensorProperties", properties),
+            "size": size(tensor.shape),
+            "chunks": chunks,
+        }
+        return built(f"{_DCP}.TensorStorageMetadata", fields)
 
-    described_objects = {key: built(f"{_DCP}.BytesStorageMetadata", {}) for key in objects}
-    storage = {
-        index(key, c.offset): info(c.stored) for key, t in tensors.items() for c in t.chunks
-    } | {index(key, None): info(at) for key, at in objects.items()}
-    return dumps(
-        built(
-            f"{_DCP}.Metadata",
-            {
-                "state_dict_metadata": {k: described(t) for k, t in tensors.items()}
-                | described_objects,
-                "planner_data": None,
-                "storage_data": storage,
-                "storage_meta": None,
-                "version": None,
-            },
-        )
-    )
+    metadata = {
+        "state_dict_metadata": {key: described(tensor) for key, tensor in tensors.items()}
+        | {key: built(f"{_DCP}.BytesStorageMetadata", {}) for key in objects},
+        "planner_data": None,
+        "storage_data": {
+            index(key, c.offset): info(c.stored) for key, t in tensors.items() for c in t.chunks
+        }
+        | {index(key, None): info(at) for key, at in objects.items()},
+        "storage_meta": None,
+        "version": None,
+    }
+    return dumps(built(f"{_DCP}.Metadata", metadata))

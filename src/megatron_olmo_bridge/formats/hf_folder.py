@@ -54,7 +54,7 @@ writes beside the weights; from transformers 5.23's constants."""
 CODE = "*.py"
 """A model's own code, which ``save_pretrained`` writes where a config has an ``auto_map``."""
 HUB_PATTERNS = (*ARTIFACT_FILES, CODE, "*.safetensors", INDEX)
-"""What is fetched from the hub."""
+"""Files of a model that are fetched from the hub."""
 
 
 SHOWN = 4
@@ -80,7 +80,7 @@ class HFFolder:
 
         Args:
             path: the folder.
-            is_buffer: whether a tensor of this name is no weight, and may have any dtype.
+            is_buffer: whether a tensor of this name is not a weight, so that it may have any dtype.
             may_be_tied: whether the index may name a tensor of this name that no file has.
 
         Raises:
@@ -180,16 +180,16 @@ def _read_all(path: Path, names: list[str]) -> dict[str, bytes]:
 
 
 def refuse_outside(file: Path, folder: Path) -> None:
-    """Raise FormatError if the file is a link to another place than its folder.
+    """Raise FormatError if a file is a link that leads out of its folder.
 
-    The hub's cache is one place: ``models--owner--name/snapshots/COMMIT`` has links into the
-    ``blobs`` beside it.
+    In the hub's cache, links from ``models--owner--name/snapshots/COMMIT`` to the ``blobs`` beside
+    it are allowed.
     """
     inside = Path(os.path.realpath(folder))
     places = [inside]
     if inside.parent.name == "snapshots" and inside.parent.parent.name.startswith("models--"):
         places.append(inside.parent.parent / "blobs")
-    end = Path(os.path.realpath(file))  # Path.resolve() raises RuntimeError at a loop of links
+    end = Path(os.path.realpath(file))  # Path.resolve() raises RuntimeError for a loop
     if not any(end.is_relative_to(place) for place in places):
         raise FormatError(
             f"{file}: is a link to {end}, outside of its folder. If that file belongs to the "

@@ -20,26 +20,16 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _QUANTISED = {"I8", "U8", "I32", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"}
 _BITS = {
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "BOOL": 8,
-    "I8": 8,
-    "U8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F16": 16,
-    "BF16": 16,
-    "I16": 16,
-    "U16": 16,
-    "F32": 32,
-    "I32": 32,
-    "U32": 32,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-    "C64": 64,
+    code: bits
+    for bits, codes in {
+        4: ("F4",),
+        6: ("F6_E2M3", "F6_E3M2"),
+        8: ("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
+        16: ("F16", "BF16", "I16", "U16"),
+        32: ("F32", "I32", "U32"),
+        64: ("F64", "I64", "U64", "C64"),
+    }.items()
+    for code in codes
 }
 """Bits per element of every dtype of the format."""
 MAX_DIMENSIONS = 8

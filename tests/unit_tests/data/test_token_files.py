@@ -60,7 +60,7 @@ def test_what_is_no_token_file(tmp_path: Path) -> None:
     ):
         token_spans(str(path), 100, "uint16")
     path.write_bytes(bytes(10))
-    with pytest.raises(FormatError, match="10 bytes are no whole number of uint32 tokens"):
+    with pytest.raises(FormatError, match="10 bytes are not a whole number of uint32 tokens"):
         token_spans(str(path), 100, "uint32")
 
 
