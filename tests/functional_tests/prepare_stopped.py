@@ -10,18 +10,18 @@ from pathlib import Path
 def main(out: str, *arguments: str) -> None:
     # Not at the top: the workers, which it starts anew, import this file too.
     from megatron_olmo_bridge.cli.app import app
-    from megatron_olmo_bridge.data import prepare
+    from megatron_olmo_bridge.cli.data import _TokenBar
 
-    add, stopped = prepare._Shown.add, False
+    show_tokens, stopped = _TokenBar.tokens, False
 
-    def stop(*args: int) -> None:
+    def stop(bar: _TokenBar, count: int) -> None:
         nonlocal stopped
-        add(*args)
+        show_tokens(bar, count)
         if not stopped and any(Path(f"{out}.partial").glob("part-*.json")):
             stopped = True
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    prepare._Shown.add = stop
+    _TokenBar.tokens = stop  # type: ignore[method-assign]
     app(["prepare-data", *arguments])
 
 
