@@ -1,7 +1,7 @@
 """Cross entropy of logits whose vocabulary is sharded over tensor-parallel ranks.
 
-megatron-core's own counts padding rows of the vocabulary as tokens, and doesn't return the
-log-sum-exp that the z-loss needs.
+megatron-core's cross entropy counts padding rows of the vocabulary as tokens, and doesn't return
+the log-sum-exp that the z-loss needs.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ class _CrossEntropy(torch.autograd.Function):
         scores = logits.float()
         if first + columns > vocab_size:
             real = max(0, vocab_size - first)
-            # Not -inf: a rank may have only padding, whose softmax would be NaN.
+            # Not -inf: on a rank with padding alone the softmax would be NaN.
             scores = scores.clone()
             scores[..., real:] = torch.finfo(torch.float32).min
         logp = scores.log_softmax(-1)
         local = scores[..., 0] - logp[..., 0]  # log-sum-exp over this rank's columns
-        top = _reduced(local, dist.ReduceOp.MAX, group)
-        total = top + _reduced((local - top).exp(), dist.ReduceOp.SUM, group).log()
+        top = _all_reduce(local, dist.ReduceOp.MAX, group)
+        total = top + _all_reduce((local - top).exp(), dist.ReduceOp.SUM, group).log()
         inside = (labels >= first) & (labels < first + columns)
         index = torch.where(inside, labels - first, 0).unsqueeze(-1)
         if dist.get_world_size(group) > 1:
-            logp += (local - total).unsqueeze(-1)  # now of all ranks' columns
+            logp += (local - total).unsqueeze(-1)  # normalised over the columns of all ranks
         target = torch.where(inside, logp.gather(-1, index).squeeze(-1), 0.0)
         ctx.save_for_backward(logp, index, inside)
         ctx.dtype = logits.dtype
-        return -_reduced(target, dist.ReduceOp.SUM, group), total
+        return -_all_reduce(target, dist.ReduceOp.SUM, group), total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None, None]:
         logp, index, inside = ctx.saved_tensors
-        of_loss, of_total = grads
-        grad = logp.exp().mul_((of_loss + of_total).unsqueeze(-1))
-        grad.scatter_add_(-1, index, (-of_loss * inside).unsqueeze(-1))
+        loss_grad, total_grad = grads
+        grad = logp.exp().mul_((loss_grad + total_grad).unsqueeze(-1))
+        grad.scatter_add_(-1, index, (-loss_grad * inside).unsqueeze(-1))
         return grad.to(ctx.dtype), None, None, None
 
 
-def _reduced(x: torch.Tensor, operation: Any, group: Any) -> torch.Tensor:
+def _all_reduce(x: torch.Tensor, operation: Any, group: Any) -> torch.Tensor:
     if dist.get_world_size(group) == 1:
         return x
     x = x.clone()

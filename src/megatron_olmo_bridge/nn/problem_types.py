@@ -11,14 +11,14 @@ PROBLEM_TYPES = (REGRESSION, SINGLE_LABEL, MULTI_LABEL)
 
 
 def check_problem_type(problem_type: str | None, num_labels: int | None) -> None:
-    """Refuse a problem type that the head cannot have.
+    """Check that a classification head can have a problem type.
 
     Args:
-        problem_type: As in ``config.json``; None leaves it to be inferred.
-        num_labels: Rows of the head; None or 0 if the model has none.
+        problem_type: as in ``config.json``; None if it is to be inferred.
+        num_labels: rows of the head; None or 0 if the model has no head.
 
     Raises:
-        InputError: The type is not one of :data:`PROBLEM_TYPES`, or contradicts ``num_labels``.
+        InputError: the type is not one of :data:`PROBLEM_TYPES`, or contradicts ``num_labels``.
     """
     if problem_type is None:
         return
@@ -37,14 +37,14 @@ def check_problem_type(problem_type: str | None, num_labels: int | None) -> None
 
 
 def infer_problem_type(problem_type: str | None, num_labels: int, integer_labels: bool) -> str:
-    """Return the problem type, inferred from the labels where the config leaves it open.
+    """Return the problem type, inferred from the labels if the config has none.
 
     Source: ``ForSequenceClassificationLoss`` of transformers.
 
     Args:
-        problem_type: As in ``config.json``; returned if it is not None.
-        num_labels: Rows of the head.
-        integer_labels: Whether the labels are int32 or int64.
+        problem_type: as in ``config.json``; returned if it is not None.
+        num_labels: rows of the head.
+        integer_labels: True if the labels are int32 or int64.
     """
     if problem_type is not None:
         return problem_type

@@ -22,15 +22,15 @@ def sequence_losses(
 
     Args:
         logits: [b, num_labels].
-        labels: Single-label: classes [b], int32 or int64; -100 counts as a loss of 0.
-            Multi-label: [b, num_labels], 1 for each class that applies and else 0.
+        labels: single-label: classes [b], int32 or int64; the loss of -100 is 0.
+            Multi-label: [b, num_labels], 1 for each class that applies, else 0.
             Regression: [b, num_labels], or [b] if num_labels is 1.
-        problem_type: One of :data:`.problem_types.PROBLEM_TYPES`; None infers it from the number
+        problem_type: one of :data:`.problem_types.PROBLEM_TYPES`; None infers it from the number
             of logits and the dtype of the labels.
         class_weights: [num_labels], for single-label losses only.
 
     Raises:
-        InputError: The shape or dtype of the labels doesn't match the problem type.
+        InputError: the shape or dtype of the labels doesn't match the problem type.
     """
     logits = logits.float()
     integers = labels.dtype in (torch.int32, torch.int64)

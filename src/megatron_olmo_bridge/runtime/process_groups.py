@@ -96,8 +96,8 @@ def destroy_process_groups() -> None:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         tensor_parallel.get_cuda_rng_tracker().reset()
-        # What refers to a group keeps its threads, which in gloo poll a hundred times a second; and
-        # a model that trained with its optimizer refers to itself.
+        # A group's threads live as long as a reference to it, and gloo's poll 100 times a second.
+        # A model and its optimizer refer to each other, so only the collector frees them.
         gc.collect()
 
 
@@ -106,8 +106,8 @@ def started_together() -> int:
     torchrun's or srun's; else 1."""
     if dist.is_initialized():
         return dist.get_world_size()
-    says = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_STEP_NUM_TASKS"
-    return int(os.environ.get(says, "1"))
+    variable = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_STEP_NUM_TASKS"
+    return int(os.environ.get(variable, "1"))
 
 
 def on_first(action: Callable[[], T]) -> T | None:
@@ -168,7 +168,7 @@ def _init_distributed(timeout: timedelta) -> None:
             backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=device
         )
     if device is None:
-        # Threads of gloo's that are left at the end of the process abort it now and then.
+        # Gloo threads that still run when the process ends sometimes abort it.
         atexit.register(destroy_process_groups)
 
 

@@ -32,8 +32,8 @@ class StepsConfig:
     sequence_length: int = 4096
     """Tokens per sequence."""
     precision: str = "bfloat16"
-    """Dtype of parameters and activations: float32, or bfloat16 (the optimizer then keeps float32);
-    bf16, fp32 and torch dtypes are understood."""
+    """Dtype of parameters and activations: ``float32``, or ``bfloat16`` with float32 weights in the
+    optimizer; also ``fp32``, ``bf16`` or a torch dtype."""
     seed: int = 1234
     """Seed of initial weights, of the data's order and of dropout."""
 
@@ -89,7 +89,8 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.1
     """Minimum learning rate, as a fraction of the peak."""
     end_step: int | None = None
-    """Step at which the minimum is reached; by default the last. OLMo-2's cosine ends after it."""
+    """Step at which the minimum is reached; by default the last step of the run. It may be later:
+    OLMo-2's cosine was cut off before its end."""
     wsd_decay_steps: int = 0
     """Number of decay steps of ``wsd``."""
 
@@ -228,7 +229,7 @@ class TrainingConfig:
     model: dict[str, Any] = field(default_factory=dict)
     """The model, as in config.json; empty if ``init`` names a checkpoint, which defines it."""
     provider: dict[str, Any] = field(default_factory=dict)
-    """Additional fields of megatron-core's ``TransformerConfig`` or of the provider."""
+    """Additional fields of the provider, which is megatron-core's ``TransformerConfig`` too."""
     train: StepsConfig = field(default_factory=StepsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -290,8 +291,8 @@ def check_values(config: TrainingConfig) -> None:
     """Check each value.
 
     Raises:
-        InputError: a number out of its range, an unknown choice, or a field without another one
-            that it belongs to.
+        InputError: a number is out of its range, a choice is unknown, or a field is set without
+            the field that it depends on.
     """
     for key, choices in CHOICES.items():
         if (value := _value(config, key)) not in choices:
@@ -307,7 +308,7 @@ def check_values(config: TrainingConfig) -> None:
     if init.optimizer and not init.checkpoint:
         raise InputError("init.optimizer=true takes the optimizer from init.checkpoint: name it")
     if init.revision and not init.hf:
-        raise InputError(f"init.revision={init.revision} is one of a hub id: name it as init.hf")
+        raise InputError(f"init.revision={init.revision} needs init.hf: the hub id that it is of")
 
 
 def _value(config: TrainingConfig, key: str) -> Any:

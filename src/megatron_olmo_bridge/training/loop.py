@@ -1,4 +1,4 @@
-"""The training loop, from the top down: the loop, a step, and what is due after it."""
+"""The training loop, top down: the loop, one step, and what follows a step."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Run:
 
 
 def train_loop(run: Run) -> None:
-    """Train from the step that the run is at to its last, and complete its checkpoints and log.
+    """Train from the run's current step to its last, and complete its checkpoints and log.
 
     Raises:
         TrainingStopped: the loss is not a number, or spiked; or the run was asked to stop.
@@ -126,7 +126,7 @@ def forward_backward(
     """
     chunks, train = run.chunks, run.resolved.config.train
     micro_batches = [next(batches) for _ in range(count)]
-    iterators = [iter(micro_batches) for _ in chunks]  # each chunk of a stage runs all of them
+    iterators = [iter(micro_batches) for _ in chunks]  # each chunk runs all micro-batches
     run_schedule = get_forward_backward_func()
     return run_schedule(  # type: ignore[no-any-return]
         forward_step_func=lambda iterator, chunk: run.task.forward(chunk, next(iterator)),
@@ -142,7 +142,7 @@ def forward_backward(
 def global_means(sums: list[Sums], asked_to_stop: bool) -> tuple[float, float, bool]:
     """Return the global batch's mean loss and z-loss, and whether any process was asked to stop.
 
-    All processes get the same: a decision that depends on it is the same everywhere.
+    All processes get the same values, and so take the same decisions.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
     # Tensor-parallel ranks of the last stage all have the same sums: only the first adds its own.
@@ -197,7 +197,7 @@ def after_step(run: Run, record: StepRecord, asked_to_stop: bool) -> None:
     if config.export.hf and due(config.export.interval):
         export(run)
     if asked_to_stop and not run.finished:
-        raise AskedToStop("asked to stop; the same command goes on from here")
+        raise AskedToStop("asked to stop; the same command resumes from here")
 
 
 def evaluate(run: Run) -> None:
@@ -218,14 +218,14 @@ def evaluate(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint, or begin to; the run must have a folder."""
+    """Write a checkpoint, or begin an asynchronous one; the run must have a folder."""
     assert run.checkpointer is not None
-    wanted = run.resolved.config.checkpoint.fully_reshardable
+    setting = run.resolved.config.checkpoint.fully_reshardable
     with whole_parameters(run.chunks):
         run.checkpointer.save(
             run.step,
             {"watch": run.watch.state()},
-            fully_reshardable=wanted == "all" or (wanted == "last" and run.finished),
+            fully_reshardable=setting == "all" or (setting == "last" and run.finished),
         )
 
 
@@ -248,9 +248,10 @@ def export(run: Run) -> None:
 
 @contextlib.contextmanager
 def whole_parameters(chunks: list[Any]) -> Iterator[None]:
-    """Gather the parameters that the other ranks' optimizers have updated.
+    """Hold up-to-date parameters within this context.
 
-    With overlapped gathering this would otherwise wait for the next forward pass.
+    With ``parallel.overlap`` a rank receives the parameters that other ranks' optimizers have
+    updated only in its next forward pass. Gather them before that.
     """
     gathering = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in gathering:
