@@ -29,6 +29,10 @@ class StoredArray:
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[1:])
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -60,8 +64,12 @@ class TensorSpec:
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
     @cached_property
+    def columns(self) -> int:
+        return Region.whole(self.shape).columns
+
+    @cached_property
     def row_bytes(self) -> int:
-        return Region.whole(self.shape).columns * ITEM_SIZE[self.dtype]
+        return self.columns * ITEM_SIZE[self.dtype]
 
     @property
     def stored(self) -> tuple[TensorView, ...]:

@@ -1,4 +1,4 @@
-"""Carry out a plan: divide its files among threads and processes, sync, and commit."""
+"""Execute a copy plan: divide its files among threads and processes, sync, and commit."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def execute(
     options: WriteOptions | None = None,
     reporter: Reporter | None = None,
 ) -> None:
-    """Write a plan's output to ``destination``, whole or not at all.
+    """Write the output of a plan to ``destination``, completely or not at all.
 
-    Under torchrun the processes share the files.
+    Under torchrun the files are divided among the processes.
 
     Raises:
-        OutputError: the output exists, overlaps the source, the disk is full, or something else
-            changed what was written.
-        FormatError: a source file ends too soon.
+        OutputError: the output exists, overlaps the source, was changed by another program, or the
+            disk is full.
+        FormatError: a source file is truncated.
         InputError: a source changed while it was read.
     """
     reporter, options = reporter or Reporter(), options or WriteOptions()
     workers = options.workers
     processes = Processes()
     stage = Stage(destination, plan, resume=options.resume, overwrite=options.overwrite)
-    # All have looked before the first one writes. Inodes may differ from machine to machine.
+    # Compared before the first process writes. Inodes may differ between machines.
     seen = [(i.size, i.mtime_ns) for i in plan.source_identities.values()]
     if not processes.agree(f"{plan.digest} {seen}"):
         raise InputError(
@@ -91,7 +91,7 @@ def execute(
         with cleaning_up(stage):
             _write_files(mine, stage, workers, reporter, record=processes.first)
             processes.wait_for_each_other()
-            plan.check_sources_unchanged()  # after all have read
+            plan.check_sources_unchanged()  # after all processes have read
             processes.wait_for_each_other()
             if processes.first:
                 finish(stage, plan, provenance, options)
@@ -103,7 +103,7 @@ def execute(
 
 
 def check_output(plan: CopyPlan, destination: Path, options: WriteOptions) -> None:
-    """Refuse what :func:`execute` would refuse before it writes; arguments as there.
+    """Raise the errors that :func:`execute` would raise before it writes anything.
 
     Raises:
         OutputError: the output exists, overlaps the source, can't be written or the disk is full.
@@ -117,7 +117,7 @@ def finish(
     provenance: Provenance,
     options: WriteOptions | None = None,
 ) -> None:
-    """The weights are written: add the small files, and make the output a checkpoint."""
+    """Write the small files after the weights, and commit."""
     files = _describe(plan, stage.folder, options or WriteOptions())
     for name, data in plan.texts.items():
         stage.write_text(name, data)
@@ -126,7 +126,7 @@ def finish(
 
 
 def share(files: Iterable[OutputFile], count: int) -> list[list[OutputFile]]:
-    """Divide files by bytes: the largest first, each to whoever has the least so far."""
+    """Divide files evenly by bytes: the largest first, each to the smallest share so far."""
     shares: list[list[OutputFile]] = [[] for _ in range(count)]
     filled = [0] * count
     for file in sorted(files, key=lambda f: (-f.size, f.name)):
@@ -137,10 +137,10 @@ def share(files: Iterable[OutputFile], count: int) -> list[list[OutputFile]]:
 
 
 class _Work:
-    """Files yet to be written, handed out part by part to the threads that ask.
+    """Queue of the parts of files that are not yet written.
 
-    A thread keeps to one file, since a file takes one writer at a time; where no file is
-    untouched, it helps with the one that has most left, so that all end together.
+    A thread continues with its file, since the kernel allows one writer per file at a time. When
+    every file has been started, it helps with the one that has the most bytes left.
     """
 
     def __init__(self, files: Iterable[OutputFile]) -> None:
@@ -151,7 +151,7 @@ class _Work:
         self._untouched = deque(self._parts)
 
     def take(self, name: str | None) -> tuple[str, Literal | Payload] | None:
-        """A part to write: of the file last worked at, while it has any."""
+        """Return the next part for a thread, from the file it last wrote if that has any left."""
         with self._lock:
             if name is None or not self._parts[name]:
                 with_parts = (n for n, parts in self._parts.items() if parts)
@@ -167,7 +167,7 @@ class _Work:
             return name, part
 
     def written(self, name: str) -> bool:
-        """A part is in place: is the whole file?"""
+        """Count a written part; return whether the file is complete."""
         with self._lock:
             self._unwritten[name] -= 1
             return not self._unwritten[name]
@@ -176,9 +176,9 @@ class _Work:
 def _write_files(
     files: list[OutputFile], stage: Stage, workers: int, reporter: Reporter, record: bool
 ) -> None:
-    """Write files with some threads; one more syncs each finished file while others are written.
+    """Write files with several threads; another thread syncs each finished file.
 
-    Raises what the first failing thread raised, after the others have stopped.
+    The error of a failing thread is raised after the others have stopped.
     """
     stop = threading.Event()
     work = _Work(files)
@@ -197,7 +197,7 @@ def _write_files(
                 if taken[0] != name:
                     open_files.close()
                     name = taken[0]
-                    # A descriptor of this thread's own: sendfile moves its position.
+                    # Each thread needs its own descriptor: sendfile moves the position.
                     fd = os.open(stage.folder / name, os.O_RDWR)
                     open_files.callback(os.close, fd)
                 part = taken[1]
@@ -230,7 +230,7 @@ def _write_files(
 def _describe(
     plan: CopyPlan, folder: Path, options: WriteOptions
 ) -> dict[str, dict[str, int | str]]:
-    """Size, and SHA-256 if asked for, of each file of the checkpoint proper."""
+    """Return the size, and optionally the SHA-256, of each file of the checkpoint."""
     sizes = {f.name: f.size for f in plan.files} | {n: len(d) for n, d in plan.texts.items()}
     described: dict[str, dict[str, int | str]] = {n: {"bytes": sizes[n]} for n in sorted(sizes)}
     if options.checksum:
@@ -246,17 +246,17 @@ def _describe(
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
+    """Return the SHA-256 of a file, read in blocks."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def cleaning_up(stage: Stage) -> Iterator[None]:
-    """Keep what can be resumed if the block fails.
+    """If the block fails, keep what can be resumed and discard the rest.
 
-    A :class:`BridgeError` would come again, so nothing is kept. After a full disk or another error
-    of the system the complete files are kept, and the error says so. After an interruption
+    After a :class:`BridgeError`, which would occur again, nothing is kept. After a full disk or
+    another system error the complete files are kept, and the error says so. After an interruption
     everything is kept.
     """
     try:
@@ -275,7 +275,7 @@ def cleaning_up(stage: Stage) -> Iterator[None]:
             advice = "make room and pass --resume" if full else "pass --resume to continue"
             kept = f"What is complete is kept in {folder}: {advice}."
         else:
-            with contextlib.suppress(OSError):  # its marker goes last
+            with contextlib.suppress(OSError):  # the marker is deleted last
                 stage.discard()
         raise OutputError(f"{where}: {what}. {kept}") from error
     except BaseException:

@@ -1,4 +1,4 @@
-"""The hub: ids, downloads and uploads, and what its errors mean."""
+"""The Hugging Face hub: ids, downloads, uploads, and explanations of its errors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
     Args:
         source: a path, or a hub id such as ``allenai/OLMo-2-0425-1B``, which may name a branch, tag
             or commit: ``owner/name@revision``.
-        revision: the same, apart.
+        revision: branch, tag or commit, if the id does not name one.
 
     Raises:
-        InputError: there is no such folder, repository or revision, or the hub doesn't deliver it.
+        InputError: there is no such folder, repository or revision, or the download fails.
     """
     path = Path(source).expanduser()
     on_hub = None if path.exists() else _HUB_ID_AT.fullmatch(source)
@@ -43,18 +43,18 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
     from huggingface_hub import snapshot_download
 
     try:
-        # Where the hub can't be reached, this takes what is in the cache.
+        # This uses the cache if the hub can't be reached.
         folder = snapshot_download(repo, revision=revision, allow_patterns=list(HUB_PATTERNS))
-    except Exception as error:  # of the HTTP library, which differs from version to version
+    except Exception as error:  # of the HTTP library, which depends on the version
         raise InputError(f"{repo}: {why_not_fetched(error, repo, revision)}") from error
     return Path(folder), repo, Path(folder).name  # the cache names a snapshot by its commit
 
 
 def local_path(source: str | Path, revision: str | None = None) -> Path:
-    """Return a path as it is, and the downloaded folder of a hub id.
+    """Return a path unchanged, or the downloaded folder of a hub id.
 
     Raises:
-        InputError: as :func:`fetch`; a path that isn't there is left to who opens it.
+        InputError: as :func:`fetch`, but not for a path that doesn't exist.
     """
     path = Path(source).expanduser()
     on_hub = not path.exists() and _HUB_ID_AT.fullmatch(str(source))
@@ -62,18 +62,18 @@ def local_path(source: str | Path, revision: str | None = None) -> Path:
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a name is taken for a hub's: ``owner/name``, and nothing here is called so."""
+    """Return whether a name is treated as a hub id: ``owner/name``, and no such local path."""
     return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
 
 
 def hub_repository(source: str) -> str | None:
-    """``owner/name`` of a hub id, which may name a revision; None of a path."""
+    """Return ``owner/name`` of a hub id, which may name a revision; None for a path."""
     on_hub = None if Path(source).expanduser().exists() else _HUB_ID_AT.fullmatch(source)
     return None if on_hub is None else on_hub["repo"]
 
 
 def check_can_push(repo: str) -> None:
-    """Raise InputError for what can be known to fail without asking the hub."""
+    """Raise InputError if a push must fail, without contacting the hub."""
     from huggingface_hub import get_token
 
     if not HUB_ID.fullmatch(repo):
@@ -88,7 +88,7 @@ def check_can_push(repo: str) -> None:
 def push_to_hub(
     folder: Path, repo: str, *, private: bool = False, revision: str | None = None
 ) -> str:
-    """Upload a Hugging Face folder; the repository, and the branch, are made if there are none.
+    """Upload a Hugging Face folder; create the repository and the branch if they don't exist.
 
     Everything is uploaded except the record of the conversion, which names local paths; a link to a
     file outside the folder is refused. Files that are already on the hub are not sent again, so an
@@ -97,7 +97,7 @@ def push_to_hub(
     Args:
         folder: what ``export`` wrote.
         repo: ``owner/name``.
-        private: make a new repository private; one that exists stays what it is.
+        private: make a new repository private; an existing one is not changed.
         revision: the branch; ``main`` by default.
 
     Returns:
@@ -105,9 +105,9 @@ def push_to_hub(
 
     Raises:
         InputError: there is no token, or ``repo`` is not a hub id.
-        FormatError: a link in the folder leads out of it.
-        OutputError: the hub refuses, or can't be reached. What it has then is no checkpoint, or the
-            one before.
+        FormatError: a link in the folder points outside it.
+        OutputError: the hub refuses or can't be reached. It then has no checkpoint, or the previous
+            one.
     """
     check_can_push(repo)
     for file in folder.rglob("*"):
@@ -126,7 +126,7 @@ def push_to_hub(
             ignore_patterns=[PROVENANCE],
             commit_message=f"Upload {folder.resolve().name}",
         )
-    except Exception as error:  # of the HTTP library, which differs from version to version
+    except Exception as error:  # of the HTTP library, which depends on the version
         raise OutputError(f"{repo}: {_reason(error, api.endpoint)}") from error
     return f"{url}/tree/{revision}" if revision is not None else str(url)
 
@@ -186,7 +186,7 @@ def _answer(error: Exception) -> tuple[int | None, str]:
 
 
 def _reason(error: Exception, endpoint: str) -> str:
-    """What the hub's answer means, and what to do."""
+    """Return what the hub's answer means, and what to do."""
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     status, last = _answer(error)

@@ -16,9 +16,9 @@ from megatron_olmo_bridge.errors import InputError
 
 
 class Identity(NamedTuple):
-    """What the file system says of a file and changes with its content.
+    """Metadata of a file that changes with its content.
 
-    The kernel alone sets ``ctime_ns``: a file whose other times were set back still differs in it.
+    Only the kernel sets ``ctime_ns``, so it differs even if the other times were set back.
     """
 
     size: int
@@ -28,7 +28,7 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, file: Path) -> Identity:
-        """Return the identity of a file; of a link's target."""
+        """Return the identity of a file, or of the target of a link."""
         return cls._from(file.stat())
 
     @classmethod
@@ -45,23 +45,23 @@ def fingerprint(files: Mapping[Path, Identity]) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files of a checkpoint, as they were before the first of them was read."""
+    """Identities of the files of a checkpoint before the first of them is read."""
 
     folders: Mapping[Path, tuple[str, ...]]
-    """Each folder, with patterns of the names that a checkpoint in it may consist of."""
+    """Each folder, with patterns for the names of checkpoint files in it."""
     files: Mapping[Path, Identity]
-    """Every file that is directly in one of the folders."""
+    """Every file directly in one of the folders."""
 
     @classmethod
     def of(cls, folders: Mapping[Path, tuple[str, ...]]) -> Snapshot:
-        """Look at the files; folders that don't exist are empty."""
+        """Take a snapshot; folders that don't exist count as empty."""
         return cls(folders, {f: i for folder in folders for f, i in _files_in(folder)})
 
     def check_unchanged(self, used: Collection[Path] = ()) -> None:
         """Raise InputError if a file was changed, replaced, added or removed since.
 
         Args:
-            used: files that count whatever their names.
+            used: files to check in addition to those whose names match.
         """
         now = Snapshot.of(self.folders).files
         for file in dict.fromkeys((*self.files, *now)):
@@ -87,7 +87,7 @@ def _files_in(folder: Path) -> Iterable[tuple[Path, Identity]]:
         for entry in entries:
             try:
                 status = entry.stat()
-            except FileNotFoundError:  # a link to nowhere
+            except FileNotFoundError:  # a broken link
                 continue
             if stat.S_ISREG(status.st_mode):
                 yield folder / entry.name, Identity._from(status)

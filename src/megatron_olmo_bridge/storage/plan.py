@@ -1,4 +1,4 @@
-"""A conversion as data: which bytes of which output file come from where."""
+"""Copy plan: which bytes of which output file come from where."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, TensorSpec
 from .identity import Identity, Snapshot, fingerprint
 
 WORKERS = 2
-"""Threads where none are asked for: one copies while the other waits for the disk."""
+"""Default number of threads: one copies while the other waits for the disk."""
 
 
 @dataclass(frozen=True)
 class Literal:
-    """Bytes known now: a header, or the rest of an archive."""
+    """Bytes known in advance: a header, or the rest of an archive."""
 
     offset: int
     data: bytes
@@ -30,7 +30,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Payload:
-    """A tensor's elements, row-major, as ``dtype``."""
+    """The elements of a tensor, row-major, as ``dtype``."""
 
     offset: int
     view: TensorSpec
@@ -48,7 +48,7 @@ class Payload:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file with weights; what no part covers is zero."""
+    """A file with weights; bytes that no part covers are zero."""
 
     name: str
     size: int
@@ -61,24 +61,26 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """Everything that a conversion writes, from headers alone. Names are relative to the output."""
+    """Everything that a conversion writes, known from headers alone.
+
+    File names are relative to the output.
+    """
 
     operation: str
     """``import``, ``export`` or ``average``."""
     source: Path | None
-    """The folder that the weights are in (the first of several); None if they come out of
-    memory."""
+    """Folder with the weights (the first of several); None for a live model."""
     files: tuple[OutputFile, ...]
     texts: dict[str, bytes]
-    """Small files by content, written after the weights."""
+    """Content of small files, written after the weights."""
     weights_folder: str
-    """Where the checkpoint proper is; ``.`` for Hugging Face."""
+    """Folder of the checkpoint: ``iter_0000000``, or ``.`` for Hugging Face."""
     tracker: tuple[str, bytes] | None = None
-    """The file that makes the output a checkpoint, written last of all."""
+    """Name and content of the tracker file, written last."""
     notes: tuple[str, ...] = ()
-    """What the user should be told of the source."""
+    """Notes about the source for the user."""
     snapshots: tuple[Snapshot, ...] = ()
-    """The sources' files, as they were before the headers were read."""
+    """Identities of the source files before the headers were read."""
 
     @property
     def payloads(self) -> Iterable[Payload]:
@@ -95,7 +97,7 @@ class CopyPlan:
 
     @cached_property
     def source_files(self) -> list[Path]:
-        """The files to read, in the order of their first use."""
+        """Source files in the order of their first use."""
         return list(
             dict.fromkeys(
                 x.array.file
@@ -108,23 +110,23 @@ class CopyPlan:
 
     @cached_property
     def source_identities(self) -> dict[Path, Identity]:
-        """Each of the files to read, as it was before the headers were read."""
+        """Identity of each source file before the headers were read."""
         known = {f: identity for s in self.snapshots for f, identity in s.files.items()}
         return {file: known.get(file) or Identity.of(file) for file in self.source_files}
 
     @cached_property
     def source_fingerprint(self) -> str:
-        """See :func:`fingerprint`. The order tells which source of an average has which weight."""
+        """Fingerprint of the source files; their order tells which weight each has in an average."""
         return fingerprint(self.source_identities)
 
     def check_sources_unchanged(self) -> None:
-        """Raise InputError if a file of a source is not what it was before the plan was made."""
+        """Raise InputError if a source file has changed since the plan was made."""
         for snapshot in self.snapshots:
             snapshot.check_unchanged(set(self.source_files))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the plan: equal for equal headers and options, wherever the folders are."""
+        """SHA-256 of the plan: equal for equal headers and options, independent of folder names."""
         sha = hashlib.sha256(f"{self.operation}\n".encode())
         names = {file: file.name for file in self.source_files}
         for file in self.files:
@@ -146,7 +148,7 @@ class CopyPlan:
 
 
 class Packer:
-    """Puts parts one after the other into files of at most ``limit`` bytes (one part at least)."""
+    """Packs parts into files of at most ``limit`` bytes, unless a single part is larger."""
 
     def __init__(self, name: Callable[[int], str], limit: int, alignment: int) -> None:
         self._name, self._limit, self._alignment = name, limit, alignment
@@ -157,7 +159,7 @@ class Packer:
     def add(
         self, before: bytes, payload: TensorView | None, dtype: str, after: bytes
     ) -> tuple[str, int, int]:
-        """Add a payload between two literals; returns file, offset and length of the three."""
+        """Add a payload between two literals; return file, offset and length of the whole."""
         nbytes = Payload(0, payload, dtype).nbytes if payload else 0
         length = len(before) + nbytes + len(after)
         start = self._size + -self._size % self._alignment
@@ -173,7 +175,7 @@ class Packer:
         return self._name(len(self._files)), start, length
 
     def files(self) -> tuple[OutputFile, ...]:
-        """All files, the last one closed."""
+        """Return all files."""
         if self._parts:
             self._close()
         return tuple(self._files)

@@ -1,4 +1,4 @@
-"""Several processes on one conversion, as torchrun starts them."""
+"""The processes of one conversion, as started by torchrun."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import cache
 from typing import Any
 
 _BARRIERS = itertools.count()
-"""Numbers the barriers; every process counts the same."""
+"""Number of the next barrier, the same in every process."""
 _LONGEST_WAIT = timedelta(days=1)
 
 
 class Processes:
-    """The processes that torchrun started; only this one if it started none.
+    """The processes that torchrun started, or only this one.
 
     They synchronize through torchrun's key/value store. A process group would conflict with one
     that the caller creates, since the default group can't be initialized twice.
@@ -33,7 +33,7 @@ class Processes:
         if self.count > 1:
             number = next(_BARRIERS)
             self._arrive(f"{number}/here", wait=True)
-            # The store may live in the first process: it must be the last to go.
+            # The store may be in the first process, which must therefore leave last.
             self._arrive(f"{number}/left", wait=self.first)
 
     def agree(self, value: str) -> bool:
@@ -43,9 +43,9 @@ class Processes:
         place = f"olmo-bridge/{next(_BARRIERS)}/value"
         _store().set(f"{place}/{self.index}", value)
         self.wait_for_each_other()
-        said = {_store().get(f"{place}/{index}") for index in range(self.count)}
-        self.wait_for_each_other()  # each has asked, before the store may go
-        return len(said) == 1
+        values = {_store().get(f"{place}/{index}") for index in range(self.count)}
+        self.wait_for_each_other()  # all have read before the store may close
+        return len(values) == 1
 
     def _arrive(self, place: str, wait: bool) -> None:
         store = _store()

@@ -1,19 +1,19 @@
-"""How long work tells what it does, without knowing of terminals."""
+"""Progress reports, independent of terminals."""
 
 from __future__ import annotations
 
 
 class Reporter:
-    """Told of progress by whatever takes long. This one says nothing; subclass it to show more.
+    """Receives progress reports and ignores them; subclass it to show them.
 
     ``advance`` is called from several threads.
     """
 
     def begin(self, what: str, total: int) -> None:
-        """A task of ``total`` bytes begins."""
+        """Start a task of ``total`` bytes."""
 
     def advance(self, done: int) -> None:
-        """``done`` more bytes of the current task."""
+        """Report ``done`` more bytes of the current task."""
 
     def end(self) -> None:
-        """The current task is over."""
+        """End the current task."""

@@ -1,4 +1,4 @@
-"""Where a checkpoint came from: a small JSON file beside the weights, without a time stamp."""
+"""Record of where a checkpoint came from: a small JSON file, without a time stamp."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .plan import CopyPlan
 
 PROVENANCE = "olmo_bridge.json"
 TRAIN = "train"
-"""Operation of a run's checkpoints, whose records are sealed."""
+"""Operation in the records of a run's checkpoints, which are sealed."""
 _SEAL = "record_sha256"
-"""Key of a record's own SHA-256: of the record without this entry."""
+"""Key of the SHA-256 of the record without this entry."""
 LIVE = "a live model"
-"""Recorded as the source of what was written out of a running model."""
+"""Source recorded for a checkpoint saved from a live model."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is recorded of a conversion."""
+    """What a record says about a conversion."""
 
     source: str
-    """The folder, or the hub id."""
+    """Folder or hub id."""
     revision: str | None = None
-    """The hub's commit."""
+    """Commit on the hub."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What was asked for and changes the output."""
+    """Options that affect the output."""
 
     def encode(self, plan: CopyPlan, files: dict[str, dict[str, int | str]]) -> bytes:
-        """The JSON file: the same bytes for the same conversion."""
+        """Return the JSON file: the same bytes for the same conversion."""
         value = {
             "operation": plan.operation,
             "source": self.source,
@@ -53,13 +53,13 @@ class Provenance:
 
 
 def sealed(record: dict[str, Any]) -> bytes:
-    """Return the JSON of a record with its own SHA-256, which shows a change of any byte."""
+    """Return the JSON of a record with its own SHA-256, which detects any change."""
     digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()
     return json.dumps(record | {_SEAL: digest}, indent=2).encode() + b"\n"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what has a part in the output's bytes."""
+    """Return the versions of packages that affect the bytes of the output."""
     found = {"megatron-olmo-bridge": __version__, "python": platform.python_version()}
     with contextlib.suppress(PackageNotFoundError):
         found["torch"] = version("torch")
@@ -67,10 +67,10 @@ def versions() -> dict[str, str]:
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """Return what is recorded beside the weights; None if this package did not write them.
+    """Return the record in a folder; None if there is none.
 
     Raises:
-        FormatError: not sound, damaged, or it names a file outside of the folder.
+        FormatError: the record is damaged, or names a file outside the folder.
     """
     file = folder / PROVENANCE
     if not file.exists():
@@ -93,7 +93,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_described(name: str, entry: Any) -> bool:
-    """Return whether an entry is of a file in its folder: a stranger may have written it."""
+    """Return whether an entry is valid and names a file inside the folder."""
     path = Path(name)
     return (
         not path.is_absolute()

@@ -1,10 +1,10 @@
-"""The folder that a conversion writes into until it is complete, and how it takes its name.
+"""The folder that a conversion writes into, and how it becomes the destination.
 
-Everything goes into ``DST.partial``, or into ``DST`` itself where that is an empty folder. A marker
-file there names the plan and journals each finished file; nothing in this package reads a folder
-that has the marker. When all is written and synced, ``DST.partial`` is renamed to ``DST``, the
-tracker is written, and last the marker is removed. Killed at any moment, it leaves a folder that is
-refused as a checkpoint and that ``--resume`` completes.
+Everything is written into ``DST.partial``, or into ``DST`` itself if that is an empty folder. A
+marker file in it names the plan and journals each finished file; no command reads a folder that
+has the marker. When all is written and synced, ``DST.partial`` is renamed to ``DST``, the tracker
+is written, and finally the marker is removed. A kill at any moment leaves a folder that is refused
+as a checkpoint and that ``--resume`` completes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .plan import CopyPlan
 from .provenance import read_provenance
 
 PARTIAL_MARKER = ".olmo-bridge-partial"
-"""In a folder that is being written. Nothing here reads a folder that has it."""
+"""File in a folder that is not complete. No command reads such a folder."""
 
 
 class Stage:
-    """A conversion's output while it is written."""
+    """The output of a conversion while it is written."""
 
     def __init__(self, destination: Path, plan: CopyPlan, *, resume: bool, overwrite: bool) -> None:
-        # Resolved, so that what a link points at is replaced, on its own disk; "." has a name then.
+        # Resolved, so that the target of a link is replaced, on its own disk, and "." has a name.
         self.destination = destination = destination.resolve()
         self.finished = False
-        """Whether an earlier run of the same plan wrote all of it: nothing is left to do."""
+        """True if an earlier run of the same plan completed: nothing is left to do."""
         self.complete: set[str] = set()
         """Files that are written and synced."""
         self._partial = destination.parent / (destination.name + PARTIAL)
@@ -49,18 +49,18 @@ class Stage:
         self._lock: Lock | None = None
         """Lock of the marker, while this process writes here."""
         self.folder = self._where_to_write()
-        """``DST.partial``; or ``DST``, if it is a folder without anything worth keeping."""
+        """``DST.partial``; or ``DST``, if that is an empty folder."""
         self._check()
 
     def _where_to_write(self) -> Path:
-        # An empty folder stays the folder it is: it may be somebody's working directory, a mount
-        # point, have permissions of its own, or be in a place where no other can be made.
+        # An empty folder is used as it is: it may be a working directory or a mount point, have
+        # special permissions, or be in a folder where no other can be created.
         begun_before = self._resume and _started(self._partial) and not _started(self.destination)
         in_place = self.destination.is_dir() and is_vacant(self.destination)
         return self.destination if in_place and not begun_before else self._partial
 
     def _check(self) -> None:
-        """Raise OutputError, before anything is written, if the output can't be written."""
+        """Raise OutputError if the output can't be written, before anything is written."""
         check_name(self.destination)
         if self._plan.source is not None:
             refuse_overlap(self._plan.source, self.destination)
@@ -127,14 +127,14 @@ class Stage:
             )
 
     def _made_by_this_plan(self) -> bool:
-        """Whether the destination is what this run would write: then there is nothing to do."""
+        """Return whether the destination is what this run would write."""
         recorded = read_provenance(self.destination / self._plan.weights_folder) or {}
         made_of = (recorded.get("plan_sha256"), recorded.get("source_fingerprint"))
         same = made_of == (self._plan.digest, self._plan.source_fingerprint)
         return same and not self._lacking(self.destination)
 
     def _lacking(self, folder: Path) -> list[str]:
-        """What is absent, or of another size than planned."""
+        """Return which planned files are absent or have another size, one sentence each."""
         lacking = []
         for name, size in self._sizes().items():
             file = folder / name
@@ -145,7 +145,7 @@ class Stage:
         return lacking
 
     def _sizes(self) -> dict[str, int]:
-        """Bytes of every planned file."""
+        """Return the bytes of every planned file."""
         texts = {name: len(data) for name, data in self._plan.texts.items()}
         return {f.name: f.size for f in self._plan.files} | texts
 
@@ -159,7 +159,7 @@ class Stage:
             )
 
     def _reclaimed(self) -> int:
-        """Bytes that an interrupted run holds in files which are written anew."""
+        """Return the bytes on disk of files that will be written again."""
         kept = {self.folder / name for name in self.complete}
         files = (f for f in self.folder.rglob("*") if f not in kept and f.is_file())
         return sum(f.stat().st_blocks * 512 for f in files)
@@ -171,7 +171,7 @@ class Stage:
             header = json.loads(lines[0])
         except (OSError, ValueError, IndexError):
             if list(self.folder.iterdir()) == [self.folder / PARTIAL_MARKER]:
-                return  # killed before the plan was on disk: nothing to continue from
+                return  # killed before the header was written
             header, lines = {}, []
         if header != self._header:
             plan = header.get("plan") == self._header["plan"]
@@ -185,13 +185,13 @@ class Stage:
             try:
                 name, *then = json.loads(line)
                 now = Identity.of(self.folder / name)
-            except (ValueError, TypeError, OSError):  # a torn line, or its file is gone
+            except (ValueError, TypeError, OSError):  # an incomplete line, or a deleted file
                 continue
             if now == Identity(*then) and now.size == sizes.get(name):
                 self.complete.add(name)
 
     def open(self) -> None:
-        """Take the output: make the folder, or continue one, and allocate every file."""
+        """Create and lock the folder, or continue one, and allocate every file."""
         if self.finished:
             return
         try:
@@ -207,13 +207,13 @@ class Stage:
             raise OutputError(f"{error.filename}: no permission to write here") from error
 
     def _take(self) -> None:
-        """Lock the folder, and empty it unless it is continued."""
+        """Lock the folder, and empty it unless an interrupted run is continued."""
         begun = _started(self.folder)
         lock = take(self.folder / PARTIAL_MARKER, is_journal=True)
         if not begun and len(list(self.folder.iterdir())) > 1:
             lock.release(delete=True)
             raise OutputError(f"{self.folder}: exists already. Pass --overwrite to replace it.")
-        self._lock = lock  # now it is known to be ours
+        self._lock = lock  # from here on, discard() may delete the content
         if not self.complete:
             clear(self.folder)
             os.truncate(lock.descriptor, 0)
@@ -233,7 +233,7 @@ class Stage:
             os.close(fd)
 
     def record(self, name: str) -> None:
-        """Journal a file that is written and synced, so that --resume knows it if it is changed."""
+        """Journal a file that is written and synced, with its identity."""
         assert self._lock is not None
         line = json.dumps([name, *Identity.of(self.folder / name)]).encode() + b"\n"
         with self._recording:
@@ -241,13 +241,13 @@ class Stage:
             os.write(self._lock.descriptor, line)
 
     def write_text(self, name: str, data: bytes) -> None:
-        """Write a small file, synced."""
+        """Write and sync a small file."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(path, data)
 
     def commit(self) -> None:
-        """All is written: give the folder its name, make it a checkpoint."""
+        """Rename the folder to the destination and make it a checkpoint, after all is written."""
         self.check_output(self.folder)
         for folder in sorted({p.parent for p in self.folder.rglob("*")}, reverse=True):
             sync(folder)
@@ -273,7 +273,7 @@ class Stage:
         self.close()
 
     def discard(self) -> None:
-        """Remove what was written, if this process writes here; a folder that was there stays."""
+        """Delete what this process has written; a folder that existed before stays."""
         if self._lock is not None:
             if self.folder == self.destination:
                 clear(self.folder)
@@ -283,14 +283,14 @@ class Stage:
             self.close()
 
     def close(self) -> None:
-        """Let go of the folder; what is written stays."""
+        """Unlock the folder and keep what is written."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
 
 def refuse_overlap(source: Path, destination: Path) -> None:
-    """Raise OutputError if one of the two is the other, or is in it."""
+    """Raise OutputError if one of the two folders is the other, or contains it."""
     dst, src = destination.resolve(), source.resolve()
     if dst == src or dst in src.parents or src in dst.parents:
         raise OutputError(
@@ -299,7 +299,7 @@ def refuse_overlap(source: Path, destination: Path) -> None:
 
 
 def _started(folder: Path) -> bool:
-    """Whether an interrupted run, or one still at work, left its marker there."""
+    """Return whether a folder has the marker of a run that is interrupted or in progress."""
     return (folder / PARTIAL_MARKER).exists()
 
 
@@ -308,12 +308,12 @@ def _empty(folder: Path) -> bool:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether nothing there is worth keeping: absent, empty, or left by an interrupted run."""
+    """Return whether a folder is absent, empty, or left by an interrupted run."""
     return not folder.exists() or (folder.is_dir() and (_empty(folder) or _started(folder)))
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder, its marker last: what a kill leaves of it is refused as a checkpoint."""
+    """Delete a folder, its marker last, so that a kill leaves nothing like a checkpoint."""
     clear(folder)
     shutil.rmtree(folder)
 
@@ -327,7 +327,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete what is in a folder, but not its marker."""
+    """Delete the content of a folder except its marker."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

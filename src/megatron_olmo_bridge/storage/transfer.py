@@ -1,7 +1,7 @@
-"""Bytes from file to file: by the kernel where they stay as they are, else in blocks of memory.
+"""Copy the bytes of tensors between files: in the kernel if they don't change, else through memory.
 
-Three ways to copy a range, the fastest first: ``copy_file_range``, ``sendfile``, ``pread`` and
-``pwrite``. Each pair of files falls back on its own when the kernel can't do better.
+There are three ways to copy a range, fastest first: ``copy_file_range``, ``sendfile``, and
+``pread`` with ``pwrite``. Each pair of files falls back separately.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 4 << 20
-"""Bytes of a tensor that pass through memory at a time."""
+"""Bytes of a tensor in memory at a time."""
 STEP = 64 << 20
-"""Most bytes asked of the kernel at once, so that progress shows and Ctrl-C is heard."""
+"""Maximum bytes per kernel call, so that progress is visible and Ctrl-C takes effect."""
 OPEN_FILES = 16
-"""Source files that a thread keeps open; it opens others anew when it comes back to them."""
+"""Maximum number of source files that a thread keeps open."""
 SHORT_RUN = 64 << 10
-"""Runs shorter than this are cheaper through memory than as a kernel call each."""
+"""Bytes below which a run is cheaper to copy through memory than by a kernel call."""
 FALL_BACK = {
     errno.EXDEV,
     errno.EINVAL,
@@ -48,15 +48,15 @@ FALL_BACK = {
     errno.EPERM,
     errno.EBADF,
 }
-"""Errors that say "not this way": other file systems, kernels and seccomp filters."""
+"""Errors after which the next way is tried: set by file systems, kernels and seccomp filters."""
 
 _LOG = logging.getLogger(__name__)
 CopyMethod = Callable[[int, int, int, int, int], int]
-"""(source fd, source offset, target fd, target offset, bytes) to bytes copied."""
+"""Function of (source fd, source offset, target fd, target offset, bytes); returns bytes copied."""
 
 
 class Interrupted(BaseException):
-    """Another thread failed or the user pressed Ctrl-C; stop where you are."""
+    """Raised in a thread after another one failed or the user pressed Ctrl-C."""
 
 
 def _copy_file_range(src: int, src_at: int, dst: int, dst_at: int, count: int) -> int:
@@ -73,7 +73,7 @@ def _through_memory(src: int, src_at: int, dst: int, dst_at: int, count: int) ->
 
 
 def copy_methods() -> list[CopyMethod]:
-    """What this system offers, the fastest first. macOS has only the last."""
+    """Return the ways to copy that this system has, fastest first. macOS has only the last."""
     methods: list[CopyMethod] = []
     if hasattr(os, "copy_file_range"):
         methods.append(_copy_file_range)
@@ -83,7 +83,7 @@ def copy_methods() -> list[CopyMethod]:
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
-    """Write every byte at an offset; returns how many."""
+    """Write all bytes at an offset; return their number."""
     view = memoryview(data)
     done = 0
     while done < len(view):
@@ -92,7 +92,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> int
 
 
 class Transfer:
-    """Copies and reads pieces of tensors. One for each thread: it keeps files open."""
+    """Copies and reads pieces of tensors; keeps files open, so each thread needs its own."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Transfer:
         self._methods = list(methods or copy_methods())
         self._chosen: dict[tuple[Path, int], int] = {}
         self._sources: dict[Path, int] = {}
-        """Descriptors, that of the file used last at the end."""
+        """Open descriptors, least recently used first."""
         self._spare = bytearray(BLOCK)
         self._matrices: dict[StoredArray, torch.Tensor] = {}
 
@@ -117,10 +117,10 @@ class Transfer:
             os.close(self._sources.popitem()[1])
 
     def write(self, view: Readable, dtype: str, target: int, offset: int) -> None:
-        """Write a tensor's elements, row-major, as ``dtype`` at an offset of an open file.
+        """Write the elements of a tensor, row-major, as ``dtype`` at an offset of an open file.
 
         Raises:
-            FormatError: a source file ends too soon.
+            FormatError: a source file is truncated.
             InputError: a value is too large for ``dtype``.
         """
         if isinstance(view, TensorView) and dtype == view.dtype and _worth_kernel_copies(view):
@@ -140,9 +140,9 @@ class Transfer:
             self._advance((bottom - top) * sum(read.row_bytes for read in view.stored))
 
     def blocks(self, view: Readable) -> Iterator[tuple[int, int, memoryview]]:
-        """First row, last row and bytes of each block of whole rows, in order.
+        """Yield (first row, last row, bytes) of each block of whole rows, in order.
 
-        The bytes are overwritten by the next block.
+        The next block overwrites the bytes.
         """
         self._matrices.clear()
         rows = view.shape[0] if view.shape else 1
@@ -155,7 +155,7 @@ class Transfer:
             yield top, bottom, block
 
     def _fill(self, view: Readable, top: int, bottom: int, out: memoryview) -> None:
-        """Put some rows of a tensor into ``out``."""
+        """Read rows of a tensor into ``out``."""
         if isinstance(view, MeanView):
             self._fill_mean(view, top, bottom, out)
         elif isinstance(view, MixedView):
@@ -165,11 +165,11 @@ class Transfer:
                 self._read_rows(piece, view, top, bottom, out)
 
     def _fill_mean(self, view: MeanView, top: int, bottom: int, out: memoryview) -> None:
-        """Add up in float64: rounded to float32, the mean of copies is then the copy bit for bit,
-        whatever their number and weights. Summed in float32, that of three is not."""
+        """Sum in float64 and round to float32: the mean of equal values is then that value, bit for
+        bit, for any number and weights. Summed in float32, the mean of three is not."""
         import torch
 
-        torch.set_num_threads(1)  # of this thread, as in _cast
+        torch.set_num_threads(1)  # in this thread, as in _cast
         total = torch.zeros(len(out) // ITEM_SIZE[view.dtype], dtype=torch.float64)
         for weight, term in view.terms:
             rows = memoryview(bytearray((bottom - top) * term.row_bytes))
@@ -201,7 +201,7 @@ class Transfer:
                 whole[block] = values[block]
 
     def _copy(self, piece: Piece, source_at: int, target: int, target_at: int, count: int) -> None:
-        if piece.array is None:  # the target file is new: its bytes are zero
+        if piece.array is None:  # the bytes of a new target file are zero
             self._advance(count)
             return
         file = piece.array.file
@@ -227,7 +227,7 @@ class Transfer:
     def _read_rows(
         self, piece: Piece, view: TensorView, top: int, bottom: int, out: memoryview
     ) -> None:
-        """Put what a piece holds of some rows into place in ``out``."""
+        """Copy the part of a piece that is in these rows into ``out``."""
         region = piece.tensor_region
         first, last = max(top, region.top), min(bottom, region.bottom)
         if first >= last:
@@ -243,7 +243,7 @@ class Transfer:
         if piece.transposed:
             self._read_transposed(piece, view, first, last, out[(first - top) * view.row_bytes :])
             return
-        stride = _columns(piece.array.shape) * item
+        stride = piece.array.columns * item
         source_row = piece.array_region.top + first - region.top
         if width == stride == view.row_bytes:
             at = piece.array.offset + source_row * stride
@@ -259,10 +259,10 @@ class Transfer:
     def _read_transposed(
         self, piece: Piece, view: TensorView, first: int, last: int, out: memoryview
     ) -> None:
-        """Rows ``first`` to ``last`` out of the columns of an array.
+        """Copy rows ``first`` to ``last``, which are columns of the array.
 
-        Columns are far apart in the file, so the whole array is read, and kept while others of its
-        rows are asked for: a few MiB.
+        A column is spread over the file, so the whole array (some MiB) is read, and kept for the
+        next rows.
         """
         import torch
 
@@ -275,16 +275,16 @@ class Transfer:
         stored, region = piece.array_region, piece.tensor_region
         left = stored.left + first - region.top
         block = self._matrices[array][stored.top : stored.bottom, left : left + last - first]
-        rows = torch.frombuffer(out, dtype=dtype, count=(last - first) * _columns(view.shape))
+        rows = torch.frombuffer(out, dtype=dtype, count=(last - first) * view.columns)
         rows.view(last - first, -1)[:, region.left : region.right] = block.T
 
     def rows(self, array: StoredArray, top: int, bottom: int) -> memoryview:
-        """Bytes of some rows of an array. They are overwritten by the next call.
+        """Return the bytes of rows of an array. The next call overwrites them.
 
         Raises:
-            FormatError: the file ends too soon.
+            FormatError: the file is truncated.
         """
-        stride = _columns(array.shape) * ITEM_SIZE[array.dtype]
+        stride = array.columns * ITEM_SIZE[array.dtype]
         if len(self._spare) < (bottom - top) * stride:
             self._spare = bytearray((bottom - top) * stride)
         rows = memoryview(self._spare)[: (bottom - top) * stride]
@@ -322,26 +322,19 @@ def _read_into(fd: int, out: memoryview, offset: int) -> int:
     return len(data)
 
 
-def _columns(shape: Sequence[int]) -> int:
-    columns = 1
-    for extent in shape[1:]:
-        columns *= extent
-    return columns
-
-
 def _contiguous(piece: Piece, view: TensorView) -> bool:
     width = piece.tensor_region.columns
-    source = width if piece.array is None else _columns(piece.array.shape)
-    return width == source == _columns(view.shape)
+    source = width if piece.array is None else piece.array.columns
+    return width == source == view.columns
 
 
 def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
-    """(byte of the source file, byte of the tensor, bytes) for each contiguous run of a piece."""
+    """Yield (offset in the source file, offset in the tensor, bytes) of each contiguous run."""
     item = ITEM_SIZE[view.dtype]
     stored, region = piece.array_region, piece.tensor_region
     base, stride = 0, 0
     if piece.array is not None:
-        base, stride = piece.array.offset, _columns(piece.array.shape) * item
+        base, stride = piece.array.offset, piece.array.columns * item
     at = base + stored.top * stride + stored.left * item
     target_at = region.top * view.row_bytes + region.left * item
     if _contiguous(piece, view):
@@ -359,7 +352,7 @@ def _worth_kernel_copies(view: TensorView) -> bool:
 
 
 def _where(view: Readable, top: int, bottom: int) -> str:
-    """Some rows of a tensor and the files that hold them, for messages."""
+    """Return the name of a tensor and the files that hold these rows, for messages."""
     rows = Region.whole(view.shape)._replace(top=top, bottom=bottom)
     pieces = [p for v in view.stored for p in v.pieces if p.tensor_region.intersect(rows)]
     files = sorted({str(p.array.file) for p in pieces if p.array is not None})
@@ -367,17 +360,17 @@ def _where(view: Readable, top: int, bottom: int) -> str:
 
 
 def _cast(data: memoryview, source: str, target: str, where: str) -> memoryview:
-    """The same values in another dtype, rounded to nearest even as torch does."""
-    import torch  # only a change of dtype needs it
+    """Return the values in another dtype, rounded to nearest even as torch does."""
+    import torch  # needed only to change the dtype
 
-    torch.set_num_threads(1)  # of this thread; the plan is shared out over threads already
+    torch.set_num_threads(1)  # in this thread; the plan is already divided among threads
     values = torch.frombuffer(data, dtype=getattr(torch, source))
     out = bytearray(len(values) * ITEM_SIZE[target])
     cast = torch.frombuffer(out, dtype=getattr(torch, target))
     cast.copy_(values)
     low, high = (bound.item() for bound in values.aminmax())
     limit = torch.finfo(cast.dtype).max
-    if not -limit <= low <= high <= limit:  # also where there are NaNs, which are kept
+    if not -limit <= low <= high <= limit:  # also true if there are NaNs, which are kept
         too_large = values[values.isfinite() & ~cast.isfinite()]
         if len(too_large):
             raise InputError(
