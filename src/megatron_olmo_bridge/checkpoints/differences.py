@@ -11,6 +11,7 @@ from megatron_olmo_bridge.errors import FormatError, quote
 from megatron_olmo_bridge.formats.files import parse_json
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, artifact_files
 from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.models.heads import architectures_of_config
 
 _NO_MEANING = {"transformers_version", "_name_or_path", "name_or_path"}
 """Keys of JSON files that do not describe the model."""
@@ -48,12 +49,12 @@ def config_differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
 
 
 def _task(source: Checkpoint) -> str:
-    """Return the task of a config's first architecture, or the name of an unknown architecture."""
-    bridge = source.bridge
-    name = str(next(iter(source.hf_config.get("architectures") or []), ""))
-    if bridge.num_labels is not None:
+    """Return the task of a config's first architecture, or the architecture if it is unknown."""
+    if source.bridge.num_labels is not None:
         return "a classifier"
-    return "a language model" if not name or name.endswith(bridge.architectures) else name
+    names = architectures_of_config(source.hf_config)
+    is_known = not names or names[0].endswith(source.bridge.architectures)
+    return "a language model" if is_known else names[0]
 
 
 def artifact_differences(a: Checkpoint, b: Checkpoint) -> tuple[list[Difference], list[str]]:

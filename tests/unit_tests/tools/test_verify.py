@@ -286,6 +286,7 @@ def test_a_classifier_and_a_language_model(make_hf: HF) -> None:
         {"transformers_version": "5.0"},
         {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
         {"architectures": ["Olmo1124ForCausalLM"], "model_type": "olmo_1124"},
+        {"architectures": "Olmo2ForCausalLM"},
         {"num_hidden_layers": 3, "head_dim": 6},
     ],
 )
@@ -293,7 +294,7 @@ def test_spellings_of_the_same_config_are_equal(make_hf: HF, spelling: dict[str,
     assert verify(make_hf("a"), make_hf("b", **spelling)).equal
 
 
-def test_either_key_of_the_dtype(make_hf: HF) -> None:
+def test_the_dtype_may_have_either_key(make_hf: HF) -> None:
     a, b = make_hf("a"), make_hf("b")
     config = json.loads((b / "config.json").read_text())
     config["dtype"] = config.pop("torch_dtype")
