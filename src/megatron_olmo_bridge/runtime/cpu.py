@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _ABSENT = object()
-_FOR_GOOD = contextlib.ExitStack()
+_PROCESS_LIFETIME = contextlib.ExitStack()
 _entered = 0
 """Number of nested :func:`cpu_runtime` contexts that the process is in."""
 
@@ -70,10 +70,6 @@ def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: boo
     torch.set_rng_state(new_state)
 
 
-def _manual_seed(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
 _RANDOM = "megatron.core.tensor_parallel.random"
 
 # The CPU's generator stands in for the GPU's. megatron-core's own tracker then forks and restores
@@ -89,7 +85,7 @@ PATCHES: tuple[Patch, ...] = (
           "tied embeddings over several stages, and fully parallel loading, move tensors by it"),
     Patch("torch:Tensor", "type", _type_name,
           "optimizers and gradient clipping compare Tensor.type() with 'torch.cuda.FloatTensor'"),
-    Patch("torch.cuda", "manual_seed", _manual_seed,
+    Patch("torch.cuda", "manual_seed", torch.manual_seed,
           "model_parallel_cuda_manual_seed seeds the default and the tracked states by it"),
     Patch("torch.cuda", "get_rng_state", _get_rng_state,
           "CudaRNGStatesTracker.add reads the state that a seed gives"),
@@ -166,7 +162,7 @@ def ensure_cpu_runtime() -> None:
     Do nothing with CUDA, or if the process is in it already.
     """
     if not torch.cuda.is_available() and not _entered:
-        _FOR_GOOD.enter_context(cpu_runtime())
+        _PROCESS_LIFETIME.enter_context(cpu_runtime())
         if os.environ.get("RANK", "0") == "0":
             log = logging.getLogger(__name__)
             log.warning("no CUDA here: megatron-core runs on the CPU, on gloo")

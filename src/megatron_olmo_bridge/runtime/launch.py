@@ -60,7 +60,7 @@ def processes(
         with (Path(folder) / "stderr").open("w+") as stderr:
             group = _Group(command, environments, stderr, stoppable)
             try:
-                with _handing_on(group) if stoppable else contextlib.nullcontext():
+                with _forwarding_signals(group) if stoppable else contextlib.nullcontext():
                     yield group.lines
             except BaseException:
                 group.stop()
@@ -170,14 +170,14 @@ class _Group:
                 self.stop()
                 overdue.start()
         overdue.cancel()
-        self._kill()  # helpers that are left
-        # The pipe itself may stay open: a helper had it too.
-        with contextlib.suppress(BrokenPipeError):  # Ctrl-C came while a line was read
+        self._kill()  # helpers that still run
+        # End the output by a marker: a helper may still hold the pipe open.
+        with contextlib.suppress(BrokenPipeError):  # the reader was interrupted by Ctrl-C
             os.write(self._pipe, _NO_MORE.encode())
         os.close(self._pipe)
 
     def terminate(self) -> None:
-        """Ask them to stop."""
+        """Send SIGTERM to each process."""
         for process in self._running:
             process.terminate()
 
@@ -189,12 +189,12 @@ class _Group:
             self._kill()
 
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: of zombies only
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: all are zombies
             os.killpg(self._running[0].pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Wait until all have ended."""
-        for _ in self.lines:  # a full pipe would block them
+        """Wait until all processes have ended."""
+        for _ in self.lines:  # read on, as a full pipe would block them
             pass
         self._watcher.join()
         os.close(self._lifeline)
@@ -211,12 +211,14 @@ def _lines(pipe: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _handing_on(group: _Group) -> Iterator[None]:
-    def hand_on(number: int, frame: FrameType | None) -> None:
+def _forwarding_signals(group: _Group) -> Iterator[None]:
+    """Forward signals to stop to the group, as SIGTERM, instead of ending this process."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
         group.terminate()
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, hand_on) for number in signals}
+    before = {number: signal.signal(number, forward) for number in signals}
     try:
         yield
     finally:
@@ -224,17 +226,18 @@ def _handing_on(group: _Group) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _error(error_file: Path, written: str, code: int) -> BridgeError:
+def _error(error_file: Path, stderr: str, code: int) -> BridgeError:
+    """Return the error of the process that failed first."""
     if error_file.exists():
         kind, _, message = error_file.read_text().partition(":")
         return getattr(errors, kind, BridgeError)(message)
-    how = f"ended with exit code {code}"
+    end = f"ended with exit code {code}"
     if code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
+        end = f"was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            how += ", as the system does when memory runs out"
-    last = "\n".join(written.strip().splitlines()[-_LAST_LINES:])
-    return ProcessError(f"a process {how}" + (f"; its last lines:\n{last}" if last else ""))
+            end += ", as the system does when memory runs out"
+    last = "\n".join(stderr.strip().splitlines()[-_LAST_LINES:])
+    return ProcessError(f"a process {end}" + (f"; its last lines:\n{last}" if last else ""))
 
 
 @contextlib.contextmanager
@@ -243,7 +246,7 @@ def reporting_errors() -> Iterator[None]:
 
     In any other process the error is raised.
     """
-    path = os.environ.pop(_ERROR_FILE, None)  # not for processes that this one starts
+    path = os.environ.pop(_ERROR_FILE, None)  # so that processes started here don't inherit it
     if path is not None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -251,9 +254,9 @@ def reporting_errors() -> Iterator[None]:
     except BridgeError as error:
         if path is None:
             raise
-        whole = Path(f"{path}.{os.getpid()}")  # another process may write its own right now
-        whole.write_text(f"{type(error).__name__}:{error}")
-        whole.replace(path)
+        partial = Path(f"{path}.{os.getpid()}")  # another process may write its error right now
+        partial.write_text(f"{type(error).__name__}:{error}")
+        partial.replace(path)
         sys.exit(error.exit_code)
 
 

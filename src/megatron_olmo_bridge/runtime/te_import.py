@@ -26,7 +26,7 @@ _DISTRIBUTIONS = (
     "transformer-engine-cu13",
 )
 _hidden: str | None = None
-"""Reason why Transformer Engine was hidden; None if it wasn't."""
+"""Reason for hiding Transformer Engine; None if it isn't hidden."""
 
 
 def why_no_transformer_engine() -> str | None:
@@ -42,11 +42,11 @@ def why_no_transformer_engine() -> str | None:
     try:
         importlib.import_module(f"{TRANSFORMER_ENGINE}.pytorch")
     except Exception as error:  # any kind: see above
-        return f"Transformer Engine can't be imported: {_said(error)}{_versions_that_differ()}"
+        return f"Transformer Engine can't be imported: {_summary(error)}{_versions_that_differ()}"
     return None
 
 
-def _said(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     """Return the first lines of an error's message, or its class name if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
