@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers, which can't follow the tables below
     from .convert.options import ImportOptions as ImportOptions
     from .convert.to_hf import export_checkpoint as export_checkpoint
     from .convert.to_megatron import import_checkpoint as import_checkpoint
+    from .data.options import PrepareOptions as PrepareOptions
     from .data.prepare import prepare_data as prepare_data
     from .errors import BridgeError as BridgeError
     from .inference.compare import compare as compare
@@ -40,6 +41,7 @@ _OFFLINE = {
     "BridgeError": "errors",
     "ExportOptions": "convert.options",
     "ImportOptions": "convert.options",
+    "PrepareOptions": "data.options",
     "ReadOptions": "checkpoints.checkpoint",
     "TrainingConfig": "training.config",
     "WriteOptions": "storage.execute",

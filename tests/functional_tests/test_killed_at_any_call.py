@@ -17,6 +17,7 @@ from trees import tree_hash
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, synth
 from megatron_olmo_bridge.convert.average import average_checkpoints
 from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions
+from megatron_olmo_bridge.data.options import PrepareOptions
 from megatron_olmo_bridge.data.prepare import prepare_data
 from megatron_olmo_bridge.storage.execute import WriteOptions
 
@@ -55,6 +56,7 @@ def command(request: pytest.FixtureRequest, folder: Path) -> Command:
     tokenizer, tokens = folder / "tokenizer", folder / "tokens.npy"
     shards = ("--max-shard-size", SHARD_SIZE)
     export, average = (c(max_shard_size=SHARD_SIZE) for c in (ExportOptions, AverageOptions))
+    prepare = PrepareOptions(tokenizer=tokenizer, workers=1, resume=True)
     commands: dict[str, Command] = {
         "import": Command(
             ("import", hf), lambda dst: import_checkpoint(hf, dst, write=RESUME)
@@ -69,7 +71,7 @@ def command(request: pytest.FixtureRequest, folder: Path) -> Command:
         ),
         "prepare-data": Command(
             ("prepare-data", "--workers", 1, "--tokenizer", tokenizer, tokens),
-            lambda dst: prepare_data([tokens], dst, tokenizer=tokenizer, workers=1, resume=True),
+            lambda dst: prepare_data([tokens], dst, prepare),
         ),
     }  # fmt: skip
     return commands[str(request.param)]

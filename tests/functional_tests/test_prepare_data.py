@@ -19,6 +19,7 @@ from small_tokenizer import make_tokenizer, texts
 from transformers import AutoTokenizer
 
 from megatron_olmo_bridge.data.info import read_info
+from megatron_olmo_bridge.data.options import PrepareOptions
 from megatron_olmo_bridge.data.prepare import prepare_data
 from megatron_olmo_bridge.errors import InputError
 
@@ -34,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus.jsonl").write_text("\n".join(lines))
     assert (folder / "corpus.jsonl").stat().st_size > 5 << 20
     prepare_data(
-        [folder / "corpus.jsonl"], folder / "one", tokenizer=folder / "tokenizer", workers=1
+        [folder / "corpus.jsonl"],
+        folder / "one",
+        PrepareOptions(tokenizer=folder / "tokenizer", workers=1),
     )
     return folder
 
@@ -106,7 +109,9 @@ def test_any_number_of_workers_writes_the_same_bytes(
     folder: Path, tmp_path: Path, workers: int
 ) -> None:
     prepare_data(
-        [folder / "corpus.jsonl"], tmp_path / "out", tokenizer=folder / "tokenizer", workers=workers
+        [folder / "corpus.jsonl"],
+        tmp_path / "out",
+        PrepareOptions(tokenizer=folder / "tokenizer", workers=workers),
     )
     assert same(folder, tmp_path / "out")
 

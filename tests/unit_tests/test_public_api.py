@@ -29,6 +29,7 @@ FUNCTIONS = {
 CLASSES = {
     "AutoBridge",
     "AverageOptions",
+    "PrepareOptions",
     "BridgeError",
     "ExportOptions",
     "ImportOptions",

@@ -259,7 +259,7 @@ TESTED_BY = {
         "data/info",
         "data/partial",
         "data/parts",
-        "data/progress",
+        "data/options",
         "data/tokenizer",
     ],
     "unit_tests/data/test_indexed.py": ["data/prefix"],

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_olmo_bridge.data.progress import WORKERS, PrepareReporter
+from megatron_olmo_bridge.data.options import PrepareOptions, PrepareReporter
 
 from .command import Outcome, register
-from .completion import one_of
 from .console import ProgressBar, human_bytes, say, table
 
 if TYPE_CHECKING:
@@ -31,38 +30,8 @@ def prepare_data(
         list[Path], typer.Argument(metavar="IN...", help="Files with documents, in order.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Prefix: OUT.bin, OUT.idx, OUT.json.")],
-    tokenizer: Annotated[
-        str, typer.Option(metavar="DIR_OR_ID", help="Tokenizer: a folder or a hub id.")
-    ],
-    workers: Annotated[
-        int, typer.Option("--workers", "-j", min=1, help="Number of tokenizing processes.")
-    ] = WORKERS,
-    text_field: Annotated[
-        str, typer.Option(help="Field (.jsonl) or column (.parquet) with the text.")
-    ] = "text",
-    txt_documents: Annotated[
-        str,
-        typer.Option(
-            help="Document in .txt: each line, or each file.",
-            autocompletion=one_of("line", "file"),
-        ),
-    ] = "line",
-    token_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Dtype of .npy: uint16, uint32, ...; default: smallest for the vocabulary.",
-            autocompletion=one_of("uint16", "uint32"),
-        ),
-    ] = None,
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Skip and count unreadable lines.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run, if there is one.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
-    ] = False,
+    *,
+    options: PrepareOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, write nothing.")
     ] = False,
@@ -83,20 +52,11 @@ def prepare_data(
     from megatron_olmo_bridge.data.prepare import plan_data
     from megatron_olmo_bridge.data.prepare import prepare_data as run
 
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "text_field": text_field,
-        "txt_documents": txt_documents,
-        "token_dtype": token_dtype,
-        "skip_bad_lines": skip_bad_lines,
-        "resume": resume,
-        "overwrite": overwrite,
-    }
     if dry_run:
-        return _show_plan(plan_data(inputs, out, **options))
+        return _show_plan(plan_data(inputs, out, options))
     begin = time.monotonic()
     with _TokenBar() as bar:
-        info = run(inputs, out, **options, workers=workers, reporter=bar)
+        info = run(inputs, out, options, bar)
     seconds = time.monotonic() - begin
     say(
         f"{info.prefix}: {info.documents:,} documents, {info.tokens:,} tokens ({info.dtype}) in "

@@ -11,7 +11,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -20,7 +20,7 @@ import typer
 from megatron_olmo_bridge.checkpoints.open import kind_options
 from megatron_olmo_bridge.errors import InputError
 
-from .completion import dtypes_or_keep, iterations
+from .completion import dtypes_or_keep, iterations, one_of
 
 KIND_OPTIONS = "kind_options"
 """Field with the options that only one kind of checkpoint has: an option for each of them."""
@@ -59,6 +59,11 @@ SHOWN = {
     "release": Shown(bool),
     "resume": Shown(bool),
     "revision": Shown(str | None),
+    "skip_bad_lines": Shown(bool),
+    "text_field": Shown(str),
+    "token_dtype": Shown(str | None, {"autocompletion": one_of("uint16", "uint32")}),
+    "tokenizer": Shown(str, {"metavar": "DIR_OR_ID"}),
+    "txt_documents": Shown(str, {"autocompletion": one_of("line", "file")}),
     "vocab_size": Shown(int | None, _COUNT),
     "weights": Shown(str | None, {"metavar": "0.5,0.25,0.25"}, convert=numbers),
     "workers": Shown(int, _COUNT, short=("-j",)),
@@ -119,7 +124,8 @@ def _declared(cls: type[Any], f: Field[Any]) -> Iterator[tuple[str, Any, Any]]:
     shown = SHOWN[f.name]
     names = (f"--{f.name.replace('_', '-')}", *shown.short)
     declaration = typer.Option(*names, help=docstring(cls, f.name), **shown.settings)
-    yield f.name, f.default, Annotated[shown.type, declaration]
+    default = inspect.Parameter.empty if f.default is MISSING else f.default
+    yield f.name, default, Annotated[shown.type, declaration]
 
 
 def docstring(cls: type[Any], name: str) -> str:

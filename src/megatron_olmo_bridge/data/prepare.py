@@ -31,6 +31,7 @@ from megatron_olmo_bridge.storage.identity import Identity, fingerprint
 
 from .documents import Kind, Span, TextOptions, split_name, text_spans
 from .info import DataInfo, read_info
+from .options import PrepareOptions, PrepareReporter
 from .partial import JOINED, OUTPUTS, Partial
 from .parts import (
     TOKENIZER,
@@ -43,7 +44,6 @@ from .parts import (
     write_json,
 )
 from .prefix import prefix_of
-from .progress import WORKERS, PrepareReporter
 from .token_files import TOKEN_DTYPES, dtype_for, token_spans
 from .tokenizer import TextTokenizer, load_tokenizer
 
@@ -59,15 +59,7 @@ _POLL = 0.3
 def prepare_data(
     inputs: Sequence[str | Path],
     out: str | Path,
-    *,
-    tokenizer: str | Path,
-    workers: int = WORKERS,
-    text_field: str = "text",
-    txt_documents: str = "line",
-    token_dtype: str | None = None,
-    skip_bad_lines: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
+    options: PrepareOptions,
     reporter: PrepareReporter | None = None,
 ) -> DataInfo:
     """Tokenize documents into Megatron's indexed format: ``out``.bin, ``out``.idx, ``out``.json.
@@ -79,16 +71,9 @@ def prepare_data(
         inputs: .jsonl (or .json with a JSON object in each line) and .txt, both also compressed as
             .gz or .zst; .parquet; .npy, which are OLMo-core's token files without a header.
         out: prefix of the output.
-        tokenizer: a folder or a hub id; for token files, the tokenizer that they were made with.
-        workers: number of processes. With more than one, a script must call this function under
-            ``if __name__ == "__main__":``, because the processes import the script.
-        text_field: field of JSON Lines, or column of Parquet, with the text.
-        txt_documents: what a document is in .txt files: each ``line``, or each ``file``.
-        token_dtype: dtype of token files: uint8, uint16, uint32 or uint64; by default, as in
-            OLMo-core, the smallest that holds the vocabulary.
-        skip_bad_lines: leave out lines that can't be read, and count them.
-        resume: continue an interrupted run, if there is one.
-        overwrite: replace an existing output.
+        options: the tokenizer, and how text is read. With more than one worker, a script must call
+            this function under ``if __name__ == "__main__":``, because the processes import the
+            script. Token files have the smallest dtype that holds the vocabulary, as in OLMo-core.
         reporter: receives progress, in bytes of input.
 
     Raises:
@@ -98,22 +83,12 @@ def prepare_data(
         ProcessError: a process died.
     """
     reporter = reporter or PrepareReporter()
-    plan = plan_data(
-        inputs,
-        out,
-        tokenizer=tokenizer,
-        text_field=text_field,
-        txt_documents=txt_documents,
-        token_dtype=token_dtype,
-        skip_bad_lines=skip_bad_lines,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    plan = plan_data(inputs, out, options)
     writer, partial = plan.writer, plan.partial
     with partial.opened():
         if not partial.finished:
             (writer.folder / TOKENIZER).write_text(plan.tokenizer.serialized)
-            counts = _write_parts(plan.parts, writer, workers, reporter)
+            counts = _write_parts(plan.parts, writer, options.workers, reporter)
             total = _join(counts, writer, reporter)
             write_json(writer.folder / f"{JOINED}.json", plan.record | asdict(total))
             partial.commit()
@@ -132,40 +107,29 @@ class DataPlan:
     partial: Partial
 
 
-def plan_data(
-    inputs: Sequence[str | Path],
-    out: str | Path,
-    *,
-    tokenizer: str | Path,
-    text_field: str = "text",
-    txt_documents: str = "line",
-    token_dtype: str | None = None,
-    skip_bad_lines: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> DataPlan:
+def plan_data(inputs: Sequence[str | Path], out: str | Path, options: PrepareOptions) -> DataPlan:
     """Check everything that can be checked before a document is read.
 
     Arguments and errors are those of :func:`prepare_data`.
     """
     prefix = prefix_of(out)
     files = [str(path) for path in inputs]
-    _check_option("txt_documents", txt_documents, ("line", "file"))
-    _check_option("token_dtype", token_dtype, (None, *TOKEN_DTYPES))
+    _check_option("txt_documents", options.txt_documents, ("line", "file"))
+    _check_option("token_dtype", options.token_dtype, (None, *TOKEN_DTYPES))
     _check_paths(files, prefix)
-    loaded = load_tokenizer(str(tokenizer))
+    loaded = load_tokenizer(str(options.tokenizer))
     writer = PartWriter(
         folder=Path(f"{prefix}.partial"),
         eos_id=loaded.eos_id,
         vocab_size=loaded.vocab_size,
         dtype=np.dtype(_megatron().DType.optimal_dtype(loaded.vocab_size)).name,
-        token_dtype=token_dtype or dtype_for(loaded.vocab_size),
-        text=TextOptions(text_field, txt_documents),
-        skip_bad_lines=skip_bad_lines,
+        token_dtype=options.token_dtype or dtype_for(loaded.vocab_size),
+        text=TextOptions(options.text_field, options.txt_documents),
+        skip_bad_lines=options.skip_bad_lines,
     )
     record, plan = _record(files, writer, loaded)
     parts = _parts(files, writer)
-    partial = Partial(prefix, plan, record, resume=resume, overwrite=overwrite)
+    partial = Partial(prefix, plan, record, resume=options.resume, overwrite=options.overwrite)
     return DataPlan(files, loaded, writer, record, parts, partial)
 
 

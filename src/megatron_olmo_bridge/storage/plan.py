@@ -116,7 +116,7 @@ class CopyPlan:
 
     @cached_property
     def source_fingerprint(self) -> str:
-        """Fingerprint of the source files; their order tells which weight each has in an average."""
+        """Fingerprint of the source files, whose order determines the weights of an average."""
         return fingerprint(self.source_identities)
 
     def check_sources_unchanged(self) -> None:

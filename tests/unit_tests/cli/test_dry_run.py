@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_olmo_bridge.cli.app import app
 from megatron_olmo_bridge.cli.dry_run import dry_run_result, print_dry_run, shown_settings
+from megatron_olmo_bridge.data.options import PrepareOptions
 from megatron_olmo_bridge.data.prepare import prepare_data
 from megatron_olmo_bridge.models.families import published_sizes
 from megatron_olmo_bridge.training.config import (
@@ -128,7 +129,7 @@ def test_the_folder_of_a_run_with_the_end_token_of_its_data(tmp_path: Path) -> N
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"text": "a river and a bridge " * 200}) + "\n")
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
-    data = prepare_data([texts], tmp_path / "data", tokenizer=tokenizer, workers=1)
+    data = prepare_data([texts], tmp_path / "data", PrepareOptions(tokenizer=tokenizer, workers=1))
     words = [
         f"data.path={data.prefix}",
         f"checkpoint.save={tmp_path / 'run'}",

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 from megatron_olmo_bridge import __version__
 from megatron_olmo_bridge.data import parts, prepare
 from megatron_olmo_bridge.data.info import DataInfo, describe, read_info
+from megatron_olmo_bridge.data.options import PrepareOptions, PrepareReporter
 from megatron_olmo_bridge.data.prepare import prepare_data
-from megatron_olmo_bridge.data.progress import PrepareReporter
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, OutputError
 
 Prepare = Callable[..., DataInfo]
@@ -36,7 +36,8 @@ def prepared(tokenizer_folder: Path) -> Prepare:
     def run(inputs: list[Path] | Path, out: Path, **options: Any) -> DataInfo:
         files = inputs if isinstance(inputs, list) else [inputs]
         chosen = {"tokenizer": tokenizer_folder, "workers": 1} | options
-        return prepare_data(files, out, **chosen)
+        reporter = chosen.pop("reporter", None)
+        return prepare_data(files, out, PrepareOptions(**chosen), reporter)
 
     return run
 
@@ -135,7 +136,7 @@ def test_a_large_vocabulary_takes_int32(corpus: Path, tmp_path: Path) -> None:
     value = json.loads(file.read_text())
     value["model"]["vocab"]["never"] = 70_000  # with a gap, so len(tokenizer) would be too small
     file.write_text(json.dumps(value))
-    info = prepare_data([corpus], tmp_path / "out", tokenizer=tokenizer, workers=1)
+    info = prepare_data([corpus], tmp_path / "out", PrepareOptions(tokenizer=tokenizer, workers=1))
     assert (info.dtype, info.vocab_size) == ("int32", 70_001)
     assert documents(tmp_path / "out") == expected(tokenizer, texts(40))
 
@@ -175,7 +176,7 @@ def test_a_tokenizer_that_truncates_is_kept_from_it(corpus: Path, tmp_path: Path
         "pad_token": EOS,
     }
     file.write_text(json.dumps(value))
-    prepare_data([corpus], tmp_path / "out", tokenizer=tokenizer, workers=1)
+    prepare_data([corpus], tmp_path / "out", PrepareOptions(tokenizer=tokenizer, workers=1))
     assert documents(tmp_path / "out") == expected(tokenizer, texts(40))
 
 
