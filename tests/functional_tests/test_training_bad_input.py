@@ -323,7 +323,7 @@ FOLDERS = [
          written(f"run/{TRACKER}", "banana")),
     Case(AGAIN, (TRACKER, "names iter_0000007", "Write the"), written(f"run/{TRACKER}", "7")),
     Case(AGAIN, (TRACKER, "is empty", "Write the number"), written(f"run/{TRACKER}", "")),
-    Case(AGAIN, ("log.jsonl: no line", "Move it away"), written("run/log.jsonl", '{"x\n{}\n'),
+    Case(AGAIN, ("log.jsonl: no line", "Move the file away"), written("run/log.jsonl", '{"x\n{}\n'),
          late=True),
     *(Case(AGAIN, (LAST, what, "the checkpoint before it", "echo 2 >", TRACKER), damage, late=True)
       for what, damage in (

@@ -215,7 +215,7 @@ def test_another_error_while_saving_is_reported(place: Place, overrides: tuple[s
     assert "No such file or directory" in message
     assert f"{run.folder}/iter_0000008.partial" in message
     assert "free" not in message
-    assert "the same command goes on from the last of them" in message
+    assert "the same command resumes from the last of them" in message
     assert run.saved == ["iter_0000004"]
     assert complete(run)
 

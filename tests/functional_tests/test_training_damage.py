@@ -84,7 +84,7 @@ def test_the_message_has_a_command_that_resumes(place: Place, whole: Run) -> Non
 
     assert f"{last_of(run)}: damaged since it was written" in message
     assert "__0_1.distcp has other bytes than were written" in message
-    assert "To go on from the checkpoint before it, that of step 4" in message
+    assert "To resume from the checkpoint before it, that of step 4" in message
     assert tree_hash(run.folder) == before
     subprocess.run(message.splitlines()[-1], shell=True, check=True)
     again = place.run("a run").done()

@@ -43,22 +43,22 @@ def stream_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every Hugging Face tensor of a live model with its name, one whole tensor at a time.
 
-    All processes must iterate to the end: each sends what it holds of a tensor when its turn comes.
-    Beside the tensor that is yielded, a process holds one process's part of it; a consumer that
-    keeps the last tensor while it asks for the next adds that.
+    All processes must iterate to the end: each sends its part of every tensor. Memory holds the
+    tensor that is yielded and one process's part of it, and the previous tensor if the consumer
+    keeps it.
 
     Args:
         chunks: as ``provide_distributed_model`` returns them.
-        bridge: of the model's family.
-        names: the order; by default that of the model's state dict.
-        to: the only process that is given the tensors; by default all are.
-        cpu: give them on the CPU instead of the model's device.
+        bridge: bridge of the model.
+        names: tensors in the order to yield; by default that of the mapping.
+        to: the only process that receives the tensors; by default all do.
+        cpu: return them on the CPU instead of the model's device.
 
     Yields:
-        Name and tensor, of the model's dtype.
+        Name and tensor, in the model's dtype.
 
     Raises:
-        MappingError: the processes together don't hold the whole model, each element once.
+        MappingError: the processes together don't hold each element of the model exactly once.
     """
     live = LiveModel.of(chunks, bridge)
     local_shards = {(s.parameter.name, s.region): s for s in live.shards if s.is_main}
@@ -69,7 +69,7 @@ def stream_weights(
         whole = assembly.tensor(live.mapping.hf_shapes[name], parts[name])
         if whole is not None:
             yield name, whole
-        del whole  # before the next is made
+        del whole  # before the next is allocated
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class _Assembly:
             if whole is not None:
                 for part, block in zip(owned, blocks, strict=True):
                     out = cut(whole.view(shape[0], -1), part.hf_region)
-                    if out.data_ptr() != block.data_ptr():  # else it was received in its place
+                    if out.data_ptr() != block.data_ptr():  # else it was received in place
                         out.copy_(block.view_as(out))
         return whole
 
@@ -129,14 +129,14 @@ class _Assembly:
 
 
 def _packed(blocks: list[torch.Tensor]) -> torch.Tensor:
-    """Blocks one after the other; a single one as it is, if it is contiguous."""
+    """Return the blocks concatenated; a single contiguous block is not copied."""
     if len(blocks) == 1:
         return blocks[0].reshape(-1)
     return torch.cat([block.reshape(-1) for block in blocks])
 
 
 def _parts(live: LiveModel, held: list[ShardKey]) -> dict[str, list[OwnedRegion]]:
-    """Map each Hugging Face tensor to the blocks that the processes hold."""
+    """Return the owned regions that make up each Hugging Face tensor. Collective."""
     held_by_rank: list[list[ShardKey]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(held_by_rank, held)
     regions: dict[str, list[tuple[int, Region]]] = {name: [] for name in live.mapping.parameters}

@@ -1,4 +1,4 @@
-"""Load a checkpoint of any kind into a live model: each process reads the rows that it needs."""
+"""Load a checkpoint of any kind into a live model: each process reads only rows it needs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def load_weights(
 ) -> int:
     """Set every parameter of this process's chunks from a checkpoint.
 
-    A few MiB of a tensor are in memory beside the parameters. No process talks to another.
+    Uses a few MiB of memory in addition to the parameters. Processes do not communicate.
 
     Args:
         chunks: as ``provide_distributed_model`` returns them.
         source: an opened checkpoint of the same model.
-        reporter: told of the bytes read.
+        reporter: receives the bytes read.
 
     Returns:
-        Bytes of the checkpoint that this process asked for.
+        Bytes of the checkpoint that this process requested.
 
     Raises:
         MappingError: the model does not match the checkpoint.
-        FormatError: a file ends too soon.
+        FormatError: a file is truncated.
         InputError: a value is too large for the model's dtype, or the checkpoint was changed
             while it was read.
     """
@@ -53,10 +53,10 @@ def load_weights(
 
 
 def fill(shard: Shard, source: Checkpoint, transfer: Transfer) -> int:
-    """Copy a shard's elements out of a checkpoint; returns the bytes that it asked for.
+    """Copy the elements of a shard from a checkpoint; return the bytes requested.
 
     Raises:
-        FormatError: a file ends too soon.
+        FormatError: a file is truncated.
         InputError: a value is too large for the shard's dtype.
     """
     out, read = shard.matrix, 0
@@ -76,10 +76,9 @@ def fill(shard: Shard, source: Checkpoint, transfer: Transfer) -> int:
 
 
 def _fill_block(block: torch.Tensor, piece: Piece, transfer: Transfer) -> bool:
-    """Set a block from the file, some rows at a time; return whether a value became infinite.
+    """Fill a block from the file, some rows at a time; return whether a value became infinite.
 
-    The rows are read, not mapped into memory: a file that is truncated meanwhile would end the
-    process with SIGBUS.
+    Rows are read, not mapped into memory: if a mapped file is truncated, the process gets SIGBUS.
     """
     array, region = piece.array, piece.array_region
     assert array is not None

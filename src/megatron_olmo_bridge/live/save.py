@@ -1,4 +1,4 @@
-"""Write a live model to disk, as a Hugging Face or a Megatron checkpoint; whole or not at all."""
+"""Save a live model atomically, as a Hugging Face or a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .export import stream_weights
 from .shards import LiveModel
 
 ON_DISK = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-"""``content_metadata``: layers stacked, as :mod:`convert.to_megatron` writes them too."""
+"""``content_metadata``: layers are stacked, as :mod:`convert.to_megatron` writes them."""
 
 
 def save_hf(
@@ -54,19 +54,19 @@ def save_hf(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> None:
-    """Write the weights as ``save_pretrained`` would; all processes call it, the first one writes.
+    """Write the weights as ``save_pretrained`` would. Collective; the first process writes.
 
     Args:
         chunks: as ``provide_distributed_model`` returns them.
-        bridge: of the model.
-        destination: the folder to make.
+        bridge: bridge of the model.
+        destination: folder to create.
         artifacts_folder: folder with config.json and tokenizer files to copy.
         max_shard_size: bytes, or a text such as ``5GB``.
-        overwrite: replace what is at ``destination``.
-        reporter: told of the bytes written.
+        overwrite: replace ``destination`` if it exists.
+        reporter: receives the bytes written.
 
     Raises:
-        OutputError: the output exists, or the disk is too small; then nothing is left of it.
+        OutputError: the output exists, or the disk is too small. Nothing is left behind.
     """
     reporter = reporter or Reporter()
     live = LiveModel.of(chunks, bridge)
@@ -76,13 +76,13 @@ def save_hf(
     texts = index_of(files) | output_artifacts(bridge.hf_config, dtype, artifacts_folder)
     plan = CopyPlan("export", artifacts_folder, files, texts, ".")
     target = Path(destination).expanduser()
-    # What a killed save left is of other weights, perhaps: begin anew.
+    # An interrupted save may be of other weights, so its output is discarded.
     anew = overwrite or is_vacant(target)
     stage = on_first(lambda: _opened(Stage(target, plan, resume=False, overwrite=anew)))
     weights = stream_weights(chunks, bridge, names=specs, to=0, cpu=True)
     if stage is None:
         for _ in weights:
-            raise AssertionError("only the first process is given the weights")
+            raise AssertionError("only the first process receives the weights")
         return
     reporter.begin("saving", sum(payload.nbytes for payload in plan.payloads))
     with cleaning_up(stage):
@@ -129,21 +129,21 @@ def save_megatron(
     artifacts_folder: Path | None = None,
     iteration: int = 0,
 ) -> None:
-    """Save with stock megatron-core, in a form that it, Megatron-LM and ``export`` load.
+    """Save with stock megatron-core, for it, Megatron-LM and ``export`` to load. Collective.
 
-    All processes call it. megatron-core starts helper processes for it: the calling script needs
-    the guard ``if __name__ == "__main__"``.
+    megatron-core starts helper processes, so the calling script needs the guard
+    ``if __name__ == "__main__"``.
 
     Args:
         chunks, bridge, artifacts_folder: as for :func:`save_hf`.
-        destination: the checkpoint root to make.
-        iteration: number of training steps that are in the weights.
+        destination: checkpoint root to create.
+        iteration: number of training steps behind the weights.
 
     Raises:
-        OutputError: there is something at ``destination``.
+        OutputError: ``destination`` exists.
     """
     root = Path(destination).expanduser().resolve()
-    # As in storage.stage: an empty folder stays the folder that it is.
+    # As in storage.stage: an empty folder is used as it is.
     stage = root if root.is_dir() else root.with_name(root.name + PARTIAL)
     folder = stage / f"iter_{iteration:07d}"
     on_first(lambda: _begin(root, stage, folder))
@@ -162,17 +162,17 @@ def megatron_state(
     artifacts_folder: Path | None = None,
     iteration: int = 0,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What a Megatron checkpoint of a live model holds; all processes call it.
+    """Return what a Megatron checkpoint of a live model holds. Collective.
 
     Args:
         chunks, bridge, artifacts_folder, iteration: as for :func:`save_megatron`.
 
     Returns:
-        The state for ``dist_checkpointing.save``, and the small files that belong beside it.
+        The state for ``dist_checkpointing.save``, and the small files of the checkpoint.
     """
     live = LiveModel.of(chunks, bridge)
     dtype = _dtype(live)
-    # The first process has the embedding, and so knows to how many rows it is padded.
+    # The first process has the embedding, and so knows its number of padded rows.
     padded = [live.mapping.parameters[bridge.vocab_param].shape[0]]
     dist.broadcast_object_list(padded, 0)
     rows = padded[0]
@@ -190,7 +190,7 @@ def megatron_state(
 
 
 def model_states(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """The chunks' sharded state dicts, by the names that Megatron-LM gives them."""
+    """Return the sharded state dicts of the chunks, under Megatron-LM's names."""
     unwrapped = unwrap_model(list(chunks))
     return {
         "model" if len(unwrapped) == 1 else f"model{i}": chunk.sharded_state_dict()
@@ -206,7 +206,7 @@ def _begin(root: Path, stage: Path, folder: Path) -> None:
         raise OutputError(f"{stage}: is in the way, and no save's. Move it away.")
     stage.mkdir(parents=True, exist_ok=True)
     (stage / PARTIAL_MARKER).touch()
-    clear(stage)  # of a save that was killed
+    clear(stage)  # left by an interrupted save
     folder.mkdir()
 
 
@@ -219,11 +219,11 @@ def _commit(root: Path, stage: Path, folder: Path, texts: dict[str, bytes], iter
     write_synced(root / TRACKER, str(iteration))
     (root / PARTIAL_MARKER).unlink()
     sync(root)
-    open_checkpoint(root)  # raises unless all of the model is there
+    open_checkpoint(root)  # raises unless the model is complete
 
 
 def write_texts(folder: Path, texts: dict[str, bytes]) -> None:
-    """Write small files into a folder, by their names in it."""
+    """Write small files into a folder, given by their names in it."""
     for name, data in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)

@@ -1,7 +1,7 @@
 """Shards of a live model, as reported by the model itself.
 
-``sharded_state_dict()`` of a megatron-core model tells for every tensor which region of which
-global tensor it holds, at any parallel layout. Loading and exporting need nothing else.
+``sharded_state_dict()`` of a megatron-core model says which region of which global tensor each
+tensor holds, at any parallel layout. Loading and exporting need nothing else.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Finder:
 
     mapping: ResolvedMapping
     by_key: dict[tuple[str, tuple[int, ...]], Parameter]
-    """By key, and by the index along the axes that layers and experts are stacked on in it."""
+    """Parameters by key and index along the stacked axes (layers, experts) of that key."""
 
     @classmethod
     def of(cls, bridge: ModelBridge, tensors: Iterable[ShardedTensor]) -> Finder:
@@ -144,22 +144,22 @@ class Finder:
 
 
 def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
-    """The tensors of a sharded state dict, with those that are stored in two parts as two.
+    """Return the tensors of a sharded state dict; those stored in two parts are returned as two.
 
-    The parts share the memory of the model's tensor, so that writing to them fills it.
+    The parts share the memory of the model's tensor, so writing to them fills it.
     """
     apply_factories(state)
     found = []
     for value in nested_values(state):
         if isinstance(value, ShardedTensor):
             found.append(value)
-        elif not isinstance(value, ShardedObject):  # extra state: nothing that a checkpoint sets
+        elif not isinstance(value, ShardedObject):  # extra state, which is not loaded
             raise MappingError(f"the model's state has a {type(value).__name__}, not only tensors")
     return found
 
 
 def _check_numbers(config: TransformerConfig, bridge: ModelBridge) -> None:
-    """Raise MappingError if config values differ that no tensor's shape shows."""
+    """Raise MappingError if config values differ that don't affect any shape."""
     for name in _BEYOND_SHAPES:
         expected, found = bridge.config_values.get(name), getattr(config, name, None)
         if expected is not None and found != expected:
@@ -167,7 +167,7 @@ def _check_numbers(config: TransformerConfig, bridge: ModelBridge) -> None:
 
 
 def _check_tying(chunk: torch.nn.Module, bridge: ModelBridge) -> None:
-    """Raise MappingError if only one of model and checkpoint has a head of its own."""
+    """Raise MappingError if the head is tied in only one of model and checkpoint."""
     expected = bridge.config.share_embeddings_and_output_weights
     found = getattr(chunk, "share_embeddings_and_output_weights", expected)
     if bridge.num_labels is None and found != expected:
@@ -178,7 +178,7 @@ def _check_tying(chunk: torch.nn.Module, bridge: ModelBridge) -> None:
 
 
 def _check_complete(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Raise MappingError if a parameter of the model is in no checkpoint of it."""
+    """Raise MappingError if a parameter is missing from the model's own state dict."""
     tied = getattr(chunk, "share_embeddings_and_output_weights", False)
     for name, _ in chunk.named_parameters():
         if name not in state and not (tied and name.startswith("output_layer.")):

@@ -1,7 +1,7 @@
 """Let stock ``dist_checkpointing.load`` read a Hugging Face folder without a conversion.
 
-megatron-core looks at the folder before it asks a strategy, so there is a temporary one beside the
-strategy, with a checkpoint's small files and no weights in it.
+megatron-core reads the folder's small files before it calls a strategy, so there is a temporary
+folder with only these.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def hf_as_megatron(
         revision: branch, tag or commit on the hub.
 
     Raises:
-        BridgeError: it is not a Hugging Face checkpoint of a supported family, or is damaged.
+        BridgeError: not a Hugging Face checkpoint of a supported family, or damaged.
     """
     source = open_checkpoint(fetch(str(hf), revision)[0])
     if not isinstance(source, HFCheckpoint):
@@ -60,7 +60,7 @@ def hf_as_megatron(
 
 
 class HFLoadStrategy:
-    """Loads sharded tensors from a Hugging Face folder; megatron-core 0.16 to 0.19 take it."""
+    """Load strategy that reads a Hugging Face folder, for megatron-core 0.16 to 0.19."""
 
     can_handle_sharded_objects = True
 
@@ -72,8 +72,8 @@ class HFLoadStrategy:
 
         Raises:
             MappingError: a tensor does not belong to the model.
-            InputError: an object is asked for that no Hugging Face checkpoint has, or the folder
-                was changed while it was read.
+            InputError: an object is requested that no Hugging Face checkpoint has, or the folder
+                changed while it was read.
         """
         wanted = [v for v in nested_values(sharded_state_dict) if isinstance(v, ShardedTensor)]
         finder = Finder.of(self._source.bridge, wanted)

@@ -52,9 +52,9 @@ from .optimizer_state import (
 from .restore import PROGRESS, layout, load, rng_state, saved_content
 
 _FULL = 2**20
-"""Bytes: with fewer a disk is full."""
+"""Free bytes below which a disk counts as full."""
 _STRATEGY = {"async_strategy": "mcore"}
-"""0.19 would use NVIDIA's resiliency extension, another package, unless told otherwise."""
+"""By default 0.19 would use NVIDIA's resiliency extension, a separate package."""
 if "async_strategy" not in inspect.signature(dist_checkpointing.save).parameters:
     _STRATEGY.clear()
 
@@ -68,13 +68,13 @@ def last_step(root: Path) -> int | None:
     """Return the step of the newest complete checkpoint under a run's folder; None if it has none.
 
     Raises:
-        InputError: the tracker names none of its checkpoints, or they are not a run's.
+        InputError: the tracker names no existing checkpoint, or that is not a run's.
         FormatError: the tracker is not a small regular file.
     """
     if (root / TRACKER).exists():
         advice = "Write the number of one of them into it."
         last = iterations.iteration_folder(root, None, advice)
-    else:  # or killed between the first checkpoint and the tracker
+    else:  # perhaps killed between the first checkpoint and the tracker
         if steps := _saved_steps(root) if root.is_dir() else []:
             return steps[-1]
         last = root / iterations.RELEASE
@@ -91,7 +91,7 @@ def last_step(root: Path) -> int | None:
 
 @dataclass
 class Checkpointer:
-    """Saves and restores one run. All processes call its methods.
+    """Saves and restores a run. All methods are collective.
 
     Attributes:
         root: the run's folder.
@@ -102,26 +102,26 @@ class Checkpointer:
     chunks: Sequence[Any]
     optimizer: Any
     tokenizer_folder: Path | None = None
-    """The tokenizer's files, which are kept with the weights."""
+    """Folder with the tokenizer files that are saved with the weights."""
     keep_last: int | None = None
     asynchronous: bool = False
     on_saved: Callable[[int, Path], None] = lambda step, folder: None
-    """Called in the first process when a checkpoint is complete."""
+    """Called in the first process after a checkpoint is complete."""
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
     _needed: int = 0
-    """Bytes of a checkpoint."""
+    """Bytes of the checkpoint that is being written."""
 
     def save(self, step: int, progress: dict[str, Any], *, fully_reshardable: bool) -> None:
-        """Write a checkpoint, or begin to.
+        """Write a checkpoint, or start to write it if ``asynchronous``.
 
         Args:
             step: number of optimizer steps taken.
             progress: plain values that :meth:`restore` returns.
-            fully_reshardable: at any layout. Else it can be resumed at another data-parallel size,
-                and takes less memory to save; see :mod:`.optimizer_state`.
+            fully_reshardable: can be resumed at any layout; otherwise only at another data-parallel
+                size, and saving takes less memory (see :mod:`.optimizer_state`).
 
         Raises:
-            OutputError: it can't be written; what was saved before is as it was.
+            OutputError: it can't be written. Earlier checkpoints are not affected.
         """
         self.finish()
         folder = iteration_folder(self.root, step)
@@ -153,24 +153,24 @@ class Checkpointer:
                 request.execute_sync()
 
     def poll(self) -> None:
-        """Complete an asynchronous checkpoint if every process has written its part."""
+        """Commit an asynchronous checkpoint if every process has written its part."""
         with self._translate_errors():
             self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is being written."""
+        """Wait for a checkpoint that is being written, and commit it."""
         with self._translate_errors():
             self._queue.maybe_finalize_async_calls(blocking=True)
 
     def restore(self, step: int) -> dict[str, Any]:
         """Restore model, optimizer and random states; return the progress.
 
-        At another layout the random states, which only dropout uses, are reseeded.
+        At another layout the random states, which only dropout uses, are not restored.
 
         Raises:
             InputError: the checkpoint's optimizer state can't be loaded at this layout.
-            FormatError: it is damaged, or of another model; the message says how to go on from the
-                one before.
+            FormatError: it is damaged, or of another model; the message says how to resume from
+                the previous one.
         """
         try:
             return load(iteration_folder(self.root, step), self.chunks, self.optimizer)
@@ -200,19 +200,19 @@ class Checkpointer:
             take_name(partial, folder)
             sync(self.root)
             replace_file(self.root / TRACKER, str(step))
-            clean(self.root)  # of the one that had the name before
+            clean(self.root)  # removes a replaced checkpoint of the same step
             if self.keep_last:
-                # Later ones are of a run that went back to an earlier step.
+                # Later steps remain from before the run was resumed at an earlier one.
                 for old in [n for n in _saved_steps(self.root) if n <= step][: -self.keep_last]:
                     delete(iteration_folder(self.root, old))
         self.on_saved(step, folder)
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Turn what a save raises into one sentence, and leave nothing of it behind.
+        """Raise an OutputError for any error of a save, and delete the incomplete checkpoint.
 
-        Also keeps back megatron-core's warnings: of an "incomplete / corrupted checkpoint", as our
-        marker is there, and of the asynchronous writer, the only one without a further package.
+        Also suppress two warnings of megatron-core: about an "incomplete / corrupted checkpoint"
+        (because of the marker) and about the asynchronous writer.
         """
         logger = logging.getLogger(dist_checkpointing.__name__)
         before = logger.level
@@ -221,7 +221,7 @@ class Checkpointer:
             yield
         except torch.OutOfMemoryError:
             raise
-        except CheckpointException as error:  # all processes fail, and the first is told why
+        except CheckpointException as error:  # all processes fail; only the first knows why
             why = next((str(e) for e, _ in error.failures.values()), "")
             raise gather(self._failure(why))[0] from error
         except OSError as error:
@@ -234,7 +234,7 @@ class Checkpointer:
 
     def _failure(self, why: str) -> OutputError:
         with contextlib.suppress(OSError):
-            # torch.save doesn't say that the disk is full, but then it is, before it is cleaned.
+            # torch.save doesn't say that the disk is full, so check before deleting anything.
             full = shutil.disk_usage(self.root).free < _FULL
             full |= any(os.strerror(number) in why for number in (errno.ENOSPC, errno.EDQUOT))
             if dist.get_rank() == 0:
@@ -243,15 +243,15 @@ class Checkpointer:
                 why = f"{why}; {self._no_room()}"
                 return OutputError(f"{self.root}: can't save a checkpoint: {why}")
         return OutputError(
-            f"{self.root}: can't save a checkpoint: {why}. Those that were saved before are "
-            "complete, and the same command goes on from the last of them."
+            f"{self.root}: can't save a checkpoint: {why}. Earlier "
+            "checkpoints are complete, and the same command resumes from the last of them."
         )
 
     def _no_room(self) -> str:
         free = shutil.disk_usage(self.root).free
         return (
             f"a checkpoint takes {self._needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. The "
-            "checkpoints before it are complete: free some space, or set checkpoint.keep_last, and "
+            "earlier checkpoints are complete: free some space, or set checkpoint.keep_last, and "
             "start the same command again."
         )
 
@@ -263,18 +263,18 @@ def _saved_steps(root: Path) -> list[int]:
 
 
 def _earlier(root: Path, step: int) -> str:
-    """Say how to resume from the checkpoint before a damaged one."""
+    """Return how to resume from the checkpoint before a damaged one."""
     earlier = [n for n in _saved_steps(root) if n < step]
     if not earlier:
-        return "There is no checkpoint before it: to begin anew, name another checkpoint.save."
+        return "There is no checkpoint before it: to start again, name another checkpoint.save."
     return (
-        f"To go on from the checkpoint before it, that of step {earlier[-1]}, start the same "
+        f"To resume from the checkpoint before it, that of step {earlier[-1]}, start the same "
         f"command again after\n  echo {earlier[-1]} > {shlex.quote(str(root / TRACKER))}"
     )
 
 
 def _bytes(state: dict[str, Any]) -> int:
-    """Return the bytes of all processes' tensors, each counted once."""
+    """Return the bytes of the tensors of all processes, counting replicas once. Collective."""
     parts = (ShardedTensor, ShardedTensorFactory)
     held = sum(
         value.data.nbytes

@@ -39,7 +39,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 def recording(request: AsyncRequest, folder: Path) -> AsyncRequest:
-    """Have the process that writes a rank's files record them too, from the page cache.
+    """Make the process that writes a rank's files also record their checksums.
 
     Args:
         request: request of ``dist_checkpointing.save``.
@@ -55,7 +55,7 @@ def _write_and_record(
     write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any
 ) -> None:
     write(*args, **kwargs)
-    with contextlib.suppress(OSError):  # the first process reads what is not recorded
+    with contextlib.suppress(OSError):  # the first process computes what is missing
         entries = _entries(folder, folder.glob(f"__{rank}_*"))
         (folder / f"{_OF_RANK}{rank}").write_text(json.dumps(entries))
 

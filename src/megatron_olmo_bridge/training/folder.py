@@ -125,7 +125,7 @@ def _check_same_run(
         text = "\n".join(f"  {line}" for line in shown)
         raise InputError(
             f"{folder}: is the folder of another run; this one differs in\n{text}\n"
-            "Name another folder as checkpoint.save. To go on from what was trained there, "
+            "Name another folder as checkpoint.save. To start from its weights, "
             f"add init.checkpoint={folder} (and init.optimizer=true). To extend the run, change "
             "train.steps alone, to more."
         )
@@ -135,7 +135,7 @@ def _check_same_run(
 
 
 def claim(config: TrainingConfig) -> None:
-    """Write ``run.yaml`` into the run's folder, which is then this run's.
+    """Write ``run.yaml`` into the run's folder.
 
     Raises:
         OutputError: it can't be written.
@@ -160,8 +160,8 @@ def _not_the_source(field: str, folder: Path, config: TrainingConfig) -> None:
         source = Path(value).expanduser().resolve()
         if source == folder.resolve() or folder.resolve() in source.parents:
             raise InputError(
-                f"init.{name}={value} is in {field}={folder}: what comes out of a run "
-                f"would mix with what goes into it. Name another folder as {field}."
+                f"init.{name}={value} is in {field}={folder}: the output of the run "
+                f"would mix with its source. Name another folder as {field}."
             )
 
 
@@ -181,17 +181,17 @@ def _read(file: Path) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict):
         raise FormatError(
-            f"{file}: damaged, so it is not known which run this is. Name another folder as "
+            f"{file}: damaged, so it is unknown which run this is. Name another folder as "
             "checkpoint.save, and this one as init.checkpoint."
         )
     return values
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return ``section.field: was X, is Y``, by field, for all in which the runs differ."""
+    """Return ``section.field: was X, is Y`` for each field in which the runs differ."""
     old, new = _flat(before), _flat(now)
     classification = ClassificationConfig() if before.get("classification") else None
-    # A run that was begun before a field existed was trained as the field's default trains.
+    # A run that is older than a field was trained as with the field's default.
     old = _flat(as_dict(TrainingConfig(classification=classification))) | old
     return {
         name: f"{name}: was {old.get(name)}, is {new.get(name)}"

@@ -1,4 +1,4 @@
-"""What a run's checkpoint holds besides the weights, and how it is loaded at any layout."""
+"""Restore model, optimizer and random states from a run's checkpoint, at any layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .optimizer_state import (
 )
 
 PROGRESS = "olmo_bridge_progress"
-"""Key of what this package adds: the layout, and what the watch over the loss remembers."""
+"""Key of what this package adds: the layout, and the state of spike detection."""
 
 
 def load(
@@ -38,21 +38,21 @@ def load(
 ) -> dict[str, Any]:
     """Set a model and its optimizer from a run's checkpoint.
 
-    Where the optimizer's state is fully reshardable, the layout may be any; else only the
-    data-parallel size may differ from what it was.
+    If the optimizer state is fully reshardable, the layout may be any; otherwise only the
+    data-parallel size may differ.
 
     Args:
-        folder: an iteration's.
+        folder: folder of an iteration.
         chunks: as ``provide_distributed_model`` returns them.
-        optimizer: of the chunks.
-        fresh_rng: leave the random numbers as they are.
+        optimizer: optimizer of the chunks.
+        fresh_rng: don't restore the random states.
 
     Returns:
         The ``progress`` that :meth:`Checkpointer.save` stored.
 
     Raises:
-        InputError: its optimizer's state is of another kind, or of another layout.
-        FormatError: it is damaged, or of another model.
+        InputError: the optimizer state is of another kind or layout.
+        FormatError: the checkpoint is damaged, or of another model.
     """
     with _translate_load_errors(folder):
         check(folder)
@@ -61,7 +61,7 @@ def load(
 
 
 def _check(folder: Path) -> None:
-    """Look at the headers; they say better what is wrong than what torch raises later."""
+    """Check the headers, because torch's later errors would be less clear."""
     if "optimizer" not in TorchDistFolder.read(folder).common:
         raise FormatError(
             f"{folder}: has no optimizer state: it is damaged, or was saved without one; then "
@@ -95,7 +95,7 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
     for i, chunk in enumerate(unwrap_model(list(chunks))):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
     _keep_settings(optimizer.param_groups, loaded["optimizer"])
-    # megatron-core loads a dp_reshardable state in place, and leaves it to others to say no_grad.
+    # megatron-core loads a dp_reshardable state in place, without no_grad.
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for part in with_torch:
             stack.enter_context(_keeping_steps(part))
@@ -106,20 +106,22 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
 
 
 def saved_content(folder: Path) -> dict[str, Any]:
-    """Return ``content_metadata`` of a checkpoint; empty where it has none."""
+    """Return the ``content_metadata`` of a checkpoint; empty if it has none."""
     return dist_checkpointing.load_content_metadata(str(folder)) or {}
 
 
 def _torch_optimizers(optimizer: Any) -> list[Any]:
-    """The parts of megatron-core's optimizer that have torch's AdamW inside: all of them where
-    there is neither Transformer Engine nor Apex."""
+    """Return the parts of megatron-core's optimizer that use torch's AdamW: all of them if neither
+    Transformer Engine nor Apex is installed."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
 def _allocate(inner: torch.optim.AdamW) -> None:
-    """Give an optimizer that has not taken a step the state to load into: megatron-core takes it
-    for granted, as Transformer Engine's has it at once."""
+    """Allocate the state of an optimizer that has not taken a step yet.
+
+    megatron-core expects it to exist, as with Transformer Engine's optimizer.
+    """
     for group in inner.param_groups:
         for parameter in group["params"]:
             if not inner.state[parameter]:
@@ -134,8 +136,8 @@ def _allocate(inner: torch.optim.AdamW) -> None:
 def _keeping_steps(part: Any) -> Iterator[None]:
     """Let a distributed optimizer load the ``step`` that torch's AdamW keeps by parameter.
 
-    megatron-core 0.16 and 0.19 look for it among the tensors of a checkpoint, in vain, and then
-    leave all parameters with the same tensor, which each of them counts up.
+    megatron-core 0.16 and 0.19 look for it among the tensors of a checkpoint, where it is not, and
+    leave all parameters with one shared tensor, which each of them increments.
     """
     name = "_set_main_param_and_optimizer_states"
     original = getattr(part, name, None)
@@ -160,8 +162,8 @@ def _keeping_steps(part: Any) -> Iterator[None]:
 def _keep_settings(groups: list[dict[str, Any]], loaded: Any) -> None:
     """Replace loaded settings (learning rate, betas, decay) with those of the config.
 
-    megatron-core would take them, the peak learning rate too, from the checkpoint; 0.19 would not
-    even find the parameter groups of other rates.
+    megatron-core would use those of the checkpoint, including the peak learning rate; 0.19 would
+    not even match parameter groups with other rates.
     """
     configured = {_kind(group): group for group in groups}
     for group in _param_groups(loaded):
@@ -171,7 +173,7 @@ def _keep_settings(groups: list[dict[str, Any]], loaded: Any) -> None:
 
 
 def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what tells the parameter groups of a model apart."""
+    """Return the values that identify a parameter group."""
     names = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
     return tuple(group.get(name) for name in names)
 
@@ -214,14 +216,14 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _translate_load_errors(folder: Path) -> Iterator[None]:
-    """Turn what torch and megatron-core raise of damaged files, anything, into one sentence."""
+    """Raise a FormatError for any error of torch or megatron-core about damaged files."""
     try:
         yield
     except (BridgeError, torch.OutOfMemoryError):
         raise
     except (Exception, CheckpointException) as error:
         why = str(error)
-        if isinstance(error, CheckpointException):  # here all processes are told why
+        if isinstance(error, CheckpointException):  # all processes know why
             why = next((str(e) for e, _ in error.failures.values()), "another process failed")
         raise FormatError(
             f"{folder}: can't be loaded; it is damaged, or of another model: "
