@@ -1,7 +1,7 @@
 """Convert a checkpoint without a model: to Megatron, back, and prove that nothing was lost.
 
 usage: python convert.py HF WORK      (HF: a folder or a hub id such as allenai/OLMo-2-0425-1B)
-       torchrun --nproc_per_node 4 convert.py HF WORK      shares the files out over four processes
+       torchrun --nproc_per_node 4 convert.py HF WORK      divides the files among four processes
 """
 
 import os
