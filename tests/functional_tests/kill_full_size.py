@@ -4,7 +4,7 @@
 
 SRC is a Hugging Face checkpoint, of olmo2-1b for example; WORK a folder on a disk with room for
 four times its bytes. For import and export each, uninterrupted runs are measured; then one is
-killed at each of so many moments, evenly spread, and at each of the chosen points; what it left
+killed at this many moments, evenly spread, and at each of the chosen points; what it left
 must be refused, and the resumed tree be that of the uninterrupted run, byte for byte. One line for
 each kill; exit 1 if anything was not as it should be.
 """
@@ -88,7 +88,7 @@ def aftermath(arguments: list[object], dst: Path, whole: Path) -> str:
 
 
 def judged(dst: Path, whole: Path) -> str:
-    """That a tree is the uninterrupted one, with nothing beside it. Then it is deleted."""
+    """Compare a tree with the uninterrupted one, then delete it."""
     if not same(dst, whole):
         raise FailureError(f"identical no: {dst} and {whole}")
     if beside := list(dst.parent.glob(f"{dst.name}.*")):

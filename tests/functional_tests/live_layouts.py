@@ -32,7 +32,7 @@ MUTANTS = ("rank-local variance", "plain all_reduce", "sharded weight")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is shared out over processes."""
+    """How a model is divided among processes."""
 
     processes: int
     fields: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +106,7 @@ def labels_of(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Of dtype, shape and every bit."""
+    """Return a hash of dtype, shape and every bit."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 

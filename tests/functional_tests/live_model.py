@@ -85,7 +85,7 @@ def build(
 
 
 _sizes: tuple[int, ...] = ()
-"""Of the layout that the process groups are for."""
+"""Layout of the current process groups."""
 
 
 def enter_layout(fields: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def logits(step: Step) -> None:
 def forward_backward(provider: GPTModelProvider, chunks: Chunks, tokens: torch.Tensor) -> float:
     """Megatron's own schedule, in microbatches of two rows; the batch's mean loss.
 
-    The rows are shared out over the data-parallel ranks.
+    The rows are divided among the data-parallel ranks.
     """
     share = parallel_state.get_data_parallel_rank()
     batches = tokens.chunk(parallel_state.get_data_parallel_world_size())[share].split(2)
@@ -217,7 +217,7 @@ def gradients(step: Step) -> None:
 
 
 def disagreement(chunks: Chunks) -> dict[str, float]:
-    """By how much the copies of a gradient that several tensor-parallel ranks hold differ.
+    """Return the largest difference between the copies of a gradient on tensor-parallel ranks.
 
     Only one of the copies is exported, but each rank updates its own weight by its own.
     """
@@ -377,7 +377,7 @@ def export_memory(step: Step) -> None:
 
 
 M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
+"""Value from malloc.h."""
 
 
 class PeakMemory:

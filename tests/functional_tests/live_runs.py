@@ -87,7 +87,7 @@ def make_models(root: Path) -> None:
 
 
 def launch(processes: int, models: Path, shared: Path, more: Callable[[Path], list[Step]]) -> Path:
-    """The results of what every layout of so many processes is asked for, and of some more."""
+    """The results of every layout of this number of processes, and of some more."""
 
     def make(root: Path) -> None:
         steps = more(root)

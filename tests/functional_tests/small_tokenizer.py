@@ -13,7 +13,7 @@ SYLLABLES = ["ka", "lo", "mi", "tu", "shé", "本", "ra", "pen", "  ", "\n", "x'
 
 
 def texts(count: int, seed: int = 0, words: int = 60) -> list[str]:
-    """Documents of at most so many words; not only in ASCII, and some over several lines."""
+    """Documents of at most ``words`` words; not only in ASCII, and some over several lines."""
     rng = random.Random(seed)
     word = lambda: "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4)))  # noqa: E731
     return [" ".join(word() for _ in range(rng.randint(1, words))) for _ in range(count)]

@@ -106,7 +106,7 @@ def _fused_attn(folder: Path) -> str:
 
 
 def _called_by_transformer_engine() -> bool:
-    """Of the function that calls this: whether its own caller is Transformer Engine's code."""
+    """Return whether the caller of the calling function is Transformer Engine's code."""
     return str(sys._getframe(2).f_globals.get("__name__")).startswith("transformer_engine")
 
 

@@ -307,7 +307,7 @@ CONFIGS = [
 ]  # fmt: skip
 
 
-# ------------------------------------------------------------------- what is no checkpoint to read
+# ------------------------------------------------------------------- what is not a checkpoint
 
 
 def bin_files(src: Path) -> None:
@@ -734,7 +734,7 @@ def test_a_real_disk_that_is_too_small_is_refused(single: Path, small_disk: Path
 
 
 def test_an_empty_mount_point_is_written_into(single: Path, small_disk: Path) -> None:
-    """As a volume of a container is. With something in it, it can't be replaced by a rename."""
+    """Like a container's volume. If it is not empty, it can't be replaced by a rename."""
     assert CliRunner().invoke(app, ["import", str(single), str(small_disk)]).exit_code == 0
 
     assert CliRunner().invoke(app, ["verify", str(single), str(small_disk)]).exit_code == 0
@@ -746,7 +746,7 @@ def test_an_empty_mount_point_is_written_into(single: Path, small_disk: Path) ->
 def test_a_disk_that_fills_up_during_the_copy_leaves_no_output(
     single: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, preallocates: bool
 ) -> None:
-    """As where somebody else writes too: the disk looked large enough, and is full later.
+    """Somebody else writes too: the disk looked large enough, and is full later.
 
     Where the system can allocate, that is found before the first tensor; else in the middle.
     """

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/classification"
 RECIPE = "complaints:tiny"
 CLASSES, CHANCE, REACHED = 10, 0.1, 0.9
-"""Of the data: no model reaches more than 0.96, by what the texts are made of."""
+"""Classes of the data, accuracy of guessing, and accuracy to reach; the maximum is 0.96."""
 LENGTH = 32
 """Tokens; some texts are longer, and are cut."""
 
@@ -124,7 +124,7 @@ def test_transformers_measures_the_accuracy_of_training(run: tuple[Path, str, in
 def test_the_export_is_served_with_the_same_labels(
     run: tuple[Path, str, int], data: Path, tmp_path: Path
 ) -> None:
-    """As the best iteration's Megatron checkpoint gives them at the layout of the training."""
+    """Compared with those of the best iteration's Megatron checkpoint at the training layout."""
     from transformers import pipeline
 
     folder, _, tp = run

@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many key/value heads as heads, so that q_norm and k_norm can be mixed up at all."""
+    """Model with as many key/value heads as heads, so that q_norm and k_norm can be swapped."""
     folder = tmp_path_factory.mktemp("hf") / "mha"
     torch.manual_seed(3)
     model = Olmo2ForCausalLM(

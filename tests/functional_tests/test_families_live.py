@@ -64,7 +64,7 @@ UNTRAINED = [(family, "tp2") for family in MIXTURES]
 """megatron-core refuses to train experts at tensor parallelism without sequence parallelism."""
 
 ROWS, COLUMNS = 4, 64
-"""Of the batches: beyond olmo3-tiny's window of 16 tokens, and the 32 that YaRN starts from."""
+"""Shape of the batches: longer than olmo3-tiny's window (16) and than YaRN's start (32)."""
 WORDS = range(2, 1000)
 """Tokens of every family's vocabulary; none is ``PAD``."""
 
@@ -77,7 +77,7 @@ PROBLEMS = {"regression": 1, "multi_label_classification": CLASSES}
 """Problem types beside the classifiers' own, with the number of labels; of OLMo-2."""
 PROBLEM_CASES = [(problem, layout) for problem in PROBLEMS for layout in CLASSIFIER_LAYOUTS]
 LENGTHS = (COLUMNS, 41, 18, 1)
-"""Of the sequences that classifiers read."""
+"""Lengths of the sequences that classifiers read."""
 
 MUTANTS: dict[str, dict[str, dict[str, Any]]] = {
     "olmo3-tiny": {
@@ -161,7 +161,7 @@ def make_families(root: Path) -> None:
 def launch(
     processes: int, families: Path, shared: Path, more: Callable[[Path], list[Step]]
 ) -> Path:
-    """The results of every case of so many processes, and of some more steps, by one launch."""
+    """Results of every case of this number of processes, and of ``more`` steps, in one launch."""
 
     def make(root: Path) -> None:
         steps = more(root)
@@ -280,7 +280,7 @@ def classifier_run(family: str, layout: str, request: pytest.FixtureRequest) -> 
 
 
 def gradients_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """By the names that files have: transformers stacks experts in memory, and saves them apart."""
+    """Return gradients by their names in files: transformers stacks experts only in memory."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 STEPS, BELOW = 80, 3.5
-"""The loss in nats a token after so many steps. Random weights have 6.9, unigrams 4.7."""
+"""The loss in nats a token after ``steps`` steps. Random weights have 6.9, unigrams 4.7."""
 OVERRIDES = [
     "olmo2_tiny",
     f"train.steps={STEPS}",

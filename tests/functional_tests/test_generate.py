@@ -75,7 +75,7 @@ def test_sampled_tokens_are_printed_as_json(model: tuple[Path, list[int]]) -> No
 
 @pytest.mark.slow
 def test_another_tokenizer_can_be_used(model: tuple[Path, list[int]], tmp_path: Path) -> None:
-    """Of a checkpoint that has none: text in, text out."""
+    """The checkpoint has none: text in, text out."""
     checkpoint, expected = model
     bare = synth("olmo2-tiny", tmp_path / "bare", dtype="float32")
     prompt = ("--prompt", " ".join(f"w{token}" for token in PROMPT))

@@ -83,7 +83,7 @@ HOSTILE = {
     "megatron.core.os.system": b"\x80\x04\x8c\x0dmegatron.core\x8c\x09os.system\x93.",
     "mine.config.os.system": b"\x80\x04\x8c\x0bmine.config\x8c\x09os.system\x93.",
 }
-"""By the global that it asks for."""
+"""Hostile pickles by the global that they refer to."""
 
 
 # What an allow-listed name stands for is never imported, so calling it does nothing either.

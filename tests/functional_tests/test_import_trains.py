@@ -25,7 +25,7 @@ from transformers import Olmo2ForCausalLM
 from megatron_olmo_bridge import inspect, synth
 
 LEARNING_RATE, DECAY, CLIP = 1e-2, 0.1, 1.0
-"""Of the step that ``stock_megatron.py`` takes; the betas do not matter to a first step."""
+"""Settings of the step that ``stock_megatron.py`` takes; a first step doesn't depend on betas."""
 
 
 @pytest.fixture(scope="module")

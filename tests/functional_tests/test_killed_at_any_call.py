@@ -22,7 +22,7 @@ from megatron_olmo_bridge.data.prepare import prepare_data
 from megatron_olmo_bridge.storage.execute import WriteOptions
 
 KILLS = int(os.environ.get("OLMO_BRIDGE_KILLS", "6"))
-"""Of each command."""
+"""Number of kills of each command."""
 SHARD_SIZE = "500KB"
 RESUME = WriteOptions(resume=True)
 

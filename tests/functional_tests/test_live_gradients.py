@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 
 @cache
 def expected(folder: Path, rows: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """transformers' loss and gradients by name, with a vocabulary of so many rows.
+    """transformers' loss and gradients by name, with a vocabulary of this many rows.
 
     Megatron's loss counts padding rows as tokens with a logit of 0: so does this one.
     """

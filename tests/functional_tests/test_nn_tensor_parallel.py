@@ -14,5 +14,5 @@ def test_two_ranks_compute_the_same_as_one(check: str) -> None:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_cross_entropy_of_a_sharded_vocabulary(processes: int) -> None:
-    """Of three ranks, the last has nothing but rows that pad the vocabulary."""
+    """The last of three ranks has only padding rows of the vocabulary."""
     run_script("nn_on_two_ranks", "cross_entropy", processes=processes)

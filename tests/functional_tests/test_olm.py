@@ -82,7 +82,7 @@ def hf_logits(folder: Path) -> torch.Tensor:
 
 
 def megatron_logits(folder: Path, work: Path, tp: int = 1) -> torch.Tensor:
-    """By a live model in processes of their own."""
+    """Compute logits with a live model in separate processes."""
     from megatron_olmo_bridge.inference.jobs import LOGITS, Job, read_states
 
     work.mkdir()
@@ -106,7 +106,7 @@ def test_the_example_finds_the_same_loss_three_times(example: tuple[Path, str]) 
 def test_the_loss_is_the_same_in_all_three_libraries(
     example: tuple[Path, str], checkpoint: Path, tmp_path: Path, tp: int
 ) -> None:
-    """Of the example's checkpoint, in models that are not the example's own."""
+    """The example's checkpoint, in models that are not the example's own."""
     pytest.importorskip("megatron.core")
     model = olm_model()
     model.load_state_dict(torch.load(checkpoint)["model_state_dict"])

@@ -65,7 +65,7 @@ def refused(run: Run) -> str:
 
 
 def test_exports_while_training_are_the_checkpoints(place: Place, whole: Run) -> None:
-    """Of the same steps, bit for bit; and so is what ``export`` makes of a checkpoint."""
+    """Equal to the checkpoints of the same steps, bit for bit, as is their ``export``."""
     exports = place.folder / "exports"
     assert sorted(p.name for p in exports.iterdir()) == ["step_12", "step_14", "step_4", "step_8"]
     for step in (4, 14):

@@ -73,7 +73,7 @@ def test_one_flipped_byte_is_detected(place: Place, stopped: Run, count: int) ->
 
 @pytest.mark.slow
 def test_the_message_has_a_command_that_resumes(place: Place, whole: Run) -> None:
-    """That is taken from the message as it stands; the run is then what it would have been."""
+    """The command is taken from the message; the run then equals an undamaged one."""
     place.run("a run", fate="TERM:6")
     run = Run(place.folder / "a run", [], "")
     assert run.saved == ["iter_0000004", "iter_0000006"]

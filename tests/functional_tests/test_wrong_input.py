@@ -46,7 +46,7 @@ def test_every_command_has_a_case() -> None:
 def test_it_is_refused_on_one_screen(
     command: str, arguments: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As people see it, and as a script reads it."""
+    """The message is checked on the terminal and in the JSON."""
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "FILE").write_text("not what you think")
     monkeypatch.chdir(tmp_path)

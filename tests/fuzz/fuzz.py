@@ -28,7 +28,7 @@ from megatron_olmo_bridge.errors import MOST_CHARACTERS, fit_screen
 
 MOST_SECONDS, MOST_BYTES = 2.0, 300 << 20
 CASES_AT_ONCE = 100
-"""Of a target, before it is the next one's turn."""
+"""Number of cases of a target before the next target."""
 
 
 class Finding(Exception):  # noqa: N818

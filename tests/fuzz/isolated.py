@@ -35,13 +35,13 @@ class Outcome:
     ended: str
     """accepted, refused, memory (there was too little), traceback, died or hung."""
     value: Any = None
-    """Of an accepted case: what was understood, as JSON."""
+    """What was read from an accepted case, as JSON."""
     message: str = ""
-    """Of any other: what was said."""
+    """Message of a case that was not accepted."""
     seconds: float = 0.0
-    """Of processor time."""
+    """Processor time."""
     nbytes: int = 0
-    """Of memory, at the most, beyond what there was at the start."""
+    """Peak memory in addition to that at the start."""
 
 
 class Worker:

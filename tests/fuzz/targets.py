@@ -20,7 +20,7 @@ Function = Callable[[Path], Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file that a stranger may have made."""
+    """A kind of untrusted file."""
 
     name: str
     start: str
@@ -245,7 +245,7 @@ def yaml_reads(folder: Path) -> Any:
 
 
 def torch_reads_metadata(folder: Path) -> Any:
-    """By torch's own classes; names that the sound file doesn't have are refused."""
+    """Read with torch's own classes; names that the valid file doesn't have are refused."""
     import pickle
 
     import torch

@@ -221,7 +221,7 @@ def cosine(peak: float, step: int, warmup: int, end: float) -> float:
 
 
 def test_stage_2_begins_where_stage_1_ended() -> None:
-    """Of 7B the published value is 0.2 % off; 13B had reached a tenth of its peak."""
+    """The published value of 7B is 0.2 % off; 13B had reached a tenth of its peak."""
     ends = {
         "1b": cosine(4e-4, 1907359, 4000, 5e12 / (512 * 4096)),
         "7b": cosine(3e-4, 928646, 2000, 5e12 / (1024 * 4096)),

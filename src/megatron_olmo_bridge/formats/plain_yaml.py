@@ -75,7 +75,7 @@ def _build(loader: Any) -> Any:
     document: list[Any] = []
     stack, count = [_Unfinished(document, None, None, 0)], 0
     anchors: dict[str, tuple[Any, int]] = {}
-    """By anchor: its value, and the number of values in it."""
+    """Value and number of values of each anchor."""
     while loader.check_event():
         event = loader.get_event()
         begin, anchor = count, getattr(event, "anchor", None)

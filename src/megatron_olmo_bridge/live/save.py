@@ -31,6 +31,7 @@ from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
 from megatron_olmo_bridge.storage.atomic import PARTIAL, sync, sync_tree, write_synced
 from megatron_olmo_bridge.storage.execute import cleaning_up, finish
+from megatron_olmo_bridge.storage.lock import Lock, take
 from megatron_olmo_bridge.storage.plan import CopyPlan, Literal
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.provenance import LIVE, Provenance
@@ -146,13 +147,17 @@ def save_megatron(
     # As in storage.stage: an empty folder is used as it is.
     stage = root if root.is_dir() else root.with_name(root.name + PARTIAL)
     folder = stage / f"iter_{iteration:07d}"
-    on_first(lambda: _begin(root, stage, folder))
-    state, texts = megatron_state(
-        chunks, bridge, artifacts_folder=artifacts_folder, iteration=iteration
-    )
-    dist_checkpointing.save(state, str(folder), content_metadata=ON_DISK)
-    wait_for_all()
-    on_first(lambda: _commit(root, stage, folder, texts, iteration))
+    lock = on_first(lambda: _begin(root, stage, folder))
+    try:
+        state, texts = megatron_state(
+            chunks, bridge, artifacts_folder=artifacts_folder, iteration=iteration
+        )
+        dist_checkpointing.save(state, str(folder), content_metadata=ON_DISK)
+        wait_for_all()
+        on_first(lambda: _commit(root, stage, folder, texts, iteration))
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def megatron_state(
@@ -198,21 +203,27 @@ def model_states(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def _begin(root: Path, stage: Path, folder: Path) -> None:
+def _begin(root: Path, stage: Path, folder: Path) -> Lock:
     check_name(root)
     if not is_vacant(root):
         raise OutputError(f"{root}: exists already; name another folder")
     if not is_vacant(stage):
         raise OutputError(f"{stage}: is in the way, and no save's. Move it away.")
     stage.mkdir(parents=True, exist_ok=True)
-    (stage / PARTIAL_MARKER).touch()
-    clear(stage)  # left by an interrupted save
-    folder.mkdir()
+    lock = take(stage / PARTIAL_MARKER, is_journal=True)
+    try:
+        clear(stage)  # left by an interrupted save
+        folder.mkdir()
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 def _commit(root: Path, stage: Path, folder: Path, texts: dict[str, bytes], iteration: int) -> None:
     write_texts(folder, texts)
-    sync_tree(stage)
+    sync_tree(folder)
+    sync(stage)
     if stage != root:
         stage.rename(root)
         sync(root.parent)

@@ -63,7 +63,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         OSError: the folder can't be written.
     """
     partial, old = (path.with_name(f"{path.name}{suffix}{PARTIAL}") for suffix in ("", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.rename(path)
+    shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

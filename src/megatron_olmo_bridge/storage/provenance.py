@@ -84,7 +84,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
         and isinstance(files, dict)
         and all(_is_described(name, entry) for name, entry in files.items())
     ):
-        raise FormatError(f"{file}: is no record of a conversion")
+        raise FormatError(f"{file}: not the record of a conversion")
     if _SEAL in value or value.get("operation") == TRAIN:
         unsealed = {key: item for key, item in value.items() if key != _SEAL}
         if sealed(unsealed) != file.read_bytes():

@@ -48,6 +48,8 @@ class Stage:
         self._recording = threading.Lock()
         self._lock: Lock | None = None
         """Lock of the marker, while this process writes here."""
+        self._journal = b""
+        """Content of the marker when it was read, which is before it is locked."""
         self.folder = self._where_to_write()
         """``DST.partial``; or ``DST``, if that is an empty folder."""
         self._check()
@@ -167,7 +169,8 @@ class Stage:
     def _complete_before(self) -> None:
         """Read the journal of an interrupted run of the same plan."""
         try:
-            lines = (self.folder / PARTIAL_MARKER).read_text().splitlines()
+            self._journal = (self.folder / PARTIAL_MARKER).read_bytes()
+            lines = self._journal.decode().splitlines()
             header = json.loads(lines[0])
         except (OSError, ValueError, IndexError):
             if list(self.folder.iterdir()) == [self.folder / PARTIAL_MARKER]:
@@ -213,6 +216,9 @@ class Stage:
         if not begun and len(list(self.folder.iterdir())) > 1:
             lock.release(delete=True)
             raise OutputError(f"{self.folder}: exists already. Pass --overwrite to replace it.")
+        if self.complete and os.pread(lock.descriptor, len(self._journal) + 1, 0) != self._journal:
+            lock.release()
+            raise OutputError(f"{self.folder}: another olmo-bridge was writing here just now")
         self._lock = lock  # from here on, discard() may delete the content
         if not self.complete:
             clear(self.folder)

@@ -54,7 +54,7 @@ from .restore import PROGRESS, layout, load, rng_state, saved_content
 _FULL = 2**20
 """Free bytes below which a disk counts as full."""
 _STRATEGY = {"async_strategy": "mcore"}
-"""By default 0.19 would use NVIDIA's resiliency extension, a separate package."""
+"""0.19 would by default use NVIDIA's resiliency extension, a separate package."""
 if "async_strategy" not in inspect.signature(dist_checkpointing.save).parameters:
     _STRATEGY.clear()
 

@@ -52,7 +52,7 @@ def test_other_ranks_wait_on_gloo(hf: Path) -> None:
 
 
 def test_tests_without_the_marker_see_no_gpu() -> None:
-    """Of the repository's own suite, on this machine."""
+    """Run the repository's own suite on this machine."""
     root = Path(__file__).parents[3]
     test = "tests/unit_tests/runtime/test_devices.py"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=root)

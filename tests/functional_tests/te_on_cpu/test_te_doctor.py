@@ -23,7 +23,7 @@ def usable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_family_and_each_kind_of_layer_has_a_kernel() -> None:
-    """Of the extension's stub, cuDNN has one for all."""
+    """In the stub of the extension, cuDNN has a kernel for all."""
     fused = "cuDNN's fused attention (backend 1)"
     assert [(kernel.layers, kernel.kernel) for kernel in attention_kernels()] == [
         ("heads of 128", fused),  # OLMo-2

@@ -91,7 +91,7 @@ def test_fused_losses_and_gradients_equal_unfused_ones(
 def test_fused_gradient_accumulation_gives_the_same_gradients(
     size: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Transformer Engine's own autograd functions; APEX's kernel is PyTorch here."""
+    """Uses Transformer Engine's own autograd functions; PyTorch replaces APEX's kernel."""
 
     def wrapped() -> torch.nn.Module:
         provider = AutoBridge.from_hf_pretrained(checkpoint(size)).to_megatron_provider()

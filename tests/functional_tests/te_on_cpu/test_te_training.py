@@ -51,7 +51,7 @@ def losses(
     backend: str = "transformer_engine",
     start: Path | None = None,
 ) -> list[float]:
-    """Of a run in a folder, which goes on where one is there."""
+    """Return the losses of a run in a folder; resume it if the folder has one."""
     config = TrainingConfig(
         name="te",
         model={} if start else dict(published_sizes()[size].sizes[size]),

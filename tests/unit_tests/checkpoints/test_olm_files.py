@@ -168,7 +168,7 @@ def test_code_is_refused_by_name_and_nothing_runs(
 
 REBUILD, FLOAT = inert("torch._utils._rebuild_tensor_v2"), inert("torch.FloatStorage")
 STORAGE = Persistent(("storage", FLOAT, "0", "cpu", 15))
-"""That of ``a.weight``."""
+"""Storage of ``a.weight``."""
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,7 @@ def test_a_reader_who_has_seen_enough_is_no_error(args: tuple[str, ...]) -> None
 def test_under_torchrun_an_error_is_printed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By whichever process finds it first; what only one of them finds is printed too."""
+    """The first process that finds it prints it; an error of only one process is printed too."""
     printed = []
     for rank, message in enumerate(["no such folder", "no such folder", "out of range"]):
         (tmp_path / f"{rank}").mkdir()

@@ -60,7 +60,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_mean_equals_torchs(
     make_hf: HFFactory, tmp_path: Path, dtype: str, weights: list[float] | None
 ) -> None:
-    """Of Hugging Face and Megatron checkpoints, the one's vocabulary padded."""
+    """Mean of a Hugging Face checkpoint and a Megatron checkpoint with a padded vocabulary."""
     wanted = getattr(torch, dtype)
     folders = [make_hf(name, seed=i, dtype=wanted) for i, name in enumerate("abc")]
     import_checkpoint(

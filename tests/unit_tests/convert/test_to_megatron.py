@@ -211,7 +211,7 @@ MIXED = {
     "model.layers.2.self_attn.v_proj.weight": torch.bfloat16,
     "model.norm.weight": torch.bfloat16,
 }
-"""Of a float32 model: one of q, k and v, one of gate and up, a whole tensor."""
+"""Tensors of a float32 model to change: one of q, k and v, one of gate and up, a whole one."""
 
 
 def mix(tensors: Tensors) -> None:

@@ -27,7 +27,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 def read(
     path: Path, limit: int = 1 << 20, **options: str
 ) -> tuple[list[str], list[BadLine], list[Span]]:
-    """All texts and bad lines of a file that is cut into spans of so many bytes."""
+    """All texts and bad lines of a file that is divided into spans of this many bytes."""
     chosen = TextOptions(**options)
     spans = documents.text_spans(str(path), limit, chosen)
     batches = [batch for span in spans for batch in documents.read_texts(span, chosen)]

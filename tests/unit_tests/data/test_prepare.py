@@ -53,13 +53,13 @@ def write_json_lines(path: Path, found: list[str]) -> Path:
 
 
 def documents(out: Path) -> list[list[int]]:
-    """As stock megatron-core reads them."""
+    """Return the documents as stock megatron-core reads them."""
     stock = IndexedDataset(str(out))  # its arrays die with it
     return [d.tolist() for d in stock[:]]
 
 
 def expected(folder: Path, found: list[str]) -> list[list[int]]:
-    """As transformers tokenizes them."""
+    """Return the documents as transformers tokenizes them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in found]
     return [[*one, tokenizer.eos_token_id] for one in ids]

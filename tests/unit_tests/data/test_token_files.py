@@ -16,7 +16,7 @@ EOS, VOCAB = 3, 100
 
 
 def documents(path: Path, dtype: str, limit: int) -> tuple[list[list[int]], int]:
-    """All documents of a file that is cut into spans of so many bytes, and how many were empty."""
+    """Documents of a file divided into spans of ``limit`` bytes, and the number of empty ones."""
     ids: list[int] = []
     lengths: list[int] = []
     left_out = nbytes = 0

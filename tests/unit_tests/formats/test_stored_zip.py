@@ -167,7 +167,7 @@ def test_what_is_refused(tmp_path: Path, what: str) -> None:
 
 
 def test_a_directory_larger_than_any_real_one_is_not_read(tmp_path: Path) -> None:
-    """By its size alone: a sparse file of zeros between the record and the end."""
+    """Refused for its size: a sparse file of zeros between the record and the end."""
     record = zipped("a/x")
     record = record[: record.index(b"PK\x01\x02")]
     file = tmp_path / "a.pt"

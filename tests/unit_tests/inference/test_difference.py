@@ -112,7 +112,7 @@ def test_a_wrong_embedding_of_one_token_is_found_in_a_mixture_too() -> None:
 
 
 def test_the_few_logits_of_a_classifier_raise_no_false_alarm() -> None:
-    """By chance transformers' own can be off by nothing; the rounding before them is known."""
+    """transformers' own error may be 0 by chance; the rounding of the layers before is known."""
     for seed in range(20):
         reference = states(seed, shape=(1, 2))
         own = off_by(0.01, seed=100 + seed, reference=reference)

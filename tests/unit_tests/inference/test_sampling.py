@@ -18,7 +18,7 @@ LOGITS = torch.tensor([math.log(p) for p in DISTRIBUTION.values()])
 
 
 def drawn(times: int = 4000, *, temperature: float = 1.0, top_p: float = 1.0) -> dict[int, float]:
-    """How often each token is chosen, of so many times."""
+    """How often each token is chosen in this many draws."""
     generator = torch.Generator().manual_seed(0)
     tokens = Counter(choose(LOGITS, temperature, top_p, generator) for _ in range(times))
     return {token: tokens[token] / times for token in sorted(tokens)}

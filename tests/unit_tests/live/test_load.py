@@ -87,7 +87,7 @@ def test_every_parameter_is_set(
 def test_a_head_beside_tied_embeddings_is_a_head_of_its_own(
     build: Build, make_hf: HFFactory
 ) -> None:
-    """As in transformers 5, which ties only what is missing or equal."""
+    """transformers 5 ties a head only if it is missing or equal."""
     head = torch.randn(101, 36)
     hf = make_hf(tie_word_embeddings=True, change=lambda t: t.update({"lm_head.weight": head}))
     chunks = build(hf, share_embeddings_and_output_weights=False)

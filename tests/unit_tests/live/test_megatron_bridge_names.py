@@ -183,7 +183,7 @@ def test_hooks_run_in_order_and_may_replace_the_chunks(
 
 @dataclass
 class TrainedProvider(Olmo2ModelProvider):  # type: ignore[misc]
-    """As docs/megatron-bridge.md has it."""
+    """The class of docs/megatron-bridge.md."""
 
     seq_length: int = 4096
     should_pad_vocab: bool = False

@@ -19,7 +19,7 @@ def test_a_language_model_has_no_classes() -> None:
 
 
 def test_without_labels_a_classifier_has_two() -> None:
-    """As in transformers."""
+    """The default of transformers."""
     assert bridge(architectures=["Olmo2ForSequenceClassification"]).num_labels == 2
 
 

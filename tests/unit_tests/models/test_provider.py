@@ -407,8 +407,8 @@ def initial(**fields: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("one_process")
 def test_truncated_initial_weights_have_the_same_deviation_in_all_matrices() -> None:
-    """Of a normal distribution cut off at 3 standard deviations the standard deviation is 0.9866
-    of the untruncated one's; 48 x 48 values show it to 1.5 %."""
+    """Truncation at 3 standard deviations reduces the standard deviation to 0.9866 of the original;
+    48 x 48 values show it to 1.5 %."""
     matrices = {n: p for n, p in initial(init_truncation=3.0).items() if p.ndim == 2}
     ends = {name.rpartition(".weight")[0].rpartition(".")[2] for name in matrices}
     assert ends == {
@@ -437,7 +437,7 @@ def test_without_truncation_megatron_core_initialises() -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_uninitialized_weights_are_marked_as_sharded_too() -> None:
-    """By these marks megatron-core counts each parameter once in the gradient's norm."""
+    """megatron-core uses these marks to count each parameter once in the gradient norm."""
     marks = (
         "tensor_model_parallel",
         "partition_dim",

@@ -211,7 +211,7 @@ def test_a_record_of_stock_megatron_lm_contradicts_another_model(
 
 
 def test_defaults_that_were_never_used_are_not_compared() -> None:
-    """Of a model that other code built, in Megatron-LM's loop, args have the sizes alone."""
+    """If other code built the model, Megatron-LM's args have only the sizes."""
     untouched = stock_args(
         position_embedding_type="learned_absolute",
         rotary_base=10000,

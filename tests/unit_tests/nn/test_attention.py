@@ -131,7 +131,7 @@ def test_a_given_scale_takes_the_place_of_the_heads_width() -> None:
 @pytest.mark.parametrize("window", [1, 3, SEQUENCE, SEQUENCE + 5])
 @pytest.mark.parametrize("new", [1, 3, SEQUENCE])
 def test_a_window_is_a_mask_also_with_cached_keys(window: int, new: int) -> None:
-    """Of so many tokens, the query's own among them; of every second layer."""
+    """A window of ``window`` tokens including the query's own, in every second layer."""
     query, key, value = random_qkv()
     settings = config(window_size=(window - 1, 0), window_attn_skip_freq=2)
     positions = torch.arange(SEQUENCE)

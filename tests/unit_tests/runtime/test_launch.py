@@ -65,7 +65,7 @@ def test_several_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_variables_for_the_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that which switches TF32 off."""
+    """For example the variable that disables TF32."""
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     with processes("started_module", ["tf32"], 1, environment=NO_TF32) as output:
         assert list(output) == ["NVIDIA_TF32_OVERRIDE=0\n"]

@@ -41,7 +41,7 @@ SRUN = {
     "SLURM_STEP_NODELIST": "gpu[003-004]",
     "SLURM_JOB_ID": "31007",
 }
-"""Of the last of four tasks on two nodes."""
+"""Variables of the last of four tasks on two nodes."""
 
 
 @pytest.mark.parametrize(

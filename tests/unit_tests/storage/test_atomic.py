@@ -130,6 +130,14 @@ def test_a_folder_takes_the_place_of(
     assert names(tmp_path) == ["tokenizer"]
 
 
+def test_an_old_folder_is_restored_after_a_kill_between_two_renames(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.old.partial").mkdir()
+    (tmp_path / "tokenizer.old.partial/older.json").touch()
+    with pytest.raises(OSError, match="full"), replacing_folder(tmp_path / "tokenizer"):
+        raise OSError("full")
+    assert names(tmp_path / "tokenizer") == ["older.json"]
+
+
 def test_an_error_leaves_the_folder_of_before(tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Carrying out a plan: how its files are shared out."""
+"""Carrying out a plan: how its files are divided."""
 
 import random
 

@@ -119,3 +119,18 @@ def test_a_file_system_without_locks_is_reported(
     held = take(tmp_path / "lock")
     assert not held.is_effective
     held.release()
+
+
+def test_a_lock_stays_held_when_its_folder_is_renamed(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    held = take(tmp_path / "out.partial/lock")
+    (tmp_path / "out.partial").rename(tmp_path / "out")
+    assert refused_elsewhere(tmp_path / "out/lock")
+    held.release()
+
+
+def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        take(tmp_path / "lock")
+    assert not (tmp_path / "elsewhere").exists()

@@ -79,7 +79,7 @@ except BridgeError as error:
 
 
 def test_processes_that_read_different_files_are_refused(make_hf: HF, tmp_path: Path) -> None:
-    """As where the source was replaced when some had read its headers."""
+    """The source was replaced after some processes had read its headers."""
     make_hf("hf0")
     make_hf("hf1", seed=1)
 

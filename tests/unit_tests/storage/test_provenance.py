@@ -108,7 +108,7 @@ def test_a_record_of_a_later_version_may_say_more(tmp_path: Path) -> None:
 def test_a_record_that_is_not_sound(tmp_path: Path, change: dict[str, Any]) -> None:
     record = {"source": "a/b", "files": FILES} | change
     (tmp_path / "olmo_bridge.json").write_text(json.dumps(record))
-    with pytest.raises(FormatError, match=r"olmo_bridge\.json: is no record of a conversion"):
+    with pytest.raises(FormatError, match=r"olmo_bridge\.json: not the record of a conversion"):
         read_provenance(tmp_path)
 
 

@@ -11,10 +11,11 @@ import pytest
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint, verify
 from megatron_olmo_bridge.convert.average import average_checkpoints
 from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions
+from megatron_olmo_bridge.convert.to_megatron import plan_import
 from megatron_olmo_bridge.errors import FormatError, OutputError
 from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.progress import Reporter
-from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
+from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER, Stage
 from megatron_olmo_bridge.tools.synth import synth
 
 Convert = Callable[..., object]
@@ -239,3 +240,21 @@ def test_what_another_program_left_half_written_is_not_resumed(
         export_checkpoint(tiny_megatron, dst, write=WriteOptions(resume=True))
 
     assert (dst / "iter_0000000/metadata.json").is_file()
+
+
+def test_a_journal_that_changed_before_it_was_locked_is_not_continued(
+    tiny_hf: Path, tmp_path: Path
+) -> None:
+    """Another run may have started over in the same folder since the journal was read."""
+    plan, _ = plan_import(tiny_hf)
+    interrupted = Stage(tmp_path / "dst", plan, resume=False, overwrite=False)
+    interrupted.open()
+    interrupted.record(plan.files[0].name)
+    interrupted.close()
+    resumed = Stage(tmp_path / "dst", plan, resume=True, overwrite=False)
+    assert resumed.complete == {plan.files[0].name}
+    with (tmp_path / "dst.partial" / PARTIAL_MARKER).open("a") as journal:
+        journal.write("[]\n")
+    with pytest.raises(OutputError, match="another olmo-bridge was writing here just now"):
+        resumed.open()
+    Stage(tmp_path / "dst", plan, resume=True, overwrite=False).open()

@@ -75,7 +75,7 @@ def test_the_order_of_the_data_as_megatron_has_it(tmp_path: Path, planned: int, 
 
 
 def samples(config: TrainingConfig, steps: int, first: int) -> list[list[int]]:
-    """The sequences of the first steps of a run of so many steps."""
+    """The sequences of the first steps of a run of this many steps."""
     from megatron_olmo_bridge.runtime.cpu import cpu_runtime
     from megatron_olmo_bridge.training.token_data import TokenData
 

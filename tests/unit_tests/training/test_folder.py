@@ -27,7 +27,7 @@ def run(folder: Path | None, *overrides: str) -> TrainingConfig:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of a run that was begun."""
+    """Folder of a run that has started."""
     claim(run(tmp_path / "run"))
     return tmp_path / "run"
 
@@ -115,7 +115,7 @@ def test_a_run_that_is_older_than_a_field_goes_on_at_its_default(folder: Path) -
 
 
 def test_a_run_may_be_extended(folder: Path) -> None:
-    """By more steps, once it is said what becomes of the learning rate."""
+    """More steps are allowed if the config says what happens to the learning rate."""
     more = "train.steps=9"
     with pytest.raises(InputError, match=r"extends a run of 5 steps(.|\n)*\n  .*end_step=5: as"):
         check_folders(run(folder, more))

@@ -58,7 +58,7 @@ def test_names_that_cannot_be_exchanged_are_left(tmp_path: Path) -> None:
 def test_where_two_names_cannot_be_exchanged(
     partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
-    """By two renames; between them, the older one gets its name back at the next start."""
+    """It takes two renames; after a kill between them, the next start restores the older one."""
     monkeypatch.setattr(naming, "exchange", lambda *_: False)
     checkpoint(tmp_path / NAME, "older")
     if interrupted:

@@ -46,7 +46,7 @@ def scheduled(config: TrainingConfig) -> tuple[Any, Any]:
 
 
 def rates(config: TrainingConfig, steps: int = STEPS) -> list[float]:
-    """Of step 1, 2, 3 and so on: the scheduler is stepped before the optimizer."""
+    """Return the learning rates of steps 1, 2, 3, ...: the scheduler steps before the optimizer."""
     scheduler, group = scheduled(config)
     found = []
     for _ in range(steps):

@@ -46,6 +46,6 @@ def test_as_many_optimizers_are_welcome(saved: dict[Any, Any], count: int) -> No
 
 
 def test_a_layout_that_is_not_recorded_is_refused() -> None:
-    """As in a checkpoint that Megatron-LM saved."""
+    """For example in a checkpoint that Megatron-LM saved."""
     with pytest.raises(InputError, match=r"iter_0000004 does not record\. .*init\.optimizer"):
         check_loadable(Path("run/iter_0000004"), None, [])

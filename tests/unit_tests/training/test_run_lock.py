@@ -100,7 +100,7 @@ def test_what_a_run_wrote_is_left(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_another_run_is_left(tmp_path: Path) -> None:
-    """Of one in a folder that took the name of this one's, which was moved away."""
+    """The run's folder was moved, and another run's folder took its name."""
     folder = tmp_path / "run"
     with contextlib.ExitStack() as later:
         with locked(folder):

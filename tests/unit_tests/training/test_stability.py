@@ -45,7 +45,7 @@ def test_a_spike_is_so_many_deviations_above_the_mean() -> None:
 def test_the_first_spike_can_be_the_step_in_the_middle_of_the_window(
     window: int, first: int
 ) -> None:
-    """As in OLMo-core, which counts the current step in; but of one step there is no deviation."""
+    """OLMo-core includes the current step too, but one step has no deviation."""
     usual = (USUAL * 32)[: first - 1]
     careful = watch("skip", usual[:-1], window)
     assert not careful.is_spike(99.0, 20.0)

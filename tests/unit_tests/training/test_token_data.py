@@ -98,7 +98,7 @@ def test_data_may_be_read_ahead(text: str) -> None:
 
 
 def test_more_steps_than_data_begin_again(text: str) -> None:
-    """Of 80 sequences each of the 12 comes six or seven times, give or take one at the seams."""
+    """In 80 sequences each of the 12 occurs six or seven times, plus or minus one at the seams."""
     found = steps_of(run(text, steps=20))[:20]
     seen = found.flatten().bincount(minlength=97)
     assert seen.sum() == 20 * BATCH * LENGTH
@@ -125,7 +125,7 @@ def test_data_parallel_ranks_share_out_each_step(
 
 
 def share_of_the_first(config: TrainingConfig) -> float:
-    """Of the sequences; tokens of the second dataset begin at 500."""
+    """Return the share of sequences of the first dataset; tokens of the second start at 500."""
     return float((steps_of(config)[..., 0] < 500).double().mean())
 
 

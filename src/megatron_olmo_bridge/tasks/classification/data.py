@@ -213,7 +213,7 @@ class Tokenized:
     ends: Integers
     """End of each text in ``tokens``, [n]."""
     labels: Labels
-    """As in :class:`Examples`."""
+    """Labels, as in :class:`Examples`."""
     truncated: int
     """Number of texts that were truncated."""
 

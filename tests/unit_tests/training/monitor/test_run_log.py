@@ -76,7 +76,7 @@ def lines(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
 
 
 def cells(text: str) -> list[str]:
-    """Of a line on the console: columns are two spaces apart, or more."""
+    """Split a line on the console into columns, which are at least two spaces apart."""
     return [cell.strip() for cell in text.split("  ") if cell.strip()]
 
 
@@ -332,7 +332,7 @@ TORN = {
 def test_damaged_lines_are_told_of_and_left_out(
     start: Start, tmp_path: Path, said: list[str], damage: Callable[[str], str]
 ) -> None:
-    """By the run that goes on, which writes the others anew, and by the report."""
+    """Skipped by the resumed run, which writes the other lines again, and by the report."""
     killed_at_35(start, tmp_path)
     path = tmp_path / "log.jsonl"
     every = path.read_text().splitlines()

@@ -7,7 +7,7 @@ from comparison.speed import speeds
 
 
 def test_speeds_are_measured_in_turns_on_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that stands still while nothing is predicted: the machine may be busy."""
+    """The clock of this test advances only during predictions: the machine may be busy."""
     now, calls = 0.0, []
     monkeypatch.setattr("comparison.speed.time.perf_counter", lambda: now)
 
