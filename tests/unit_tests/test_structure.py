@@ -266,7 +266,7 @@ TESTED_BY = {
     "unit_tests/formats/test_pickles.py": ["formats/inert", "formats/pickle_globals"],
     "unit_tests/formats/test_pickle_machine.py": ["formats/pickle_opcodes"],
     "functional_tests/test_generate.py": ["inference/generation", "inference/forward"],
-    "functional_tests/test_live_weights.py": ["live/save", "live/strategy"],
+    "functional_tests/test_live_weights.py": ["live/strategy"],
     "functional_tests/te_on_cpu/test_te_doctor.py": ["models/attention_kernels"],
     "unit_tests/models/test_families.py": [
         "models/catalogue",
