@@ -28,7 +28,7 @@ def main() -> None:
     provider.tensor_model_parallel_size = args.tp
     model = provider.provide_distributed_model(wrap_with_ddp=False)
 
-    # Called as a plain module: this rank's part of the vocabulary. None: the mask is causal.
+    # Called directly, the model returns this rank's part of the vocabulary. None: causal mask.
     input_ids = torch.tensor([prompt], device=torch.cuda.current_device())
     position_ids = torch.arange(len(prompt), device=input_ids.device).unsqueeze(0)
     with torch.no_grad():

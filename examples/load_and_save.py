@@ -3,7 +3,7 @@
 usage: python load_and_save.py HF OUT
        torchrun --nproc_per_node 4 load_and_save.py HF OUT --tp 2 --pp 2
 
-Each process reads from the files only the part of the model that it holds.
+Each process reads only the rows that contain its part of the model.
 """
 
 import argparse

@@ -99,8 +99,8 @@ def choose(
 def split(
     examples: list[tuple[str, str]], share: float
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """To train on, and held out: of each class the same share. Classes of fewer than two are left
-    out."""
+    """Split into training and held-out examples, the same share of each class. Classes with fewer
+    than two examples are dropped."""
     of_class = defaultdict(list)
     for example in examples:
         of_class[example[1]].append(example)

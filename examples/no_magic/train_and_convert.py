@@ -70,7 +70,7 @@ print(f"{len(TEXT)} characters, {len(VOCABULARY)} different ones")
 # %% [markdown]
 # ## The model
 #
-# Every part is in sight: two residual branches make a layer, four layers make the model.
+# Every part is visible: two residual branches make a layer, four layers make the model.
 
 # %%
 LAYERS, WIDTH, HEADS = 4, 64, 4
@@ -97,7 +97,7 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 # %% [markdown]
 # ## Training
 #
-# By OLM's trainer, which writes `step_100.pt`: the model, the optimizer, the scheduler.
+# OLM's trainer writes `step_100.pt`: the model, the optimizer, the scheduler.
 
 # %%
 STEPS = 100

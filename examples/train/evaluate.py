@@ -42,7 +42,7 @@ def held_out(data: TokenData, sequences: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def loss_in_transformers(hf: Path, tokens: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean cross entropy, in nats a token."""
+    """Mean cross entropy, in nats per token."""
     model = AutoModelForCausalLM.from_pretrained(hf, dtype="auto")
     total = 0.0
     with torch.no_grad():
@@ -53,7 +53,7 @@ def loss_in_transformers(hf: Path, tokens: torch.Tensor, labels: torch.Tensor) -
 
 
 def unigram_entropy(training: list[DataInfo], vocabulary: int, labels: torch.Tensor) -> float:
-    """See above; in nats a token."""
+    """Cross entropy of predicting each token by its frequency in training, in nats per token."""
     counts = np.zeros(vocabulary)
     for info in training:
         tokens = np.fromfile(f"{info.prefix}.bin", dtype=info.dtype)

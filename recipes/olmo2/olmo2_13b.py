@@ -1,4 +1,4 @@
-"""OLMo-2 13B (OLMo-2-1124-13B): 5T tokens of web text, then 100B or 300B of better ones.
+"""OLMo-2 13B (OLMo-2-1124-13B): 5T tokens of web text, then 100B or 300B of higher-quality text.
 
 ``OLMo2-13B-stage1.yaml`` has a peak learning rate of 3e-4, which the launch scripts override with
 9e-4. They leave the warmup as it is there: 8,388,608,000 tokens are 1000 steps. (Table 3 of the

@@ -1,4 +1,4 @@
-"""OLMo-2 1B (OLMo-2-0425-1B): 4T tokens of web text, then 50B of better ones.
+"""OLMo-2 1B (OLMo-2-0425-1B): 4T tokens of web text, then 50B of higher-quality text.
 
 The layout is plain data parallelism, on any number of GPUs of 80 GB; on smaller ones
 ``train.micro_batch_size=1``. Stage 2 was run with the seeds 42, 42069 and 666, and one was kept.

@@ -1,4 +1,4 @@
-"""OLMo-2 32B (OLMo-2-0325-32B): 6.06T tokens of web text, then 100B or 300B of better ones.
+"""OLMo-2 32B (OLMo-2-0325-32B): 6.06T tokens of web text, then 100B or 300B of higher-quality text.
 
 The layout takes 2 nodes of 8 GPUs of 80 GB, or a multiple; 8 nodes leave half of the memory free.
 Where nodes are joined by slow links, ``parallel.pp=2 parallel.vpp=4`` sends less between them.

@@ -1,4 +1,4 @@
-"""OLMo-2 7B (OLMo-2-1124-7B): 3.9T tokens of web text, then 50B of better ones.
+"""OLMo-2 7B (OLMo-2-1124-7B): 3.9T tokens of web text, then 50B of higher-quality text.
 
 The layout fits one node of 8 GPUs of 80 GB, or any number of such nodes. Stage 2 was
 run with the seeds 42, 42069 and 666, and the three were averaged.

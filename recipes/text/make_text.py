@@ -98,7 +98,7 @@ def story(rng: random.Random) -> str:
 
 
 def town(rng: random.Random) -> str:
-    """A made-up name: what no vocabulary has as a whole."""
+    """A made-up name, which no vocabulary has as one token."""
     parts = ["al", "ber", "cor", "den", "fal", "gri", "hol", "kam", "lin", "mor", "ost", "ver"]
     ends = ["burg", "ton", "field", "stad", "mouth", "ville"]
     return ("".join(rng.choices(parts, k=rng.randint(1, 2))) + rng.choice(ends)).capitalize()

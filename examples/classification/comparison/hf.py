@@ -14,7 +14,7 @@ from megatron_olmo_bridge.nn.problem_types import SINGLE_LABEL
 from megatron_olmo_bridge.tasks.classification.problems import head_labels
 
 BATCH = 32
-"""Texts labelled at once by default."""
+"""Default number of texts in a batch."""
 
 
 def device() -> torch.device:

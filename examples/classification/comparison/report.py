@@ -39,7 +39,7 @@ class Misread:
     true: str
     predicted: str
     distance: float
-    """How far off it is: the probability of what is wrong, or the absolute error."""
+    """Probability of the wrong class, or absolute error."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
@@ -48,28 +47,32 @@ class RMSNorm(torch.nn.Module):
         return scale_by_rms(wide, mean_square, self.weight, self.eps).to(x.dtype)
 
 
-def refuse_bias(kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for the arguments of a linear with a bias, which megatron-core would add
-    after the norm."""
-    if kwargs["bias"]:
-        raise ValueError("a linear with a norm after it cannot have a bias")
+class PostNorm:
+    """Base of row-parallel linears whose output, after the reduction over the ranks, is normalised.
 
+    They replace ``linear_proj`` or ``linear_fc2``; the norm is the child ``post_layernorm``.
 
-class RowParallelLinearPostLN(RowParallelLinear):  # type: ignore[misc]
-    """Row-parallel linear whose output, after the reduction over the ranks, is normalised.
-
-    Replaces ``linear_proj`` or ``linear_fc2``; the norm is the child ``post_layernorm``. The linear
-    must have no bias.
+    Raises:
+        ValueError: the linear has a bias, which megatron-core would add after the norm.
     """
+
+    norm: ClassVar[Any]
 
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
     ) -> None:
-        super().__init__(input_size, output_size, config=config, **kwargs)
-        refuse_bias(kwargs)
-        self.post_layernorm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
+        super().__init__(input_size, output_size, config=config, **kwargs)  # type: ignore[call-arg]
+        if kwargs["bias"]:
+            raise ValueError("a linear with a norm after it cannot have a bias")
+        self.post_layernorm = self.norm(config, output_size, eps=config.layernorm_epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Map x [s, b, input_size / TP] to [s, b, output_size], s / TP if sequence-parallel."""
-        output, _ = super().forward(x)
+        output, _ = super().forward(x)  # type: ignore[misc]
         return self.post_layernorm(output), None
+
+
+class RowParallelLinearPostLN(PostNorm, RowParallelLinear):  # type: ignore[misc]
+    """Row-parallel linear followed by :class:`RMSNorm`."""
+
+    norm = RMSNorm
