@@ -607,7 +607,7 @@ OPTIONS = [
     Case("record-of-something-else", "megatron",
          lambda src: edit_json(src / ITERATION / "olmo_bridge.json",
                                lambda x: x.update(files={DISTCP: {}})),
-         ("olmo_bridge.json", "no record"), ("verify SRC", "inspect SRC")),
+         ("olmo_bridge.json", "not the record"), ("verify SRC", "inspect SRC")),
 ]  # fmt: skip
 
 CASES = [
