@@ -108,6 +108,8 @@ class Checkpointer:
     on_saved: Callable[[int, Path], None] = lambda step, folder: None
     """Called in the first process after a checkpoint is complete."""
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
+    _partial: Path = Path()
+    """Folder of the checkpoint that is being written."""
     _needed: int = 0
     """Bytes of the checkpoint that is being written."""
 
@@ -125,7 +127,7 @@ class Checkpointer:
         """
         self.finish()
         folder = iteration_folder(self.root, step)
-        partial = folder.with_name(folder.name + PARTIAL)
+        partial = self._partial = folder.with_name(folder.name + PARTIAL)
         state, texts = megatron_state(
             self.chunks, self.bridge, artifacts_folder=self.tokenizer_folder, iteration=step
         )
@@ -223,6 +225,8 @@ class Checkpointer:
             raise
         except CheckpointException as error:  # all processes fail; only the first knows why
             why = next((str(e) for e, _ in error.failures.values()), "")
+            if not self._partial.is_dir():  # megatron-core 0.19 names only the error's class
+                why = f"{os.strerror(errno.ENOENT)}: {self._partial}"
             raise gather(self._failure(why))[0] from error
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
