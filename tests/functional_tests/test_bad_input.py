@@ -555,10 +555,10 @@ DESTINATIONS = [
                  (f"{command} SRC / --overwrite",)),
             # Neither of these was made by this program, so it deletes neither.
             Case(f"{command}-with-another-partial", start, there("../out/dst.partial"),
-                 ("dst.partial", "in the way"),
+                 ("dst.partial", "no conversion made it"),
                  tuple(f"{command} SRC DST {flag}" for flag in ("", "--resume", "--overwrite"))),
             Case(f"{command}-with-another-replaced", start, there("../out/dst.replaced"),
-                 ("dst.replaced", "in the way"),
+                 ("dst.replaced", "needs this name"),
                  tuple(f"{command} SRC DST {flag}" for flag in ("", "--resume", "--overwrite"))),
         )
     ),

@@ -131,7 +131,9 @@ def test_a_killed_and_resumed_run_writes_the_same_bytes(
     assert process.returncode == (130 if by is signal.SIGINT else -by), said
     wait_until(lambda: nobody_left(process.pid))  # no worker goes on by itself
     if by is signal.SIGINT:
-        assert said.endswith("olmo-bridge: interrupted. Run the same with --resume to continue.\n")
+        assert said.endswith(
+            "olmo-bridge: interrupted. Run the same command with --resume to continue.\n"
+        )
     with pytest.raises(InputError, match="an interrupted prepare-data"):
         read_info(out)
     finished = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out.partial/part-*.json")}

@@ -30,7 +30,7 @@ class KindOption:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """Facts that a checkpoint may not record. A kind refuses options that it has no use for."""
+    """Choices in reading a checkpoint. A kind refuses options that it has no use for."""
 
     iteration: int | str | None = None
     """Iteration of a Megatron checkpoint: a number, or ``release``. Default: the one that the

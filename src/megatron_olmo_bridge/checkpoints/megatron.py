@@ -142,7 +142,7 @@ def _is_latest(folder: Path) -> bool:
 def _refuse_unless_torch_dist(path: Path) -> None:
     if not (path / FORMAT_FILE).is_file():
         if is_hf_folder(path):
-            raise InputError(f"{path}: a Hugging Face checkpoint; name this very folder")
+            raise InputError(f"{path}: a Hugging Face checkpoint; pass this folder itself")
         raise InputError(f"{path}: no {FORMAT_FILE}: an incomplete or foreign checkpoint")
     for file in (f for f in path.rglob("*") if f.is_file()):
         refuse_pointer(file)

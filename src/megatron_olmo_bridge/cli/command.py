@@ -114,7 +114,7 @@ def register(
                 return function(**arguments)
 
         output.quiet, output.json, output.verbose = quiet, json, verbose
-        # Raised when torch is imported without NumPy, which these commands do not need.
+        # torch warns if NumPy is missing; these commands don't need NumPy.
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
             code = _run(name, work, resumable="resume" in arguments)
@@ -217,7 +217,7 @@ def _explain(error: BaseException, resumable: bool) -> Failure:
     if isinstance(error, BridgeError):
         return Failure(kind, str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        hint = " Run the same with --resume to continue." if resumable else ""
+        hint = " Run the same command with --resume to continue." if resumable else ""
         return Failure("Interrupted", f"interrupted.{hint}", INTERRUPTED)
     if isinstance(error, ModuleNotFoundError):
         missing = missing_package(error.name or "")

@@ -12,6 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -23,7 +24,7 @@ from megatron_olmo_bridge.errors import InputError
 from .completion import dtypes_or_keep, iterations, one_of
 
 KIND_OPTIONS = "kind_options"
-"""Field with the options that only one kind of checkpoint has: an option for each of them."""
+"""Name of the field for options of one kind of checkpoint. Each becomes an option of its own."""
 
 
 def numbers(text: str | None) -> list[float] | None:
@@ -43,7 +44,7 @@ class Shown:
     """Arguments of :func:`typer.Option`."""
     short: tuple[str, ...] = ()
     convert: Callable[[Any], Any] = lambda value: value
-    """Make the field's value of the option's."""
+    """Converts the value of the option to that of the field."""
 
 
 _COUNT = {"min": 1}
@@ -79,7 +80,7 @@ class Omit:
 
 
 class Options:
-    """The options that stand for one parameter of a command, whose type is a dataclass."""
+    """The options that replace a parameter whose type is a dataclass: one for each field."""
 
     def __init__(self, parameter: inspect.Parameter, cls: type[Any], omit: set[str]) -> None:
         self.name = parameter.name
@@ -104,7 +105,7 @@ class Options:
 
 
 def find_options(signature: inspect.Signature) -> dict[str, Options]:
-    """Return the options of each parameter of a command whose type is a dataclass."""
+    """Return, for each parameter whose type is a dataclass, the options that replace it."""
     found = {}
     for parameter in signature.parameters.values():
         cls, *marks = get_args(parameter.annotation) or [parameter.annotation]
@@ -131,13 +132,22 @@ def _declared(cls: type[Any], f: Field[Any]) -> Iterator[tuple[str, Any, Any]]:
 def docstring(cls: type[Any], name: str) -> str:
     """Return the text below a field of a dataclass, without its backquotes."""
     for base in cls.__mro__[:-1]:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(body, ast.ClassDef)
-        for field_, below in zip(body.body, body.body[1:], strict=False):
-            match field_, below:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=str(found))),
-                    ast.Expr(value=ast.Constant(value=str(text))),
-                ) if found == name:
-                    return " ".join(text.replace("``", "").split())
+        if name in (texts := _docstrings(base)):
+            return texts[name]
     raise AssertionError(f"{cls.__name__}.{name} has no docstring")
+
+
+@cache
+def _docstrings(cls: type[Any]) -> dict[str, str]:
+    """Return the text below each field that a class itself declares."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for declared, below in zip(body.body, body.body[1:], strict=False):
+        match declared, below:
+            case (
+                ast.AnnAssign(target=ast.Name(id=str(name))),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                texts[name] = " ".join(text.replace("``", "").split())
+    return texts

@@ -30,7 +30,7 @@ class Exports:
     plans: list[tuple[CopyPlan, Provenance, Path]]
     """Each plan, its provenance record, and the folder to write."""
     skipped: dict[str, BridgeError]
-    """Errors of iterations that can't be read, for example since their save was interrupted."""
+    """Errors of iterations that can't be read, for example because their save was interrupted."""
 
     def check_all_planned(self, where: str) -> None:
         """Raise SkippedError if some iterations can't be exported.

@@ -149,12 +149,12 @@ def array_of(value: Any, file: Path, where: str) -> StoredArray:
     Raises:
         FormatError: not a plain contiguous tensor of a dtype that weights have.
     """
-    if _calls(value, "torch._utils._rebuild_parameter") and value.args:
+    if _is_result_of(value, "torch._utils._rebuild_parameter") and value.args:
         value = value.args[0]
-    if not _calls(value, "torch._utils._rebuild_tensor_v2"):
+    if not _is_result_of(value, "torch._utils._rebuild_tensor_v2"):
         raise FormatError(f"{where}: holds {_type_name(value)}, not a plain tensor")
     storage, start, shape, strides, _, _, metadata = (*value.args, *[None] * 7)[:7]
-    if _calls(shape, "torch.Size") and shape.args:
+    if _is_result_of(shape, "torch.Size") and shape.args:
         shape = shape.args[0]
     tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
     if not (tuples and isinstance(storage, StoredStorage)) or any(
@@ -182,7 +182,7 @@ def array_of(value: Any, file: Path, where: str) -> StoredArray:
     )
 
 
-def _calls(value: Any, name: str) -> bool:
+def _is_result_of(value: Any, name: str) -> bool:
     """Return whether a value is the unchanged result of calling this global."""
     return (
         isinstance(value, Inert)

@@ -124,8 +124,9 @@ def run_transformers(folder: Path, ids: torch.Tensor, dtype: str) -> States:
     found[LOGITS] = logits.float().cpu()
     if not found[LOGITS].isfinite().all():
         raise InputError(
-            f"{folder}: transformers' own logits in {dtype} are not finite: a weight is, or the "
-            "dtype's range is too small for this model. Compare in float32 or bfloat16."
+            f"{folder}: transformers' own logits in {dtype} are not finite: a weight is infinite "
+            "or NaN, or the dtype's range is too small for this model. Compare in float32 or "
+            "bfloat16."
         )
     del model
     gc.collect()
@@ -174,15 +175,15 @@ def tokenizer_of(source: Checkpoint) -> Any:
     folder = source.artifacts_folder
     if folder is None or not any(folder.glob("tokenizer*")):
         raise InputError(
-            f"{source.path}: has no tokenizer. Give token ids instead of text; generate also "
-            "takes --tokenizer, a folder or a hub id."
+            f"{source.path}: has no tokenizer. compare takes random tokens without --prompt; "
+            "generate takes --tokens 1,2,3, or --tokenizer with a folder or a hub id."
         )
     return load_pretrained(str(folder))[0]
 
 
 def _check_length(source: Checkpoint, count: int) -> None:
     if count < 2:
-        raise InputError("two tokens at least are needed: the loss is of the next token")
+        raise InputError("at least two tokens are needed, to predict a next token")
     positions = source.bridge.config_values.get("max_position_embeddings")
     if positions is not None and count > positions:
         raise InputError(f"{count} tokens are more than the model's {positions} positions")
@@ -203,7 +204,7 @@ def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
     if a.bridge.family != b.bridge.family or a.mapping.hf_shapes != b.mapping.hf_shapes:
         raise UnsupportedError(
             f"{a.path} and {b.path} can't be compared: they hold models of different shapes "
-            f"({a.bridge.family} and {b.bridge.family})"
+            f"({a.bridge.family}, {a.parameters:,} parameters; {b.bridge.family}, {b.parameters:,})"
         )
     first, second = a.bridge.config_values, b.bridge.config_values
     return [f"{k}: {v} and {second[k]}" for k, v in first.items() if v != second[k]]

@@ -182,4 +182,6 @@ def _check_complete(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     tied = getattr(chunk, "share_embeddings_and_output_weights", False)
     for name, _ in chunk.named_parameters():
         if name not in state and not (tied and name.startswith("output_layer.")):
-            raise MappingError(f"{name} is a parameter of the model, but in no checkpoint of it")
+            raise MappingError(
+                f"{name} is a parameter of the model, but not in its sharded_state_dict()"
+            )

@@ -93,7 +93,7 @@ class TransposedMapping(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class QKVMapping(Mapping):
-    """megatron-core's ``linear_qkv``, which has q heads, k and v of each query group in turn.
+    """megatron-core's ``linear_qkv``: for each query group its q heads, its k head, its v head.
 
     ``q`` is [num_attention_heads * kv_channels, hidden_size]; ``k`` and ``v`` are
     [num_query_groups * kv_channels, hidden_size].

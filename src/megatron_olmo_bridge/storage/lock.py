@@ -21,8 +21,8 @@ from pathlib import Path
 from megatron_olmo_bridge.errors import OutputError
 
 _LOCK, _HOLDER = 0, 1
-"""Bytes of the file that are locked: while the lock is held, and while the holder is written or
-read."""
+"""Offsets of the two bytes that are locked: the first while the lock is held, the second while the
+name of the holder is written or read."""
 _REFUSED = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _MUTEX = threading.Lock()

@@ -72,12 +72,12 @@ class Stage:
             if folder.exists() and not _empty(folder):
                 self._check_occupied(folder)
         if self._resume and _started(self.folder):
-            self._complete_before()
+            self._read_journal()
         begun = _started(self.destination) or _started(self._partial)
         if self._replaced.exists() and not begun:
             raise OutputError(
-                f"{self._replaced}: is in the way; --overwrite keeps here what it replaces until "
-                "it is done. Move it away."
+                f"{self._replaced}: exists already, and --overwrite needs this name to keep "
+                "the old output until the new one is complete. Move it away."
             )
         if self.folder != self.destination and self.destination.is_mount():
             raise OutputError(f"{self.destination}: is a mount point; name a folder in it")
@@ -104,10 +104,10 @@ class Stage:
                     "to continue it, or --overwrite to discard it."
                 )
         elif folder == self._partial:
-            raise OutputError(f"{folder}: is in the way, and no conversion's. Move it away.")
+            raise OutputError(f"{folder}: exists, but no conversion made it. Move it away.")
         elif not self._overwrite:
             if not (self._resume and self._made_by_this_plan()):
-                differs = " It isn't what --resume would complete." if self._resume else ""
+                differs = " It is not what --resume would complete." if self._resume else ""
                 raise OutputError(
                     f"{folder}: exists already. Pass --overwrite to replace it.{differs}"
                 )
@@ -166,7 +166,7 @@ class Stage:
         files = (f for f in self.folder.rglob("*") if f not in kept and f.is_file())
         return sum(f.stat().st_blocks * 512 for f in files)
 
-    def _complete_before(self) -> None:
+    def _read_journal(self) -> None:
         """Read the journal of an interrupted run of the same plan."""
         try:
             self._journal = (self.folder / PARTIAL_MARKER).read_bytes()

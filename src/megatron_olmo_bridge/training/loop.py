@@ -69,7 +69,7 @@ def train_loop(run: Run) -> None:
         batches = run.task.train_batches(begin=run.step + 1)
         if run.step == 0:
             evaluate(run)  # the curve starts with the initial model
-        elif _saved_for_one_layout_only(run):
+        elif _must_be_saved_again(run):
             save(run)
         while not run.finished:
             record, asked_to_stop = one_step(run, batches)
@@ -93,7 +93,7 @@ def one_step(run: Run, batches: Iterator[Batch]) -> tuple[StepRecord, bool]:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
 
-    # Gradients of all micro-batches add up; the last one's are summed over data-parallel ranks.
+    # Gradients accumulate over the micro-batches; data-parallel ranks sum them once, at the last.
     sums = forward_backward(run, batches, run.resolved.layout.micro_batches)
     loss, z_loss, asked_to_stop = global_means(sums, run.asked_to_stop)
 
@@ -178,7 +178,7 @@ def after_step(run: Run, record: StepRecord, asked_to_stop: bool) -> None:
     """Log a step; evaluate, save and export where they are due.
 
     Raises:
-        AskedToStop: after a checkpoint of this step.
+        AskedToStop: the run was asked to stop; if it has a folder, this step is saved.
     """
     config = run.resolved.config
     run.figures |= {"step": record.step, "tokens": record.tokens, "train_loss": record.loss}
@@ -197,7 +197,9 @@ def after_step(run: Run, record: StepRecord, asked_to_stop: bool) -> None:
     if config.export.hf and due(config.export.interval):
         export(run)
     if asked_to_stop and not run.finished:
-        raise AskedToStop("asked to stop; the same command resumes from here")
+        saved = run.checkpointer is not None
+        resumes = "the same command resumes from here" if saved else "nothing was saved"
+        raise AskedToStop(f"asked to stop; {resumes}")
 
 
 def evaluate(run: Run) -> None:
@@ -281,7 +283,7 @@ def _global_sums(sums: list[Sums]) -> Sums:
 # ------------------------------------------------------------------------- beginning and ending
 
 
-def _saved_for_one_layout_only(run: Run) -> bool:
+def _must_be_saved_again(run: Run) -> bool:
     """Return whether the resumed checkpoint must be saved again, fully reshardable."""
     return (
         run.resolved.config.checkpoint.fully_reshardable == "all"

@@ -64,8 +64,8 @@ def _check(folder: Path) -> None:
     """Check the headers, because torch's later errors would be less clear."""
     if "optimizer" not in TorchDistFolder.read(folder).common:
         raise FormatError(
-            f"{folder}: has no optimizer state: it is damaged, or was saved without one; then "
-            "leave out init.optimizer"
+            f"{folder}: has no optimizer state. Either it is damaged, or it was saved without "
+            "one; in the second case leave out init.optimizer"
         )
 
 
@@ -75,8 +75,8 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
     distributed = progress.get("distributed_optimizer")
     if distributed is not None and distributed != is_distributed(optimizer):
         raise InputError(
-            f"{folder}: its optimizer's state is of parallel.distributed_optimizer="
-            f"{str(distributed).lower()}, and can be loaded with that only"
+            f"{folder}: its optimizer state was saved with parallel.distributed_optimizer="
+            f"{str(distributed).lower()}, and can be loaded only with that setting"
         )
     for_any_layout = is_fully_reshardable(saved_content(folder))
     if not for_any_layout:

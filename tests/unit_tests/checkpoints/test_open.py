@@ -149,6 +149,6 @@ def test_a_models_folder_in_the_hubs_cache_names_its_snapshots(tmp_path: Path) -
 def test_an_iteration_that_is_hugging_face_is_named(tmp_path: Path) -> None:
     """Folders as ``export --iteration all`` writes them."""
     folder = hugging_face(tmp_path / "iter_0000010")
-    with pytest.raises(InputError, match=f"{folder}: a Hugging Face checkpoint; name this very"):
+    with pytest.raises(InputError, match=f"{folder}: a Hugging Face checkpoint; pass this folder"):
         find_kind(tmp_path, 10)
     assert find_kind(folder) == (HFCheckpoint, folder)

@@ -168,7 +168,9 @@ def test_after_an_interrupt_resume_is_named_where_there_is_such_an_option() -> N
         raise KeyboardInterrupt
 
     done = run_command(convert)
-    assert done.stderr == "olmo-bridge: interrupted. Run the same with --resume to continue.\n"
+    assert (
+        done.stderr == "olmo-bridge: interrupted. Run the same command with --resume to continue.\n"
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])

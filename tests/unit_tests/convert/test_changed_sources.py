@@ -105,7 +105,7 @@ def test_verify_refuses_changed_sources_too(tiny_hf: Path, tmp_path: Path) -> No
 
 # ----------------------------------------------------------- between a finished run and --resume
 
-REFUSED = "exists already. Pass --overwrite to replace it. It isn't what --resume would complete"
+REFUSED = "exists already. Pass --overwrite to replace it. It is not what --resume would complete"
 
 
 @pytest.mark.parametrize("name", ["model-00002-of-00005.safetensors", "generation_config.json"])

@@ -430,7 +430,7 @@ def test_what_is_no_saves_is_not_removed(make_hf: HFFactory, tmp_path: Path) -> 
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is in the way"):
+    with pytest.raises(OutputError, match="no conversion made it"):
         bridge.save_hf_pretrained(model, tmp_path / "out")
     assert (partial / "notes.txt").read_text() == "mine"
 

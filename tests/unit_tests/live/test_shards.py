@@ -162,4 +162,7 @@ def test_a_parameter_that_no_checkpoint_would_hold_is_refused(
     )
     with pytest.raises(MappingError) as caught:
         LiveModel.of(chunks, bridge_of(reference))
-    assert str(caught.value) == f"{name} is a parameter of the model, but in no checkpoint of it"
+    assert (
+        str(caught.value)
+        == f"{name} is a parameter of the model, but not in its sharded_state_dict()"
+    )

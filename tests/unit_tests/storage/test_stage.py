@@ -201,7 +201,7 @@ def test_the_finished_output_of_another_source_is_not_taken_for_this_one(
     import_checkpoint(other_hf, other_megatron)
     export_checkpoint(tiny_megatron, tmp_path / "exported")
     average_checkpoints([tiny_hf, other_hf], tmp_path / "mean", AverageOptions(weights=[1, 2]))
-    refused = r"exists already. Pass --overwrite .* It isn't what --resume would complete"
+    refused = r"exists already. Pass --overwrite .* It is not what --resume would complete"
 
     with pytest.raises(OutputError, match=refused):
         import_checkpoint(tiny_hf, other_megatron, write=WriteOptions(resume=True))
