@@ -1,7 +1,8 @@
-"""Hides GPUs from all tests but those of ``pytest -m gpu``, which run by themselves; and gives each
-worker one thread, as several workers share the cores.
+"""Hide GPUs from all tests except those of ``pytest -m gpu``, which run separately, and limit each
+worker to one thread, because several workers share the cores.
 
-The processes that tests start inherit it. It has to be said before anything starts CUDA or threads.
+Processes that tests start inherit these settings, which must be in place before anything starts
+CUDA or threads.
 """
 
 import gc
@@ -17,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collection: destroying process groups collects, and
-    each time would look through a million objects of torch and megatron-core."""
+    """Exclude imported objects from garbage collection: destroying process groups triggers it, and
+    each time it would traverse a million objects of torch and megatron-core."""
     gc.collect()
     gc.freeze()

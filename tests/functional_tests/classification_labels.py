@@ -1,8 +1,8 @@
-"""Labels that a Megatron checkpoint of a classifier gives to texts, at tensor parallelism.
+"""Classify texts with a Megatron checkpoint of a classifier, at a tensor parallel size.
 
     classification_labels.py CHECKPOINT TEXTS.jsonl LENGTH TP OUT.json
 
-By the way that ``family_model.classify`` goes, with an attention mask: not by the training task's.
+Runs ``family_model.classify`` with an attention mask, not the forward pass of the training task.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ways to damage a checkpoint, each a few lines, for the table of bad inputs."""
+"""Functions that damage a checkpoint, for the tables of bad inputs."""
 
 import json
 import struct
@@ -15,14 +15,14 @@ ITERATION = "iter_0000000"
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the object that a JSON file holds."""
+    """Change the object in a JSON file."""
     value = json.loads(file.read_text())
     change(value)
     file.write_text(json.dumps(value))
 
 
 def edit_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the header of a safetensors file; its tensors' bytes stay."""
+    """Change the header of a safetensors file and leave the tensors' bytes as they are."""
     header = json.loads(header_text(file))
     change(header)
     replace_header(file, json.dumps(header))
@@ -40,7 +40,7 @@ def replace_header(file: Path, text: str) -> None:
 
 
 def edit_tensors(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the tensors of a safetensors file, which stays sound."""
+    """Change the tensors of a safetensors file, which stays valid."""
     tensors = load_file(file)
     change(tensors)
     save_file({n: t.contiguous() for n, t in tensors.items()}, file, {"format": "pt"})
@@ -55,12 +55,12 @@ def edit_metadata(root: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 
 def edit_tensor_metadata(root: Path, key: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what ``.metadata`` says of one tensor: properties, size, chunks."""
+    """Change the entry of one tensor in ``.metadata``: properties, size, chunks."""
     edit_metadata(root, lambda metadata: change(metadata["state_dict_metadata"][key].state))
 
 
 def edit_stored(root: Path, key: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change where ``.metadata`` says that the first chunk of a tensor is stored."""
+    """Change the storage location of a tensor's first chunk in ``.metadata``."""
 
     def in_metadata(metadata: dict[str, Any]) -> None:
         storage = metadata["storage_data"]
@@ -83,21 +83,21 @@ def rename_key(root: Path, old: str, new: str) -> None:
 
 
 def calling(name: str, *args: str) -> bytes:
-    """A pickle that calls a global, which need not exist here."""
+    """Return a pickle that calls a global, which need not exist on this machine."""
     module, _, function = name.rpartition(".")
     called = "".join(f"V{arg}\n" for arg in args)
     return f"c{module}\n{function}\n({called}tR.".encode()
 
 
 def write_archive(file: Path, pickled: bytes, compression: int = zipfile.ZIP_STORED) -> None:
-    """An archive as of ``torch.save``, with this pickle."""
+    """Write an archive like one of ``torch.save`` with this pickle."""
     with zipfile.ZipFile(file, "w", compression) as out:
         out.writestr("archive/data.pkl", pickled)
         out.writestr("archive/version", b"3\n")
 
 
 def write(file: Path, content: str | bytes | dict[str, Any] = "") -> None:
-    """A file and the folders that it is in."""
+    """Write a file and create its parent folders."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, dict):
         content = json.dumps(content)

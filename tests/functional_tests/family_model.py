@@ -1,8 +1,8 @@
-"""Does with live models of every family what users do; as ``live_model.py``, whose steps these are.
+"""Do with live models of every family what users do, in steps like those of ``live_model.py``.
 
     family_model.py '[{"action": "language_model", "out": "FOLDER", "hf": "FOLDER", ...}, ...]'
 
-To build a model takes longer than to use it: all that can be is done with the same one.
+Building a model takes longer than using it, so each step does as much as possible with one model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 
 
 def loaded(step: Step) -> tuple[AutoBridge, GPTModelProvider, Chunks]:
-    """A model as it is trained, at the step's layout; full of NaN until it is loaded."""
+    """Build a model for training at the step's layout, poison it with NaN, and load its weights."""
     bridge, provider, chunks = build(step, DistributedDataParallelConfig())
     poisoned = all(bool(p.isnan().all()) for chunk in chunks for p in chunk.parameters())
     save(step, "poisoned.json", everyone(poisoned))
@@ -52,14 +52,14 @@ def loaded(step: Step) -> tuple[AutoBridge, GPTModelProvider, Chunks]:
 
 
 def save_weights(step: Step, bridge: AutoBridge, chunks: Chunks) -> None:
-    """What comes out of the model again, and if the step says so a checkpoint."""
+    """Save digests of the exported weights and, if the step asks for it, a checkpoint."""
     save(step, "exported.json", digests(bridge.export_hf_weights(chunks)))
     if step.get("saves"):
         bridge.save_megatron_model(chunks, Path(step["out"]) / "megatron")
 
 
 def save_gradients(step: Step, bridge: AutoBridge, chunks: Chunks, loss: float) -> None:
-    """The gradients by Hugging Face names; they take the weights' place, so this comes last."""
+    """Save the gradients by Hugging Face names; they overwrite the weights, so call this last."""
     copies = disagreement(chunks)
     with torch.no_grad():
         for chunk in chunks:
@@ -70,7 +70,7 @@ def save_gradients(step: Step, bridge: AutoBridge, chunks: Chunks, loss: float) 
 
 
 def of_last_stage(mine: Any) -> list[Any]:
-    """What each process of the last pipeline stage has; the others have None."""
+    """Gather a value from each process of the last pipeline stage; on other stages it is None."""
     return [found for found in everyone(mine) if found is not None]
 
 
@@ -78,7 +78,7 @@ def of_last_stage(mine: Any) -> list[Any]:
 
 
 def language_model(step: Step) -> None:
-    """Logits of a batch, weights that come out, and gradients of Megatron's own schedule."""
+    """Save logits of a batch, the exported weights, and gradients from Megatron's own schedule."""
     bridge, provider, chunks = loaded(step)
     tokens = torch.tensor(step["tokens"])
     logits = forward(chunks, tokens, vocab_size=bridge.model_bridge.vocab_size)
@@ -89,9 +89,9 @@ def language_model(step: Step) -> None:
 
 
 def mutants(step: Step) -> None:
-    """Logits of models with the checkpoint's weights and other numbers than its config's.
+    """Save logits of models that have the checkpoint's weights but other config values.
 
-    Such a model can't load the checkpoint: it has the weights from a right one.
+    Such a model can't load the checkpoint, so it copies the weights of a correct model.
     """
     bridge, _, (right,) = build(step)
     bridge.load_hf_weights([right])
@@ -103,7 +103,7 @@ def mutants(step: Step) -> None:
             if isinstance(value, dict):
                 value = getattr(provider, field) | value
             setattr(provider, field, value)
-        # Not to be had by fields: in every layer the rope of those that have no window.
+        # No field does this: give every layer the RoPE of the layers without a window.
         nowhere_windowed = patch.object(self_attention, "is_layer_window_attention", lambda *_: 0)
         with nowhere_windowed if everywhere else contextlib.nullcontext():
             (chunk,) = provider.provide_distributed_model(wrap_with_ddp=False)
@@ -122,9 +122,9 @@ def classify(
     tokens: torch.Tensor,
     labels: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Logits of padded sequences; given labels their losses, and gradients are left in the chunks.
+    """Return logits of padded sequences; with labels, their losses, with gradients in the chunks.
 
-    By Megatron's own schedule, in microbatches of two rows; None on stages before the last.
+    Runs Megatron's own schedule in microbatches of two rows. None on stages before the last.
     """
 
     def step(iterator: Any, chunk: Any) -> Any:
@@ -156,7 +156,7 @@ def classify(
 
 
 def classifier(step: Step) -> None:
-    """Logits of a batch, weights that come out, and gradients."""
+    """Save logits of a batch, the exported weights, and gradients."""
     bridge, provider, chunks = loaded(step)
     tokens, labels = torch.tensor(step["tokens"]), torch.tensor(step["labels"])
     save(step, "logits.pt", of_last_stage(classify(provider, chunks, tokens)))
@@ -166,7 +166,7 @@ def classifier(step: Step) -> None:
 
 
 def no_padding(step: Step) -> None:
-    """Without ``pad_token_id``: logits of one sequence, and what is said of two."""
+    """Save logits of one sequence without ``pad_token_id``, and the error for two sequences."""
     bridge, provider, chunks = build(step)
     bridge.load_hf_weights(chunks)
     provider.pad_token_id = None
@@ -179,7 +179,7 @@ def no_padding(step: Step) -> None:
 
 
 def new_head(step: Step) -> None:
-    """A language model's weights, with a head that its checkpoint doesn't have."""
+    """Load a language model's weights into a classifier, whose head the checkpoint doesn't have."""
     enter_layout(step["fields"])
     bridge = AutoBridge.from_hf_pretrained(step["hf"], num_labels=step["num_labels"])
     with built_poisoned():
@@ -198,7 +198,7 @@ def main() -> None:
         actions[step["action"]](step)
         if dist.get_rank() == 0:
             print(f"{step['action']} {step['out']}: {time.perf_counter() - began:.1f} s")
-    dist.barrier()  # a process that leaves early would end the others' connections
+    dist.barrier()  # a process that exits early would close the others' connections
     destroy_process_groups()
 
 

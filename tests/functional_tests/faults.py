@@ -1,4 +1,4 @@
-"""Commands whose system calls fail, or are killed at one of them: ``faults.c`` does it."""
+"""Run commands whose system calls fail, or that are killed at a system call, with ``faults.c``."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ SOURCE = Path(__file__).with_name("faults.c")
 
 
 def library(folder: Path) -> Path:
-    """Compile ``faults.c``; skips the test where that can't be done."""
+    """Compile ``faults.c``; skip the test if that isn't possible."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs Linux and a C compiler, to make system calls fail")
@@ -26,7 +26,7 @@ def library(folder: Path) -> Path:
 def run(
     made: Path, command: Sequence[object], *, within: object, **faults: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``olmo-bridge`` with faults: ``call`` and ``errno``, ``kill``, ``count`` of faults.c."""
+    """Run ``olmo-bridge`` with faults; faults.c explains the arguments."""
     variables = {f"FAULT_{name.upper()}": str(value) for name, value in faults.items()}
     return subprocess.run(
         [sys.executable, "-m", "megatron_olmo_bridge", *map(str, command)],

@@ -1,8 +1,8 @@
 """Flip bytes of a checkpoint, one at a time: ``flipped_bytes.py FOLDER COUNT``
 
-Half of the places are spread evenly over all bytes, half over the files, so that small ones are
-met too. Each flip must be found by the check that a run makes before it resumes, by the file's
-name. Prints how many were.
+Half of the positions are spread evenly over all bytes, half over the files, so that small files
+are covered too. The check that a run makes before it resumes must find each flip and name the file.
+Prints how many flips were found.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def places(folder: Path, count: int) -> list[tuple[Path, int]]:
-    """Files and offsets in them."""
+    """Return files and offsets to damage."""
     chance = random.Random(0)
     sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     files = chance.choices(list(sizes), list(sizes.values()), k=count // 2)

@@ -1,4 +1,4 @@
-"""A package in the place of Transformer Engine that megatron-core can import, and no more."""
+"""Stand-in for Transformer Engine: megatron-core can import it, but nothing in it works."""
 
 IMPORTABLE = '''
 """Has whatever is imported from it: capitalised names are classes, others modules."""

@@ -1,12 +1,12 @@
-"""Kill the conversion of a model of published size, all over its run, and resume it.
+"""Kill the conversion of a model of published size at many moments of its run, and resume it.
 
     python kill_full_size.py SRC WORK --kills 20
 
-SRC is a Hugging Face checkpoint, of olmo2-1b for example; WORK a folder on a disk with room for
-four times its bytes. For import and export each, uninterrupted runs are measured; then one is
-killed at this many moments, evenly spread, and at each of the chosen points; what it left
-must be refused, and the resumed tree be that of the uninterrupted run, byte for byte. One line for
-each kill; exit 1 if anything was not as it should be.
+SRC is a Hugging Face checkpoint, for example of olmo2-1b; WORK is a folder on a disk with room for
+four times its bytes. For import and for export, this measures uninterrupted runs, then kills a run
+at KILLS evenly spaced moments and at each named point. Every command must refuse the leftovers, and
+the resumed tree must equal that of the uninterrupted run byte for byte. Prints one line for each
+kill; exits with 1 if a check fails.
 """
 
 import argparse
@@ -41,11 +41,11 @@ BETWEEN_RENAMES = "with --overwrite, between the two renames"
 
 
 class FailureError(Exception):
-    """Not as it should be."""
+    """A check failed."""
 
 
 def kills(operation: str, source: Path, dst: Path, whole: Path, count: int) -> Iterator[str]:
-    """Kill, check, resume, compare; a line for each kill."""
+    """Kill, check, resume and compare; yield a line for each kill."""
     arguments = [operation, source, dst]
     first, second = measured([operation, source, whole]), measured(arguments)
     yield f"{operation}: uninterrupted {first:.2f} s, again {second:.2f} s: {judged(dst, whole)}"
@@ -72,7 +72,7 @@ def killed_at(point: str, arguments: list[object]) -> None:
 
 
 def aftermath(arguments: list[object], dst: Path, whole: Path) -> str:
-    """What a killed run left is refused; resumed, it is the whole. Then it is deleted."""
+    """Check that a killed run's leftovers are refused, resume it, and compare its output."""
     source = Path(str(arguments[1]))
     if finished(dst):
         said = "had finished"
@@ -88,9 +88,9 @@ def aftermath(arguments: list[object], dst: Path, whole: Path) -> str:
 
 
 def judged(dst: Path, whole: Path) -> str:
-    """Compare a tree with the uninterrupted one, then delete it."""
+    """Compare a tree with that of the uninterrupted run, then delete it."""
     if not same(dst, whole):
-        raise FailureError(f"identical no: {dst} and {whole}")
+        raise FailureError(f"not identical: {dst} and {whole}")
     if beside := list(dst.parent.glob(f"{dst.name}.*")):
         raise FailureError(f"left behind: {beside}")
     shutil.rmtree(dst)
@@ -119,7 +119,7 @@ def main() -> int:
     else:
         for folder in (megatron, hf):
             shutil.rmtree(folder)
-    print(f"{'FAILED' if failures else 'all as it should be'}, {time.monotonic() - begin:.0f} s")
+    print(f"{'FAILED' if failures else 'all checks passed'}, {time.monotonic() - begin:.0f} s")
     return failures
 
 

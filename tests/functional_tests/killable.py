@@ -1,9 +1,9 @@
-"""``olmo-bridge``, made to be killed: ``killable.py POINT FILE_BYTES import SRC DST ...``
+"""Run ``olmo-bridge`` and kill it at a point: ``killable.py POINT FILE_BYTES import SRC DST ...``
 
-POINT is where the process kills itself: one of POINTS below, some with a count after a colon.
-``stopped`` stops itself (SIGSTOP) after the first file is journaled, until SIGCONT.
-``none`` does nothing of its own.
-FILE_BYTES is the most bytes of a .distcp file, so that a small model takes several; 0 leaves it.
+POINT is where the process kills itself: one of POINTS below, some with a count after a colon. At
+``stopped`` it stops itself (SIGSTOP) after the first file is journaled, until SIGCONT. ``none``
+runs the command unchanged. FILE_BYTES is the maximum size of a .distcp file, so that a small model
+takes several; 0 keeps the default.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from megatron_olmo_bridge.storage.transfer import Transfer
 POINTS = {
     "allocated": "after all files were allocated, before the first tensor",
     "data": "in the middle of the data: before the n-th tensor",
-    "record": "before the n-th file, which is complete and synced, is noted in the journal",
+    "record": "before the n-th file, complete and synced, is recorded in the journal",
     "text": "among the small files that come after the weights: before the n-th",
-    "rename": "before a folder takes another one's name: before the n-th rename",
+    "rename": "before the n-th rename of a folder",
     "tracker": "after the rename, before the tracker is written",
     "marker": "after the tracker, before the marker is removed",
-    "removal": "in the removal of a folder: after what is in it, before the marker",
-    "cleared": "after what an earlier run left was deleted, before the new plan is in the marker",
+    "removal": "while a folder is removed: after its contents, before its marker",
+    "cleared": "after an earlier run's leftovers were deleted, before the marker has the new plan",
 }
 
 
@@ -44,7 +44,7 @@ def before(
     nth: int = 1,
     only: Callable[..., bool] = lambda *_: True,
 ) -> None:
-    """Call something before the n-th call of a function, of those calls that count."""
+    """Call ``then`` before the n-th call of a function, of those calls that ``only`` accepts."""
     original, count = getattr(owner, name), itertools.count(1)
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +89,7 @@ def prepare(point: str) -> None:
         case "none":
             pass
         case _:
-            raise SystemExit(f"{point!r} is none of {', '.join(POINTS)}, stopped, none")
+            raise SystemExit(f"{point!r} is not one of {', '.join(POINTS)}, stopped, none")
 
 
 def main(point: str, file_bytes: str, *command: str) -> None:

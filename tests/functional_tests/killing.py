@@ -1,5 +1,6 @@
-"""Kill a conversion, see that what it left is refused, resume it, compare: shared by the tests on a
-small model and by ``kill_full_size.py``."""
+"""Kill a conversion, check that its leftovers are refused, resume it, and compare the output.
+
+Shared by the tests on a small model and by ``kill_full_size.py``."""
 
 import filecmp
 import os
@@ -21,7 +22,7 @@ MARKER = ".olmo-bridge-partial"
 def start(
     arguments: Sequence[object], point: str | None = None, file_bytes: int = 0
 ) -> subprocess.Popen[str]:
-    """``olmo-bridge`` as a process of its own; with a point, as ``killable.py`` runs it."""
+    """Start ``olmo-bridge`` in a separate process; with a point, through ``killable.py``."""
     command = [sys.executable, "-m", "megatron_olmo_bridge"]
     if point or file_bytes:
         command = [sys.executable, str(KILLABLE), point or "none", str(file_bytes)]
@@ -35,13 +36,13 @@ def start(
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit code and everything it printed."""
+    """Wait for a process; return its exit code and everything it printed."""
     out, err = process.communicate(timeout=900)
     return process.returncode, out + err
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for something that must come, however busy the machine is; an hour means never."""
+    """Wait until a condition is true; the limit of an hour allows for a busy machine."""
     end = time.monotonic() + 3600
     while not condition():
         assert time.monotonic() < end
@@ -49,7 +50,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def kill_after(process: subprocess.Popen[str], seconds: float) -> bool:
-    """SIGKILL after so long; whether it was still running."""
+    """Send SIGKILL after some seconds; return whether the process was still running."""
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -58,18 +59,18 @@ def kill_after(process: subprocess.Popen[str], seconds: float) -> bool:
 
 
 def left_by(destination: Path) -> list[Path]:
-    """Every path under which somebody could take what a run left for a checkpoint."""
+    """Return every path at which a run's leftovers could be mistaken for a checkpoint."""
     partial = destination.with_name(destination.name + ".partial")
     return [path for root in (destination, partial) for path in (root, root / "iter_0000000")]
 
 
 def finished(destination: Path) -> bool:
-    """Whether the run was over: all was in place when it was killed."""
+    """Return whether the run had completed its output before it was killed."""
     return destination.exists() and not (destination / MARKER).exists()
 
 
 def accepted(destination: Path, source: Path) -> list[str]:
-    """Which commands take what a killed run left for a checkpoint: there should be none."""
+    """Return the commands that accept a killed run's leftovers as a checkpoint; expected: none."""
     elsewhere = destination.with_name("exported-from-what-is-left")
     wrong = []
     for path in left_by(destination):
@@ -89,7 +90,7 @@ def accepted(destination: Path, source: Path) -> list[str]:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two trees have the same files with the same bytes, compared as ``cmp`` does."""
+    """Return whether two trees have the same files with the same bytes."""
     names = [{p.relative_to(root) for p in root.rglob("*") if p.is_file()} for root in (a, b)]
     return names[0] == names[1] and all(
         filecmp.cmp(a / name, b / name, shallow=False) for name in names[0]
@@ -97,7 +98,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def measured(arguments: Sequence[object]) -> float:
-    """Seconds that an uninterrupted run takes."""
+    """Return the seconds that an uninterrupted run takes."""
     begin = time.monotonic()
     code, said = finish(start(arguments))
     if code:

@@ -1,4 +1,4 @@
-"""Start the command, and the scripts beside this file as real processes."""
+"""Run the command, and start the scripts in this folder as real processes."""
 
 import contextlib
 import functools
@@ -18,18 +18,18 @@ from megatron_olmo_bridge.cli.app import app
 
 HERE = Path(__file__).parent
 TOKENS = [[(7 * row + 13 * column * column) % 1000 for column in range(16)] for row in range(2)]
-"""A fixed batch, 2 x 16, for vocabularies of 1000 tokens and more."""
+"""A fixed batch [2, 16] of token ids below 1000."""
 
 
 @functools.cache
 def warm() -> subprocess.Popen[str]:
-    """The process that forks all others; it ends with this one, which closes its input."""
+    """Start the process that forks all others; it exits with this one, which closes its input."""
     command = [sys.executable, str(HERE / "warm.py")]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def run_script(name: str, *arguments: object, processes: int = 1) -> str:
-    """Run a script in one process or several, as torchrun would; returns what they printed."""
+    """Run a script in one or more processes, as torchrun would; return what they printed."""
     codes, said = ended(name, *arguments, processes=processes)
     if any(codes):
         raise AssertionError(f"{name} ended with {codes}:\n{said[-8000:]}")
@@ -37,7 +37,7 @@ def run_script(name: str, *arguments: object, processes: int = 1) -> str:
 
 
 def ended(name: str, *arguments: object, processes: int = 1) -> tuple[list[int], str]:
-    """The same for a script that may fail: also its processes' exit codes."""
+    """Run a script that may fail; return its processes' exit codes and what they printed."""
     server = warm()
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def stock(action: str, *arguments: object, processes: int = 1) -> str:
 
 
 def olmo_bridge(*arguments: object) -> Result:
-    """Run a command in this process; the processes that it starts are real."""
+    """Run a command in this process; processes that it starts are real."""
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
@@ -72,7 +72,7 @@ def tokens_argument() -> str:
 def with_hub(
     cwd: Path, url: str, *arguments: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command as a process of its own, for which the hub is at another address."""
+    """Run a command in a separate process that finds the hub at ``url``."""
     environment = {
         "HF_ENDPOINT": url,
         "HF_HOME": str(cwd / "cache"),
@@ -90,7 +90,7 @@ def with_hub(
 
 @contextlib.contextmanager
 def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of a server of this process, while it is up."""
+    """Serve HTTP from this process; yield the server's address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

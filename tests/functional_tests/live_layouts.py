@@ -1,4 +1,4 @@
-"""What ``live_model.py`` and the tests that run it agree on: layouts, tokens, steps to be done."""
+"""Layouts, tokens and steps shared by ``live_model.py`` and the tests that run it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ VOCABULARY = 1024
 BATCH = (4, 32)
 """Rows and columns."""
 HALF_BATCH = (2, 256)
-"""Tokens by which bfloat16 is judged: hundreds, so that means and largest errors say something."""
+"""Tokens for the bfloat16 tests: hundreds, so that mean and maximum errors are meaningful."""
 SEEN = 64
-"""Tokens of the training batches are below this: the loss falls, and other rows get no gradient."""
+"""Upper bound of token ids in training batches: the loss falls, other rows get no gradient."""
 STEPS, ROWS, COLUMNS = 5, 8, 32
 LEARNING_RATE, DECAY, BETAS, EPSILON, CLIP = 3e-4, 0.1, (0.9, 0.95), 1e-8, 1.0
 MUTANTS = ("rank-local variance", "plain all_reduce", "sharded weight")
-"""Wrong QK norms that ``live_model.py`` can put in the place of the right one."""
+"""Wrong QK norms that ``live_model.py`` can substitute for the correct one."""
 
 
 # --------------------------------------------------------------------------------------- layouts
@@ -32,15 +32,15 @@ MUTANTS = ("rank-local variance", "plain all_reduce", "sharded weight")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is divided among processes."""
+    """Parallel layout of a model."""
 
     processes: int
     fields: dict[str, Any] = field(default_factory=dict)
-    """Set on the provider."""
+    """Fields to set on the provider."""
     model: str = "plain"
-    """``plain`` or ``tied``: a folder of the fixture ``models``."""
+    """Folder in the fixture ``models``: ``plain`` or ``tied``."""
     then: str = ""
-    """Another layout of as many processes, into which what this one saved is loaded."""
+    """Another layout of the same world size that loads the checkpoint saved at this one."""
 
     @property
     def tensor(self) -> int:
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Processes that hold copies of the same weights, and share the batch."""
+        """Number of processes that hold copies of the same weights and divide the batch."""
         pipeline = self.fields.get("pipeline_model_parallel_size", 1)
         return self.processes // (self.tensor * pipeline)
 
@@ -82,7 +82,7 @@ SIZES = (
 
 
 def sizes(fields: dict[str, Any]) -> tuple[int, ...]:
-    """What a provider's fields say of process groups; models with the same can share these."""
+    """Return a provider's parallel sizes; models with equal sizes can share process groups."""
     return tuple(fields.get(name) or 0 for name in SIZES)
 
 
@@ -90,40 +90,40 @@ def sizes(fields: dict[str, Any]) -> tuple[int, ...]:
 
 
 def random_tokens(rows: int, columns: int) -> torch.Tensor:
-    """The same batch in every process."""
+    """Return a random batch, the same in every process."""
     return torch.randint(VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(1))
 
 
 def training_tokens() -> torch.Tensor:
-    """A batch for each step, [STEPS, ROWS, COLUMNS]."""
+    """Return a batch for each step: [STEPS, ROWS, COLUMNS]."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(SEEN, (STEPS, ROWS, COLUMNS), generator=generator)
 
 
 def labels_of(tokens: torch.Tensor) -> torch.Tensor:
-    """The next token of each; of the last one the first, so that all count."""
+    """Return the next token at each position, and the first token at the last: all count."""
     return tokens.roll(-1, dims=1)
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Return a hash of dtype, shape and every bit."""
+    """Return a hash of a tensor's dtype, shape and bits."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference, relative to the norm of what is expected."""
+    """Return the norm of the difference relative to the norm of the expected tensor."""
     return float((found - expected).norm() / expected.norm())
 
 
 def worst(errors: dict[str, float]) -> tuple[str, float]:
-    """The largest error and whose it is. No number is as bad as NaN, which max() could pass by."""
+    """Return the largest error and its name. NaN counts as the largest, which max() could miss."""
     name = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     return name, errors[name]
 
 
 def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face folder, by name."""
+    """Return all tensors of a Hugging Face folder by name."""
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
@@ -131,7 +131,7 @@ def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def stored_names(folder: Path) -> list[str]:
-    """Names of all tensors of a Hugging Face folder, in the order in which its files have them."""
+    """Return the tensor names of a Hugging Face folder in the order of its files."""
     names = []
     for file in sorted(folder.glob("*.safetensors")):
         data = file.read_bytes()
@@ -144,22 +144,22 @@ def stored_names(folder: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------- steps
 
 Step = dict[str, Any]
-"""What one function of ``live_model.py`` is to do: ``action`` is its name."""
+"""Arguments for one function of ``live_model.py``, which ``action`` names."""
 
 
 def run_live(steps: list[Step], processes: int) -> None:
-    """Have ``live_model.py`` do the steps, one after the other."""
+    """Run the steps one after the other with ``live_model.py``."""
     print(run_script("live_model", json.dumps(steps, default=str), processes=processes))
 
 
 def step(action: str, hf: Path, layout: str, out: Path, **options: Any) -> Step:
-    """An action on a model at a layout; results go into the folder ``out``."""
+    """Return the step that does an action on a model at a layout and saves results into ``out``."""
     fields = LAYOUTS[layout].fields
     return {"action": action, "hf": hf, "fields": fields, "out": out, **options}
 
 
 def steps_of(layout: str, models: Path, root: Path) -> list[Step]:
-    """What every layout is asked for."""
+    """Return the steps that run at every layout."""
     hf, out = models / LAYOUTS[layout].model, root / layout
     return [
         step("logits", hf, layout, out, batch=BATCH),
@@ -170,13 +170,13 @@ def steps_of(layout: str, models: Path, root: Path) -> list[Step]:
 
 
 def reload_step(models: Path, saved: Path, layout: str) -> Step:
-    """Load what the layout of the folder ``saved`` has saved, into another one."""
+    """Return the step that loads the checkpoint in ``saved`` into another layout."""
     hf, megatron = models / LAYOUTS[saved.name].model, saved / "megatron"
     return step("reload", hf, layout, saved / f"in-{layout}", megatron=megatron)
 
 
 def train_steps(layout: str, models: Path, root: Path) -> list[Step]:
-    """Train without and with the distributed optimizer."""
+    """Return the steps that train without and with the distributed optimizer."""
     hf = models / "plain"
     return [
         step("train", hf, layout, root / f"train-{layout}", distributed_optimizer=False),

@@ -1,10 +1,10 @@
-"""Does with live models what users do, and writes down what comes out. No test is in here.
+"""Do with live models what users do, and save the results. Contains no tests.
 
     live_model.py '[{"action": "logits", "out": "FOLDER", "hf": "FOLDER", "fields": {...}}, ...]'
 
-Run it by torchrun, or as one process without. The steps are done one after the other by the same
-processes. A step's ``fields`` are set on the provider: they are its parallel layout. Every model is
-full of NaN before it is filled.
+Start it with torchrun, or directly for one process. The same processes run the steps one after the
+other. A step's ``fields`` are set on the provider: they are its parallel layout. Every model is
+poisoned with NaN before its weights are loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# These are tests of the CPU runtime, also where there is a GPU: they take up to four processes.
+# These tests run on the CPU even if there is a GPU: they take up to four processes.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
@@ -74,7 +74,7 @@ def set_fields(provider: GPTModelProvider, fields: dict[str, Any]) -> None:
 def build(
     step: Step, ddp: DistributedDataParallelConfig | None = None
 ) -> tuple[AutoBridge, GPTModelProvider, Chunks]:
-    """This rank's chunks at the step's layout, wrapped if ``ddp`` is given, and full of NaN."""
+    """Build this rank's poisoned chunks at the step's layout, wrapped if ``ddp`` is given."""
     enter_layout(step["fields"])
     bridge = AutoBridge.from_hf_pretrained(step["hf"])
     provider = bridge.to_megatron_provider(load_weights=False)
@@ -85,11 +85,11 @@ def build(
 
 
 _sizes: tuple[int, ...] = ()
-"""Layout of the current process groups."""
+"""Parallel sizes of the current process groups."""
 
 
 def enter_layout(fields: dict[str, Any]) -> None:
-    """Have process groups for models of this layout, or none: those of the step before may do."""
+    """Destroy the process groups of the previous step unless this layout can share them."""
     global _sizes
     if sizes(fields) != _sizes:
         leave_layout()
@@ -97,9 +97,9 @@ def enter_layout(fields: dict[str, Any]) -> None:
 
 
 def leave_layout() -> None:
-    """End the process groups of the step before; the processes stay connected.
+    """Destroy the process groups of the previous step; the processes stay connected.
 
-    Three threads of gloo that poll a hundred times a second go with each group.
+    Each group has three gloo threads that poll a hundred times a second.
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -110,7 +110,7 @@ def leave_layout() -> None:
 
 
 def poison(chunks: Chunks) -> None:
-    """Fill every parameter with NaN, so that one which isn't loaded shows in all results."""
+    """Fill every parameter with NaN, so that a parameter that isn't loaded shows in all results."""
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
@@ -119,7 +119,7 @@ def poison(chunks: Chunks) -> None:
 
 @contextlib.contextmanager
 def built_poisoned() -> Iterator[None]:
-    """Poisons the models that are built in here: for the calls that build and fill in one."""
+    """Poison the models built in this context, for calls that both build and load a model."""
     provide = GPTModelProvider.provide
 
     def provide_poisoned(self: GPTModelProvider, *args: Any, **kwargs: Any) -> Any:
@@ -132,14 +132,14 @@ def built_poisoned() -> Iterator[None]:
 
 
 def everyone(mine: Any) -> list[Any]:
-    """Every rank's object, in rank order."""
+    """Return every rank's object in rank order."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
 
 
 def save(step: Step, name: str, value: Any) -> None:
-    """Write a result, once: JSON or what torch.save makes of it."""
+    """Write a result from rank 0, as JSON or with torch.save."""
     if dist.get_rank() == 0:
         file = Path(step["out"]) / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def save(step: Step, name: str, value: Any) -> None:
 
 
 def digests(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
-    """Name and digest, in the order in which they come."""
+    """Return name and digest of each tensor in stream order."""
     return [[name, digest(tensor)] for name, tensor in tensors]
 
 
@@ -159,7 +159,7 @@ def digests(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
 
 
 def logits(step: Step) -> None:
-    """Logits of a batch: of every process of the last stage."""
+    """Save the logits of a batch from every process of the last stage."""
     bridge, _, chunks = build(step)
     poisoned = all(bool(p.isnan().all()) for chunk in chunks for p in chunk.parameters())
     save(step, "poisoned.json", everyone(poisoned))
@@ -170,7 +170,7 @@ def logits(step: Step) -> None:
 
 
 def forward_backward(provider: GPTModelProvider, chunks: Chunks, tokens: torch.Tensor) -> float:
-    """Megatron's own schedule, in microbatches of two rows; the batch's mean loss.
+    """Run Megatron's own schedule in microbatches of two rows; return the batch's mean loss.
 
     The rows are divided among the data-parallel ranks.
     """
@@ -196,13 +196,13 @@ def forward_backward(provider: GPTModelProvider, chunks: Chunks, tokens: torch.T
         micro_batch_size=2,
         forward_only=False,
     )
-    # Only the last stage has losses; all of its ranks have as many.
+    # Only the last stage has losses, the same number on each of its ranks.
     losses = [loss for rank in everyone([float(o["loss"]) for o in outputs]) for loss in rank]
     return sum(losses) / len(losses)
 
 
 def gradients(step: Step) -> None:
-    """Loss and gradients of a batch, by Hugging Face names, after Megatron has finalised them."""
+    """Save loss and finalized gradients of a batch, by Hugging Face names."""
     with MUTANTS[step.get("mutant", "none")]():
         bridge, provider, chunks = build(step, DistributedDataParallelConfig())
         bridge.load_hf_weights(chunks)
@@ -219,7 +219,7 @@ def gradients(step: Step) -> None:
 def disagreement(chunks: Chunks) -> dict[str, float]:
     """Return the largest difference between the copies of a gradient on tensor-parallel ranks.
 
-    Only one of the copies is exported, but each rank updates its own weight by its own.
+    Only one of the copies is exported, but each rank updates its own copy of the weight.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     found = {}
@@ -240,7 +240,7 @@ def disagreement(chunks: Chunks) -> dict[str, float]:
 
 
 class RankLocal:
-    """The variance of this rank's heads alone."""
+    """Wrong sum over ranks: extrapolated from this rank's heads alone."""
 
     @staticmethod
     def apply(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -248,7 +248,7 @@ class RankLocal:
 
 
 class NotDifferentiable:
-    """Right forward; in backward no rank hears of the others' use of the sum."""
+    """Wrong sum over ranks: its backward pass ignores that other ranks use the sum."""
 
     @staticmethod
     def apply(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -259,9 +259,9 @@ class NotDifferentiable:
 
 @contextlib.contextmanager
 def sharded_weight() -> Iterator[None]:
-    """Each rank's weight is the slice of its heads, and the checkpoint is told so.
+    """Shard the QK norm's weight by heads, also in the checkpoint.
 
-    Forward and backward are right. But megatron-core sums what it takes for copies.
+    Forward and backward are right, but megatron-core sums the shards as if they were copies.
     """
     norm = qk_norm.FullWidthRMSNorm
     init = norm.__init__
@@ -304,7 +304,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
 
 
 def roundtrip(step: Step) -> None:
-    """Into a live model and out again, in every form; and the bytes that each rank read."""
+    """Load a live model and export it in every form; save also the bytes that each rank read."""
     bridge, _, chunks = build(step)
     assert bridge.source is not None
     read = load_weights(chunks, bridge.source)
@@ -315,7 +315,7 @@ def roundtrip(step: Step) -> None:
 
 
 def reload(step: Step) -> None:
-    """A Megatron checkpoint, by the bridge and by stock megatron-core, into the step's layout."""
+    """Load a Megatron checkpoint into the step's layout, with the bridge and with stock code."""
     bridge, _, chunks = build(step)
     folder = Path(step["megatron"])
     state = {model_name(chunks, i): c.sharded_state_dict() for i, c in enumerate(chunks)}
@@ -335,7 +335,7 @@ def model_name(chunks: Chunks, i: int) -> str:
 
 
 def stock_load(step: Step) -> None:
-    """A Hugging Face folder, by stock dist_checkpointing.load, as strict as it can be asked to."""
+    """Load a Hugging Face folder with stock dist_checkpointing.load in its strictest mode."""
     for strict in (StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED):
         bridge, _, chunks = build(step)
         state = {model_name(chunks, i): c.sharded_state_dict() for i, c in enumerate(chunks)}
@@ -349,7 +349,7 @@ def stock_load(step: Step) -> None:
 
 
 def export(step: Step) -> None:
-    """The stream of weights, as each rank sees it: for all, and for the first rank only."""
+    """Save the stream of weights as each rank sees it, for all ranks and for rank 0 only."""
     bridge, _, chunks = build(step)
     bridge.load_hf_weights(chunks)
     for name, options in (("all", {}), ("rank 0", {"rank": 0}), ("cpu", {"cpu": True})):
@@ -361,9 +361,9 @@ def export(step: Step) -> None:
 
 
 def export_memory(step: Step) -> None:
-    """Bytes by which each rank's memory grows at most while it consumes the stream."""
-    # glibc gives blocks of its heap back late or never. Larger ones are mappings of their own, that
-    # come and go with the tensors: have that begin at 1 MiB, and at no more as the process runs.
+    """Save the peak growth of each rank's memory, in bytes, while it consumes the stream."""
+    # glibc returns heap blocks to the system late or never. Larger blocks are separate mappings,
+    # which come and go with the tensors. Fix the threshold at 1 MiB: glibc would raise it.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     bridge, _, chunks = build(step)
     bridge.load_hf_weights(chunks)
@@ -371,7 +371,7 @@ def export_memory(step: Step) -> None:
     dist.barrier()
     with PeakMemory() as memory:
         for _name, tensor in bridge.export_hf_weights(chunks):
-            largest = max(largest, tensor.nbytes)  # the loop variable keeps it: that counts
+            largest = max(largest, tensor.nbytes)  # stays alive until the next one
         dist.barrier()
     save(step, "memory.json", {"grown": everyone(memory.grown), "largest": largest})
 
@@ -381,7 +381,7 @@ M_MMAP_THRESHOLD = -3
 
 
 class PeakMemory:
-    """The anonymous memory of this process, watched by a thread: what is allocated, not mapped."""
+    """Peak of this process's anonymous memory (allocated, not mapped), polled by a thread."""
 
     def __enter__(self) -> PeakMemory:
         self.before = self.peak = anonymous_memory()
@@ -402,7 +402,7 @@ class PeakMemory:
 
 
 def anonymous_memory() -> int:
-    """Bytes."""
+    """Return this process's anonymous memory in bytes."""
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
@@ -414,7 +414,7 @@ def anonymous_memory() -> int:
 def make_optimizer(
     chunks: Chunks, distributed: bool = False
 ) -> tuple[Any, OptimizerParamScheduler]:
-    """AdamW as OLMo has it, at a constant learning rate."""
+    """Make OLMo's AdamW with a constant learning rate."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=LEARNING_RATE,
@@ -444,7 +444,7 @@ def make_optimizer(
 
 
 def train(step: Step) -> None:
-    """Five steps: losses, norms of the gradients, and the weights after them."""
+    """Train five steps; save the losses, the gradient norms, and the final weights."""
     distributed = step["distributed_optimizer"]
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
     bridge, provider, chunks = build(step, ddp)
@@ -462,7 +462,7 @@ def train(step: Step) -> None:
 
 
 def decays(step: Step) -> None:
-    """The weight decay of every parameter, by megatron-core's names, on each rank."""
+    """Save the weight decay of every parameter on each rank, by megatron-core's names."""
     _, _, chunks = build(step, DistributedDataParallelConfig())
     optimizer, _ = make_optimizer(chunks)
     decay = {
@@ -483,7 +483,7 @@ def main() -> None:
         actions[step["action"]](step)
         if dist.get_rank() == 0:
             print(f"{step['action']} {step['out']}: {time.perf_counter() - began:.1f} s")
-    dist.barrier()  # a process that leaves early would end the others' connections
+    dist.barrier()  # a process that exits early would close the others' connections
     destroy_process_groups()
 
 

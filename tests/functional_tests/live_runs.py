@@ -1,7 +1,7 @@
-"""Fixtures of the tests of live models. A module has them by ``pytest_plugins = ["live_runs"]``.
+"""Fixtures for the tests of live models, enabled by ``pytest_plugins = ["live_runs"]``.
 
-Starting processes takes longer than all that they do here. So whatever takes as many processes is
-done by the same ones, one launch for all tests; the tests then look at what was written.
+Starting processes takes longer than all their work here. So one launch for each world size does the
+work of all tests, and the tests then read the results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_olmo_bridge import synth
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A folder of this session, the same in all workers of pytest-xdist."""
+    """Return a folder of this session that all pytest-xdist workers share."""
     folder = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
         folder = folder.parent
@@ -43,12 +43,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder that the first worker to ask for it has made; the others wait."""
+    """Return a folder that the first worker to ask for it makes while the others wait."""
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = folder.with_name(f"{folder.name}.done")
         if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of another worker, which failed
+            shutil.rmtree(folder, ignore_errors=True)  # left by another worker that failed
             make(folder)
             done.touch()
     return folder
@@ -72,8 +72,8 @@ def make_models(root: Path) -> None:
     config = json.loads((plain / "config.json").read_text())
     (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
 
-    # The largest two tensors, 64 MiB each, follow each other in the file. The others are half as
-    # large or small, but there are several: all are five times the largest.
+    # The two largest tensors, 64 MiB each, are adjacent in the file. The others have at most half
+    # that size, but all tensors together are five times as large as the largest.
     wide = Olmo2Config(
         vocab_size=131072,
         hidden_size=128,
@@ -87,7 +87,7 @@ def make_models(root: Path) -> None:
 
 
 def launch(processes: int, models: Path, shared: Path, more: Callable[[Path], list[Step]]) -> Path:
-    """The results of every layout of this number of processes, and of some more."""
+    """Return the results of every layout of this world size and of ``more`` steps."""
 
     def make(root: Path) -> None:
         steps = more(root)
@@ -127,7 +127,7 @@ def with_2(models: Path, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def with_4(models: Path, shared: Path) -> Path:
-    # First: memory that other steps have left behind could be used again, uncounted.
+    # Runs first: memory freed by other steps could be reused without being counted.
     memory = ["export_memory"] if sys.platform == "linux" else []
     return launch(
         4,
@@ -142,11 +142,11 @@ def with_4(models: Path, shared: Path) -> Path:
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request: pytest.FixtureRequest) -> str:
-    """Each of the layouts, by name."""
+    """Name of each layout."""
     return request.param
 
 
 @pytest.fixture
 def results(layout: str, request: pytest.FixtureRequest) -> Path:
-    """Folders of results, one for each layout of as many processes, and some more."""
+    """Folder of the results of this layout's world size, with one folder for each layout."""
     return request.getfixturevalue(f"with_{LAYOUTS[layout].processes}")

@@ -6,8 +6,8 @@ FLAGS are what a user pastes from ``olmo-bridge inspect --megatron-args``. Needs
 whose wheel carries ``megatron.training`` (0.19, Python 3.12). For several processes run it with
 ``torchrun``, CUDA_DEVICE_MAX_CONNECTIONS=1 and a parallel layout among FLAGS.
 
-The parameters are NaN before the load, so that one which isn't loaded shows. OUT.pt gets ``tokens``
-[2, 16] and ``logits`` [2, 16, padded vocabulary].
+The parameters are NaN before the load, so that a parameter that isn't loaded shows. OUT.pt gets
+``tokens`` [2, 16] and ``logits`` [2, 16, padded vocabulary].
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MACHINE_FLAGS = [
 """Flags for a CPU without Apex (the first two), Transformer Engine, and a C++ compiler."""
 
 TEST_FLAGS = ["--micro-batch-size", "2", "--exit-on-missing-checkpoint"]
-"""Megatron-LM asks every run for a batch size. A missing checkpoint must not pass for a load."""
+"""A batch size, which Megatron-LM requires, and an error for a missing checkpoint."""
 
 
 def fixed_tokens(vocab_size: int) -> torch.Tensor:
-    """The same 2 x 16 tokens in every run."""
+    """Return the same tokens [2, 16] in every run."""
     return torch.randint(0, vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint_root", type=Path)
     parser.add_argument("--logits", type=Path, required=True)
-    # Not argparse's business: FLAGS have options that look like its own.
+    # Split off FLAGS before argparse: they have options that look like this script's.
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, flags = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     flags += ["--load", str(options.checkpoint_root), *MACHINE_FLAGS, *TEST_FLAGS]

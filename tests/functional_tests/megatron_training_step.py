@@ -1,12 +1,12 @@
-"""One training step of stock Megatron-LM (``megatron.training``) on the CPU, from a checkpoint.
+"""Take one training step on the CPU with stock Megatron-LM (``megatron.training``).
 
     megatron_training_step.py CHECKPOINT_ROOT --tokens JSON --out ROOT -- FLAGS...
 
-What ``pretrain`` does, with Megatron-LM's own functions: arguments, model and optimizer, checkpoint
-loaded, one step, checkpoint saved. FLAGS are as for ``megatron_training_load.py``. What is left out
-of ``pretrain`` is what builds data sets, counts time and logs.
+Does what ``pretrain`` does, with Megatron-LM's own functions: parse arguments, build model and
+optimizer, load the checkpoint, take one step, save a checkpoint. Only datasets, timers and logging
+are left out. FLAGS are as for ``megatron_training_load.py``.
 
-The parameters are NaN before the load. ROOT gets the checkpoint of iteration 1.
+The parameters are NaN before the load. The checkpoint of iteration 1 is saved into ROOT.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_olmo_bridge.runtime.cpu import cpu_runtime
 
 
 def step_flags(tokens: list[list[int]]) -> list[str]:
-    """One step on all of the tokens; AdamW as ``stock_megatron.py`` has it."""
+    """Return flags for one step on all tokens with the AdamW of ``stock_megatron.py``."""
     options = {
         "micro-batch-size": len(tokens),
         "global-batch-size": len(tokens),
@@ -47,8 +47,7 @@ def step_flags(tokens: list[list[int]]) -> list[str]:
 
 @contextlib.contextmanager
 def no_streams() -> Iterator[None]:
-    """``get_model`` wraps the model in DDP on a CUDA stream of its own: all that can't be done on a
-    CPU."""
+    """Replace the CUDA stream on which ``get_model`` wraps the model in DDP."""
     with (
         patch("torch.cuda.Stream", Mock()),
         patch("torch.cuda.current_stream", Mock()),
@@ -58,7 +57,7 @@ def no_streams() -> Iterator[None]:
 
 
 def train(flags: list[str], tokens: torch.Tensor) -> None:
-    """Load, take one step on ``tokens`` [b, s], save."""
+    """Load a checkpoint, take one step on ``tokens`` [b, s], save a checkpoint."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -115,7 +114,7 @@ def main() -> None:
     parser.add_argument("checkpoint_root", type=Path)
     parser.add_argument("--tokens", type=json.loads, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    end = sys.argv.index("--")  # FLAGS have options that look like these
+    end = sys.argv.index("--")  # FLAGS have options that look like this script's
     options, flags = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     flags += ["--load", str(options.checkpoint_root), "--save", str(options.out)]
     with cpu_runtime(), no_strides():

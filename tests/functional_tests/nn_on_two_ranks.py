@@ -1,5 +1,4 @@
-"""Compares norms and cross entropy on several gloo processes with what one computes. No test is in
-here."""
+"""Compare norms and cross entropy on several gloo processes with one process. Contains no tests."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ def config(**changes: bool) -> TransformerConfig:
 
 
 def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
-    """What finalize_model_grads does with these parameters."""
+    """Sum a gradient over the ranks, as finalize_model_grads does for these parameters."""
     total = gradient.clone()
     dist.all_reduce(total)
     return total
@@ -43,10 +42,10 @@ def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
 def check_qk_norm(rank: int) -> None:
     for build, heads in ((QRMSNorm, HEADS), (KRMSNorm, GROUPS)):
         norm = build(config(), HEAD_DIM, eps=1e-6)
-        torch.manual_seed(3)  # the same numbers on both ranks from here on
+        torch.manual_seed(3)  # both ranks draw the same numbers from here on
         weight = torch.rand(heads * HEAD_DIM) + 0.5
         x, gradient = torch.randn(2, SEQUENCE, BATCH, heads, HEAD_DIM)
-        # The ranks' shares of the squares must differ, or summing them is not put to the test.
+        # The ranks' sums of squares must differ, or a missing sum over the ranks would not show.
         x[..., : heads // 2, :] *= 3
 
         whole_x, whole_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -102,7 +101,7 @@ def check_post_norm(rank: int, sequence_parallel: bool) -> None:
 
 
 def check_cross_entropy(rank: int, ranks: int) -> None:
-    vocabulary, columns = 11, 6  # of three ranks, the last has nothing but padding
+    vocabulary, columns = 11, 6  # the last of three ranks has only padding
     torch.manual_seed(3)
     logits = 3 * torch.randn(BATCH, SEQUENCE, ranks * columns)
     labels = torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % vocabulary
@@ -134,5 +133,5 @@ def main() -> None:
             check_cross_entropy(rank, ranks)
         else:
             check_post_norm(rank, sequence_parallel=sys.argv[1] == "post_norm_sequence_parallel")
-        dist.barrier()  # a rank that leaves early would end the other's connection
+        dist.barrier()  # a rank that exits early would close the other's connection
         dist.destroy_process_group()

@@ -1,5 +1,5 @@
-"""``olmo-bridge prepare-data OUT ...`` that stands still (SIGSTOP) when the first part is finished
-and its workers are alive, until SIGCONT: ``prepare_stopped.py OUT SOURCE ...``."""
+"""Run ``olmo-bridge prepare-data`` and stop it (SIGSTOP) when the first part is finished and its
+workers are alive, until SIGCONT: ``prepare_stopped.py OUT SOURCE ...``."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main(out: str, *arguments: str) -> None:
-    # Not at the top: the workers, which it starts anew, import this file too.
+    # Not at the top: workers are spawned, so they import this file too.
     from megatron_olmo_bridge.cli.app import app
     from megatron_olmo_bridge.cli.data import _TokenBar
 

@@ -1,4 +1,4 @@
-"""Builds models at parallel layouts and counts each rank's parameters. No test is in here.
+"""Build models at parallel layouts and count each rank's parameters. Contains no tests.
 
 rank_parameters.py '[{"model": {...}, "fields": {...}}, ...]' OUT.json
 """

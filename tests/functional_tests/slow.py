@@ -1,4 +1,4 @@
-"""Parameters of tests, of which ``make test`` takes a few and ``make test-slow`` the others."""
+"""Test parameters: ``make test`` runs a few of them and ``make test-slow`` the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def slow_but(quick: Iterable[Any], values: Iterable[Any]) -> list[Any]:
-    """The values as parameters, tuples as several; all but the quick ones are marked as slow."""
+    """Return the values as pytest parameters, all but the quick ones marked slow."""
     quick = list(quick)
     return [
         pytest.param(

@@ -1,4 +1,4 @@
-"""A small tokenizer of its own, and text for it: nothing has to be fetched."""
+"""Make a small tokenizer and text for it, so that nothing has to be downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SYLLABLES = ["ka", "lo", "mi", "tu", "shé", "本", "ra", "pen", "  ", "\n", "x'
 
 
 def texts(count: int, seed: int = 0, words: int = 60) -> list[str]:
-    """Documents of at most ``words`` words; not only in ASCII, and some over several lines."""
+    """Return documents of at most ``words`` words, some not in ASCII and some of several lines."""
     rng = random.Random(seed)
     word = lambda: "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4)))  # noqa: E731
     return [" ".join(word() for _ in range(rng.randint(1, words))) for _ in range(count)]

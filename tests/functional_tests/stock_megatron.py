@@ -1,12 +1,12 @@
-"""Saves and loads OLMo-2 checkpoints with stock megatron-core: the other side of the conversion.
+"""Save and load OLMo-2 checkpoints with stock megatron-core: the other side of the conversion.
 
-Nothing of the bridge's mapping or file formats is used here, only its layer spec and provider. Run
-it by torchrun, or as one process without. Where there is no CUDA, it runs on gloo.
+Uses nothing of the bridge's mapping or file formats, only its layer spec and provider. Start it
+with torchrun, or directly for one process. Without CUDA it runs on gloo.
 
-    save   random weights, the same at any layout, or those of another checkpoint, into a
-           checkpoint; and the same as HF tensors
-    load   a checkpoint into a poisoned model; the logits of a fixed batch of tokens
-    keys   what the model asks a checkpoint for
+    save   save random weights (the same at any layout) or those of another checkpoint, as a
+           Megatron checkpoint and as HF tensors
+    load   load a checkpoint into a poisoned model; save the logits of a fixed batch
+    keys   save the keys that the model requests from a checkpoint
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Tensors = dict[str, torch.Tensor]
 
 @contextlib.contextmanager
 def megatron(args: argparse.Namespace) -> Iterator[None]:
-    """Process groups of the asked layout, on CPU or GPU."""
+    """Set up process groups of the requested layout on CPU or GPU."""
     with contextlib.ExitStack() as stack:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
@@ -88,7 +88,7 @@ def read_config(args: argparse.Namespace) -> Olmo2Config:
 
 
 def build(args: argparse.Namespace) -> tuple[Olmo2ModelProvider, list[GPTModel]]:
-    """The provider, and this rank's chunks of the model: one, or --vpp of them."""
+    """Return the provider and this rank's chunks of the model: one, or --vpp of them."""
     dtype = getattr(torch, args.dtype)
     provider = Olmo2ModelProvider(
         **asdict(read_config(args)),
@@ -113,7 +113,7 @@ def build(args: argparse.Namespace) -> tuple[Olmo2ModelProvider, list[GPTModel]]
 
 
 def global_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters, layers counted over the whole model."""
+    """Return this rank's parameters by name, with layers numbered over the whole model."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             match name.split("."):
@@ -127,7 +127,7 @@ def global_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Pa
 
 
 def split(name: str, whole: torch.Tensor, axis: int | None, ranks: int) -> list[torch.Tensor]:
-    """What each tensor-parallel rank holds of a parameter."""
+    """Split a whole parameter into the shards of the tensor-parallel ranks."""
     if axis is None:
         return [whole] * ranks
     if name.endswith("linear_fc1.weight"):  # gate over up, on every rank
@@ -137,7 +137,7 @@ def split(name: str, whole: torch.Tensor, axis: int | None, ranks: int) -> list[
 
 
 def join(name: str, shards: list[torch.Tensor], axis: int | None) -> torch.Tensor:
-    """The inverse of :func:`split`."""
+    """Join the shards that :func:`split` makes."""
     if axis is None:
         assert all(torch.equal(shards[0], shard) for shard in shards), f"{name} differs over TP"
         return shards[0]
@@ -152,7 +152,7 @@ def partition_axis(parameter: torch.nn.Parameter) -> int | None:
 
 
 def fill(chunks: list[GPTModel], seed: int) -> None:
-    """Random weights that depend on the parameter's name and whole shape only."""
+    """Fill parameters with random weights that depend only on name and whole shape."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in global_parameters(chunks):
         axis = partition_axis(parameter)
@@ -170,7 +170,7 @@ def fill(chunks: list[GPTModel], seed: int) -> None:
 
 
 def to_hf(name: str, whole: torch.Tensor, config: Olmo2Config) -> Tensors:
-    """One whole Megatron parameter as Hugging Face tensors."""
+    """Convert one whole Megatron parameter to Hugging Face tensors."""
     match name.split("."):
         case ["embedding", "word_embeddings", "weight"]:
             return {"model.embed_tokens.weight": whole[: config.vocab_size]}
@@ -204,7 +204,7 @@ def to_hf(name: str, whole: torch.Tensor, config: Olmo2Config) -> Tensors:
 
 
 def gather_hf(chunks: list[GPTModel], config: Olmo2Config) -> Tensors | None:
-    """The whole model as Hugging Face tensors, on rank 0; None elsewhere."""
+    """Return the whole model as Hugging Face tensors on rank 0, None elsewhere."""
     group = parallel_state.get_tensor_model_parallel_group()
     mine: Tensors = {}
     for name, parameter in global_parameters(chunks):
@@ -222,7 +222,7 @@ def gather_hf(chunks: list[GPTModel], config: Olmo2Config) -> Tensors | None:
 
 
 def on_rank_0(mine: Any) -> list[Any] | None:
-    """Every rank's object, in rank 0."""
+    """Return every rank's object on rank 0."""
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone)
     return everyone
@@ -232,7 +232,7 @@ def on_rank_0(mine: Any) -> list[Any] | None:
 
 
 def tokens(args: argparse.Namespace, config: Olmo2Config) -> torch.Tensor:
-    """A fixed batch [b, s] of int64."""
+    """Return a fixed batch [b, s] of int64."""
     if getattr(args, "tokens", None):
         return torch.tensor(json.loads(args.tokens))
     return torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -241,7 +241,7 @@ def tokens(args: argparse.Namespace, config: Olmo2Config) -> torch.Tensor:
 def run_schedule(
     chunks: list[Any], batch: torch.Tensor, provider: Olmo2ModelProvider, train: bool
 ) -> list[dict[str, torch.Tensor]]:
-    """One pass of Megatron's own pipeline schedule; what the last stage returns, else nothing."""
+    """Run Megatron's own pipeline schedule once; return the outputs of the last stage."""
 
     def step(iterator: Any, chunk: Any) -> Any:
         positions = torch.arange(batch.shape[1], device=batch.device).expand_as(batch)
@@ -265,7 +265,7 @@ def run_schedule(
 def train_one_step(
     args: argparse.Namespace, provider: Olmo2ModelProvider, chunks: list[GPTModel]
 ) -> tuple[Any, OptimizerParamScheduler]:
-    """One real step; the optimizer with its state, and a learning rate schedule."""
+    """Take one real step; return the optimizer with its state and a learning rate schedule."""
     distributed = args.optimizer != "adam"
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
     wrapped = [
@@ -316,7 +316,7 @@ def train_one_step(
 
 
 def common_args(args: argparse.Namespace, provider: Olmo2ModelProvider) -> argparse.Namespace:
-    """A few of Megatron-LM's hundreds of args, with the kinds of values that occur there."""
+    """Return some of Megatron-LM's args, with every kind of value that occurs among them."""
     return argparse.Namespace(
         num_layers=provider.num_layers,
         hidden_size=provider.hidden_size,
@@ -355,7 +355,7 @@ def common_args(args: argparse.Namespace, provider: Olmo2ModelProvider) -> argpa
 
 
 def rng_state() -> ShardedObject:
-    """The generators' states, one object for each pipeline stage and tensor-parallel rank."""
+    """Return the RNG states, one object for each pipeline stage and tensor-parallel rank."""
     states = {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
@@ -372,7 +372,7 @@ def rng_state() -> ShardedObject:
 
 
 def model_states(chunks: list[GPTModel], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The chunks' sharded state dicts, by the names that Megatron-LM gives them."""
+    """Return the chunks' sharded state dicts by Megatron-LM's names."""
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     return {
         name: chunk.sharded_state_dict(metadata=dict(metadata))
@@ -422,10 +422,10 @@ def save(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def no_strides() -> Iterator[None]:
-    """Let megatron-core 0.19 check keys under torch 2.15.
+    """Let megatron-core 0.19 check keys with torch 2.15.
 
-    That torch has one more field in TensorProperties, and megatron-core hands all of them to
-    torch.empty, which doesn't know it.
+    TensorProperties has one more field in that torch, and megatron-core passes all fields to
+    torch.empty, which rejects it.
     """
     restore = TensorProperties.__setstate__
 
@@ -441,7 +441,7 @@ def no_strides() -> Iterator[None]:
 
 
 def read(args: argparse.Namespace, chunks: list[GPTModel]) -> None:
-    """Fill the chunks from ``--checkpoint``; what it doesn't fill is NaN before, and an error."""
+    """Load the chunks from ``--checkpoint``; fail if a parameter, NaN before, is not loaded."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, float("nan"))
