@@ -7,14 +7,14 @@ import re
 from html import escape
 
 from megatron_olmo_bridge.inference.difference import Comparison, Layer
-from megatron_olmo_bridge.inference.weights import WeightDifference, summarize
+from megatron_olmo_bridge.inference.weights import WeightDifference, severity, summarize
 from megatron_olmo_bridge.training.monitor.page import page, tiles
 
 from .pages import STYLE
 
 
 def comparison_page(comparison: Comparison, reference: str, model: str) -> str:
-    """Return the page of a comparison: the error after each layer beside the allowed error."""
+    """Return the page of a comparison: error by layer, and difference by weight."""
     values = [v for x in comparison.layers for v in (x.error, x.allowed) if 0 < v < math.inf]
     low = math.floor(math.log10(min(values, default=0.1)))
     high = max(low + 1, math.ceil(math.log10(max(values, default=1.0))))
@@ -80,9 +80,8 @@ def _weights(weights: list[WeightDifference]) -> str:
         layers = re.findall(r"\.(\d+)\.", weight.name)
         cells = rows.setdefault(re.sub(r"\.\d+\.", ".*.", weight.name), {})
         layer = int(layers[0]) if layers else 0
-        cells.setdefault(layer, weight.relative)
-        if not cells[layer] >= weight.relative:  # the worst of the experts, NaN the worst of all
-            cells[layer] = weight.relative
+        # A cell shows the worst expert of its layer.
+        cells[layer] = max(cells.get(layer, 0.0), weight.relative, key=severity)
     drawn = "".join(_cells(name, cells) for name, cells in rows.items())
     return (
         f"<section><h2>Difference of the weights</h2><p>{escape(summarize(weights))}. A row is a "
@@ -92,7 +91,7 @@ def _weights(weights: list[WeightDifference]) -> str:
 
 
 def _cells(name: str, cells: dict[int, float]) -> str:
-    largest = max(cells.values())
+    largest = max(cells.values(), key=severity)
     inside = "".join(
         f'<rect x="{layer}" width="1" height="1" style="{_shade(value)}">'
         f"<title>{escape(name.replace('*', str(layer), 1))}: {value:.2g}</title></rect>"

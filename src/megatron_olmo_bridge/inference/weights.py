@@ -22,7 +22,7 @@ class WeightDifference:
     """Hugging Face name."""
     relative: float
     """Frobenius norm of the difference, divided by that of the reference; 0 if all values are
-    equal."""
+    equal (NaN equals NaN), NaN if it can't be computed because of a NaN."""
 
 
 def weight_differences(reference: Checkpoint, model: Checkpoint) -> list[WeightDifference]:
@@ -39,7 +39,8 @@ def weight_differences(reference: Checkpoint, model: Checkpoint) -> list[WeightD
                 left.blocks(expected), right.blocks(actual), strict=True
             ):
                 x, y = (torch.frombuffer(block, dtype=torch.float32).double() for block in (a, b))
-                difference += float((x - y).square().sum())
+                apart = (x - y).masked_fill_((x == y) | (x.isnan() & y.isnan()), 0)
+                difference += float(apart.square().sum())
                 norm += float(x.square().sum())
         if not difference:
             return WeightDifference(name, 0.0)
@@ -49,12 +50,17 @@ def weight_differences(reference: Checkpoint, model: Checkpoint) -> list[WeightD
         return list(pool.map(compare, (n for n in reference.tensors if n in model.tensors)))
 
 
+def severity(relative: float) -> float:
+    """Return the sorting key of a relative difference: NaN is the largest."""
+    return inf if isnan(relative) else relative
+
+
 def summarize(weights: list[WeightDifference]) -> str:
     """Return in one line how many weights differ, and which of them most."""
     differing = [w for w in weights if w.relative]
     if not differing:
         return f"all {len(weights)} are equal"
-    largest = max(differing, key=lambda w: inf if isnan(w.relative) else w.relative)
+    largest = max(differing, key=lambda w: severity(w.relative))
     return (
         f"{len(differing)} of {len(weights)} differ, most {largest.name}: "
         f"relative difference {largest.relative:.2g}"

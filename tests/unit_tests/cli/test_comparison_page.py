@@ -50,6 +50,7 @@ def test_the_difference_of_each_weight_is_drawn() -> None:
         "layers.0.experts.0.fc.weight": 1e-3,
         "layers.0.experts.1.fc.weight": 1e-5,
         "layers.1.experts.0.fc.weight": math.nan,
+        "layers.1.experts.1.fc.weight": 0.5,
     }
     ids = torch.tensor([[1, 2, 3, 4]])
     states: States = {name: torch.ones(1, 4, 8) for name in STATES}
@@ -68,3 +69,4 @@ def test_the_difference_of_each_weight_is_drawn() -> None:
         ("0", "fill: var(--c4); fill-opacity: 0.68", "layers.0.experts.*.fc.weight: 0.001"),
         ("1", "fill: var(--c4); fill-opacity: 1.00", "layers.1.experts.*.fc.weight: nan"),
     ]
+    assert re.findall(r"</svg><span>(\w.*?)</span>", page)[-3:] == ["equal", "1", "nan"]

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_olmo_bridge import export_checkpoint, import_checkpoint
@@ -26,6 +27,8 @@ def test_the_difference_is_relative_to_the_reference(tiny_hf: Path, tmp_path: Pa
     file = tmp_path / "hf/model.safetensors"
     tensors = load_file(file)
     tensors[zero].zero_()
+    not_finite = "model.layers.0.mlp.up_proj.weight"
+    tensors[not_finite][0, :2] = torch.tensor([math.nan, math.inf])  # in both: no difference
     save_file(tensors, file)
     reference = open_checkpoint(tmp_path / "hf")
     changed = tmp_path / "changed"
