@@ -157,8 +157,8 @@ HEADERS = [
     Case("dtype-no-text", "single", entry(dtype=["BF16"]), (ONE, TENSOR, "unknown dtype")),
     Case("double-precision", "single", entry(dtype="F64"), (ONE, TENSOR, "F64", "BF16")),
     *(
-        Case(f"quantised-{dtype}", "single", entry(dtype=dtype),
-             (ONE, TENSOR, dtype, "quantised", "unquantised checkpoint"))
+        Case(f"quantized-{dtype}", "single", entry(dtype=dtype),
+             (ONE, TENSOR, dtype, "quantized", "unquantized checkpoint"))
         for dtype in ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2")
     ),
 ]  # fmt: skip
@@ -300,10 +300,10 @@ CONFIGS = [
     Case("rope-no-object", "single", config(rope_scaling=[1]), ("config.json",)),
     Case("more-layers-than-there-are", "single", config(num_hidden_layers=5),
          ("missing", "model.layers.4."), (IMPORT, "inspect SRC")),
-    Case("quantised", "single", config(quantization_config={"quant_method": "gptq"}),
-         ("config.json", "quantised", "gptq", "unquantised checkpoint")),
-    Case("quantised-somehow", "single", config(quantization_config="int4"),
-         ("config.json", "quantised", "int4")),
+    Case("quantized", "single", config(quantization_config={"quant_method": "gptq"}),
+         ("config.json", "quantized", "gptq", "unquantized checkpoint")),
+    Case("quantized-somehow", "single", config(quantization_config="int4"),
+         ("config.json", "quantized", "int4")),
 ]  # fmt: skip
 
 

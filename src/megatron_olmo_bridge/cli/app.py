@@ -26,8 +26,8 @@ app = typer.Typer(
       olmo-bridge verify hf back
       olmo-bridge compare hf megatron --tp 2
     """,
-    epilog="Exit codes: 0 done, 1 a difference was found, 2 bad usage or input, 70 a fault of "
-    "olmo-bridge itself, 75 training stopped and saved when asked to, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a difference was found, 2 bad usage or input, 70 a bug in "
+    "olmo-bridge, 75 training stopped and saved when asked to, 130 interrupted.",
 )
 conversion.add_to(app)
 checks.add_to(app)

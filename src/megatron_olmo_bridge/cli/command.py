@@ -227,7 +227,7 @@ def _explain(error: BaseException, resumable: bool) -> Failure:
         where = f"{error.filename}: " if error.filename else ""
         return Failure(kind, f"{where}{error.strerror or error}")
     traceback.print_exception(error)
-    return Failure(kind, f"a fault of olmo-bridge itself: {kind}: {error}", INTERNAL_ERROR)
+    return Failure(kind, f"a bug in olmo-bridge: {kind}: {error}", INTERNAL_ERROR)
 
 
 def _print_envelope(stdout: TextIO, command: str | None, outcome: Any) -> None:

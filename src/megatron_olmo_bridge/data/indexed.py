@@ -70,7 +70,9 @@ def read_indexed(path: str | Path) -> Indexed:
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for file in (index, data):
         if not file.is_file():
-            raise InputError(f"{file}: no such file. A dataset is a .bin and an .idx beside it.")
+            raise InputError(
+                f"{file}: no such file. A dataset is a .bin and an .idx with the same prefix."
+            )
     size = index.stat().st_size
     with index.open("rb") as handle:
         header = handle.read(_HEADER.size)

@@ -72,7 +72,7 @@ def read_info(path: str | Path) -> DataInfo:
     """Read a dataset's record, or its index if there is no record.
 
     Args:
-        path: its prefix, or one of its files.
+        path: prefix of the dataset, or one of its files.
 
     Raises:
         InputError: a file is missing.
@@ -127,7 +127,7 @@ def _info(data: Indexed) -> DataInfo:
         ) from error
     if differing := [k for k, v in found.items() if asdict(info)[k] != v]:
         raise FormatError(
-            f"{path}: is not the record of the .bin and .idx beside it: other {differing[0]}"
+            f"{path}: does not match the .bin and .idx next to it: {differing[0]} differs"
         )
     return info
 

@@ -1,9 +1,9 @@
 """Prepare a dataset in a folder ``OUT.partial``, until OUT has all its files.
 
-A marker in the folder records what is prepared. A part is finished when its .json is there, with
+A marker in the folder records what is prepared. A part is complete once its .json exists, which has
 checksums of its files. A run that is killed at any moment leaves a folder that ``--resume``
-continues, and no ``OUT.idx``, without which there is no dataset. With ``--overwrite``, the dataset
-that is replaced stays until the new one is written.
+continues, and nothing that could be read as a dataset, which needs ``OUT.idx``. With
+``--overwrite``, the old dataset is kept until the new one is written.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def _megatron() -> Any:
 def _record(
     files: list[str], writer: PartWriter, tokenizer: TextTokenizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return how the output is made: for the .json beside it, and to compare a resumed run with."""
+    """Return the record for the output's .json, and the plan that a resumed run must match."""
     made = {
         "version": __version__,
         "tokenizer": tokenizer.name,

@@ -178,7 +178,7 @@ def _global_tensor(
 def _check_files(path: Path, places: _Places) -> None:
     """Raise FormatError if a file is truncated, or two chunks share bytes of it.
 
-    An absent file is no error here: it may hold only what is not read.
+    Absent files are not checked: they may hold only what is not read.
     """
     found = sorted(
         (at.file, at.offset, at.offset + at.length, key)

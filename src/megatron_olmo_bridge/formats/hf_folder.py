@@ -50,7 +50,7 @@ ARTIFACT_FILES = (
     "audio_tokenizer_config.json",
 )
 """Patterns of the small files that ``save_pretrained`` of a model, its tokenizer and its processor
-writes beside the weights; from transformers 5.23's constants."""
+writes in addition to the weights; from transformers 5.23's constants."""
 CODE = "*.py"
 """A model's own code, which ``save_pretrained`` writes where a config has an ``auto_map``."""
 HUB_PATTERNS = (*ARTIFACT_FILES, CODE, "*.safetensors", INDEX)
@@ -86,7 +86,7 @@ class HFFolder:
         Raises:
             InputError: config.json or the weights are absent.
             FormatError: a file is damaged, or index and shards disagree.
-            UnsupportedError: an adapter, quantised weights or PyTorch ``.bin`` files.
+            UnsupportedError: an adapter, quantized weights or PyTorch ``.bin`` files.
         """
         refuse_other_weights(path)
         config = read_config(path)
@@ -94,8 +94,8 @@ class HFFolder:
             said = config["quantization_config"]
             method = said.get("quant_method") if isinstance(said, dict) else said
             raise UnsupportedError(
-                f"{path / CONFIG}: the weights are quantised ({method}) and can't be converted. "
-                "Use the unquantised checkpoint."
+                f"{path / CONFIG}: the weights are quantized ({method}) and can't be converted. "
+                "Use the unquantized checkpoint."
             )
         return cls(path, config, _read_arrays(path, is_buffer, may_be_tied))
 
@@ -182,8 +182,8 @@ def _read_all(path: Path, names: list[str]) -> dict[str, bytes]:
 def refuse_outside(file: Path, folder: Path) -> None:
     """Raise FormatError if a file is a link that leads out of its folder.
 
-    In the hub's cache, links from ``models--owner--name/snapshots/COMMIT`` to the ``blobs`` beside
-    it are allowed.
+    In the hub's cache, links from ``models--owner--name/snapshots/COMMIT`` to its ``blobs`` folder
+    are allowed.
     """
     inside = Path(os.path.realpath(folder))
     places = [inside]
@@ -256,7 +256,7 @@ def _read_arrays(
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Return the index's file of each tensor; nothing if there is no index, or a stale one.
+    """Return the file of each tensor according to the index; {} without an index or if it is stale.
 
     An index is stale if its files are absent and a single file has all weights; transformers too
     reads that one first.

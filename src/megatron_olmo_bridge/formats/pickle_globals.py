@@ -63,7 +63,7 @@ class Globals:
         Args:
             where: the file, for messages.
             any_classes: allow classes of all modules but torch, numpy and the standard library,
-                beside the names that are always allowed.
+                in addition to the names that are always allowed.
         """
         self._where, self._any_classes = where, any_classes
         self._placeholders: dict[tuple[str, str], type[Inert]] = {}

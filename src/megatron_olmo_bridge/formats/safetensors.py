@@ -123,8 +123,8 @@ def _span(
         raise FormatError(f"{file}: tensor {name} has the unknown dtype {quote(code)}")
     if code in _QUANTISED and not any_dtype:
         raise UnsupportedError(
-            f"{file}: tensor {name} is {code}: quantised weights can't be converted. "
-            "Use the unquantised checkpoint."
+            f"{file}: tensor {name} is {code}: quantized weights can't be converted. "
+            "Use the unquantized checkpoint."
         )
     if code not in DTYPES and not any_dtype:
         raise UnsupportedError(f"{file}: tensor {name} is {code}; weights are {sorted(DTYPES)}")

@@ -17,7 +17,7 @@ BRIDGE_NAMES = {
     "export_adapter_weights": NO_ADAPTERS,
     "save_hf_adapter": NO_ADAPTERS,
     "save_hf_weights": "use save_hf_pretrained, which writes config and tokenizer too",
-    "save_hf_tokenizer": "use save_hf_pretrained, which writes the tokenizer beside the weights",
+    "save_hf_tokenizer": "use save_hf_pretrained, which writes the tokenizer too",
     "push_to_hub": "write a folder with save_hf_pretrained, then `hf upload OWNER/NAME FOLDER`; or "
     "`olmo-bridge export MEGATRON FOLDER --push-to-hub OWNER/NAME`",
     "get_conversion_tasks": "use AutoBridge.model_bridge.mapping_registry().resolve(), or "

@@ -168,7 +168,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a field that does not exist: a typo would have no effect.
 
-        A field that is set is no longer derived, even if it is set to the derived value.
+        A field that is set keeps its value when other fields change.
 
         Raises:
             InputError: There is no such field.

@@ -52,7 +52,7 @@ class DataConfig:
     validation: list[str] = field(default_factory=list)
     """Prefixes of held-out data; without any, nothing is evaluated."""
     cache: str | None = None
-    """Folder for the index of samples; by default beside the data."""
+    """Folder for the index of samples; by default the folder of the data."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id; by default the one that the data was prepared with."""
     workers: int = 0

@@ -45,7 +45,7 @@ class StageMemory:
     gradients: int
     """float32, in bfloat16 runs too: ``grad_reduce_in_fp32``."""
     optimizer: int
-    """Two moments in float32, and float32 weights beside bfloat16 ones."""
+    """Two moments in float32, and a float32 copy of bfloat16 weights."""
     activations: int
     """Activations kept for the backward pass, over all micro-batches in flight."""
     logits: int

@@ -142,7 +142,7 @@ def _translate_data_errors(data: DataConfig) -> Iterator[None]:
 def _unwritable(data: DataConfig, error: OSError) -> OutputError:
     return OutputError(
         f"{error.filename or data.cache or data.path[0]}: {error.strerror or error}. The index of "
-        "samples is kept beside the data, or where data.cache=DIR says."
+        "samples is kept in the folder of the data, or in data.cache=DIR."
     )
 
 

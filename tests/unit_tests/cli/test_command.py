@@ -179,7 +179,7 @@ def test_a_fault_of_our_own_shows_its_traceback(flags: tuple[str, ...]) -> None:
     done = run_command(failing(ZeroDivisionError("of x by y")), *flags)
     assert done.exit_code == 70
     assert "Traceback" in done.stderr
-    message = "a fault of olmo-bridge itself: ZeroDivisionError: of x by y"
+    message = "a bug in olmo-bridge: ZeroDivisionError: of x by y"
     if flags:
         assert json.loads(done.stdout)["error"] == {"type": "ZeroDivisionError", "message": message}
     else:

@@ -546,7 +546,7 @@ def test_a_record_of_another_dataset(prepared: Prepare, corpus: Path, tmp_path: 
     prepared(corpus, tmp_path / "a")
     prepared(write_json_lines(tmp_path / "in.jsonl", ["a"]), tmp_path / "b")
     shutil.copy(tmp_path / "a.json", tmp_path / "b.json")
-    with pytest.raises(FormatError, match=r"b\.json: is not the record of the \.bin and"):
+    with pytest.raises(FormatError, match=r"b\.json: does not match the \.bin and"):
         read_info(tmp_path / "b")
     for text in ("{", "[]", '{"documents": 3}', '{"what": 3}'):
         (tmp_path / "b.json").write_text(text)

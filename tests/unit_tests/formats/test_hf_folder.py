@@ -139,7 +139,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
         (write("config.json", "[]"), FormatError, "config.json: does not hold a JSON object"),
         (write("adapter_config.json", "{}"), UnsupportedError, "LoRA"),
         (write("config.json", '{"quantization_config": {"quant_method": "gptq"}}'),
-         UnsupportedError, "quantised (gptq)"),
+         UnsupportedError, "quantized (gptq)"),
     ],
 )  # fmt: skip
 def test_folders_that_are_refused(

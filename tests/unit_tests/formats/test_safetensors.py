@@ -137,8 +137,8 @@ def test_an_unsound_header_is_refused(tmp_path: Path, header: Any, payload: int,
 
 
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "U32"])
-def test_quantised_tensors_are_refused(tmp_path: Path, dtype: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"tensor t is {dtype}: quantised"):
+def test_quantized_tensors_are_refused(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"tensor t is {dtype}: quantized"):
         read_header(raw(tmp_path, {"t": entry(0, 8, dtype=dtype)}, 8))
 
 

@@ -159,7 +159,7 @@ def megatron_lm_flags(config: Olmo2Config, *, padded_vocab_size: int, dtype: str
             f"{config.vocab_size}"
         )
     flags = ["--use-checkpoint-args", "--ckpt-format", "torch_dist"]
-    # Begin at iteration 0: there is no optimizer state to load.
+    # Start at iteration 0, without loading optimizer state.
     flags += ["--finetune"]
     flags += ["--transformer-impl", "local", "--spec", *SPEC]
     # No version restores these from args.
