@@ -219,7 +219,7 @@ DATA = [
     Case(MINE, ("prepared with a tokenizer of 1100 tokens", "has 1024", "model.vocab_size"),
          recorded(vocab_size=1100)),
     Case(MINE, ("has token 1050, the model has 1024",), recorded(max_token_id=1050)),
-    Case(MINE, ("HERE/mine.json", "other tokens"), recorded(tokens=399)),
+    Case(MINE, ("HERE/mine.json", "next to it in tokens"), recorded(tokens=399)),
     # Of other tools nobody recorded the largest token: it is found when it comes up.
     Case(f"{MINE} {UNSAVED}", ("token 1024, the model has 1024", "another tokenizer"),
          dataset(400, 1024), late=True),

@@ -126,9 +126,7 @@ def _info(data: Indexed) -> DataInfo:
             "without one."
         ) from error
     if differing := [k for k, v in found.items() if asdict(info)[k] != v]:
-        raise FormatError(
-            f"{path}: does not match the .bin and .idx next to it: {differing[0]} differs"
-        )
+        raise FormatError(f"{path}: does not match the .bin and .idx next to it in {differing[0]}")
     return info
 
 
