@@ -7,6 +7,7 @@ CUDA or threads.
 
 import gc
 import os
+import tempfile
 
 import pytest
 
@@ -22,3 +23,10 @@ def pytest_collection_finish() -> None:
     each time it would traverse a million objects of torch and megatron-core."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the temporary files of all processes with those of the tests, so that what a killed
+    process leaves behind is removed too. The name is short because paths of sockets are limited."""
+    tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("t"))
