@@ -1,4 +1,4 @@
-"""Import and export keep every file that save_pretrained writes beside the weights."""
+"""Import and export keep every config and tokenizer file that save_pretrained writes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def hf(tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Content of every file but the weights and the record of a conversion, by name."""
+    """Return the contents of all files except weights and conversion record, by name."""
     return {
         name: file.read_bytes()
         for file in sorted(folder.rglob("*"))
@@ -68,7 +68,7 @@ def there_and_back(hf: Path) -> Path:
 
 
 def vocabulary_files() -> set[str]:
-    """The file names in ``VOCAB_FILES_NAMES`` of every tokenizer of transformers."""
+    """Return the file names in ``VOCAB_FILES_NAMES`` of every tokenizer of transformers."""
     found: set[str] = set()
     for source in Path(transformers.__file__).parent.rglob("tokenization_*.py"):
         for node in ast.parse(source.read_text()).body:

@@ -1,7 +1,7 @@
-"""What is refused, and how: one message that names file and tensor, exit 2, nothing touched.
+"""Bad input is refused with one message that names file and tensor, exit code 2, nothing changed.
 
-The table below is the specification. Each case damages a copy of a sound checkpoint, or builds a
-folder that is none; then every command that would read it is run on it.
+The table below is the specification. Each case damages a copy of a valid checkpoint, or builds a
+folder that is not one; then every command that would read it runs on it.
 """
 
 import errno
@@ -44,7 +44,7 @@ from typer.testing import CliRunner, Result
 from megatron_olmo_bridge.cli.app import app
 
 SCREEN = 24
-"""Lines that a message may have."""
+"""Maximum number of lines of a message."""
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -66,13 +66,14 @@ class Case:
 
     id: str
     start: str
-    """The sound checkpoint that SRC is a copy of: single, sharded, megatron, or nothing."""
+    """Fixture of the valid checkpoint that is copied to SRC: single, sharded, megatron, or
+    nothing."""
     damage: Callable[[Path], object]
-    """Given SRC. DST is ``../out/dst`` seen from it."""
+    """Called with SRC. DST is ``../out/dst`` relative to it."""
     says: tuple[str, ...]
     commands: tuple[str, ...] = ()
     differs: bool = False
-    """Whether ``verify`` reports it as a difference, exit 1: sound files of another model."""
+    """Whether ``verify`` reports a difference, exit code 1: valid files of another model."""
 
 
 def leave(_: Path) -> None: ...
@@ -82,7 +83,7 @@ def leave(_: Path) -> None: ...
 
 
 def entry(**changes: Any) -> Callable[[Path], None]:
-    """Change the header's entry of a tensor."""
+    """Change a tensor's entry in the header."""
     return lambda src: edit_header(src / ONE, lambda header: header[TENSOR].update(changes))
 
 
@@ -168,12 +169,12 @@ HEADERS = [
 
 
 def shard(src: Path) -> str:
-    """The shard that holds TENSOR."""
+    """Return the shard that holds TENSOR."""
     return str(json.loads((src / INDEX).read_text())["weight_map"][TENSOR])
 
 
 def indexed(file: object) -> Callable[[Path], None]:
-    """The index names another file for a tensor."""
+    """Make the index name another file for TENSOR."""
     return lambda src: edit_json(src / INDEX, lambda x: x["weight_map"].update({TENSOR: file}))
 
 
@@ -320,7 +321,7 @@ def lora_adapter(src: Path) -> None:
 
 
 def as_iteration(**files: str) -> Callable[[Path], None]:
-    """A Megatron root with an iteration that holds these files; dots in names as ``_dot_``."""
+    """Build a Megatron root whose iteration holds these files; ``_dot_`` in a name is a dot."""
 
     def build(src: Path) -> None:
         write(src / TRACKER, "10")
@@ -388,7 +389,7 @@ def stored(key: str, **changes: object) -> Callable[[Path], None]:
 
 
 def routed(new: str) -> Callable[[Path], None]:
-    """The norm after the MLP, stored as if it were a norm before something."""
+    """Store the norm after the MLP under the key of a norm before a layer."""
     return lambda src: rename_key(src, POST_NORM, new)
 
 
@@ -499,7 +500,7 @@ MEGATRON = [
          ("missing", POST_NORM, "unexpected", "linear_qkv.layer_norm_weight"), differs=True),
 ]  # fmt: skip
 
-# Nothing of these may run: each would leave a file behind. test_hostile_pickles.py has more.
+# None of these pickles may run: each would leave a file. test_hostile_pickles.py has more.
 CODE = f"open('{SENTINEL}', 'w').close()"
 HOSTILE = [
     Case(f"hostile-{where.strip('.')}-{name}", "megatron", damage, (where, name, "Nothing"))
@@ -520,7 +521,7 @@ HOSTILE = [
 
 
 def there(path: str, content: str | None = None) -> Callable[[Path], None]:
-    """Something at this path (seen from the folder of SRC): a file, or a folder with a file."""
+    """Write a file, or a folder with a file, at this path relative to the parent of SRC."""
 
     def build(src: Path) -> None:
         write(src.parent / path if content is not None else src.parent / path / "x", content or "")
@@ -553,7 +554,7 @@ DESTINATIONS = [
                  (f"{command} SRC ABOVE/link --overwrite",)),
             Case(f"{command}-to-the-root", start, leave, ("may not be the source",),
                  (f"{command} SRC / --overwrite",)),
-            # Neither of these was made by this program, so it deletes neither.
+            # This program made neither of these folders, so it deletes neither.
             Case(f"{command}-with-another-partial", start, there("../out/dst.partial"),
                  ("dst.partial", "no conversion made it"),
                  tuple(f"{command} SRC DST {flag}" for flag in ("", "--resume", "--overwrite"))),
@@ -665,7 +666,7 @@ def test_is_refused(
     assert not (tmp_path / SENTINEL).exists()
     said = message(result) if not (case.differs and "verify" in command) else table(result)
     for piece in case.says:
-        # What is missing in one of two is unexpected in the other.
+        # A tensor that is missing from one checkpoint is unexpected in the other.
         if result.exit_code == 2 or piece not in ("missing", "unexpected"):
             assert places.get(piece, piece) in said
 
@@ -676,7 +677,7 @@ def run(command: str, places: dict[str, str]) -> Result:
 
 
 def message(result: Result) -> str:
-    """The message of a refused command, which is all that it printed."""
+    """Return the message of a refused command, which must be all that it printed."""
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -688,7 +689,7 @@ def message(result: Result) -> str:
 
 
 def table(result: Result) -> str:
-    """What ``verify`` printed of two checkpoints that differ."""
+    """Return what ``verify`` printed about two checkpoints that differ."""
     assert result.exit_code == 1, result.output
     assert "NOT equal" in result.stdout
     return result.stdout
@@ -700,7 +701,7 @@ def table(result: Result) -> str:
 def test_a_disk_that_is_too_small_is_refused(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found before the first byte is written."""
+    """The check comes before the first byte is written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
 
     said = message(CliRunner().invoke(app, ["import", str(single), str(tmp_path / "dst")]))
@@ -712,7 +713,7 @@ def test_a_disk_that_is_too_small_is_refused(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB: room for one import of the tiny model, not for two."""
+    """Mount a file system of 4 MiB, with room for one import of the tiny model but not for two."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(
@@ -734,7 +735,7 @@ def test_a_real_disk_that_is_too_small_is_refused(single: Path, small_disk: Path
 
 
 def test_an_empty_mount_point_is_written_into(single: Path, small_disk: Path) -> None:
-    """Like a container's volume. If it is not empty, it can't be replaced by a rename."""
+    """A container's volume is such a mount point. A rename can't replace it if it is not empty."""
     assert CliRunner().invoke(app, ["import", str(single), str(small_disk)]).exit_code == 0
 
     assert CliRunner().invoke(app, ["verify", str(single), str(small_disk)]).exit_code == 0
@@ -746,9 +747,9 @@ def test_an_empty_mount_point_is_written_into(single: Path, small_disk: Path) ->
 def test_a_disk_that_fills_up_during_the_copy_leaves_no_output(
     single: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, preallocates: bool
 ) -> None:
-    """Somebody else writes too: the disk looked large enough, and is full later.
+    """The disk looks large enough, but another program has filled it.
 
-    Where the system can allocate, that is found before the first tensor; else in the middle.
+    With preallocation this is found before the first tensor, else in the middle of the copy.
     """
     (small_disk / "other").write_bytes(bytes(3 << 20))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
@@ -762,7 +763,7 @@ def test_a_disk_that_fills_up_during_the_copy_leaves_no_output(
     assert tree_hash(small_disk) == before
 
 
-def test_what_is_complete_is_kept_when_the_disk_is_full(
+def test_complete_files_are_kept_when_the_disk_is_full(
     megatron: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = ["export", str(megatron), str(small_disk / "dst"), "--max-shard-size", "500KB"]
@@ -786,7 +787,7 @@ def test_what_is_complete_is_kept_when_the_disk_is_full(
 
 
 def test_a_killed_run_does_not_count_as_a_full_disk(single: Path, small_disk: Path) -> None:
-    """What it allocated is written again, so there is room for it."""
+    """The resumed run reuses the space that the killed run allocated."""
     run_in_child(single, small_disk / "dst", "allocated")
     usage = shutil.disk_usage(small_disk)
     assert usage.free < usage.used
@@ -806,13 +807,13 @@ NOBODY = 65534
 
 
 def as_nobody(*arguments: object) -> tuple[int, str]:
-    """Exit code and message of a command run by a user without rights.
+    """Run a command as a user without permissions; return its exit code and message.
 
-    Before that it is run dry as we are, so that every module is loaded: Python itself may lie
-    where that user can't read.
+    A dry run as the current user comes first to import every module: the other user may not be
+    able to read Python's own files.
     """
     if os.geteuid() != 0:
-        pytest.skip("another user can only be had as root")
+        pytest.skip("only root can switch to another user")
     words = list(map(str, arguments))
     script = (
         "import os\n"
@@ -830,7 +831,7 @@ def as_nobody(*arguments: object) -> tuple[int, str]:
 
 @pytest.fixture
 def open_to_all() -> Iterator[Path]:
-    """A folder that another user can reach, but not write to."""
+    """Folder that another user can reach but not write to."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -876,7 +877,7 @@ def test_the_table_names_every_case_once() -> None:
 def test_unexpected_errors_still_name_the_file(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An input or output error of the system: its words, the file, exit 2."""
+    """The message has the operating system's words and the file; the exit code is 2."""
     broken = partial(fail, OSError(errno.EIO, "Input/output error", str(single / ONE)))
     monkeypatch.setattr("megatron_olmo_bridge.checkpoints.open.find_kind", broken)
 

@@ -1,7 +1,7 @@
 """One flipped bit anywhere in the weights is found, and the tensor is named.
 
-Where a tensor's bytes are is found here without this package: by the header of safetensors, by
-torch's own reading of ``.metadata`` and by the zip records of its archives.
+These tests locate a tensor's bytes without this package: in the safetensors header, through torch's
+own reader of ``.metadata``, and in the zip records of the archives.
 """
 
 import io
@@ -31,7 +31,7 @@ from megatron_olmo_bridge.storage.stage import Stage
 
 FLIPS = 50
 ITEM = 2
-"""Bytes of an element: the weights are bfloat16."""
+"""Bytes per element: the weights are bfloat16."""
 VOCAB, PADDED = 1024, 1280
 
 HF_NAMES = {
@@ -55,16 +55,16 @@ HF_NAMES = {
     "decoder.final_layernorm.weight": ["model.norm.weight"],
     "output_layer.weight": ["lm_head.weight"],
 }
-"""Each Megatron key, and the Hugging Face tensors that it is made of."""
+"""Hugging Face tensors that make up each Megatron key."""
 KINDS = sorted(name for names in HF_NAMES.values() for name in names)
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Where some rows of a tensor lie."""
+    """Location of some rows of a tensor."""
 
     named: frozenset[str]
-    """The names under which a difference there may be reported."""
+    """Names under which a difference in these bytes may be reported."""
     file: Path
     begin: int
     end: int
@@ -76,7 +76,8 @@ def kind(name: str) -> str:
 
 
 def flips(places: list[Bytes], rng: random.Random) -> Iterator[tuple[Bytes, int]]:
-    """Bytes to damage: kind after kind, in turn its last row, its first, and anywhere in it."""
+    """Yield bytes to damage in every kind of tensor: in its last row, its first row, then
+    anywhere."""
     kinds: dict[frozenset[str], list[Bytes]] = defaultdict(list)
     for place in places:
         kinds[frozenset(map(kind, place.named))].append(place)
@@ -100,7 +101,7 @@ def flip(file: Path, at: int, bit: int) -> None:
 
 
 def check_all_are_found(good: Path, damaged: Path, places: list[Bytes]) -> set[str]:
-    """Flip a bit, verify, flip it back, FLIPS times; the names that were reported."""
+    """Flip a bit, verify and flip it back, FLIPS times; return the kinds of tensor reported."""
     rng = random.Random(0)
     seen: set[str] = set()
     touched: set[Path] = set()
@@ -116,7 +117,7 @@ def check_all_are_found(good: Path, damaged: Path, places: list[Bytes]) -> set[s
         seen.add(kind(result.differences[0].name))
         touched.add(place.file)
     assert verify(good, damaged).equal
-    assert touched == {place.file for place in places}, "every file had its turn, the last too"
+    assert touched == {place.file for place in places}, "every file must be damaged at least once"
     return seen
 
 
@@ -150,7 +151,7 @@ def test_a_flipped_bit_in_an_import_with_padded_rows_is_found(
     padding -= {"decoder.final_layernorm.weight padding rows"}
     seen = check_all_are_found(sharded, tmp_path / "megatron", places)
     assert padding <= seen
-    # Of a tensor made of several, the flips hit one or the other; each was hit above already.
+    # In a fused tensor the flips hit some of its parts; the test above covers every part.
     assert {kinds for place in places for kinds in map(kind, place.named)} == set(KINDS) | padding
     assert all(seen & set(names) for names in HF_NAMES.values())
 
@@ -179,7 +180,7 @@ def megatron_places(folder: Path) -> Iterator[Bytes]:
 
 
 def payload(file: Path, offset: int, length: int) -> tuple[int, int]:
-    """Where an archive's tensor lies in the file that the archive is in."""
+    """Return the position of an archive's tensor in the file that contains the archive."""
     archive = file.read_bytes()[offset : offset + length]
     with zipfile.ZipFile(io.BytesIO(archive)) as zipped:
         info = next(i for i in zipped.infolist() if i.filename.endswith("/data/0"))
@@ -190,7 +191,7 @@ def payload(file: Path, offset: int, length: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "common.pt", "hf/config.json"])
 def test_a_flipped_bit_is_found_by_checksum(sharded: Path, tmp_path: Path, name: str) -> None:
-    """With checksums on record, the checkpoint alone is enough, and no byte of it is left out."""
+    """With recorded checksums, the checkpoint alone is enough, and every byte of it is covered."""
     import_checkpoint(sharded, tmp_path / "megatron", write=WriteOptions(checksum=True))
     assert verify(tmp_path / "megatron").equal
     file = tmp_path / "megatron" / "iter_0000000" / name
@@ -224,7 +225,8 @@ def test_a_damaged_file_of_an_interrupted_run_is_written_again(
     operation: str, count: int, sharded: Path, megatron: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Also where the file's times are set back. Its journal has what the kernel alone sets."""
+    """Resetting the file's times doesn't hide the damage: the journal has times that only the
+    kernel sets."""
     monkeypatch.setattr("megatron_olmo_bridge.convert.to_megatron.FILE_BYTES", 1 << 20)
     dst, partial = tmp_path / "dst", tmp_path / "dst.partial"
 
@@ -244,7 +246,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_written_again(
     rng = random.Random(count)
     for turn in range(count):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Stage, "write_text", interrupt)  # all weights are journaled then
+            patch.setattr(Stage, "write_text", interrupt)  # by then all weights are journaled
             convert()
         files = sorted(f for f in partial.rglob("*") if f.suffix in (".safetensors", ".distcp"))
         file = rng.choice(files)
@@ -265,7 +267,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_written_again(
 def test_a_thousand_flipped_bits_of_a_finished_output_are_found(
     sharded: Path, tmp_path: Path
 ) -> None:
-    """Any byte of any file, found by the recorded checksums alone."""
+    """The recorded checksums alone reveal a flip in any byte of any file."""
     import_checkpoint(sharded, tmp_path / "megatron", write=WriteOptions(checksum=True))
     folder, rng = tmp_path / "megatron" / "iter_0000000", random.Random(0)
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "olmo_bridge.json")
@@ -275,7 +277,7 @@ def test_a_thousand_flipped_bits_of_a_finished_output_are_found(
         flip(file, at, bit)
         try:
             found = [(d.kind, d.name) for d in verify(folder).differences]
-        except BridgeError:  # no checkpoint any more
+        except BridgeError:  # no longer a checkpoint
             assert file.name == "metadata.json"
             found = None
         flip(file, at, bit)

@@ -1,4 +1,4 @@
-"""Fine-tuning a classifier, as a user does it: synthetic texts, training, table, and serving."""
+"""Fine-tune a classifier as a user does: make synthetic texts, train, compare in a table, serve."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/classification"
 RECIPE = "complaints:tiny"
 CLASSES, CHANCE, REACHED = 10, 0.1, 0.9
-"""Classes of the data, accuracy of guessing, and accuracy to reach; the maximum is 0.96."""
+"""Classes of the data, accuracy of a random choice, and accuracy to reach (maximum 0.96)."""
 LENGTH = 32
-"""Tokens; some texts are longer, and are cut."""
+"""Sequence length in tokens; some texts are longer and are truncated."""
 
 
 def example(script: str, *arguments: object) -> str:
-    """What one of the scripts in examples/classification printed."""
+    """Run a script of examples/classification; return what it printed."""
     command = [sys.executable, str(EXAMPLE / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -39,7 +39,7 @@ def example(script: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts, a tiny OLMo-2 and a tiny ModernBERT."""
+    """Folder with texts, a tiny OLMo-2 and a tiny ModernBERT."""
     folder = tmp_path_factory.mktemp("classification") / "data"
     example("make_synthetic.py", folder, "--classes", CLASSES)
     return folder
@@ -61,7 +61,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def train(*arguments: str) -> str:
-    """In a process of its own: what a run sets up in a process stays there."""
+    """Train in a separate process, because a run's global state stays in its process."""
     command = [*COMMAND, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -70,7 +70,7 @@ def train(*arguments: str) -> str:
 
 @pytest.fixture(scope="module", params=slow_but([], [1, 2]), ids=["tp1", "tp2"])
 def run(request: pytest.FixtureRequest, data: Path) -> tuple[Path, str, int]:
-    """A run's folder, what it printed, and its tensor parallel size."""
+    """Folder of a run, its output, and its tensor parallel size."""
     tp = request.param
     folder = data.parent / f"run-tp{tp}"
     more = [f"parallel.tp={tp}", "checkpoint.keep_last=null"]
@@ -124,7 +124,8 @@ def test_transformers_measures_the_accuracy_of_training(run: tuple[Path, str, in
 def test_the_export_is_served_with_the_same_labels(
     run: tuple[Path, str, int], data: Path, tmp_path: Path
 ) -> None:
-    """Compared with those of the best iteration's Megatron checkpoint at the training layout."""
+    """The expected labels come from the best iteration's Megatron checkpoint at the training
+    layout."""
     from transformers import pipeline
 
     folder, _, tp = run
@@ -176,7 +177,7 @@ def test_a_killed_and_resumed_run_gives_the_same_classifier(
 
 @pytest.mark.slow
 def test_early_stopping_is_resumed_exactly(data: Path, tmp_path: Path) -> None:
-    """Without a learning rate no evaluation is better than the one before."""
+    """With a learning rate of zero no evaluation improves on the previous one."""
     arguments = overrides(
         data,
         tmp_path / "run",
@@ -200,7 +201,7 @@ SCORES = {"multi_label_classification": "macro_f1", "regression": "r2"}
 
 @pytest.fixture(scope="module", params=slow_but([], SCORES))
 def other_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of another problem type; its data stand beside it."""
+    """Folder of a run of another problem type, with its data in the same parent folder."""
     folder = tmp_path_factory.mktemp(request.param)
     options = ["--problem-type", request.param, "--classes", 3]
     example("make_synthetic.py", folder, *options, "--examples", 2000, "--validation", 100)
@@ -215,7 +216,7 @@ def other_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return folder / "run"
 
 
-def test_other_problem_types_are_learned_beside_a_baseline(other_run: Path) -> None:
+def test_other_problem_types_are_learned_and_compared_with_a_baseline(other_run: Path) -> None:
     found = json.loads((other_run / "results.json").read_text())
     score = SCORES[found["problem_type"]]
     assert [m["name"] for m in found["models"]] == ["olmo2-tiny", "modernbert-tiny"]
@@ -283,7 +284,7 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def test_complaints_are_fetched_and_split(tmp_path: Path) -> None:
-    """From an archive as the bureau publishes it: rows without a text, and letters sent twice."""
+    """The archive is like a published one: it has rows without a text and duplicate complaints."""
     table = io.StringIO()
     rows = csv.writer(table)
     rows.writerow(["Date received", "Issue", "Consumer complaint narrative", "Company"])
@@ -333,7 +334,7 @@ def test_a_folder_that_is_not_a_run_is_not_compared(tmp_path: Path, beside: str 
 
 
 def changed(data: Path, tmp_path: Path, file: str, **values: object) -> str:
-    """A copy of the tiny OLMo-2 with other values in a JSON file; None drops one."""
+    """Copy the tiny OLMo-2 and change values in a JSON file; None deletes a value."""
     folder = tmp_path / "changed"
     shutil.copytree(data / "olmo2-tiny", folder)
     found = json.loads((folder / file).read_text()) | values
@@ -342,7 +343,8 @@ def changed(data: Path, tmp_path: Path, file: str, **values: object) -> str:
 
 
 def refused(arguments: list[str]) -> str:
-    """One message, and nothing else; before any process group."""
+    """Return the message of a refused run, which must be all that it printed, before any process
+    group."""
     done = olmo_bridge("train", RECIPE, *arguments)
     assert done.exit_code == 2, done.output
     assert "Traceback" not in done.output

@@ -1,4 +1,4 @@
-"""`compare` finds each classic mistake, says so by its exit code, and names where it starts."""
+"""`compare` finds each common mistake, reports it by its exit code, and names where it starts."""
 
 import json
 import shutil
@@ -18,10 +18,10 @@ from megatron_olmo_bridge.inference.compare import compare, run_transformers
 
 pytest_plugins = ["warm_jobs"]
 DTYPES = ("float32", "bfloat16")
-"""A mistake must be far enough beyond rounding to be found in 16 bits too. In bfloat16 the errors
-of the logits were measured at 2.1 (q_norm and k_norm) to 32 (theta) times transformers' own."""
+"""Mistakes must exceed rounding errors clearly enough to be found in 16 bits too. In bfloat16 the
+measured errors of the logits are 2.1 (q_norm and k_norm) to 32 (theta) times transformers' own."""
 LAYER = 2
-"""The layer that mistakes in weights are planted in."""
+"""Layer in which mistakes in weights are planted."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -71,7 +71,7 @@ CONFIG = {
 
 
 def planted(hf: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of the model with its weights changed."""
+    """Copy the model and change its weights."""
     shutil.copytree(hf, folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -120,11 +120,11 @@ def test_a_mistake_in_the_weights_of_a_layer_is_found(
 def test_a_mistake_in_the_config_is_found(
     hf: Path, tmp_path: Path, mistake: str, dtype: str
 ) -> None:
-    """It is in every layer, and so starts in the first."""
+    """Such a mistake affects every layer, so it starts in the first."""
     shutil.copytree(hf, tmp_path / "planted")
     config = json.loads((hf / "config.json").read_text())
     (tmp_path / "planted/config.json").write_text(json.dumps(config | CONFIG[mistake]))
-    # Enough tokens that late positions turn far, where another theta shows.
+    # Another theta shows at late positions, so there must be enough tokens.
     found = compare(hf, tmp_path / "planted", tokens=64, dtype=dtype)
 
     assert not found.equal
@@ -140,7 +140,7 @@ def test_a_mistake_in_the_config_is_found(
 @pytest.mark.usefixtures("warm_jobs")
 @pytest.mark.parametrize("layout", [{}, {"ep": 2}], ids=["tp1", "ep2"])
 def test_a_mistake_in_a_mixture_of_experts_is_found(tmp_path: Path, layout: dict[str, int]) -> None:
-    """In bfloat16, where the middle token is what counts: gate and up of all experts, swapped."""
+    """Gate and up of all experts are swapped; bfloat16 is judged by the median token."""
     hf = synth("olmoe-tiny", tmp_path / "hf")
 
     def swap_gate_and_up(tensors: Tensors) -> None:
@@ -197,7 +197,7 @@ def test_json_says_on_how_many_tokens_and_what_was_allowed(hf: Path) -> None:
     assert found["bound"] == "1.5 x transformers' own in bfloat16"
     embedding, logits = found["layers"][0], found["layers"][-1]
     assert logits["error"] <= logits["allowed"]
-    assert embedding["allowed"] > 0  # the weights are in float32, and are rounded
+    assert embedding["allowed"] > 0  # the float32 weights are rounded
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_bad_input(hf: Path, arguments: list[object], message: str) -> None:
 
 
 def test_a_model_that_overflows_is_refused(hf: Path, tmp_path: Path) -> None:
-    """transformers itself can't run it in float16: nothing is compared with nan."""
+    """transformers' own logits are NaN in float16, so there is nothing to compare with."""
 
     def enlarge(tensors: Tensors) -> None:
         tensors["lm_head.weight"] *= 60000 / tensors["lm_head.weight"].abs().max()

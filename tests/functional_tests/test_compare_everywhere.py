@@ -1,6 +1,6 @@
 """`compare` and `roundtrip` raise no false alarm: every family, dtype and layout.
 
-All of the table is slow; some of it is not. What is wrong is found: test_compare.py.
+The full table is slow; a part of it runs by default. test_compare.py tests that mistakes are found.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each model, stored in each dtype."""
+    """Folder with each model stored in each dtype."""
     root = tmp_path_factory.mktemp("models")
     for model in MODELS:
         for dtype in DTYPES:
@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("model", "dtype", "layout"), CASES)
 def test_a_model_is_itself(models: Path, model: str, dtype: str, layout: str) -> None:
-    """Run in any dtype, whatever it is stored in."""
+    """A model may run in a dtype other than the stored one."""
     hf = models / f"{model}-bfloat16"
 
     found = compare(hf, hf, dtype=dtype, **LAYOUTS[layout])
@@ -59,7 +59,7 @@ def test_a_model_is_itself(models: Path, model: str, dtype: str, layout: str) ->
     assert found.differs_from is None
     assert found.magnitude > 0.5
     assert found.top1_agreement > 0.9
-    if dtype != "float32":  # it was not compared with itself in float32
+    if dtype != "float32":  # the reference ran in float32
         assert found.layers[-1].error > 0
 
 

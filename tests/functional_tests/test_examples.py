@@ -1,4 +1,4 @@
-"""The examples run as their docstrings say, as one process and as several."""
+"""The examples run as their docstrings say, in one process and in several."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def test_hf_as_megatron(hf: Path) -> None:
 
 
 def test_the_python_of_the_readme_runs(hf: Path, tmp_path: Path) -> None:
-    """Only the checkpoint's name is changed; a block that sets TP 2 runs on two processes."""
+    """Only the checkpoint's name is replaced; a block that sets TP 2 runs in two processes."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     for number, block in enumerate(blocks):

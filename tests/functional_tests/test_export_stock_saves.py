@@ -1,7 +1,7 @@
-"""What stock megatron-core saved, at any layout and with optimizer state, exports bit for bit.
+"""Checkpoints of stock megatron-core, at any layout and with optimizer state, export bit for bit.
 
-The expected tensors are gathered from the model's own parameters by the saving script, which knows
-nothing of the bridge's mapping.
+The script that saves them gathers the expected tensors from the model's own parameters, without the
+bridge's mapping.
 """
 
 import json
@@ -79,7 +79,7 @@ def test_padded_vocabulary_is_trimmed_to_the_config(hf: Path, tmp_path: Path) ->
 
 
 def test_config_comes_from_megatron_lms_args(hf: Path, tmp_path: Path) -> None:
-    """Megatron-LM records its args; of the vocabulary often only the padded size."""
+    """Megatron-LM records its args, but often only the padded vocabulary size."""
     root = tmp_path / "run"
     stock("save", "--hf", hf, "--out", root)
     with pytest.raises(InputError, match="--vocab-size"):
@@ -105,7 +105,7 @@ OTHER_MODELS = {
 def test_a_config_that_contradicts_megatron_lms_args_is_refused(
     hf: Path, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
-    """All of these have tensors of the same shapes: the weights would be taken for others."""
+    """All these configs give tensors of the same shapes, so the weights would be misread."""
     root, config = tmp_path / "run", tmp_path / "hf" / "config.json"
     stock("save", "--hf", hf, "--out", root, *layout)
     config.parent.mkdir()
@@ -141,7 +141,7 @@ def test_a_config_that_contradicts_the_weights_is_refused_by_every_command(
     with pytest.raises(InputError, match="contradicts"):
         AutoBridge.from_checkpoint(tmp_path / "m")
 
-    # What was saved here says it right.
+    # The config that was saved here is correct.
     for record in ("run_config.yaml", "hf/config.json"):
         (folder / record).unlink()
     assert inspect(tmp_path / "m").numbers["num_query_groups"] == 4

@@ -1,4 +1,4 @@
-"""Every family and head offline: nothing is lost, and what is unsound is refused by name."""
+"""Every family and head converts offline without loss, and an invalid tensor is refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLASSIFIERS = ["olmo-tiny", "olmo2-tiny", "olmo3-tiny"]
 ONE = "model.safetensors"
 SCREEN = 24
 BATCH = torch.randint(1000, (2, 64), generator=torch.Generator().manual_seed(1))
-"""Longer than the window of olmo3-tiny, 16, and than its original 32 positions."""
+"""Longer than olmo3-tiny's window (16) and its original context (32)."""
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -42,19 +42,19 @@ def size(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def hf(size: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """Hugging Face folder of a model. Read-only."""
     return synth(size, tmp_path_factory.mktemp(size) / "hf", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def megatron(hf: Path) -> Path:
-    """The same model imported. Not to be changed."""
+    """Import of the same model. Read-only."""
     import_checkpoint(hf, hf.parent / "megatron")
     return hf.parent / "megatron"
 
 
 def loaded(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """The model in transformers, which may neither miss nor be left with anything."""
+    """Load a model in transformers without missing or unexpected tensors."""
     model, report = auto.from_pretrained(folder, output_loading_info=True)
     assert not {kind: names for kind, names in report.items() if names}
     return model.eval()
@@ -101,7 +101,7 @@ def test_norm_gains_are_random(hf: Path, size: str) -> None:
 
 
 def test_old_names_and_buffers_of_gpt2_are_read(tmp_path: Path) -> None:
-    """The checkpoints of 2019: no ``transformer.`` before the names, and causal masks."""
+    """Checkpoints of 2019 have no ``transformer.`` prefix and contain causal masks."""
     hf = synth("gpt2-tiny", tmp_path / "hf", dtype="float32")
     old = shutil.copytree(hf, tmp_path / "old")
 
@@ -179,7 +179,7 @@ def test_a_missing_head_is_refused(size: str, says: str, tmp_path: Path) -> None
 
 
 def patterns(hf: Path) -> dict[str, str]:
-    """A tensor of layer 1 (and expert 1) for each kind of tensor, or the only one of its kind."""
+    """Return one tensor of each kind: that of layer 1 (and expert 1), or the only one."""
     found: dict[str, str] = {}
     for name in load_file(hf / ONE):
         kind = re.sub(r"\.\d+\.", ".*.", name)
@@ -189,7 +189,7 @@ def patterns(hf: Path) -> dict[str, str]:
 
 
 def refused(before: Path, *command: object) -> str:
-    """The one message of a refused command, which leaves the folder as it is."""
+    """Return the message of a refused command, which must leave the folder unchanged."""
     tree = tree_hash(before)
     done = olmo_bridge(*command)
     assert done.exit_code == 2, done.output
@@ -230,7 +230,7 @@ def test_a_fault_in_any_kind_of_tensor_is_refused(
 
 
 def config_faults(hf: Path) -> list[tuple[str, object]]:
-    """Every whole number of the model that is one of its shape, damaged in four ways."""
+    """Return four wrong values for every integer of the config that determines a shape."""
     config = json.loads((hf / "config.json").read_text())
     counts = (
         "n_layer", "n_embd", "n_head", "num_hidden_layers", "hidden_size", "vocab_size",
@@ -281,7 +281,7 @@ def test_a_truncated_file_is_refused(hf: Path, megatron: Path, tmp_path: Path) -
 def test_a_checkpoint_with_the_config_of_another_family_is_refused(
     hf: Path, size: str, other: str, tmp_path: Path
 ) -> None:
-    """OLMo-2 and OLMo-3 have the same tensors: those two differ by their vocabularies alone."""
+    """OLMo-2 and OLMo-3 have the same tensors, so only their vocabularies differ."""
     if other == size:
         return
     src = shutil.copytree(hf, tmp_path / "src")

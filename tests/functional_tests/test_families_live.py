@@ -1,6 +1,6 @@
-"""Live models of every family beside OLMo-2, and classifiers, are what transformers' are.
+"""Live models of every family except OLMo-2, and classifiers, equal those of transformers.
 
-At every layout: logits, the gradient of every tensor, and every bit that comes out again.
+At every layout these tests compare logits, the gradient of every tensor, and every exported bit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ pytest_plugins = ["live_runs"]
 
 FAMILY_LAYOUTS = {name: LAYOUTS[name] for name in ("tp1", "tp2", "tp2-sp", "pp2")} | {
     "ep2": Layout(2, {"expert_model_parallel_size": 2}),
-    # Attention is cut by tensor parallelism, experts are not: whole ones on either rank.
+    # Tensor parallelism shards attention but not experts: each rank has whole experts.
     "tp2-sp-ep2": Layout(
         2,
         LAYOUTS["tp2-sp"].fields
@@ -64,20 +64,20 @@ UNTRAINED = [(family, "tp2") for family in MIXTURES]
 """megatron-core refuses to train experts at tensor parallelism without sequence parallelism."""
 
 ROWS, COLUMNS = 4, 64
-"""Shape of the batches: longer than olmo3-tiny's window (16) and than YaRN's start (32)."""
+"""Shape of the batches: longer than olmo3-tiny's window (16) and original context (32)."""
 WORDS = range(2, 1000)
-"""Tokens of every family's vocabulary; none is ``PAD``."""
+"""Upper bound of token ids, valid in every family's vocabulary; none is ``PAD``."""
 
 CLASSIFIERS = {"olmo": "olmo-tiny", "olmo2": "olmo2-tiny", "olmo3": "olmo3-tiny"}
-"""Language models by the classifiers that are made of them."""
+"""Language model from which each classifier is made."""
 CLASSIFIER_LAYOUTS = ("tp1", "tp2-sp", "pp2")
 CLASSIFIER_CASES = [(family, layout) for family in CLASSIFIERS for layout in CLASSIFIER_LAYOUTS]
 CLASSES, NEW_CLASSES, PAD = 5, 3, 0
 PROBLEMS = {"regression": 1, "multi_label_classification": CLASSES}
-"""Problem types beside the classifiers' own, with the number of labels; of OLMo-2."""
+"""Further problem types of OLMo-2 classifiers, with their number of labels."""
 PROBLEM_CASES = [(problem, layout) for problem in PROBLEMS for layout in CLASSIFIER_LAYOUTS]
 LENGTHS = (COLUMNS, 41, 18, 1)
-"""Lengths of the sequences that classifiers read."""
+"""Lengths of the sequences in the classifiers' batch."""
 
 MUTANTS: dict[str, dict[str, dict[str, Any]]] = {
     "olmo3-tiny": {
@@ -94,7 +94,7 @@ MUTANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "flex-olmo-tiny": {"weights that sum to one": {"moe_router_pre_softmax": False}},
 }
-"""Fields of the provider, set to what a wrong port of the family would have."""
+"""Provider fields with the values that a wrong port of the family would have."""
 MUTANT_CASES = [(family, name) for family, names in MUTANTS.items() for name in names]
 
 
@@ -107,7 +107,7 @@ def tokens() -> torch.Tensor:
 
 
 def padded() -> torch.Tensor:
-    """Sequences padded on the right, then the same padded on the left: [2 * ROWS, COLUMNS]."""
+    """Return sequences padded on the right, then padded on the left: [2 * ROWS, COLUMNS]."""
     right, left = torch.full((2, ROWS, COLUMNS), PAD)
     for row, (sequence, length) in enumerate(zip(tokens(), LENGTHS, strict=True)):
         right[row, :length] = left[row, COLUMNS - length :] = sequence[:length]
@@ -119,7 +119,7 @@ def classes() -> torch.Tensor:
 
 
 def targets(problem: str) -> torch.Tensor:
-    """Labels of a problem type: [2 * ROWS] for one value each, else [2 * ROWS, labels]."""
+    """Return labels of a problem type: [2 * ROWS] if each is one value, else [2 * ROWS, labels]."""
     if problem == "regression":
         return torch.linspace(-1, 1, 2 * ROWS)
     return torch.arange(2 * ROWS * CLASSES).reshape(-1, CLASSES).remainder(3).eq(0).float()
@@ -127,24 +127,24 @@ def targets(problem: str) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def families(shared: Path) -> Path:
-    """Folders of Hugging Face models: by size, and of classifiers such as ``olmo-classifier``."""
+    """Folder of Hugging Face models, named by size, and classifiers such as ``olmo-classifier``."""
     return make_once(shared / "families", make_families)
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    from live_runs import once  # not before pytest has imported it as a plugin
+    from live_runs import once  # only after pytest has imported it as a plugin
 
     return once(folder, make)
 
 
 def make_families(root: Path) -> None:
     for name in {*FAMILIES, *CLASSIFIERS.values()}:
-        # Weights of this seed make large logits in all families.
+        # Weights of this seed give large logits in all families.
         synth(name, root / name, dtype="float32", seed=1, max_shard_size="1MB")
     generator = torch.Generator().manual_seed(3)
     for family, size in CLASSIFIERS.items():
-        # The backbone is the language model's, random gains of norms among it. One was tied to its
-        # head, as that of OLMo 1B: a classifier has no such head, and nothing to tie.
+        # The backbone is the language model's, with its random norm gains. OLMo's embedding was
+        # tied to its head, as in OLMo 1B; a classifier has no such head and nothing to tie.
         model = AutoModelForSequenceClassification.from_pretrained(
             root / size, num_labels=CLASSES, pad_token_id=PAD, tie_word_embeddings=family == "olmo"
         )
@@ -161,7 +161,7 @@ def make_families(root: Path) -> None:
 def launch(
     processes: int, families: Path, shared: Path, more: Callable[[Path], list[Step]]
 ) -> Path:
-    """Results of every case of this number of processes, and of ``more`` steps, in one launch."""
+    """Return results of every case of this world size and of ``more`` steps, from one launch."""
 
     def make(root: Path) -> None:
         steps = more(root)
@@ -176,7 +176,7 @@ def launch(
             if FAMILY_LAYOUTS[layout].processes == processes:
                 labels = targets(problem)
                 steps.append(classifier(problem, layout, families, root, labels))
-        steps.sort(key=lambda step: sizes(step["fields"]))  # process groups are made once for each
+        steps.sort(key=lambda step: sizes(step["fields"]))  # equal sizes share process groups
         print(run_script("family_model", json.dumps(steps, default=str), processes=processes))
 
     return make_once(shared / f"families-with-{processes}", make)
@@ -211,7 +211,7 @@ def classifier(model: str, layout: str, families: Path, root: Path, labels: torc
 
 
 def saves(family: str, layout: str) -> bool:
-    """One layout of each family."""
+    """Return whether this is the layout at which the family saves a checkpoint."""
     return layout == ("ep2" if family in MIXTURES else "tp2-sp")
 
 
@@ -258,7 +258,7 @@ def families_with_2(families: Path, shared: Path) -> Path:
 
 
 def results(request: pytest.FixtureRequest, model: str, layout: str) -> Path:
-    """The folder of results of a model at a layout."""
+    """Return the folder with the results of a model at a layout."""
     processes = FAMILY_LAYOUTS[layout].processes
     root: Path = request.getfixturevalue(f"families_with_{processes}")
     return root / model / layout
@@ -266,13 +266,13 @@ def results(request: pytest.FixtureRequest, model: str, layout: str) -> Path:
 
 @pytest.fixture
 def run(family: str, layout: str, request: pytest.FixtureRequest) -> Path:
-    """The folder of results of a family's language model at a layout."""
+    """Folder with the results of a family's language model at a layout."""
     return results(request, family, layout)
 
 
 @pytest.fixture
 def classifier_run(family: str, layout: str, request: pytest.FixtureRequest) -> Path:
-    """The folder of results of a family's classifier at a layout."""
+    """Folder with the results of a family's classifier at a layout."""
     return results(request, f"{family}-classifier", layout)
 
 
@@ -280,7 +280,7 @@ def classifier_run(family: str, layout: str, request: pytest.FixtureRequest) -> 
 
 
 def gradients_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return gradients by their names in files: transformers stacks experts only in memory."""
+    """Return gradients by tensor name in files; transformers stacks experts only in memory."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad)
@@ -291,7 +291,7 @@ def gradients_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 @cache
 def expected(folder: Path) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
-    """Logits of a language model, and the loss of the same tokens with its gradients."""
+    """Return transformers' logits of a language model, and the loss with its gradients."""
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -314,7 +314,7 @@ def load_classifier(folder: Path) -> PreTrainedModel:
 
 @cache
 def expected_classes(folder: Path) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
-    """The same of a classifier and padded sequences."""
+    """Return transformers' logits, loss and gradients of a classifier for padded sequences."""
     model, batch = load_classifier(folder), padded()
     logits = model(batch, attention_mask=(batch != PAD).long()).logits
     loss = cross_entropy(logits, classes())
@@ -327,7 +327,7 @@ def expected_classes(folder: Path) -> tuple[torch.Tensor, float, dict[str, torch
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_models_reveal_mistakes(families: Path, family: str) -> None:
-    """A model of zeros, or of gains and biases that do nothing, would pass too easily."""
+    """A model with zero weights, or with gains of one and biases of zero, would hide mistakes."""
     logits, _, gradients = expected(families / family)
     assert logits.abs().max() >= 1
     assert all(gradient.norm() > 0 for gradient in gradients.values())
@@ -356,7 +356,7 @@ def check_logits(run: Path, layout: str, logits: torch.Tensor) -> None:
 def test_wrong_arithmetic_is_detected(
     families: Path, families_with_1: Path, family: str, mutant: str
 ) -> None:
-    """The same check on models as one might port them: it fails by far."""
+    """The logit check fails clearly on models with typical porting mistakes."""
     logits = torch.load(families_with_1 / family / "mutants" / f"{mutant}.pt")
     _, error = worst(logit_errors([logits], expected(families / family)[0]))
     print(f"largest logit error {error:.1e}")
@@ -377,7 +377,7 @@ def test_gradients_equal_those_of_transformers(
 def check_gradients(run: Path, loss: float, gradients: dict[str, torch.Tensor]) -> None:
     found = torch.load(run / "gradients.pt")
     name, error = worst(errors(run, gradients))
-    # Ranks that hold the same parameter must take the same step, or they drift apart.
+    # Ranks that hold copies of a parameter must take the same step, or the copies diverge.
     copy, difference = worst(found["copies"]) if found["copies"] else ("none", 0.0)
     print(f"largest relative error {error:.1e} ({name}), copies {difference:.1e} ({copy})")
     assert abs(found["loss"] - loss) <= 1e-5
@@ -414,7 +414,7 @@ def check_saved(hf: Path, run: Path) -> None:
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_the_classifiers_reveal_mistakes(families: Path, family: str) -> None:
-    """Padding that is attended to, or taken for the last token, shows in transformers itself."""
+    """In transformers, attending to padding or taking it for the last token changes the logits."""
     model, batch = load_classifier(families / f"{family}-classifier"), padded()
     logits, _, gradients = expected_classes(families / f"{family}-classifier")
     assert logits.shape == (2 * ROWS, CLASSES)
@@ -484,7 +484,8 @@ def test_transformers_reads_classifiers_converted_offline(
 def test_several_sequences_need_a_padding_token(
     families: Path, families_with_1: Path, family: str
 ) -> None:
-    """Without one, a single sequence is read to its end: in transformers as here."""
+    """Without a padding token, both transformers and this package read a single sequence to its
+    end."""
     run = families_with_1 / f"{family}-no-padding"
     model = load_classifier(families / f"{family}-classifier")
     model.config.pad_token_id = None

@@ -1,5 +1,6 @@
-"""From text to a trained model in transformers, by the scripts of ``examples/train`` and the public
-commands; ``make train-demo`` does the same at greater length."""
+"""Go from text to a trained model in transformers with ``examples/train`` and the public commands.
+
+``make train-demo`` trains the same model for longer."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 STEPS, BELOW = 80, 3.5
-"""The loss in nats a token after ``steps`` steps. Random weights have 6.9, unigrams 4.7."""
+"""Loss in nats per token after ``steps`` steps. Random weights have 6.9, unigrams 4.7."""
 OVERRIDES = [
     "olmo2_tiny",
     f"train.steps={STEPS}",
@@ -55,8 +56,7 @@ def log() -> list[dict[str, float | str]]:
 
 
 def stopped_after(step: int) -> tuple[int, str]:
-    """Train in processes of their own, and ask them to stop; returns the exit code and what they
-    said then."""
+    """Train in separate processes and ask them to stop; return the exit code and their output."""
     start = [sys.executable, "-m", "megatron_olmo_bridge", "train", *OVERRIDES, "--processes", "2"]
     with subprocess.Popen(
         start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -71,7 +71,7 @@ def stopped_after(step: int) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all of it was done, as a newcomer would do it."""
+    """Folder in which all steps ran, as a new user would run them."""
     folder = tmp_path_factory.mktemp("loop")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -90,7 +90,8 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--workers",
             1,
         )
-        # After a first checkpoint: what megatron-core has started by then must outlive the signal.
+        # After the first checkpoint, so that megatron-core's helper processes must survive the
+        # signal.
         code, said = stopped_after(30)
         assert code == 75, said
         codes, said = ended("training_runs", "lives", *OVERRIDES, processes=2)
@@ -142,6 +143,6 @@ def test_it_generates_text_and_stops_at_eos() -> None:
     assert json.loads(Path("hf/config.json").read_text())["eos_token_id"] == 0
 
 
-def test_the_report_is_made_again_from_the_log() -> None:
+def test_the_report_can_be_rebuilt_from_the_log() -> None:
     assert json.loads(command("report", "run", "--json"))["result"]["step"] == STEPS
     assert Path("run/report.html").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The fuzzer finds the faults that are planted in a reader, and only those."""
+"""The fuzzer finds exactly the faults that are planted in a reader."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOUND = b"sound text of some length"
 
 
 def reads(folder: Path) -> Any:
-    """A reader without a fault: any change is refused."""
+    """Read without a fault: refuse any change."""
     data = (folder / "file").read_bytes()
     if data != SOUND:
         raise FormatError("damaged")
@@ -87,7 +87,8 @@ def says_nothing(folder: Path) -> Any:
 
 
 class Forking:
-    """Runs cases of the planted reader as the fuzzer's own workers do, as forks of this process."""
+    """Run cases of the planted reader like the fuzzer's own workers, but as forks of this
+    process."""
 
     planted: Callable[[Path], Any]
 
@@ -112,7 +113,7 @@ def sound(tmp_path: Path) -> Path:
 def findings(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[Callable[[Path], Any]], list[Path]]]:
-    """What the fuzzer finds in a reader, by a few changes of a file."""
+    """Return what the fuzzer finds in a reader with a few changes of a file."""
     monkeypatch.setattr(fuzz, "Worker", Forking)
 
     def find(reader: Callable[[Path], Any]) -> list[Path]:

@@ -20,7 +20,7 @@ NEW = 64
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
-    """A Megatron checkpoint whose Hugging Face source is gone, and what transformers generates."""
+    """A Megatron checkpoint whose Hugging Face source was deleted, and transformers' tokens."""
     folder = tmp_path_factory.mktemp("model")
     hf = synth("olmo2-tiny", folder / "hf", dtype="float32")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0"))
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     shutil.rmtree(hf)
     expected = tokens[0, len(PROMPT) :].tolist()
     assert len(expected) == NEW
-    assert len(set(expected)) > 5  # it isn't one token for ever
+    assert len(set(expected)) > 5  # not one repeated token
     return folder / "megatron", expected
 
 
@@ -75,7 +75,7 @@ def test_sampled_tokens_are_printed_as_json(model: tuple[Path, list[int]]) -> No
 
 @pytest.mark.slow
 def test_another_tokenizer_can_be_used(model: tuple[Path, list[int]], tmp_path: Path) -> None:
-    """The checkpoint has none: text in, text out."""
+    """The checkpoint has no tokenizer, but another one encodes and decodes the text."""
     checkpoint, expected = model
     bare = synth("olmo2-tiny", tmp_path / "bare", dtype="float32")
     prompt = ("--prompt", " ".join(f"w{token}" for token in PROMPT))

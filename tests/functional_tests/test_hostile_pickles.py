@@ -1,4 +1,4 @@
-"""Pickles are programs. Of a hostile one nothing runs; an honest one is read, whatever it names."""
+"""No code of a hostile pickle runs; a benign pickle is read, whatever classes it names."""
 
 import argparse
 import collections
@@ -31,7 +31,7 @@ STATE, COMMON_STATE = "decoder.final_layernorm._extra_state/shard_0_1", "common_
 
 
 class Calls:
-    """Pickles as a call of a function."""
+    """Object that pickles as a function call."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = (function, args)
@@ -41,7 +41,7 @@ class Calls:
 
 
 def deep_inside(value: object) -> bytes:
-    """The value in what looks like a checkpoint's state."""
+    """Return a nested state like a checkpoint's that contains the value."""
     return pickle.dumps({"args": argparse.Namespace(x=[{1: (value,)}]), "iteration": 0})
 
 
@@ -52,7 +52,7 @@ HOSTILE = {
     "subprocess.Popen": calling("subprocess.Popen", f"touch {SENTINEL}"),
     "builtins.eval": pickle.dumps(Calls(eval, TOUCH)),
     "builtins.exec": deep_inside(Calls(exec, TOUCH)),
-    "builtins.compile": calling("__builtin__.compile", TOUCH),  # as Python 2 spells it
+    "builtins.compile": calling("__builtin__.compile", TOUCH),  # Python 2's name
     "builtins.getattr": calling("builtins.getattr", "os", "system"),
     "builtins.open": calling("builtins.open", SENTINEL, "w"),
     "builtins.__import__": calling("builtins.__import__", "os"),
@@ -76,17 +76,17 @@ HOSTILE = {
     "numpy.testing._private.utils.runstring": calling(
         "numpy.testing._private.utils.runstring", TOUCH
     ),
-    # From protocol 4 on, a name may be a path of attributes.
+    # Since protocol 4 a name may be a path of attributes.
     "argparse.Namespace.__class__": b"\x80\x04\x8c\x08argparse\x8c\x13Namespace.__class__\x93.",
-    # Modules hold the modules that they import.
+    # Imported modules are attributes of a module.
     "torch.optim.adam.torch.load": b"\x80\x04\x8c\x0btorch.optim\x8c\x0fadam.torch.load\x93.",
     "megatron.core.os.system": b"\x80\x04\x8c\x0dmegatron.core\x8c\x09os.system\x93.",
     "mine.config.os.system": b"\x80\x04\x8c\x0bmine.config\x8c\x09os.system\x93.",
 }
-"""Hostile pickles by the global that they refer to."""
+"""Hostile pickles by the global that they reference."""
 
 
-# What an allow-listed name stands for is never imported, so calling it does nothing either.
+# An allow-listed name is never imported, so calling it has no effect.
 HARMLESS = {
     "functools.partial": calling("functools.partial", "x"),
     "collections.defaultdict": calling("collections.defaultdict", "x"),
@@ -104,7 +104,7 @@ def into_common(folder: Path, pickled: bytes) -> None:
 
 
 def among_shards(folder: Path, key: str, pickled: bytes) -> None:
-    """An archive in a file of its own, in place of a tensor's or an object's."""
+    """Replace a tensor's or an object's archive by a separate file."""
     file = folder / "__1_0.distcp"
     write_archive(file, pickled)
     at = {"relative_path": file.name, "offset": 0, "length": file.stat().st_size}
@@ -112,7 +112,7 @@ def among_shards(folder: Path, key: str, pickled: bytes) -> None:
 
 
 def into_common_object(folder: Path, pickled: bytes) -> None:
-    """Where megatron-core 0.19 keeps the common state."""
+    """Write into the object in which megatron-core 0.19 keeps the common state."""
     (folder / "common.pt").unlink()
     rename_key(folder.parent, STATE, COMMON_STATE)
     among_shards(folder, COMMON_STATE, pickled)
@@ -132,7 +132,8 @@ PLACES = {
 
 @pytest.fixture
 def copy(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint to spoil; the working directory is where a pickle would leave its trace."""
+    """Copy of a checkpoint to damage; a pickle that runs would leave a file in the working
+    directory."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(megatron, tmp_path / "megatron"))
 
@@ -165,12 +166,12 @@ def test_no_code_of_a_hostile_pickle_runs(
 def test_allowed_names_are_never_called(copy: Path, name: str, place: str) -> None:
     PLACES[place](copy / ITERATION, HARMLESS[name])
 
-    with pytest.raises(BridgeError):  # it is no metadata, no state, no tensor
+    with pytest.raises(BridgeError):  # not metadata, state or a tensor
         inspect(copy)
 
 
 def test_a_pickle_cannot_fill_the_memory(copy: Path) -> None:
-    """``set(range(...))`` needs no name outside of the language, and would never end."""
+    """``set(range(...))`` needs only builtins and would never finish."""
     bomb = b"\x80\x02cbuiltins\nset\ncbuiltins\nrange\nL999999999999999999L\n\x85R\x85R."
     into_common(copy / ITERATION, bomb)
 
@@ -182,20 +183,20 @@ def test_a_pickle_cannot_fill_the_memory(copy: Path) -> None:
 
 
 class Schedule:
-    """A class of the program that trained, which is not known where its checkpoint is read."""
+    """Class of the training program, unknown to the program that reads its checkpoint."""
 
     def __init__(self) -> None:
         self.steps = [1, 2]
 
 
 class Phase(enum.Enum):
-    """An enum of that program."""
+    """Enum of the training program."""
 
     WARM_UP = "warm-up"
 
 
 class Options(dict[str, Any]):
-    """A dictionary of that program."""
+    """Dictionary of the training program."""
 
 
 def its_function() -> None:
@@ -229,7 +230,7 @@ OTHER_TYPES = {
 
 
 def real_args() -> argparse.Namespace:
-    """``args`` as a training run saves them: real objects of the classes that occur there."""
+    """Return ``args`` as a training run saves them, with real objects of the classes that occur."""
     enums = pytest.importorskip("megatron.core.transformer.enums")
     return argparse.Namespace(
         num_layers=4,
@@ -271,7 +272,7 @@ def real_args() -> argparse.Namespace:
 
 
 def test_the_args_of_a_real_run_are_read(copy: Path, tmp_path: Path, sharded: Path) -> None:
-    """Saved by torch itself, and the only place that says what model it is."""
+    """torch itself saves them, and only they describe the model."""
     state = {"args": real_args(), "iteration": 0, "checkpoint_version": 3.0}
     torch.save(state, copy / ITERATION / "common.pt")
     (copy / ITERATION / "hf" / "config.json").unlink()
@@ -288,7 +289,7 @@ def test_the_args_of_a_real_run_are_read(copy: Path, tmp_path: Path, sharded: Pa
 
 @pytest.mark.parametrize("kind", [Options, Schedule, dict])
 def test_args_may_contain_objects_of_any_class(copy: Path, kind: Any) -> None:
-    """A dictionary, or an object of the program that trained."""
+    """The class may be a dictionary or any object of the training program."""
     args = kind()
     if isinstance(args, dict):
         args.update(vars(real_args()))
@@ -322,7 +323,7 @@ def test_unknown_classes_are_allowed_only_in_the_common_state(copy: Path, place:
 
 
 def test_the_common_state_of_a_newer_megatron_is_read(copy: Path) -> None:
-    """megatron-core 0.19 keeps it in an object, a list with the dictionary in it."""
+    """megatron-core 0.19 keeps the common state in an object: a list that holds the dictionary."""
     folder = copy / ITERATION
     into_common_object(folder, b"N.")
     torch.save([{"args": real_args(), "iteration": 0}], folder / "__1_0.distcp")
@@ -339,7 +340,7 @@ def test_the_common_state_of_a_newer_megatron_is_read(copy: Path) -> None:
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_metadata_is_read_as_torch_itself_pickles_it(copy: Path, protocol: int) -> None:
     file = copy / ITERATION / ".metadata"
-    metadata = pickle.loads(file.read_bytes())  # this one we wrote ourselves
+    metadata = pickle.loads(file.read_bytes())  # written by this package, so safe to load
     before = TorchDistFolder.read(file.parent)
 
     file.write_bytes(pickle.dumps(metadata, protocol=protocol))

@@ -1,4 +1,4 @@
-"""Import from the hub: the real huggingface_hub against a small stand-in of the hub itself."""
+"""Import from the hub: the real huggingface_hub against a small local server."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ REFUSED = {
     "org/forbidden": (403, "", "Forbidden"),
     "org/broken": (501, "", "Out of order"),
 }
-"""What the hub answers for these models, as the real one does: status, code and message."""
+"""Replies of the real hub for these models: status, code and message."""
 COMMITS = {"main": "a" * 40, REVISION: "b" * 40}
 
 
 @dataclass
 class Hub:
-    """Two revisions of one model, and what was asked for."""
+    """Two revisions of one model, and the requests received."""
 
     folders: dict[str, Path]
-    """A folder for each commit."""
+    """Folder of each commit."""
     url: str = ""
     asked: list[str] = field(default_factory=list)
 
@@ -43,7 +43,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The three addresses of the hub that downloading a snapshot needs."""
+    """The three endpoints of the hub that a snapshot download needs."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def tag(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What `import` writes goes into stock megatron-core at any layout, and computes what HF computes.
+"""Imports load into stock megatron-core at any layout and give the logits of transformers.
 
 The model is poisoned with NaN before stock ``dist_checkpointing.load``, so a parameter that the
 checkpoint does not fill shows in the logits.
@@ -61,7 +61,7 @@ def test_logits_equal_those_of_transformers(
 def test_logits_of_a_published_shape(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, layout: str
 ) -> None:
-    """The 1B in float32, kept in $OLMO_BRIDGE_1B (an HF folder) from one layout to the next."""
+    """The 1B model in float32; $OLMO_BRIDGE_1B names an HF folder that is reused by all layouts."""
     hf = Path(os.environ.get("OLMO_BRIDGE_1B", tmp_path / "hf"))
     if not hf.exists():
         synth("olmo2-1b", hf, dtype="float32")
@@ -85,8 +85,8 @@ def test_keys_shapes_and_objects_equal_those_of_the_model(
     assert {k: [t.dtype, list(t.shape)] for k, t in written.tensors.items()} == {
         k: [t["dtype"].removeprefix("torch."), t["shape"]] for k, t in asked["tensors"].items()
     }
-    # A local model asks for nothing that is absent. What it does not ask for is the state of the
-    # norms, which Transformer Engine's norms ask for.
+    # A local model requests no absent key. The keys that it does not request are the extra states
+    # of the norms, which Transformer Engine's norms request.
     assert set(asked["objects"]) <= set(written.objects)
     norms = {
         "decoder.final_layernorm._extra_state/shard_0_1",
@@ -105,7 +105,7 @@ def test_a_padded_vocabulary_loads(hf: Path, tmp_path: Path) -> None:
           "--vocab-divisible-by", 768, "--strict", "raise_unexpected", "--tp", 2,
           "--tokens", tokens_argument(), "--logits", tmp_path / "logits.pt",
           processes=2)  # fmt: skip
-    logits = torch.load(tmp_path / "logits.pt")  # of the tokens, not of the padding
+    logits = torch.load(tmp_path / "logits.pt")  # without those of padding rows
     assert (logits - hf_logits(hf)).abs().max() <= 1e-5
 
 

@@ -1,8 +1,8 @@
-"""What `import` writes is trained by stock Megatron, and `export` gives what was trained.
+"""Stock Megatron trains an import, and `export` returns the trained weights.
 
-Import, load with stock megatron-core, one optimizer step, save with stock megatron-core, export: at
-each stage nothing but stock code has the weights. The step is judged by the same step in
-transformers.
+Each test imports, loads with stock megatron-core, takes one optimizer step, saves with stock
+megatron-core, and exports. Only stock code handles the weights in between. The expected result is
+that of the same step in transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import Olmo2ForCausalLM
 from megatron_olmo_bridge import inspect, synth
 
 LEARNING_RATE, DECAY, CLIP = 1e-2, 0.1, 1.0
-"""Settings of the step that ``stock_megatron.py`` takes; a first step doesn't depend on betas."""
+"""Settings of the step in ``stock_megatron.py``; a first step doesn't depend on the betas."""
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def imported(hf: Path) -> Path:
 
 @cache
 def one_step(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The same step in plain PyTorch: the weights after it, and the gradients after clipping.
+    """Take the same step in plain PyTorch; return the new weights and the clipped gradients.
 
-    Megatron-core's own rule of decay: everything but vectors.
+    Weight decay follows megatron-core's own rule: everything except vectors.
     """
     model = Olmo2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     batch = torch.tensor(TOKENS)
@@ -60,7 +60,7 @@ def one_step(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
 
 
 def assert_one_step(hf: Path, exported: Path) -> None:
-    """The export is the imported model after one step: nothing else has changed, nothing less."""
+    """Check that the export is the imported model after exactly one step."""
     before, after = hf_tensors(hf), hf_tensors(exported)
     expected, gradients = one_step(hf)
     assert after.keys() == before.keys() == gradients.keys()
@@ -108,7 +108,7 @@ def test_stock_megatron_core_trains_an_import(
     done = olmo_bridge("export", run, exported, "--hf-config", hf)
     assert done.exit_code == 0, done.output
 
-    trained, found = hf_tensors(run), hf_tensors(exported)  # gathered by the script, from the model
+    trained, found = hf_tensors(run), hf_tensors(exported)  # gathered from the model by the script
     assert found.keys() == trained.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
     assert olmo_bridge("verify", hf, exported).exit_code == 1
@@ -125,7 +125,7 @@ def test_stock_megatron_core_trains_an_import(
 def test_stock_megatron_lm_trains_an_import(
     hf: Path, imported: Path, tmp_path: Path, processes: int, distributed: bool
 ) -> None:
-    """With the flags that `inspect` prints; `export` needs no config from elsewhere."""
+    """It runs with the flags that `inspect` prints, and `export` needs no other config."""
     flags = [*inspect(imported).megatron_flags, "--tensor-model-parallel-size", processes]
     flags += ["--use-distributed-optimizer"] if distributed else []
     run_script(

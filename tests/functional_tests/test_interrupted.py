@@ -1,6 +1,6 @@
-"""compare, roundtrip and generate that are interrupted: one sentence, and no process left.
+"""compare, roundtrip and generate end with one sentence when interrupted, and leave no process.
 
-The processes that they start stand still when it comes (SIGSTOP), so that it comes in time.
+Their worker processes are stopped (SIGSTOP) before the signal, so that it arrives in time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Running:
-    """A command in a session of its own, whose standard error is a terminal: it shows its steps."""
+    """Command in a separate session with a terminal as standard error, so that it shows its
+    steps."""
 
     def __init__(self, temporary: Path, *arguments: object) -> None:
         ours, theirs = os.openpty()
@@ -47,16 +48,16 @@ class Running:
         self.shown: list[str] = []
 
     def lines(self) -> Iterator[str]:
-        """What it shows."""
+        """Yield the lines that it prints."""
         try:
             for line in self._terminal:
                 self.shown.append(line.replace("\r\n", "\n"))
                 yield self.shown[-1]
-        except OSError:  # Linux's word for the end of a terminal
+        except OSError:  # Linux signals the end of a terminal this way
             return
 
     def wait_for(self, step: str) -> list[int]:
-        """Wait until it does this, and stop the processes that it started; returns their ids."""
+        """Wait until it prints a step, then stop its worker processes; return their ids."""
         assert any(line.startswith(f"... {step}") for line in self.lines()), self.shown
         command = self.process.pid
         workers = [pid for pid in in_session(command) if stat_of(pid).parent == command]
@@ -64,7 +65,7 @@ class Running:
         return workers
 
     def ended(self) -> int:
-        """Its exit code, when it and all that it started are gone."""
+        """Wait until it and all its processes are gone; return its exit code."""
         for _ in self.lines():
             pass
         code = self.process.wait()
@@ -73,7 +74,7 @@ class Running:
 
 
 class Stat(NamedTuple):
-    """What Linux says of a process."""
+    """Fields of /proc/PID/stat."""
 
     state: str
     parent: int
@@ -86,10 +87,12 @@ def stat_of(pid: int) -> Stat:
 
 
 def in_session(session: int) -> list[int]:
-    """Living processes of a session, which their children belong to."""
+    """Return the living processes of a session, including children."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+        with contextlib.suppress(
+            FileNotFoundError, ProcessLookupError
+        ):  # the process has just exited
             stat = stat_of(int(folder.name))
             if stat.session == session and stat.state != "Z":
                 found.append(int(folder.name))
@@ -111,7 +114,7 @@ def test_ctrl_c_ends_compare_and_its_processes(start: Start, hf: Path) -> None:
     run = start("compare", hf, hf, "--tp", 2)
     assert len(run.wait_for("load")) == 2
 
-    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does it
+    os.killpg(run.process.pid, signal.SIGINT)  # like a terminal
 
     assert run.ended() == 130
     assert run.shown[-1] == INTERRUPTED
@@ -132,7 +135,7 @@ def test_ctrl_c_ends_generate_and_its_processes(start: Start, hf: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_ends_roundtrip_and_its_processes(start: Start, hf: Path) -> None:
-    """Two copies of the model are removed with it."""
+    """It also removes its two copies of the model."""
     run = start("roundtrip", hf, "--tp", 2)
     run.wait_for("save with stock megatron-core")
 

@@ -1,6 +1,6 @@
-"""A disk that fails: an error that says what failed, the output unmade, and --resume completes it.
+"""When the disk fails, an error names the cause, no output appears, and --resume completes it.
 
-The calls really fail (see faults.c), in the kernel's stead.
+The C library returns the errors in place of the kernel (see faults.c).
 """
 
 import errno
@@ -24,7 +24,7 @@ SHARD = "model-00002-of-00005.safetensors"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, and a checkpoint of either kind."""
+    """Folder with the library and a checkpoint of each kind."""
     folder = tmp_path_factory.mktemp("faults")
     library(folder)
     synth("olmo2-tiny", folder / "hf", max_shard_size="500KB")
@@ -67,12 +67,12 @@ def test_every_input_and_output_error_names_the_file(
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert "Input/output error" in line
-    # The kernel doesn't say which side of a copy failed: the source is named, and what comes of it.
+    # The kernel doesn't tell which side of a copy failed, so the message names source and output.
     assert (file.rpartition("/")[2] in line) or (
         call == "copy" and "what is copied from it" in line
     )
     for path in (dst, tmp_path / "dst.partial"):
-        with pytest.raises(BridgeError):  # no checkpoint is there
+        with pytest.raises(BridgeError):  # not a checkpoint
             find_kind(path)
     again = run(folder / "faults.so", [*command, "--resume"], within="nothing")
     assert again.returncode == 0, again.stderr
@@ -106,7 +106,7 @@ def test_a_full_disk_is_reported_as_such(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [4, 100_000])
 def test_a_limit_on_the_size_of_files_is_reported(folder: Path, tmp_path: Path, limit: int) -> None:
-    """``ulimit -f``: known before a byte is written."""
+    """The limit of ``ulimit -f`` is checked before a byte is written."""
     arguments: tuple[tuple[str, ...], ...] = (
         ("import", "hf"), ("export", "megatron"), ("average", "hf", "hf")
     )  # fmt: skip

@@ -1,5 +1,6 @@
-"""A conversion that is killed leaves nothing that counts as a checkpoint, and can be resumed to the
-same bytes. Real processes, really killed: at moments all over the run, and at chosen places."""
+"""A killed conversion leaves nothing that passes for a checkpoint and resumes to the same bytes.
+
+The tests kill real processes at moments all over the run and at named points."""
 
 import contextlib
 import os
@@ -32,37 +33,37 @@ from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.storage.transfer import Transfer
 
 KILLS = int(os.environ.get("OLMO_BRIDGE_KILLS", "6"))
-"""Kills spread over a run, for each direction."""
+"""Number of kills spread over a run, for each direction."""
 FILE_BYTES = 1 << 20
 OVERWRITTEN = "what was there before"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """One direction of conversion of the small model, in several files."""
+    """Conversion of the small model in one direction, into several files."""
 
     operation: str
     source: Path
     options: ImportOptions | ExportOptions
-    """For the library."""
+    """Options of the Python function."""
     arguments: tuple[str, ...]
-    """The same for the command line."""
+    """The same options on the command line."""
     uninterrupted: dict[str, str]
-    """What the tree looks like when nothing was interrupted."""
+    """Hashes of the files that an uninterrupted run writes."""
     writes: int
-    """How many parts of tensors it writes."""
+    """Number of tensor parts that it writes."""
 
     def start(self, dst: Path, point: str, *flags: str) -> "subprocess.Popen[str]":
         command = [self.operation, self.source, dst, *self.arguments, *flags]
         return start(command, point, FILE_BYTES)
 
     def run(self, dst: Path, dtype: str = "keep", **write: Any) -> None:
-        """In this process."""
+        """Convert in this process."""
         convert = import_checkpoint if self.operation == "import" else export_checkpoint
         convert(self.source, dst, replace(self.options, dtype=dtype), WriteOptions(**write))
 
     def check(self, dst: Path) -> None:
-        """The tree is the uninterrupted one, and nothing lies beside it."""
+        """Check that the tree equals the uninterrupted one and that no leftovers remain."""
         assert tree_hash(dst) == self.uninterrupted
         assert [p.name for p in dst.parent.iterdir() if p.name.startswith(dst.name)] == [dst.name]
 
@@ -106,7 +107,7 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversio
 
 
 def counted(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]:
-    """Have calls of a function counted: the list has an element for each."""
+    """Count the calls of a function: the returned list gets an element for each."""
     original, calls = getattr(owner, name), []
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -126,7 +127,7 @@ def conversion(request: pytest.FixtureRequest, conversions: dict[str, Conversion
 
 
 def test_killed_at_any_moment(conversion: Conversion, tmp_path: Path) -> None:
-    """Before tensors all over the run, while its other threads are wherever they are."""
+    """The kills come before tensors all over the run, with other threads at arbitrary points."""
     for i in range(KILLS):
         dst = tmp_path / f"{i}"
         nth = 1 + conversion.writes * (2 * i + 1) // (2 * KILLS)
@@ -140,11 +141,11 @@ def test_killed_at_any_moment(conversion: Conversion, tmp_path: Path) -> None:
 
 
 def test_killed_again_and_again(conversion: Conversion, tmp_path: Path) -> None:
-    """Each run keeps what the ones before it completed, so they come to an end all the same."""
+    """Each run keeps what earlier runs completed, so repeated runs finish nevertheless."""
     dst = tmp_path / "dst"
     complete, kills = 0, 0
     while True:
-        # Before it notes its third file; those that are left are fewer at last.
+        # Killed before its third file is recorded; the last run has fewer files left.
         code, said = finish(conversion.start(dst, "record:3", "--resume"))
         if code == 0:
             break
@@ -166,7 +167,7 @@ def test_killed_again_and_again(conversion: Conversion, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("there", slow_but([False], [False, True]), ids=["absent", "empty"])
 def test_killed_at(conversion: Conversion, tmp_path: Path, point: str, there: bool) -> None:
-    """Where DST was an empty folder, it is written in place, and there is nothing to rename."""
+    """An empty folder at DST is written in place, so there is nothing to rename."""
     if there and point == "rename":
         pytest.skip("nothing is renamed")
     dst = tmp_path / "dst"
@@ -190,7 +191,7 @@ def test_killed_at(conversion: Conversion, tmp_path: Path, point: str, there: bo
 def test_killed_while_replacing(
     conversion: Conversion, tmp_path: Path, point: str, again: str
 ) -> None:
-    """Until the new one is whole, what was at DST is there, or beside it as DST.replaced."""
+    """Until the new output is complete, the old one is kept at DST or DST.replaced."""
     dst = tmp_path / "dst"
     dst.mkdir()
     (dst / "file").write_text(OVERWRITTEN)
@@ -204,7 +205,7 @@ def test_killed_while_replacing(
         assert (kept / "file").read_text() == OVERWRITTEN
     assert accepted(dst, conversion.source) == []
     if again == "--resume" and not renamed:
-        # DST still holds what it held: only --overwrite says that it may go.
+        # DST still has its old content, which only --overwrite allows to replace.
         with pytest.raises(OutputError, match="Pass --overwrite"):
             conversion.run(dst, resume=True)
         assert (dst / "file").read_text() == OVERWRITTEN
@@ -215,7 +216,7 @@ def test_killed_while_replacing(
 
 
 def test_killed_while_replacing_leftovers(conversion: Conversion, tmp_path: Path) -> None:
-    """DST lacks only the end of its run, and DST.partial was to replace it: DST is finished."""
+    """DST needs only its last step, and DST.partial was to replace it: --resume finishes DST."""
     dst = tmp_path / "dst"
     assert finish(conversion.start(dst, "tracker"))[0] == KILLED
     assert finish(conversion.start(dst, "data:70", "--overwrite"))[0] == KILLED
@@ -227,7 +228,7 @@ def test_killed_while_replacing_leftovers(conversion: Conversion, tmp_path: Path
 
 
 def test_killed_while_leftovers_are_removed(conversion: Conversion, tmp_path: Path) -> None:
-    """The marker goes last, so that half of a folder never counts as a whole one."""
+    """The marker is removed last, so that a partly removed folder never counts as complete."""
     dst = tmp_path / "dst"
     assert finish(conversion.start(dst, "rename"))[0] == KILLED
 
@@ -243,7 +244,8 @@ def test_killed_while_leftovers_are_removed(conversion: Conversion, tmp_path: Pa
 def test_leftovers_are_refused_from_inside_and_through_links(
     conversions: dict[str, Conversion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before the rename, the folder is complete: only its marker tells."""
+    """After a kill before the rename, only the marker shows that the complete folder is
+    unfinished."""
     dst = tmp_path / "dst"
     assert finish(conversions["import"].start(dst, "rename"))[0] == KILLED
     (tmp_path / "link").symlink_to(tmp_path / "dst.partial" / "iter_0000000")
@@ -275,8 +277,7 @@ def test_resume_is_refused_with_other_options(conversion: Conversion, tmp_path: 
 
 
 def test_resume_is_refused_with_another_source(conversion: Conversion, tmp_path: Path) -> None:
-    """The same headers, but written since, though its times were set back: its values may be
-    others."""
+    """The source has the same headers and times but was rewritten, so its values may differ."""
     source = Path(shutil.copytree(conversion.source, tmp_path / "source"))
     conversion, dst = replace(conversion, source=source), tmp_path / "dst"
     interrupted(conversion, dst)
@@ -302,7 +303,7 @@ def test_resume_without_an_interrupted_run_starts_from_the_beginning(
 
 
 def test_resume_of_a_complete_output_does_nothing(conversion: Conversion, tmp_path: Path) -> None:
-    """So that a loop of retries ends, wherever the last kill came."""
+    """A loop of retries must end wherever the last kill came."""
     dst = tmp_path / "dst"
     conversion.run(dst)
     before = tree_hash(tmp_path)
@@ -317,7 +318,7 @@ def test_resume_of_a_complete_output_does_nothing(conversion: Conversion, tmp_pa
 def test_resume_after_a_kill_before_the_first_journal_entry(
     conversion: Conversion, tmp_path: Path
 ) -> None:
-    """The folder was made, with or without its marker, and no more."""
+    """Only the folder exists, with or without its marker."""
     for name, marked in (("a", False), ("b", True)):
         (tmp_path / f"{name}.partial").mkdir()
         if marked:
@@ -332,9 +333,8 @@ def test_resume_after_a_kill_before_the_first_journal_entry(
 
 
 @pytest.fixture
-def ctrl_c_is_heard() -> Iterator[None]:
-    """Where pytest itself was started in the background, a shell has it and its children ignore
-    SIGINT."""
+def ctrl_c_is_received() -> Iterator[None]:
+    """Restore SIGINT, which a shell makes background processes and their children ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -342,7 +342,7 @@ def ctrl_c_is_heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped(conversion: Conversion, dst: Path) -> Iterator[Any]:
-    """A run that stands still after its first file is journaled, and goes on afterwards."""
+    """Start a run that is stopped after its first file is journaled, and continue it on exit."""
     process = conversion.start(dst, "stopped")
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     try:
@@ -351,7 +351,7 @@ def stopped(conversion: Conversion, dst: Path) -> Iterator[Any]:
         process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.usefixtures("ctrl_c_is_heard")
+@pytest.mark.usefixtures("ctrl_c_is_received")
 def test_ctrl_c(conversion: Conversion, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     with stopped(conversion, dst) as process:
@@ -368,11 +368,11 @@ def test_ctrl_c(conversion: Conversion, tmp_path: Path) -> None:
     conversion.check(dst)
 
 
-@pytest.mark.usefixtures("ctrl_c_is_heard")
+@pytest.mark.usefixtures("ctrl_c_is_received")
 def test_ctrl_c_in_python_leaves_no_lock(
     conversion: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a notebook the process lives on, and resumes what it was stopped in."""
+    """In a notebook the process survives Ctrl-C and can resume the run."""
     with monkeypatch.context() as patch:
         patch.setattr(
             "megatron_olmo_bridge.storage.execute._describe", lambda *_: signal.raise_signal(2)
@@ -386,7 +386,7 @@ def test_ctrl_c_in_python_leaves_no_lock(
 
 
 def test_two_runs_at_once(conversion: Conversion, tmp_path: Path) -> None:
-    """The second is refused, whatever it was told to do with what it finds."""
+    """The second run is refused, with or without --resume or --overwrite."""
     dst = tmp_path / "dst"
     with stopped(conversion, dst) as process:
         for options in ({}, {"resume": True}, {"overwrite": True}):
@@ -411,8 +411,8 @@ def test_same_bytes_whatever_the_workers(
 
 @pytest.mark.parametrize("there", slow_but([False], [False, True]), ids=["begun", "empty"])
 def test_same_bytes_under_torchrun(conversion: Conversion, tmp_path: Path, there: bool) -> None:
-    """Two processes share the files, resume what one alone began, and finish it; or write all into
-    an empty folder."""
+    """Two processes divide the files, and resume and finish a run that one process began, or write
+    all files into an empty folder."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [conversion.operation, str(conversion.source), str(tmp_path / "dst")]
     command += [*conversion.arguments, "--resume"]
@@ -421,20 +421,20 @@ def test_same_bytes_under_torchrun(conversion: Conversion, tmp_path: Path, there
     else:
         interrupted(conversion, tmp_path / "dst")
     program = [str(KILLABLE), "none", str(FILE_BYTES)]
-    if conversion.operation == "export":  # its files are small without help
+    if conversion.operation == "export":  # export has several files by itself
         program = ["-m", "megatron_olmo_bridge"]
 
     done = subprocess.run([*torchrun, *program, *command], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tensors, ") == 1, "one of them speaks for all"
+    assert done.stdout.count("tensors, ") == 1, "only one process prints the summary"
     conversion.check(tmp_path / "dst")
 
 
 def test_same_bytes_by_any_way_of_copying(
     conversion: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the kernel's help, as on macOS, and without allocation in advance."""
+    """The output is the same without the kernel's copy functions, as on macOS, or preallocation."""
     for missing in ("copy_file_range", "sendfile", "preadv", "posix_fallocate"):
         monkeypatch.delattr(os, missing, raising=False)
         dst = tmp_path / missing
@@ -447,7 +447,7 @@ def test_same_bytes_by_any_way_of_copying(
 def test_import_and_export_give_the_same_bytes(
     conversions: dict[str, Conversion], tmp_path: Path
 ) -> None:
-    """What all of the above compare with is right: the export of the import is the source."""
+    """The reference of the tests above is right: exporting the import gives the source."""
     conversions["export"].run(tmp_path / "dst")
 
     assert verify(conversions["import"].source, tmp_path / "dst").equal

@@ -1,5 +1,6 @@
-"""Killed before any of the system calls that change its files, each command is resumed to the same
-bytes. Real processes; the calls are counted, not timed (see faults.c)."""
+"""A command killed before any system call that changes its files resumes to the same bytes.
+
+The processes are real; the calls are counted, not timed (see faults.c)."""
 
 import os
 import random
@@ -28,16 +29,17 @@ RESUME = WriteOptions(resume=True)
 
 
 class Command(NamedTuple):
-    """One that writes files, for the command line and as a function that resumes it."""
+    """Command that writes files, as a command line and as a function that resumes it."""
 
     line: tuple[object, ...]
-    """All but the output, which comes last."""
+    """All arguments except the output, which comes last."""
     resume: Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, a checkpoint of either kind, a tokenizer and tokens of several parts."""
+    """Folder with the library, a checkpoint of each kind, a tokenizer, and tokens in several
+    parts."""
     folder = tmp_path_factory.mktemp("kills")
     library(folder)
     synth("olmo2-tiny", folder / "hf", max_shard_size=SHARD_SIZE)
@@ -90,7 +92,7 @@ def test_resumed_to_the_same_bytes(folder: Path, tmp_path: Path, command: Comman
     for call in random.Random(calls).choices(range(1, calls + 1), k=KILLS):
         done = run(library, [*command.line, dst], within=dst.parent, kill=call)
 
-        # Threads take turns: one of another run may have needed a call less.
+        # The number of calls depends on thread scheduling, so another run may need fewer.
         assert done.returncode == KILLED or call > calls - 3, (call, done.stderr)
         command.resume(dst)
         assert tree_hash(dst.parent) == expected, f"killed at call {call} of {calls}"

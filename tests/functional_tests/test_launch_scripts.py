@@ -1,4 +1,4 @@
-"""The scripts of ``recipes/launch``: torchrun for real, Slurm with stand-ins for its commands."""
+"""Launch scripts of ``recipes/launch``: real torchrun, and stand-ins for Slurm's commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def script(name: str, *arguments: object, **env: str) -> subprocess.CompletedPro
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """A path on which ``srun`` and ``scontrol`` say what they were asked, and SRUN_CODE."""
+    """Environment whose ``srun`` and ``scontrol`` print their arguments; srun exits with
+    SRUN_CODE."""
     for name in ("srun", "scontrol"):
         command = tmp_path / name
         exits = "exit $SRUN_CODE" if name == "srun" else ""

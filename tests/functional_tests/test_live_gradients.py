@@ -1,6 +1,6 @@
-"""The gradient of every parameter is the one of transformers, at every layout.
+"""The gradient of every parameter equals that of transformers at every layout.
 
-Megatron's own path: its DDP, its pipeline schedule in two microbatches, its finalize_model_grads.
+Megatron's own code computes it: DDP, pipeline schedule in two microbatches, finalize_model_grads.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from transformers import Olmo2ForCausalLM
 pytest_plugins = ["live_runs"]
 
 TOLERANCE = 1e-5
-"""Norm of the difference, relative to the norm of the gradient."""
+"""Maximum norm of the difference, relative to the norm of the gradient."""
 
 
 @cache
 def expected(folder: Path, rows: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """transformers' loss and gradients by name, with a vocabulary of this many rows.
+    """Return transformers' loss, and gradients by name, with a vocabulary padded to ``rows`` rows.
 
-    Megatron's loss counts padding rows as tokens with a logit of 0: so does this one.
+    Like Megatron's loss, this one counts padding rows as tokens with a logit of 0.
     """
     model = Olmo2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = random_tokens(*BATCH)
@@ -47,7 +47,7 @@ def expected(folder: Path, rows: int) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def errors(run: Path, gradients: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative error of each gradient, by name."""
+    """Return the relative error of each gradient by name."""
     found = torch.load(run / "gradients.pt")["gradients"]
     assert found.keys() == gradients.keys()
     return {name: relative_error(found[name], gradient) for name, gradient in gradients.items()}
@@ -61,7 +61,7 @@ def test_gradients_equal_those_of_transformers(models: Path, layout: str, result
     found = torch.load(results / layout / "gradients.pt")
     assert abs(found["loss"] - loss) <= 1e-5
     name, error = worst(errors(results / layout, gradients))
-    # Ranks that hold the same parameter must take the same step, or they drift apart.
+    # Ranks that hold copies of a parameter must take the same step, or the copies diverge.
     copy, difference = worst(found["copies"])
     print(f"{layout}: largest relative error {error:.1e} ({name}), copies {difference:.1e}")
     assert error <= TOLERANCE, name
@@ -70,7 +70,7 @@ def test_gradients_equal_those_of_transformers(models: Path, layout: str, result
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_wrong_qk_norms_are_detected(models: Path, with_2: Path, mutant: str) -> None:
-    """The same check on QK norms as one might write them: it fails by far."""
+    """The gradient check fails clearly on plausible but wrong QK norms."""
     _, gradients = expected(models / "plain", VOCABULARY)
     name, error = worst(errors(with_2 / mutant, gradients))
     print(f"{mutant}: largest relative error {error:.1e} ({name})")

@@ -1,4 +1,4 @@
-"""A live model computes what transformers computes, at every layout, from what it loaded itself."""
+"""A live model that loads its own weights gives the logits of transformers at every layout."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def hf_logits(folder: Path, batch: tuple[int, int], dtype: torch.dtype) -> torch
 
 
 def logit_errors(ranks: list[torch.Tensor], expected: torch.Tensor) -> dict[str, float]:
-    """Largest error of each rank."""
+    """Return the largest error of each rank."""
     assert all(found.shape == expected.shape for found in ranks)
     return {f"rank {i}": float((found - expected).abs().max()) for i, found in enumerate(ranks)}
 
 
 @pytest.mark.parametrize("model", ["plain", "tied", "half"])
 def test_the_models_reveal_mistakes(models: Path, model: str) -> None:
-    """A model of zeros, of norms that do nothing or of one kind of head would pass too easily."""
+    """A model with zero weights, norm gains of one, or equal numbers of heads would hide
+    mistakes."""
     config = json.loads((models / model / "config.json").read_text())
     assert config["num_attention_heads"] != config["num_key_value_heads"]
     gains = [t.float() for name, t in hf_tensors(models / model).items() if "norm" in name]
@@ -71,7 +72,7 @@ def test_logits_equal_those_of_transformers(models: Path, layout: str, results: 
 def test_bfloat16_is_as_accurate_as_in_transformers(
     models: Path, layout: str, results: Path
 ) -> None:
-    """From the same bfloat16 weights, both measured against transformers in float32."""
+    """Both load the same bfloat16 weights and are measured against transformers in float32."""
     exact = hf_logits(models / "half", HALF_BATCH, torch.float32)
     theirs = (hf_logits(models / "half", HALF_BATCH, torch.bfloat16) - exact).abs()
     ours = (torch.load(results / f"half-{layout}" / "logits.pt")[0] - exact).abs()
@@ -87,7 +88,7 @@ def test_bfloat16_is_as_accurate_as_in_transformers(
 
 @pytest.mark.slow
 def test_logits_of_a_published_shape(tmp_path: Path) -> None:
-    """The 1B in float32 at TP 2, kept in $OLMO_BRIDGE_1B (an HF folder) from run to run."""
+    """The 1B model in float32 at TP 2; $OLMO_BRIDGE_1B names an HF folder that is reused."""
     hf = Path(os.environ.get("OLMO_BRIDGE_1B", tmp_path / "hf"))
     if not hf.exists():
         synth("olmo2-1b", hf, dtype="float32")

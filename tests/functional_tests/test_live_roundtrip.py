@@ -1,4 +1,4 @@
-"""`roundtrip`: the whole way there and back, at a parallel layout."""
+"""`roundtrip` converts to Megatron and back at a parallel layout without loss."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     assert len(found["steps"]) == 5
     assert found["steps"][1]["result"] == "47 tensors equal, bit for bit"
     assert found["steps"][3]["result"] == "47 tensors equal, bit for bit"
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]  # the copies are gone
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]  # the copies are removed
 
 
 def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Training a live model is training the transformers model: same losses, same weights after it.
+"""Training a live model gives the losses and final weights of training the transformers model.
 
-Five steps of AdamW with OLMo's numbers, from the same weights, on the same tokens.
+Both take five steps of AdamW with OLMo's settings from the same weights on the same tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @cache
 def plain_run(folder: Path) -> dict:
-    """The same in plain PyTorch: losses, norms of the gradients, and the weights after it."""
+    """Train in plain PyTorch; return losses, gradient norms, and final weights."""
     model = Olmo2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     others = [p for name, p in model.named_parameters() if name != EMBEDDING]
     embedding = {"params": [model.model.embed_tokens.weight], "weight_decay": 0.0}
@@ -78,7 +78,7 @@ def test_training_equals_that_of_transformers(
     run = torch.load(results / f"train-{layout}{optimizer}" / "run.pt")
     expected = plain_run(models / "plain")
     losses, norms = (worst(differences(run[key], expected[key])) for key in ("losses", "norms"))
-    # How the weights moved, not where they are: decay is a small part of either.
+    # Compare the changes of the weights: weight decay is only a small part of the weights.
     before = hf_tensors(models / "plain")
     assert run["weights"].keys() == before.keys()
     moved = {
@@ -94,7 +94,7 @@ def test_training_equals_that_of_transformers(
     assert norms[1] <= 1e-3, norms[0]
     assert error <= 0.01, name
 
-    # Rows of tokens that never came have no gradient, and the embedding is not decayed.
+    # Rows of tokens that never occur get no gradient, and the embedding has no weight decay.
     unseen = run["weights"][EMBEDDING][SEEN:]
     assert torch.equal(unseen, before[EMBEDDING][SEEN:])
 
@@ -121,7 +121,7 @@ def of_layers(count: int) -> dict[str, float]:
 
 
 def test_weight_decay_of_every_parameter(with_1: Path) -> None:
-    """OLMo decays everything but the embeddings, norms included."""
+    """OLMo applies weight decay to everything except embeddings, also to norms."""
     (rank,) = json.loads((with_1 / "decays-tp1" / "decays.json").read_text())
     assert rank == FIRST | of_layers(4) | LAST
 
@@ -130,6 +130,6 @@ def test_weight_decay_of_every_parameter(with_1: Path) -> None:
 def test_weight_decay_of_every_parameter_of_two_stages(
     with_2: Path, model: str, last: dict[str, float]
 ) -> None:
-    """The output layer too, unless it is the embedding's copy."""
+    """The output layer is decayed too, unless it is a copy of the embedding."""
     ranks = json.loads((with_2 / f"decays-{model}" / "decays.json").read_text())
     assert ranks == [FIRST | of_layers(2), of_layers(2) | last]

@@ -1,4 +1,4 @@
-"""What goes into a live model comes out of it, bit by bit, by whatever way and at any layout."""
+"""Live models load and export every bit of their weights, by every method and at any layout."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ pytest_plugins = ["live_runs"]
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """Dtype, shape and bits of every tensor of a Hugging Face folder, by name."""
+    """Return a digest of every tensor of a Hugging Face folder by name."""
     return {name: digest(tensor) for name, tensor in hf_tensors(folder).items()}
 
 
 def read(file: Path) -> dict[str, str]:
-    """The same, of a stream of weights that was written down; no name comes twice."""
+    """Return the digests of a recorded stream of weights by name; no name may occur twice."""
     pairs = json.loads(file.read_text())
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)
@@ -54,13 +54,13 @@ def test_a_saved_folder_equals_the_loaded_one(models: Path, layout: str, results
 
 
 def test_each_process_reads_only_its_own_shards(models: Path, layout: str, results: Path) -> None:
-    """Together they read every byte once, and again what several processes hold copies of."""
+    """Together they read every byte once, plus the bytes of which several processes hold copies."""
     hf = models / LAYOUTS[layout].model
     names = list(hf_tensors(hf))
     everything = size(names, hf)
     norms = size((name for name in names if "norm" in name), hf)
     copies = norms * (LAYOUTS[layout].tensor - 1) + everything * (LAYOUTS[layout].data - 1)
-    if layout == "pp2-tied":  # the last stage has the embedding as its output layer
+    if layout == "pp2-tied":  # the last stage uses the embedding as its output layer
         copies += size(["model.embed_tokens.weight"], hf)
     ranks = json.loads((results / layout / "bytes_read.json").read_text())
     print(f"{layout}: {sum(ranks)} bytes read by {len(ranks)}, of {everything}, copies {copies}")
@@ -75,7 +75,8 @@ def test_each_process_reads_only_its_own_shards(models: Path, layout: str, resul
 def test_saved_checkpoint_loads_at_another_layout(
     models: Path, layout: str, results: Path, by: str
 ) -> None:
-    """``save_megatron_model``, then ``load_megatron_model`` or stock dist_checkpointing.load."""
+    """``save_megatron_model`` saves; ``load_megatron_model`` or stock dist_checkpointing.load
+    loads."""
     then = LAYOUTS[layout].then
     loaded = read(results / layout / f"in-{then}" / f"{by}.json")
     assert loaded == digests_of(models / LAYOUTS[layout].model)
@@ -103,7 +104,7 @@ def test_two_processes_load_what_one_saved(models: Path, with_1: Path) -> None:
 def test_stock_megatron_loads_a_hugging_face_folder(
     models: Path, layout: str, strict: str, results: Path
 ) -> None:
-    """``hf_as_megatron``: dist_checkpointing.load as it is, with our strategy."""
+    """Unmodified dist_checkpointing.load reads the folder through ``hf_as_megatron``."""
     assert read(results / f"stock-{layout}" / f"{strict}.json") == digests_of(models / "plain")
 
 
@@ -113,7 +114,7 @@ RANKS = 4
 
 
 def streams(root: Path, name: str) -> list[list[list[str]]]:
-    """Name, digest and device of each tensor that each rank was given, at TP 2 x PP 2."""
+    """Return name, digest and device of each tensor that each rank received at TP 2 x PP 2."""
     found = json.loads((root / "export" / f"{name}.json").read_text())
     assert len(found) == RANKS
     return found
@@ -147,7 +148,8 @@ def test_the_stream_can_be_on_the_cpu(with_4: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_stream_holds_one_tensor_at_a_time(models: Path, with_4: Path) -> None:
-    """At most three times the largest tensor, for a consumer that keeps each until the next."""
+    """Memory grows by at most three times the largest tensor if the consumer keeps one at a
+    time."""
     wide = models / "wide"
     names = stored_names(wide)
     large = [names.index("lm_head.weight"), names.index("model.embed_tokens.weight")]

@@ -1,4 +1,4 @@
-"""Norms and cross entropy on several gloo processes: what one computes, forward and backward."""
+"""Norms and cross entropy on several gloo processes equal those of one, forward and backward."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A GPT-2 of OLM's blocks, trained by OLM's trainer, moves to transformers and to Megatron."""
+"""A GPT-2 built from OLM's blocks and trained by OLM's trainer converts to HF and to Megatron."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ pytest.importorskip("olm")
 EXAMPLE = Path(__file__).parents[2] / "examples/no_magic"
 SCRIPT, NOTEBOOK = EXAMPLE / "train_and_convert.py", EXAMPLE / "no_magic.ipynb"
 VOCABULARY, CONTEXT, LAYERS, WIDTH, HEADS = 39, 64, 4, 64, 4
-"""Those of the example."""
+"""Number of heads of the example's model."""
 HEAD = "blocks.2.blocks.1.weight"
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder that the example wrote, and what it printed. Not to be changed."""
+    """Folder that the example wrote, and what it printed. Read-only."""
     folder = tmp_path_factory.mktemp("example")
     done = subprocess.run(
         [sys.executable, SCRIPT], cwd=folder, capture_output=True, text=True,
@@ -51,7 +51,7 @@ def checkpoint(example: tuple[Path, str]) -> Path:
 
 
 def batch() -> torch.Tensor:
-    """Tokens [4, CONTEXT + 1] of int64."""
+    """Return tokens [4, CONTEXT + 1] of int64."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(VOCABULARY, (4, CONTEXT + 1), generator=generator)
 
@@ -61,7 +61,7 @@ def loss_of(logits: torch.Tensor) -> float:
 
 
 def olm_model(tied: bool = True) -> torch.nn.Module:
-    """The package's own GPT-2 of the example's sizes, with random weights."""
+    """Build OLM's own GPT-2 of the example's sizes with random weights."""
     from olm.models.openai.gpt2 import GPT2Model
 
     return GPT2Model(VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT, tie_weights=tied).eval()
@@ -106,7 +106,7 @@ def test_the_example_finds_the_same_loss_three_times(example: tuple[Path, str]) 
 def test_the_loss_is_the_same_in_all_three_libraries(
     example: tuple[Path, str], checkpoint: Path, tmp_path: Path, tp: int
 ) -> None:
-    """The example's checkpoint, in models that are not the example's own."""
+    """The test builds its own models and loads the example's checkpoint into them."""
     pytest.importorskip("megatron.core")
     model = olm_model()
     model.load_state_dict(torch.load(checkpoint)["model_state_dict"])

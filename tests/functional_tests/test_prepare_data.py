@@ -1,4 +1,4 @@
-"""prepare-data as processes: the same bytes however many there are, and after they were killed."""
+"""prepare-data writes the same bytes with any number of workers and after a kill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOCUMENTS = 30_000
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus that makes several parts, a tokenizer, and what one process makes of them."""
+    """Folder with a corpus of several parts, a tokenizer, and the output of one process."""
     folder = tmp_path_factory.mktemp("data")
     make_tokenizer(folder / "tokenizer")
     lines = (json.dumps({"text": t}, ensure_ascii=False) for t in texts(DOCUMENTS))
@@ -56,7 +56,7 @@ def start(
     before: Callable[[], None] | None = None,
     stopped: bool = False,
 ) -> subprocess.Popen[str]:
-    """The command with two workers, in a session of its own; as ``prepare_stopped.py`` runs it."""
+    """Start the command with two workers in a separate session, through ``prepare_stopped.py``."""
     command = ["-m", "megatron_olmo_bridge", "prepare-data"]
     if stopped:
         command = [str(Path(__file__).with_name("prepare_stopped.py")), str(out)]
@@ -81,7 +81,7 @@ def start(
 
 
 def nobody_left(session: int) -> bool:
-    """Whether all processes of a session are gone."""
+    """Return whether all processes of a session are gone."""
     try:
         os.killpg(session, 0)
     except ProcessLookupError:
@@ -90,7 +90,7 @@ def nobody_left(session: int) -> bool:
 
 
 def children(process: int) -> list[int]:
-    """Worker processes, from the oldest."""
+    """Return the child processes, oldest first."""
     found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(p) for p in found if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
 
@@ -129,7 +129,7 @@ def test_a_killed_and_resumed_run_writes_the_same_bytes(
     os.kill(process.pid, signal.SIGCONT)
     _, said = process.communicate()
     assert process.returncode == (130 if by is signal.SIGINT else -by), said
-    wait_until(lambda: nobody_left(process.pid))  # no worker goes on by itself
+    wait_until(lambda: nobody_left(process.pid))  # no worker outlives the command
     if by is signal.SIGINT:
         assert said.endswith(
             "olmo-bridge: interrupted. Run the same command with --resume to continue.\n"
@@ -158,7 +158,7 @@ def test_a_worker_that_dies_is_reported(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_full_disk_is_reported(folder: Path, tmp_path: Path) -> None:
-    limit = (folder / "one.bin").stat().st_size // 2  # enough for parts, not for all of them
+    limit = (folder / "one.bin").stat().st_size // 2  # enough for some parts, not for all
     process = start(
         folder,
         tmp_path / "out",

@@ -1,4 +1,4 @@
-"""A script as users write it: alone, by torchrun, and by srun, without a GPU."""
+"""A user's script runs directly, with torchrun and with srun, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import Olmo2ForCausalLM
 
 from megatron_olmo_bridge import synth
 
-# Four lines for the model; the rest writes down what it computes.
+# Four lines build the model; the others save its logits.
 SCRIPT = """
 import json
 import sys
@@ -48,14 +48,14 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "S
 
 @dataclass
 class Run:
-    """What became of the processes that were started together."""
+    """Results of processes that were started together."""
 
     returncodes: list[int]
     stderr: str
     out: Path
 
     def logits(self) -> list[torch.Tensor]:
-        """Without and with a mask, over the whole vocabulary."""
+        """Logits without and with a mask, over the whole vocabulary."""
         assert set(self.returncodes) == {0}, self.stderr[-4000:]
         ranks = [torch.load(self.out / f"{i}.pt") for i in range(len(list(self.out.glob("*.pt"))))]
         return [torch.cat(parts, -1) for parts in zip(*ranks, strict=True)]
@@ -75,7 +75,7 @@ def expected(hf: Path) -> torch.Tensor:
 
 
 def start(launcher: list[str], hf: Path, folder: Path, tp: int, *tasks: dict[str, str]) -> Run:
-    """Start the script by a launcher, once for each task's own variables."""
+    """Start the script with a launcher, once for each task's environment."""
     script, out = folder / "my_script.py", folder / "out"
     script.write_text(SCRIPT)
     out.mkdir()
@@ -102,7 +102,7 @@ def assert_logits(run: Run, expected: torch.Tensor) -> None:
 
 
 def free_job() -> str:
-    """Number of a Slurm job whose meeting place is free."""
+    """Return a Slurm job id whose rendezvous port is free."""
     while True:
         job = random.randrange(10**6, 10**8)
         with socket.socket() as probe:

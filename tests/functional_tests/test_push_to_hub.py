@@ -1,6 +1,6 @@
-"""Export to the hub: the real huggingface_hub against a stand-in that keeps what is uploaded.
+"""Export to the hub: the real huggingface_hub against a local server that keeps the uploads.
 
-Over LFS: the hub's newer storage (xet) has a protocol of its own, and is switched off here.
+Uploads use LFS: the hub's newer storage (xet) has another protocol and is switched off here.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ REPO = "org/new-model"
 
 @dataclass
 class Hub:
-    """Repositories with their branches, and the objects that were sent."""
+    """Repositories with their branches, and the uploaded objects."""
 
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
-    """Repository, branch, file."""
+    """Contents by repository, branch and file."""
     visibility: dict[str, str | None] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     refuse: tuple[str, int] = ("", 0)
-    """A part of an address, and the status that is answered there."""
+    """Part of a URL, and the status to reply there."""
     asked: list[str] = field(default_factory=list)
     url: str = ""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The addresses of the hub that an upload needs."""
+    """Endpoints of the hub that an upload needs."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -152,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def hub() -> Iterator[Hub]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All that is to be uploaded: all but the record, which names local paths."""
+    """Return the files to upload: all except the record, which names local paths."""
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "olmo_bridge.json"}
 
 
@@ -181,7 +181,7 @@ def test_an_export_is_pushed_to_a_new_repository(hub: Hub, megatron: Path, tmp_p
     assert f'from_pretrained("{REPO}")' in card
     assert str(tmp_path) not in card
     assert str(megatron.parent) not in card
-    assert verify(tmp_path / "out").equal  # the card is no damage
+    assert verify(tmp_path / "out").equal  # the model card is not damage
     assert verify(megatron, tmp_path / "out").equal
 
 

@@ -1,4 +1,4 @@
-"""The estimate's parameters of each rank are those that megatron-core builds."""
+"""The estimated parameters of each rank equal those that megatron-core builds."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def test_each_rank_holds_the_estimated_parameters(processes: int, tmp_path: Path
             parallel=ParallelConfig(**case.parallel),
         )
         stages = estimate(config, bridge_of(config), Layout.of(config, processes)).stages
-        # Ranks of a pipeline stage are neighbours: megatron-core's order is tp, ep, dp, pp.
+        # Ranks of a pipeline stage are consecutive: megatron-core's order is tp, ep, dp, pp.
         of_each = processes // len(stages)
         assert found == [s.parameters for s in stages for _ in range(of_each)], case

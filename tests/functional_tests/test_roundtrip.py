@@ -42,7 +42,7 @@ def test_nothing_is_lost(tmp_path: Path, size: str, dtype: str) -> None:
     assert tensor_hashes(back) == tensor_hashes(hf)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (hf, back)]
     assert configs[0] == configs[1]
-    # Loads both with transformers; fails on a missing or unexpected tensor, or another logit.
+    # Loads both in transformers; fails on a missing or unexpected tensor, or different logits.
     done = subprocess.run(
         [sys.executable, str(SAME_LOGITS), str(hf), str(back)], capture_output=True, text=True
     )
@@ -51,7 +51,7 @@ def test_nothing_is_lost(tmp_path: Path, size: str, dtype: str) -> None:
 
 
 def test_a_change_of_dtype_and_back_equals_that_of_torch(tmp_path: Path) -> None:
-    """bfloat16 to float32 loses nothing, and back gives the source bit for bit."""
+    """bfloat16 to float32 is lossless, and converting back gives the source bit for bit."""
     synth("olmo2-tiny", tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "wide", ImportOptions(dtype="float32"))
     export_checkpoint(tmp_path / "wide", tmp_path / "back", ExportOptions(dtype="bfloat16"))

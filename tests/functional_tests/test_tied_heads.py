@@ -1,4 +1,4 @@
-"""Embeddings that config.json ties, beside a head of their own: as transformers computes."""
+"""A stored head is kept or tied as in transformers, whatever config.json says about tying."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bridge(request: pytest.FixtureRequest) -> type[ModelBridge]:
 
 @pytest.fixture(scope="module")
 def untied(bridge: type[ModelBridge], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A head of its own, and a config that ties it all the same. Not to be changed."""
+    """Model with a separate head although its config ties the embeddings. Read-only."""
     size = next(name for name in bridge.sizes if name in SIZES)
     hf = synth(size, tmp_path_factory.mktemp(size) / "hf", dtype="float32")
     edit_json(hf / "config.json", lambda c: c.update(tie_word_embeddings=True))
@@ -45,7 +45,7 @@ def untied(bridge: type[ModelBridge], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def tied(untied: Path, bridge: type[ModelBridge], tmp_path: Path) -> Path:
-    """The same model with its embedding stored once more as its head."""
+    """The same model with a copy of its embedding stored as its head."""
     folder = Path(shutil.copytree(untied, tmp_path / "tied"))
     edit_tensors(folder / ONE, lambda t: t.update({HEAD: t[bridge.hf_embedding].clone()}))
     return folder

@@ -1,8 +1,8 @@
-"""What training refuses, and how: one short message that says what to do, exit 2, nothing touched.
+"""Bad training input is refused: one short message that says what to do, exit code 2, no changes.
 
-The tables below are the specification. HERE is the folder of the test, which must look afterwards
-as before; DATA the one with recipes and sound data; RUN, in HERE, a copy of a run that came to its
-end after 4 steps. Unless a case says otherwise, a run would save into HERE/new.
+The tables below are the specification. HERE is the folder of the test, which must stay unchanged;
+DATA is the folder with recipes and valid data; RUN, in HERE, is a copy of a run that finished after
+4 steps. Unless a case says otherwise, a run would save into HERE/new.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from megatron_olmo_bridge.runtime.cpu import cpu_runtime
 from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 
 SCREEN = 14
-"""Lines that a message may have."""
+"""Maximum number of lines of a message."""
 TRACKER = "latest_checkpointed_iteration.txt"
 LAST = "iter_0000004"
 SHORT = "train.steps=4 schedule.warmup_steps=1 checkpoint.interval=2"
 AGAIN = f"checkpoint.save=HERE/run {SHORT}"
-"""What the run in HERE/run was started with."""
+"""Arguments with which the run in HERE/run was started."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is said after ``olmo-bridge train``, and what the message must contain."""
+    """Arguments of ``olmo-bridge train``, and what the message must contain."""
 
     words: str
-    """Overrides and options; a first word with ``.py`` is the recipe."""
+    """Overrides and options; a first word that ends in ``.py`` is the recipe."""
     says: tuple[str, ...]
     damage: Callable[[Path], object] = lambda here: None
-    """Given HERE, before."""
+    """Called with HERE before the command."""
     late: bool = False
-    """Found while tokens, weights or optimizer state are read, or by writing: not in a dry run.
-    That there is no data is none of its errors either: what a run takes can be reckoned without."""
+    """Whether only the run finds it, while it reads tokens, weights or optimizer state, or writes.
+    A dry run accepts these cases, also missing data: it can estimate a run without data."""
 
 
 def each(says: str, *words: str) -> list[Case]:
-    """Values that are refused in the same words."""
+    """Return cases for values that are refused with the same message."""
     return [Case(word, (*word.split(" ")[:1], says)) for word in words]
 
 
@@ -170,7 +170,7 @@ LAYOUTS = [
 
 
 def dataset(length: int, token: int, dtype: Any = np.uint16) -> Callable[[Path], None]:
-    """HERE/mine, of one document in which every token is the same."""
+    """Write the dataset HERE/mine with one document in which every token is the same."""
 
     def write(here: Path) -> None:
         from megatron_olmo_bridge.data.indexed import write_index
@@ -182,7 +182,7 @@ def dataset(length: int, token: int, dtype: Any = np.uint16) -> Callable[[Path],
 
 
 def recorded(**record: Any) -> Callable[[Path], None]:
-    """The same, prepared by ``prepare-data`` with another tokenizer."""
+    """Write the dataset HERE/mine with a record of ``prepare-data``."""
     import json
 
     def write(here: Path) -> None:
@@ -220,7 +220,7 @@ DATA = [
          recorded(vocab_size=1100)),
     Case(MINE, ("has token 1050, the model has 1024",), recorded(max_token_id=1050)),
     Case(MINE, ("HERE/mine.json", "next to it in tokens"), recorded(tokens=399)),
-    # Of other tools nobody recorded the largest token: it is found when it comes up.
+    # Without a record the largest token is unknown until it is read.
     Case(f"{MINE} {UNSAVED}", ("token 1024, the model has 1024", "another tokenizer"),
          dataset(400, 1024), late=True),
     Case(f"{MINE} {UNSAVED}", ("token -3, the model has 1024",), dataset(400, -3, np.int32),
@@ -289,7 +289,7 @@ def without_common_state(here: Path) -> None:
 
 
 def unrecorded(damage: Callable[[Path], object]) -> Callable[[Path], object]:
-    """The same damage to a checkpoint without checksums."""
+    """Do the same damage to a checkpoint without checksums."""
 
     def both(here: Path) -> None:
         damage(here)
@@ -355,7 +355,7 @@ DATA_FOLDER: list[Path] = []
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Data and recipes, a run of 4 steps, checkpoints of a language model and of a classifier."""
+    """Folder with data, recipes, a run of 4 steps, a language model and a classifier."""
     place = Place.made(tmp_path_factory.mktemp("bad-input"))
     DATA_FOLDER.append(place.folder)
     place.run("run", *SHORT.split()).done()
@@ -424,7 +424,7 @@ def refused(case: Case, place: Place, here: Path, *options: str) -> None:
 
 
 def again(place: Place, here: Path) -> None:
-    """A copy of the run, which takes itself for the original."""
+    """Copy the run to HERE/run and adapt the paths in its config."""
     copy = shutil.copytree(place.folder / "run", here / "run")
     text = (copy / "run.yaml").read_text()
     (copy / "run.yaml").write_text(text.replace(str(place.folder / "run"), str(copy)))
@@ -478,7 +478,7 @@ def test_too_few_processes(place: Place, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_a_run_that_was_refused_can_be_started_again(place: Place, tmp_path: Path) -> None:
-    """Nothing in its folder makes it look like another run's."""
+    """A refused run leaves nothing in its folder that belongs to a run."""
     short = "train.steps=1 schedule.warmup_steps=0 checkpoint.save=HERE/new"
     message(train(f"{short} data.path=HERE/none", place, tmp_path))
     message(train(f"{short} optimizer.lr=-1", place, tmp_path))
@@ -496,8 +496,8 @@ def test_a_refused_run_leaves_nothing_in_memory(place: Place, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("one_process")
 def test_overwriting_a_wrong_folder_is_refused(place: Place, tmp_path: Path) -> None:
-    """Without its tracker, as a run has it that was killed while it saved its first checkpoint, a
-    folder still has all that it had, and the run goes on from there."""
+    """A folder without a tracker, as after a kill during the first save, keeps its checkpoint, and
+    the run resumes from it."""
     again(place, tmp_path)
     (tmp_path / "run" / TRACKER).unlink()
     before = tree_hash(tmp_path / "run" / LAST)

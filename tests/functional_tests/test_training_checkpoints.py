@@ -1,5 +1,6 @@
-"""What a run saves: whole or not there, kept or deleted as asked, and good for all that comes
-after. Also what it may begin from, and that a run gone wrong spoils nothing."""
+"""Checkpoints of a run are complete or absent, kept or deleted as configured, and usable.
+
+Also tests what a run may start from, and that a failed run damages nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def whole(place: Place) -> Run:
-    """A run at TP 2 that nothing happens to, and its exports."""
+    """Uninterrupted run at TP 2 with exports."""
     return place.run(
         "whole",
         "parallel.tp=2",
@@ -44,18 +45,18 @@ def whole(place: Place) -> Run:
 
 @pytest.fixture(scope="module")
 def alone(place: Place) -> Run:
-    """The same in one process."""
+    """Uninterrupted run in one process."""
     return place.run("alone").done()
 
 
 def complete(run: Run) -> bool:
-    """Whether every checkpoint of a run can be read, and the tracker names one of them."""
+    """Return whether every checkpoint of a run is readable and the tracker names one of them."""
     read = [olmo_bridge("inspect", run.folder / name).exit_code for name in run.saved]
     return not any(read) and f"iter_{run.tracked:07d}" in run.saved
 
 
 def refused(run: Run) -> str:
-    """What a run said that was refused: one message, no traceback."""
+    """Return the message of a run that was refused without a traceback."""
     assert 2 in run.codes, run.said
     assert "Traceback" not in run.said
     return run.said[run.said.index("olmo-bridge: ") :]
@@ -65,7 +66,7 @@ def refused(run: Run) -> str:
 
 
 def test_exports_while_training_are_the_checkpoints(place: Place, whole: Run) -> None:
-    """Equal to the checkpoints of the same steps, bit for bit, as is their ``export``."""
+    """They equal the checkpoints of the same steps and the output of ``export`` bit for bit."""
     exports = place.folder / "exports"
     assert sorted(p.name for p in exports.iterdir()) == ["step_12", "step_14", "step_4", "step_8"]
     for step in (4, 14):
@@ -138,7 +139,7 @@ def test_only_the_last_checkpoints_are_kept(place: Place, alone: Run) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_is_saved_asynchronously(place: Place, whole: Run) -> None:
-    """At TP 2: killed, stopped, and each checkpoint the same as one that was waited for."""
+    """At TP 2, also after a kill and a stop, each checkpoint equals one saved synchronously."""
     overrides = ("parallel.tp=2", "checkpoint.asynchronous=true")
     killed = place.run("meanwhile", *overrides, processes=2, fate="killed:10:0.02")
     assert set(killed.codes) == {-9}
@@ -161,7 +162,7 @@ def test_a_checkpoint_is_saved_asynchronously(place: Place, whole: Run) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 20 MiB: room for one checkpoint of 12 MB, not for two."""
+    """Mount a file system of 20 MiB, with room for one checkpoint of 12 MB but not for two."""
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=20m", "none", tmp_path], capture_output=True
     ).returncode:
@@ -183,7 +184,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_the_run(
     place: Place, alone: Run, disk: Path, fate: str, overrides: tuple[str, ...], says: str
 ) -> None:
-    """One message; what was saved before is as it was, and the run goes on from it."""
+    """The run prints one message; earlier checkpoints stay intact, and the run resumes from
+    them."""
     full = place.run(f"{disk}/run", *overrides, fate=fate)
     message = refused(full)
     assert re.search(says, message)
@@ -207,7 +209,7 @@ def test_a_full_disk_stops_both_processes(place: Place, disk: Path) -> None:
 
 @pytest.mark.parametrize("overrides", [(), ("checkpoint.asynchronous=true",)], ids=["", "async"])
 def test_another_error_while_saving_is_reported(place: Place, overrides: tuple[str, ...]) -> None:
-    """Says what happened; there is room enough, and it isn't told to make some."""
+    """The message says what happened and, as the disk has space, doesn't ask to free some."""
     name = "-".join(["vanished", *overrides])
     run = place.run(name, *overrides, fate="vanished:2")
     message = refused(run)
@@ -225,7 +227,7 @@ def test_another_error_while_saving_is_reported(place: Place, overrides: tuple[s
 
 @pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another(place: Place, alone: Run) -> None:
-    """At another layout; its first loss is that of those weights, its rates are its own."""
+    """The layout may differ; the first loss is that of the weights, the schedule starts anew."""
     init = f"init.checkpoint={alone.folder}"
     run = place.run("after", init, "parallel.tp=2", "train.steps=5", processes=2).done()
     exported = place.folder / "of-alone"
@@ -239,8 +241,8 @@ def test_a_run_starts_from_the_weights_of_another(place: Place, alone: Run) -> N
 
 @pytest.mark.slow
 def test_a_run_starts_from_the_optimizer_state_of_another(place: Place) -> None:
-    """On data of which every batch is the same, a run that begins with weights and moments of
-    another goes on as that one does; with the weights alone it does not."""
+    """On data with equal batches, a run that starts from another's weights and moments equals that
+    run continued; a run that starts from the weights alone does not."""
     write_data(place.folder / "constant", [np.arange(31)] * 400)
     settings = (f"data.path={place.folder}/constant", "data.validation=[]", *CONSTANT)
     long = place.run("long", *settings, "train.steps=12").done()
@@ -269,7 +271,7 @@ def test_a_run_starts_from_the_optimizer_state_of_another(place: Place) -> None:
 
 
 def test_a_run_that_saves_nothing_says_so(place: Place) -> None:
-    """When it begins."""
+    """The warning comes at the start."""
     run = place.run("nothing", "checkpoint.save=null", "train.steps=5").done()
     lost = ">> No checkpoint, log or report will be saved, and the trained weights will be lost"
     assert lost in run.said.partition("1/5")[0]
@@ -316,7 +318,7 @@ def test_a_loss_of_nan_stops_the_run(place: Place, overrides: tuple[str, ...]) -
 
 @pytest.mark.slow
 def test_a_spike_is_skipped_or_stops_the_run(place: Place) -> None:
-    """Skipped, also after a restart: what the watch remembers is saved."""
+    """Spikes are skipped also after a restart: the state of the spike detection is saved."""
     stopped = place.run("spike", *SPIKY)
     assert "the loss spiked to" in refused(stopped)
 

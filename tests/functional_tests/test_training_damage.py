@@ -1,4 +1,4 @@
-"""A run's checkpoints that were damaged after they were saved: found before anything is loaded."""
+"""Damage to a run's saved checkpoints is found before anything is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole(place: Place) -> Run:
 
 @pytest.fixture(scope="module")
 def stopped(place: Place) -> Run:
-    """After step 6, at TP 2, its checkpoints saved while training went on."""
+    """Run at TP 2, stopped after step 6, with checkpoints saved asynchronously."""
     overrides = ("parallel.tp=2", "checkpoint.asynchronous=true")
     return place.run("stopped", *overrides, processes=2, fate="TERM:6")
 
@@ -73,7 +73,7 @@ def test_one_flipped_byte_is_detected(place: Place, stopped: Run, count: int) ->
 
 @pytest.mark.slow
 def test_the_message_has_a_command_that_resumes(place: Place, whole: Run) -> None:
-    """The command is taken from the message; the run then equals an undamaged one."""
+    """After the command in the message has run, the run equals an undamaged one."""
     place.run("a run", fate="TERM:6")
     run = Run(place.folder / "a run", [], "")
     assert run.saved == ["iter_0000004", "iter_0000006"]

@@ -1,4 +1,4 @@
-"""The same run gives the same losses at every layout, and those of a plain loop in transformers."""
+"""A run gives the same losses at every layout as a plain training loop in transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYOUTS = {
 BATCH, WARMUP, CLIP = 4, 4, 2.0
 GENTLE = ("train.steps=50", "optimizer.lr=3e-4", "optimizer.z_loss=1e-3")
 HARSH = {"lr": 3e-3, "weight_decay": 3.0, "z_loss": 1e-2}
-"""So that each of them shows within ten steps."""
+"""Overrides that make each of these settings visible within ten steps."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def one(place: Place, single: Path) -> Run:
-    """Fifty steps in one process."""
+    """Run of fifty steps in one process."""
     return place.run("one", f"init.hf={single}", *GENTLE).done()
 
 
@@ -68,7 +68,8 @@ def first(curve: Curve, steps: int) -> Curve:
 
 
 def test_losses_equal_those_of_a_plain_loop(place: Place, single: Path) -> None:
-    """Same data, schedule, decay, clipping and z-loss; each of these is seen to matter."""
+    """Data, schedule, decay, clipping and z-loss are the same; the test checks that each
+    matters."""
     settings = [f"optimizer.{name}={value}" for name, value in HARSH.items()]
     run = place.run(
         "plain", f"init.hf={single}", "train.steps=10", f"optimizer.clip_grad={CLIP}", *settings
@@ -92,7 +93,7 @@ def test_losses_equal_those_of_a_plain_loop(place: Place, single: Path) -> None:
 
 
 def sequences(place: Place, count: int) -> torch.Tensor:
-    """[count, 33]: what a run of ten steps reads, one sequence after the other."""
+    """Return the sequences that a run of ten steps reads, in order: [count, 33]."""
     config = apply_overrides(load_recipe(f"{place.folder}/olmo2.py"), ["train.steps=10"])
     samples = TokenData.open(config, vocab_size=1024).train
     return torch.stack(
@@ -110,7 +111,8 @@ def plain_loop(
     clip: float = CLIP,
     late: int = 0,
 ) -> Curve:
-    """Loss and gradient norm of AdamW with a linear warmup and a cosine to a tenth."""
+    """Train with AdamW, linear warmup and cosine decay to a tenth; return losses and gradient
+    norms."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).train()
     embedding = model.get_input_embeddings().weight
     rest = [p for p in model.parameters() if p is not embedding]

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or moved to another layout goes on as if nothing had happened."""
+"""A run that was killed, stopped or moved to another layout resumes exactly."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def uninterrupted(place: Place) -> Uninterrupted:
-    """A run at a layout that nothing happens to; made once. Its checkpoints are for any layout,
-    those of the runs that are compared with it are as by default."""
+    """Return a function that trains an uninterrupted run at a layout, once. Its checkpoints are for
+    any layout; those of the runs compared with it are for one layout, the default."""
     made: dict[tuple[str, ...], Run] = {}
 
     def run(layout: str, *overrides: str, recipe: str = "olmo2") -> Run:
@@ -61,7 +61,7 @@ def train(
 
 
 def assert_same(run: Run, whole: Run) -> None:
-    """Every number is the same, to the last bit."""
+    """Check that two runs have the same numbers bit for bit."""
     assert run.curve == whole.curve
     assert len(run.curve) == whole.log[0]["steps"]
     assert run.evaluations == whole.evaluations
@@ -75,8 +75,8 @@ def assert_same(run: Run, whole: Run) -> None:
 def test_killed_at_random_moments_and_while_saving(
     place: Place, uninterrupted: Uninterrupted, layout: str
 ) -> None:
-    """SIGKILL at five moments, in a step, in an evaluation or in a save, as it falls; then before a
-    checkpoint has its name, and before the tracker names it."""
+    """The run gets SIGKILL at five random moments in steps, evaluations or saves, then before a
+    checkpoint gets its name, and before the tracker names it."""
     moments = random.Random(f"moments {layout}")
     fates = [
         f"killed:{step}:{moments.uniform(0, 0.1)}"
@@ -95,8 +95,8 @@ def test_killed_at_random_moments_and_while_saving(
 @pytest.mark.slow
 @pytest.mark.parametrize("chain", range(10))
 def test_killed_ten_times(place: Place, uninterrupted: Uninterrupted, chain: int) -> None:
-    """In a save, at a step, or at a change of the run's folder, as it falls. A run that comes to
-    its end meanwhile is compared too, and another one begun."""
+    """The kills come in a save, at random steps, or at random changes of the run's folder. A run
+    that finishes in between is compared too, and another one started."""
     fates = random.Random(f"chain {chain}")
     runs, kills = [f"chain-{chain}"], 0
     while kills < 10:
@@ -125,7 +125,7 @@ def test_killed_ten_times(place: Place, uninterrupted: Uninterrupted, chain: int
 def test_stopped_by_a_signal(
     place: Place, uninterrupted: Uninterrupted, layout: str, number: str
 ) -> None:
-    """To any one of the processes. The step that it is in is the last, and is saved."""
+    """Any one of the processes may get the signal. The current step is finished and saved."""
     name = f"{number}-{layout}"
     stopped = train(place, name, layout, fate=f"{number}:6")
     assert 75 in stopped.codes
@@ -143,7 +143,7 @@ def test_stopped_by_a_signal(
 def test_ctrl_c_stops_all_processes_of_the_command(
     place: Place, uninterrupted: Uninterrupted
 ) -> None:
-    """``--processes 2``. The terminal sends it to all of them at once."""
+    """With ``--processes 2``, the terminal sends SIGINT to all processes at once."""
     folder = place.folder / "command"
     command = [
         sys.executable,
@@ -199,7 +199,7 @@ def test_dropout_drops(uninterrupted: Uninterrupted) -> None:
 
 @pytest.mark.slow
 def test_bf16_resumes_exactly(place: Place, uninterrupted: Uninterrupted) -> None:
-    """The weights that the optimizer keeps in float32 are saved too."""
+    """The optimizer's float32 weights are saved too."""
     train(place, "bf16", "tp", BF16, fate="TERM:5")
 
     assert_same(train(place, "bf16", "tp", BF16).done(), uninterrupted("tp", BF16))
@@ -227,7 +227,7 @@ def test_a_run_resumes_at_another_layout(
     after: str,
     overrides: tuple[str, ...],
 ) -> None:
-    """The ten steps after it. Measured: 4e-7, and in bfloat16 7e-4."""
+    """The next ten steps have almost the same losses: measured 4e-7, in bfloat16 7e-4."""
     whole = uninterrupted(before, *overrides)
     name = "-".join([before, "to", after, *overrides])
     place.back_at(whole, 4, name)
@@ -246,7 +246,7 @@ def test_a_run_resumes_at_another_layout(
 
 @pytest.fixture(scope="module")
 def stopped(place: Place) -> Run:
-    """A run at TP 2 that was stopped after step 5; its checkpoint is as by default."""
+    """Run at TP 2, stopped after step 5, with a default checkpoint (for one layout)."""
     return train(place, "stopped", "tp", fate="TERM:5")
 
 
@@ -256,7 +256,7 @@ def copied(place: Place, run: Run, name: str) -> str:
 
 
 def test_another_model_parallel_layout_is_refused(place: Place, stopped: Run) -> None:
-    """With what differs, and the way out; nothing is changed."""
+    """The message says what differs and what to do; nothing is changed."""
     name = copied(place, stopped, "refused")
     before = tree_hash(place.folder / name)
 
@@ -282,7 +282,7 @@ def test_a_run_resumes_at_another_data_parallel_size(
 def test_a_checkpoint_is_saved_again_for_any_layout(
     place: Place, uninterrupted: Uninterrupted, stopped: Run
 ) -> None:
-    """Before the run's next step, and the run is no other by it."""
+    """That happens before the run's next step and doesn't change the run."""
     name = copied(place, stopped, "again")
     killed = train(place, name, "tp", FOR_ANY_LAYOUT, fate="killed:6:0")
     assert set(killed.codes) == {-signal.SIGKILL}
@@ -305,7 +305,8 @@ def test_a_checkpoint_is_saved_again_for_any_layout(
 def test_killed_while_a_checkpoint_takes_the_place_of_another(
     place: Place, uninterrupted: Uninterrupted, stopped: Run, fate: str, saved: list[str]
 ) -> None:
-    """The name is never without one, where two can be exchanged; else the older gets it back."""
+    """If the system can exchange two names, the name always has a checkpoint; else the older is
+    restored."""
     name = copied(place, stopped, fate)
     killed = train(place, name, "tp", FOR_ANY_LAYOUT, fate=fate)
     assert killed.saved[1:] == saved
@@ -321,7 +322,7 @@ def test_killed_while_a_checkpoint_takes_the_place_of_another(
 
 @pytest.mark.slow
 def test_an_extended_run_equals_one_that_had_all_steps(place: Place) -> None:
-    """Its learning rate is constant, and its data are enough for all steps: to the last bit."""
+    """With a constant learning rate and data for all steps, they are equal bit for bit."""
     constant = ("schedule.decay=constant",)
     whole = place.run("constant", *constant).done()
     place.run("extended", *constant, "train.steps=8").done()
@@ -337,7 +338,7 @@ def test_an_extended_run_equals_one_that_had_all_steps(place: Place) -> None:
 def test_the_learning_rate_of_an_extended_run_is_as_asked(
     place: Place, uninterrupted: Uninterrupted
 ) -> None:
-    """The schedule that is asked for, from the next step on; without a word it is refused."""
+    """The requested schedule applies from the next step; without a request the run is refused."""
     whole = {line["step"]: line["lr"] for line in uninterrupted("one").events("step")}
     short = place.run("short", "train.steps=8").done()
     place.back_at(short, 8, "planned")

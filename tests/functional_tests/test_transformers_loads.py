@@ -1,4 +1,4 @@
-"""What transformers loads is loaded to the same weights, or refused with the way out."""
+"""A checkpoint that transformers loads gives the same weights, or is refused with instructions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def hf(size: str, tmp_path: Path) -> Path:
 
 
 def weights(folder: Path, auto: Any = AutoModelForCausalLM) -> Tensors:
-    """Every weight of the model in transformers, which may miss none."""
+    """Return every weight of the model in transformers; none may be missing."""
     model, report = auto.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     return dict(model.state_dict())
@@ -64,7 +64,7 @@ def there_and_back(hf: Path) -> Path:
 
 
 def assert_same(hf: Path, auto: Any = AutoModelForCausalLM) -> None:
-    """The export is the model that transformers makes of the source."""
+    """Check that transformers loads the same model from the export as from the source."""
     expected, found = weights(hf, auto), weights(there_and_back(hf), auto)
     assert found.keys() == expected.keys()
     for name in expected:

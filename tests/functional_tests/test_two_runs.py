@@ -1,4 +1,4 @@
-"""Two runs in one folder: one runs on as if it were alone, the other says why it doesn't."""
+"""Of two runs in one folder, one runs as if alone, and the other is refused with the reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trees import tree_hash
 from megatron_olmo_bridge.training import run_lock
 
 SCREEN = 24
-"""Lines that a message may have."""
+"""Maximum number of lines of a message."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def alone(place: Place) -> Run:
 
 
 def both(place: Place, logs: Path, *overrides: str) -> dict[int, tuple[int, str]]:
-    """Exit codes of two runs that were started at once, and what they said."""
+    """Start two runs at once; return the exit code and output of each by process id."""
     logs.mkdir()
     out = run_script("two_runs", logs, "lives", place.folder / "olmo2.py", *overrides)
     codes: list[tuple[int, int]] = json.loads(out.splitlines()[-1])
@@ -40,7 +40,7 @@ def both(place: Place, logs: Path, *overrides: str) -> dict[int, tuple[int, str]
 
 
 def refusal(ended: dict[int, tuple[int, str]]) -> str:
-    """What the one said that was refused by the other, which came to its end."""
+    """Return the message of the refused run, after checking that the other one finished."""
     (winner, _), (_, (_, said)) = sorted(ended.items(), key=lambda run: run[1][0])
     assert [code for code, _ in sorted(ended.values())] == [0, 2], ended
     assert "Traceback" not in said
@@ -52,7 +52,7 @@ def refusal(ended: dict[int, tuple[int, str]]) -> str:
 
 @pytest.mark.parametrize("attempt", slow_but([0], range(20)))
 def test_two_starts_at_once(place: Place, alone: Run, tmp_path: Path, attempt: int) -> None:
-    """In a folder that is new; then, each second time, in that of a run that has begun."""
+    """The folder is new in even attempts, and that of a stopped run in odd ones."""
     name, more = f"both-{attempt}", (f"export.hf={tmp_path}/exports",)
     if attempt % 2:
         place.run(name, *more, fate="TERM:6")
@@ -69,7 +69,7 @@ def test_two_starts_at_once(place: Place, alone: Run, tmp_path: Path, attempt: i
 
 @pytest.mark.slow
 def test_two_runs_that_export_into_one_folder(place: Place, tmp_path: Path) -> None:
-    """Their checkpoints would not mix, but their exports have the same names."""
+    """They save no checkpoints, but their exports have the same names."""
     exports = f"export.hf={tmp_path}/exports"
     message = refusal(both(place, tmp_path / "logs", "checkpoint.save=null", exports))
     assert message.startswith(f"olmo-bridge: {exports}: another run is at work there (host ")
@@ -79,10 +79,10 @@ def test_two_runs_that_export_into_one_folder(place: Place, tmp_path: Path) -> N
 def test_read_only_commands_need_no_lock(
     place: Place, alone: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dry run, an export and a report of a run that is at work, which they leave as it is."""
+    """A dry run, an export and a report leave an active run unchanged."""
 
     def refuse(*_: Any) -> None:
-        raise AssertionError("a lock was asked for")
+        raise AssertionError("a read-only command took a lock")
 
     monkeypatch.setattr(run_lock, "_take", refuse)
     before = tree_hash(alone.folder)

@@ -1,4 +1,4 @@
-"""The package as others get it: built, installed alone, and used far from the repository."""
+"""The package as users get it: built, installed alone, and used outside the repository."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLEAN = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL
 
 
 def build(source: Path, kind: str, out: Path) -> Path:
-    """Build the ``wheel`` or the ``sdist`` of a folder by the backend that pip would ask."""
+    """Build the ``wheel`` or the ``sdist`` of a folder with the backend that pip would use."""
     code = f"from setuptools.build_meta import build_{kind} as build; build({str(out)!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=source, env=CLEAN, capture_output=True, text=True
@@ -68,7 +68,7 @@ def test_a_wheel_built_from_the_sdist_is_the_same(wheel: Path, tmp_path: Path) -
 
 
 def documented(section: str) -> list[str]:
-    """The commands of a section of recipes/README.md, without the one that installs."""
+    """Return the commands in a section of recipes/README.md, except the one that installs."""
     text = (ROOT / "recipes" / "README.md").read_text().partition(f"## {section}\n")[2]
     lines = re.findall(r"^    (\S.*?)(?: {2,}#.*)?$", text.partition("\n## ")[0], re.MULTILINE)
     return [line for line in lines if not line.startswith("pip ")]
@@ -76,7 +76,7 @@ def documented(section: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables of a new virtual environment that holds torch, the wheel and its extra."""
+    """Make a virtual environment with torch, the wheel and its extra; return its variables."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], env=CLEAN, check=True)
     install = [folder / "bin" / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]

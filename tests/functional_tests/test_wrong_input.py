@@ -1,6 +1,6 @@
-"""Every command with a wrong input: one message on one screen, no traceback, nothing left behind.
+"""Every command answers wrong input with one message on one screen, no traceback and no files.
 
-The test goes through the commands that there are: a new one without a row here fails.
+The test covers every registered command: a new one without a row here fails.
 """
 
 import json
@@ -34,7 +34,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     "train": [("absent.py", "absent.py"), ("FILE", "FILE"), ("FILE train.steps", "FILE")],
     "report": [("EMPTY", "EMPTY"), ("FILE", "FILE"), ("absent", "absent")],
 }  # fmt: skip
-"""For each command: arguments, and what the message must name."""
+"""Arguments of each command, and what the message must name."""
 CASES = [(command, *case) for command, cases in WRONG.items() for case in cases]
 
 
@@ -43,10 +43,10 @@ def test_every_command_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(("command", "arguments", "names"), CASES)
-def test_it_is_refused_on_one_screen(
+def test_wrong_input_is_refused_on_one_screen(
     command: str, arguments: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message is checked on the terminal and in the JSON."""
+    """The message is the same on the terminal and in the JSON."""
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "FILE").write_text("not what you think")
     monkeypatch.chdir(tmp_path)
@@ -91,7 +91,7 @@ def test_an_output_name_that_is_not_utf8_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A name that is not UTF-8: safetensors and torch open no such file."""
+    """safetensors and torch can't open a file whose name is not UTF-8."""
     if words[0] == "train":
         pytest.importorskip("megatron.core")
     make_tokenizer(tmp_path / "tokenizer")

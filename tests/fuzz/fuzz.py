@@ -1,9 +1,9 @@
-"""Feed changed files to what reads them: ``make fuzz``, or ``python tests/fuzz/fuzz.py --help``.
+"""Give damaged files to the readers: ``make fuzz``, or ``python tests/fuzz/fuzz.py --help``.
 
-Of every case holds: it is refused by a message of at most a screen, or understood as the libraries
-of the format (or, if they refuse it, as the file before the change); in less than 300 MiB and 2
-seconds of processor time; and nothing is written. A case of which that does not hold is a finding:
-it is kept in a file, and the command that runs it again is printed.
+A reader must refuse a damaged file with a message of at most one screen, or read the values that
+the format's own library reads (or, if that library refuses the file, the values of the original
+file). It must take less than 300 MiB and 2 seconds of processor time, and write nothing. Any other
+outcome is a finding: its input is kept in a file, and the command that repeats it is printed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ CASES_AT_ONCE = 100
 
 
 class Finding(Exception):  # noqa: N818
-    """A case of which the property does not hold."""
+    """Case in which a reader breaks the rules above."""
 
 
 class Fuzzer:
-    """Runs cases, counts them and keeps the findings."""
+    """Run cases, count them and keep the findings."""
 
     def __init__(self, sound: Path, findings: Path, targets: list[Target]) -> None:
         self._sound, self._findings = sound, findings
@@ -47,12 +47,12 @@ class Fuzzer:
         self._known: set[str] = set()
 
     def close(self) -> None:
-        """End the processes that cases run in."""
+        """End the worker processes."""
         self._subject.close()
         self._reference.close()
 
     def _accepted(self, target: Target) -> Any:
-        """What the sound file is understood as; both sides must agree on that."""
+        """Return the values read from the valid file, on which both readers must agree."""
         folder = self._sound / target.start
         read = self._subject.run(target.name, folder)
         assert read.ended == "accepted", (target.name, read)
@@ -69,7 +69,7 @@ class Fuzzer:
             (folder / "asked.json").write_text(json.dumps(list(read.value)))
 
     def check(self, target: Target, data: bytes) -> str:
-        """Run a case; return how it ended.
+        """Run a case and return its outcome.
 
         Raises:
             Finding: the property does not hold.
@@ -102,7 +102,7 @@ class Fuzzer:
             if not shown.strip() or len(read.message) > 2 * MOST_CHARACTERS:
                 raise Finding(f"message: {len(read.message)} characters: {shown[:500]}")
             return
-        # What the libraries refuse may be understood as the sound file, and no other way.
+        # A file that the library refuses may only be read as the valid file.
         expected = self._expected[target.name]
         if target.reference is not None:
             reference = self._reference.run(target.name, folder)
@@ -113,7 +113,7 @@ class Fuzzer:
             raise Finding(f"value: understood otherwise than by the reference: {difference}")
 
     def run(self, target: Target, number: int, cases: int) -> None:
-        """Run cases of a target, the same for the same number; findings are kept."""
+        """Run cases of a target, the same ones for the same number, and keep the findings."""
         sound = (self._sound / target.start / target.file).read_bytes()
         counts = self.counts[target.name]
 
@@ -159,7 +159,7 @@ class Fuzzer:
 
 
 def _kind(target: Target, finding: Finding) -> str:
-    """What findings of one cause have in common: the error's last line, without its numbers."""
+    """Return what findings with the same cause share: the error's last line without numbers."""
     text = str(finding)
     where = re.findall(r'File ".*/(\w+\.py)", line (\d+)', text)[-1:]
     return f"{target.name} {where or re.sub('[0-9]+', 'N', text)[:60]}"
@@ -171,7 +171,7 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _difference(value: Any, expected: Any) -> str:
-    """Where two values differ first, for people."""
+    """Describe the first difference of two values."""
     if isinstance(value, dict) and isinstance(expected, dict):
         for key in [*value, *expected]:
             if value.get(key) != expected.get(key):
@@ -191,7 +191,7 @@ def _print_table(fuzzer: Fuzzer) -> None:
 
 
 def main() -> int:
-    """Run cases until the time is over; 1 if there was a finding."""
+    """Run cases until the time is over; return 1 after a finding, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120, help="for all targets together")
     parser.add_argument("--seed", type=int, default=0, help="the same seed: the same cases")

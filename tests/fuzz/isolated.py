@@ -1,4 +1,4 @@
-"""Cases in processes of their own: what each said, the time and memory it took, how it ended.
+"""Run each case in its own process and report its result, message, time and memory.
 
     isolated.py subject|reference
 
@@ -22,30 +22,30 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS_SPACE = 2 << 30
-"""Bytes that a case may map beyond what is mapped before it: a stop, far above the limit."""
+"""Additional bytes that a case can map before it is stopped, far above the memory limit."""
 HANG = 60.0
-"""Seconds after which a case is ended. The limit is on processor time, which other work on the
-machine doesn't lengthen; this is for cases that wait."""
+"""Seconds after which a case is killed. The time limit counts processor time, which other work on
+the machine doesn't increase; this one is for cases that wait."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case."""
+    """Outcome of a case."""
 
     ended: str
-    """accepted, refused, memory (there was too little), traceback, died or hung."""
+    """accepted, refused, memory (out of memory), traceback, died or hung."""
     value: Any = None
-    """What was read from an accepted case, as JSON."""
+    """Values read from an accepted case, as JSON."""
     message: str = ""
-    """Message of a case that was not accepted."""
+    """Error message of a case that was not accepted."""
     seconds: float = 0.0
-    """Processor time."""
+    """Processor time in seconds."""
     nbytes: int = 0
-    """Peak memory in addition to that at the start."""
+    """Peak memory in bytes above that at the start."""
 
 
 class Worker:
-    """A process that forks one for each case."""
+    """Process that forks once per case."""
 
     def __init__(self, side: str) -> None:
         self._process = subprocess.Popen(
@@ -69,7 +69,7 @@ class Worker:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes that this process has mapped, and has in memory."""
+    """Return the mapped and the resident bytes of this process."""
     mapped, resident = Path("/proc/self/statm").read_text().split()[:2]
     return int(mapped) * resource.getpagesize(), int(resident) * resource.getpagesize()
 
@@ -105,7 +105,7 @@ def _forked(function: Any, folder: Path) -> Outcome:
 
 
 def _case(function: Any, folder: Path, write: int) -> int:
-    """Run a case in this process, which is its own; the exit code."""
+    """Run a case in this process, which was forked for it; return the exit code."""
     from megatron_olmo_bridge.errors import BridgeError
 
     mapped, resident = _memory()

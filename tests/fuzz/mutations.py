@@ -1,4 +1,4 @@
-"""What becomes of a sound file: hypothesis strategies of hostile bytes, by the kind of file."""
+"""Hypothesis strategies that damage a valid file, one per kind of file."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def changed_bytes(draw: st.DrawFn, sound: bytes) -> bytes:
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every path into nested lists and maps: the keys that lead to a value."""
+    """Yield the path, a tuple of keys, of every value in nested lists and maps."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in items:
         yield (*path, key)
@@ -212,7 +212,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 @st.composite
 def _changed_tree(draw: st.DrawFn, value: Any, raw: list[str]) -> tuple[Any, dict[str, str]]:
-    """Change a tree; also return what stands, unquoted, for which text in it."""
+    """Change a tree; also return the unquoted texts that stand for placeholders in it."""
     standing: dict[str, str] = {}
     value = json.loads(json.dumps(value))
     for number in range(draw(st.integers(1, 3))):

@@ -1,7 +1,7 @@
-"""What is fuzzed: a sound file, how it is changed, what this package and what others read in it.
+"""Fuzz targets: a valid file, how it is damaged, and two functions that read it.
 
-A target's two functions, one here and one by the libraries whose format it is, return the same for
-the same file: plain JSON. This package imports neither torch nor transformers for that.
+One function uses this package, the other the library that owns the format; both return the same
+plain JSON for the same file. This package's reader imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ Function = Callable[[Path], Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of untrusted file."""
+    """Kind of untrusted file."""
 
     name: str
     start: str
-    """Which of the sound folders it is in; see :func:`build`."""
+    """Name of the valid folder that contains the file; see :func:`build`."""
     file: Path
-    """The file that is changed, in that folder."""
+    """Path of the damaged file in that folder."""
     change: str
-    """The function of ``mutations`` that changes it."""
+    """Name of the function in ``mutations`` that damages it."""
     read: Function
-    """What this package understands of the folder."""
+    """Read the folder with this package."""
     reference: Function | None = None
-    """What the libraries of the format read; None where a change may not change anything: then
-    the sound folder's own result is the reference."""
+    """Read the folder with the format's own library. None if damage must not change the result:
+    then the result for the valid folder is the reference."""
 
 
 def build(folder: Path) -> None:
-    """Make the sound folders that the files of all targets are in."""
+    """Make the valid folders with the files of all targets."""
     import numpy as np
     import torch
 
@@ -70,7 +70,7 @@ def _sha(data: bytes) -> str:
 
 
 def _weights(plan: Any) -> list[Any]:
-    """The copy plan without literal bytes: which stored bytes go where."""
+    """Return the copy plan without literal bytes: the destination of all stored bytes."""
     return [
         [file.name, file.size, part.offset, part.dtype, [
             [p.array and [p.array.file.name, p.array.offset, p.array.shape],
@@ -122,7 +122,7 @@ def read_config(folder: Path) -> Any:
 _FIXED = {
     "olmo": ("rms_norm_eps",), "gpt2": ("intermediate_size", "rms_norm_eps"),
 }  # fmt: skip
-"""Numbers that a family's config.json has by another name, or not at all."""
+"""Numbers that a family's config.json has under another name or lacks."""
 
 
 def plan_export(folder: Path) -> Any:

@@ -34,7 +34,7 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def test_the_diff_of_adding_a_family_is_the_files() -> None:
+def test_the_diff_of_adding_a_family_matches_the_files() -> None:
     text = (ROOT / "docs/adding-a-family.md").read_text()
     new = re.findall(r"```diff\n--- /dev/null\n\+\+\+ b/(\S+)\n@@.*@@\n((?:\+.*\n)+)```", text)
     assert [Path(file).name for file, _ in new] == ["bridge.py", "provider.py", "post_norm_moe.py"]
@@ -45,7 +45,7 @@ def test_the_diff_of_adding_a_family_is_the_files() -> None:
     assert line in (ROOT / "src/megatron_olmo_bridge/models/families.py").read_text()
 
 
-def test_the_limits_are_those_of_the_code() -> None:
+def test_the_documented_limits_match_the_code() -> None:
     text = (ROOT / "docs/security.md").read_text()
     rows = re.findall(r"^\| .+ \| ([\d,]+)( [KM]iB)? \| `(\S+)\.(\w+)` \|$", text, re.MULTILINE)
     units = {"": 1, " KiB": 1 << 10, " MiB": 1 << 20}
@@ -59,7 +59,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert {place for place in files if limit.fullmatch(place[1])} <= set(stated)
 
 
-def test_the_page_on_threats_names_tests_that_there_are() -> None:
+def test_tests_named_on_the_page_on_threats_exist() -> None:
     text = (ROOT / "docs/security.md").read_text()
     named = re.findall(r"`((?:functional_tests|unit_tests|fuzz)/\S*?)`", text)
     assert len(named) > 10
@@ -80,14 +80,14 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_anchors_are_those_of_github(tmp_path: Path) -> None:
+def test_anchors_follow_github(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# What `compare` allows, in 16 bits\n```\n# no heading\n```\n")
     assert anchors(page) == {"what-compare-allows-in-16-bits"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
         if link.startswith(("https:", "mailto:")):
             continue
@@ -103,7 +103,7 @@ def python_blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=name_of)
-def test_python_compiles_and_imports_what_there_is(page: Path) -> None:
+def test_python_blocks_compile_and_their_imports_exist(page: Path) -> None:
     for block in python_blocks(page):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
@@ -165,21 +165,21 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module("drawn")
 
 
-def test_pages_have_a_place_for_each_drawing(drawn: Any) -> None:
+def test_pages_have_a_marker_for_each_drawing(drawn: Any) -> None:
     pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     assert {comment: pages.count(comment) for comment in drawn.DRAWN} == dict.fromkeys(
         re.findall("<!--.*?-->", pages), 1
     )
 
 
-def test_the_mapping_tables_have_each_family_and_its_names(drawn: Any) -> None:
+def test_the_mapping_tables_show_each_family(drawn: Any) -> None:
     text = drawn.mapping_tables().replace("<wbr>", "").replace("&#42;", "*")
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [b.family for b in bridges()]
     assert "<code>decoder.layers.*.self_attention.linear_qkv.weight</code> | [256, 128]" in text
     assert "<code>model.layers.*.self_attn.k_proj.weight</code>" in text
 
 
-def test_the_reference_has_each_public_name(drawn: Any) -> None:
+def test_the_reference_lists_each_public_name(drawn: Any) -> None:
     text = drawn.public_names().removesuffix(drawn.CONFIG_SECTIONS)
     shown = re.findall(r"^::: (.+)\.(\w+)$", text, re.MULTILINE)
     assert {name for _, name in shown} == set(megatron_olmo_bridge.__all__) - {"__version__"}
@@ -198,7 +198,7 @@ def test_drawing_needs_no_torch() -> None:
     assert not {"torch", "megatron", "transformers"} & set(done.stdout.split())
 
 
-def test_the_picture_shows_each_package_and_leaves_out_arrows_that_follow(drawn: Any) -> None:
+def test_the_picture_shows_each_package_without_implied_arrows(drawn: Any) -> None:
     rooms = drawn.rooms
     graph = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
     assert rooms.direct(graph) == {"a": {"b"}, "b": {"c"}, "c": set()}

@@ -11,7 +11,7 @@ from megatron_olmo_bridge.cli import main
 from megatron_olmo_bridge.cli.app import app
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert result.stdout == f"olmo-bridge {megatron_olmo_bridge.__version__}\n"
@@ -33,7 +33,7 @@ def test_main_runs_the_command_line(
     assert capsys.readouterr().out.startswith("olmo-bridge ")
 
 
-def test_as_a_module() -> None:
+def test_the_package_runs_as_a_module() -> None:
     args = [sys.executable, "-m", "megatron_olmo_bridge", "import", "absent", "x"]
     done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 2

@@ -25,7 +25,7 @@ def result_of(command: Result) -> Any:
     return envelope["result"]
 
 
-def test_equal(tiny_hf: Path, tiny_megatron: Path) -> None:
+def test_verify_of_equal_checkpoints(tiny_hf: Path, tiny_megatron: Path) -> None:
     result = run("verify", tiny_hf, tiny_megatron, "--workers", 2)
     assert result.exit_code == 0
     assert result.stdout == "Equal: 47 tensors, 2.10 MB compared bit for bit.\n"
@@ -41,7 +41,7 @@ def test_equal(tiny_hf: Path, tiny_megatron: Path) -> None:
     assert run("verify", tiny_hf, tiny_megatron, "--quiet").output == ""
 
 
-def test_not_equal(make_hf: HF) -> None:
+def test_verify_of_different_checkpoints(make_hf: HF) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     a, b = make_hf("a"), make_hf("b", change=lambda t: t[name][4].zero_())
     result = run("verify", a, b)
@@ -62,7 +62,7 @@ def test_not_equal(make_hf: HF) -> None:
     assert (result.exit_code, result.output) == (1, "")
 
 
-def test_a_long_list_of_differences_is_cut_in_the_table_alone(make_hf: HF) -> None:
+def test_only_the_table_shortens_a_long_list_of_differences(make_hf: HF) -> None:
     a = make_hf("a", num_hidden_layers=6)
     b = make_hf("b", num_hidden_layers=6, dtype=torch.bfloat16)
     assert "... and 29 more; --json lists all." in run("verify", a, b).stdout
@@ -85,13 +85,13 @@ def test_one_path_is_compared_with_its_checksums(tiny_hf: Path, tmp_path: Path) 
     assert result_of(run("verify", tmp_path / "m", tiny_hf, "--json"))["checked"] == "tensors"
 
 
-def test_nothing_recorded_is_bad_input(tiny_hf: Path) -> None:
+def test_verify_of_one_path_needs_a_record(tiny_hf: Path) -> None:
     result = run("verify", tiny_hf)
     assert result.exit_code == 2
     assert "nothing was recorded" in result.stderr
 
 
-def test_inspect(tiny_hf: Path, tiny_megatron: Path) -> None:
+def test_inspect_prints_a_summary(tiny_hf: Path, tiny_megatron: Path) -> None:
     result = run("inspect", tiny_megatron)
     assert result.exit_code == 0
     for text in (
@@ -122,7 +122,7 @@ def test_inspect_tensors_and_mapping(tiny_megatron: Path) -> None:
     assert "ignored: computed from rope_theta" in mapping
 
 
-def test_inspect_json_has_the_long_lists_only_on_request(tiny_hf: Path) -> None:
+def test_inspect_json_has_tensors_and_mapping_only_on_request(tiny_hf: Path) -> None:
     short = result_of(run("inspect", tiny_hf, "--json"))
     assert not short.keys() & {"tensors", "mapping"}
     said = result_of(run("inspect", tiny_hf, "--json", "--tensors", "--mapping"))
@@ -144,19 +144,19 @@ def test_inspect_of_a_padded_vocabulary(make_hf: HF, tmp_path: Path) -> None:
     assert "padded to" not in run("inspect", hf).stdout
 
 
-def test_megatron_args_are_one_line_to_paste(tiny_megatron: Path) -> None:
+def test_megatron_args_are_printed_in_one_line(tiny_megatron: Path) -> None:
     out = run("inspect", tiny_megatron, "--megatron-args").stdout
     assert out.count("\n") == 1
     assert out.startswith("--use-checkpoint-args --ckpt-format torch_dist")
 
 
-def test_inspect_of_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_inspect_refuses_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     result = run("inspect", tmp_path)
     assert result.exit_code == 2
     assert f"{tmp_path}: not a checkpoint" in result.stderr
 
 
-def test_doctor() -> None:
+def test_doctor_prints_versions_and_a_conclusion() -> None:
     result = run("doctor")
     assert result.exit_code == 0
     for text in ("megatron-olmo-bridge", "torch", "gloo", "copy_file_range", "disk here"):

@@ -56,7 +56,7 @@ def succeeding(at: Annotated[str, typer.Argument(metavar="AT")]) -> Outcome:
 # ---------------------------------------------------------------------------------- the envelope
 
 
-def test_json_prints_the_envelope_and_nothing_else() -> None:
+def test_json_prints_only_the_envelope() -> None:
     done = run_command(succeeding, "here", "--json")
     assert done.exit_code == 0
     assert done.stderr == ""
@@ -68,17 +68,17 @@ def test_json_prints_the_envelope_and_nothing_else() -> None:
     }
 
 
-def test_people_read_lines_and_quiet_has_none() -> None:
+def test_the_summary_is_printed_unless_quiet() -> None:
     assert run_command(succeeding, "here").stdout == "looked at here\n"
     assert run_command(succeeding, "here", "--quiet").output == ""
 
 
-def test_options_of_one_command_do_not_outlive_it() -> None:
+def test_options_of_a_command_do_not_affect_the_next() -> None:
     run_command(succeeding, "here", "--json", "--quiet")
     assert not output.silent
 
 
-def test_a_difference_is_a_result_with_exit_code_1() -> None:
+def test_a_difference_has_exit_code_1() -> None:
     """The command did its work: ok says so, and the result says what differs."""
     done = run_command(lambda: Outcome({"equal": False}, exit_code=1), "--json")
     assert done.exit_code == 1
@@ -86,7 +86,7 @@ def test_a_difference_is_a_result_with_exit_code_1() -> None:
     assert (envelope["ok"], envelope["result"]) == (True, {"equal": False})
 
 
-def test_what_json_has_no_word_for() -> None:
+def test_infinity_and_nan_are_null_in_json() -> None:
     """Paths are text, and numbers that JSON lacks are null: Python alone would read ``NaN``."""
     found = Found(Path("a/b"), (2, 3), math.nan)
     done = run_command(lambda: Outcome({"found": [found], "largest": math.inf}), "--json")
@@ -96,7 +96,7 @@ def test_what_json_has_no_word_for() -> None:
     }
 
 
-def test_what_a_library_prints_goes_to_standard_error() -> None:
+def test_output_of_libraries_goes_to_standard_error() -> None:
     def chatty() -> Outcome:
         print("a library says hello")
         return Outcome(3)
@@ -119,7 +119,7 @@ def test_only_the_first_process_of_torchrun_prints(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("error", [FormatError, OSError, RuntimeError])
-def test_words_of_a_file_neither_control_the_terminal_nor_fill_it(error: type[Exception]) -> None:
+def test_text_from_a_file_is_escaped_and_shortened(error: type[Exception]) -> None:
     said = run_command(failing(error(f"a\x1b[2J\nb{'c' * 10_000}"))).stderr.splitlines()[-3:]
     assert said[0].endswith(r"a\x1b[2J")
     assert said[1].startswith("bccc")
@@ -141,7 +141,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "code", "kind", "message"), ERRORS)
-def test_an_error_is_one_message_and_an_exit_code(
+def test_an_error_prints_one_message(
     error: BaseException, code: int, kind: str, message: str
 ) -> None:
     done = run_command(failing(error))
@@ -150,7 +150,7 @@ def test_an_error_is_one_message_and_an_exit_code(
 
 
 @pytest.mark.parametrize(("error", "code", "kind", "message"), ERRORS)
-def test_an_error_as_json_has_the_same_exit_code(
+def test_an_error_in_json_has_the_same_exit_code(
     error: BaseException, code: int, kind: str, message: str
 ) -> None:
     done = run_command(failing(error), "--json")
@@ -163,7 +163,7 @@ def test_an_error_as_json_has_the_same_exit_code(
     }
 
 
-def test_after_an_interrupt_resume_is_named_where_there_is_such_an_option() -> None:
+def test_an_interrupted_command_names_its_resume_option() -> None:
     def convert(resume: bool = False) -> Outcome:
         raise KeyboardInterrupt
 
@@ -174,7 +174,7 @@ def test_after_an_interrupt_resume_is_named_where_there_is_such_an_option() -> N
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
-def test_a_fault_of_our_own_shows_its_traceback(flags: tuple[str, ...]) -> None:
+def test_an_internal_error_shows_its_traceback(flags: tuple[str, ...]) -> None:
     """Not with exit code 1, which says that a difference was found."""
     done = run_command(failing(ZeroDivisionError("of x by y")), *flags)
     assert done.exit_code == 70
@@ -186,7 +186,7 @@ def test_a_fault_of_our_own_shows_its_traceback(flags: tuple[str, ...]) -> None:
         assert done.stderr.endswith(f"olmo-bridge: {message}\n")
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_extra(
+def test_a_missing_package_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before the command begins, and also where it comes upon it later."""
@@ -243,7 +243,7 @@ def envelope_of(*args: str) -> Any:
         (("no-such-command", "--json"), None, "No such command 'no-such-command'"),
     ],
 )
-def test_bad_usage_is_an_envelope_too(
+def test_bad_usage_prints_the_envelope(
     args: tuple[str, ...], command: str | None, message: str
 ) -> None:
     envelope = envelope_of(*args)
@@ -277,7 +277,7 @@ def logged() -> Outcome:
     return Outcome(3)
 
 
-def test_verbose_says_on_standard_error_what_happens() -> None:
+def test_verbose_logs_to_standard_error() -> None:
     done = run_command(logged, "--verbose", "--json")
     assert json.loads(done.stdout)["result"] == 3
     first, *_, happened, end = done.stderr.splitlines()
@@ -288,7 +288,7 @@ def test_verbose_says_on_standard_error_what_happens() -> None:
     assert run_command(logged).output == ""
 
 
-def test_a_log_file_has_every_detail_whatever_is_printed(tmp_path: Path) -> None:
+def test_a_log_file_has_every_detail_even_if_quiet(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert run_command(logged, "--quiet", "--log-file", str(log)).output == ""
     text = log.read_text()
@@ -326,7 +326,7 @@ def test_a_conversion_logs_how_each_tensor_was_copied(tiny_hf: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("args", [("models",), ("models", "--json"), ("import", "--help")])
-def test_a_reader_who_has_seen_enough_is_no_error(args: tuple[str, ...]) -> None:
+def test_a_closed_pipe_is_not_an_error(args: tuple[str, ...]) -> None:
     """``olmo-bridge models | head -1``: exit code 1 would say that a difference was found."""
     read, write = os.pipe()
     os.close(read)

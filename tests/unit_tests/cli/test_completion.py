@@ -35,12 +35,12 @@ def completed(*words: object) -> list[str]:
     return done.stdout.split()
 
 
-def test_names_of_models() -> None:
+def test_model_names_are_completed() -> None:
     assert completed("synth", "olmo2-") == [n for n in published_sizes() if n.startswith("olmo2-")]
 
 
 @pytest.mark.parametrize("command", ["train", "recipes"])
-def test_names_of_recipes(command: str) -> None:
+def test_recipe_names_are_completed(command: str) -> None:
     assert completed(command, "olmo3_") == ["olmo3_7b", "olmo3_7b:stage2"]
 
 
@@ -57,11 +57,11 @@ def test_names_of_recipes(command: str) -> None:
         (("ver",), ["verify"]),
     ],
 )
-def test_values_of_options(words: tuple[str, ...], values: list[str]) -> None:
+def test_option_values_are_completed(words: tuple[str, ...], values: list[str]) -> None:
     assert completed(*words) == values
 
 
-def test_iterations_of_the_checkpoint_that_is_named(tmp_path: Path) -> None:
+def test_iterations_of_the_named_checkpoint_are_completed(tmp_path: Path) -> None:
     for name in ("iter_0000020", "iter_0000100", "release", "iter_0000300.partial"):
         (tmp_path / name).mkdir()
     assert completed("export", tmp_path, "x", "--iteration", "") == ["20", "100", "release", "all"]

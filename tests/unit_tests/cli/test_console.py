@@ -24,11 +24,11 @@ from megatron_olmo_bridge.errors import FormatError
         (5_000_000_000_000, "5000.00 GB"),
     ],
 )
-def test_human_bytes(count: int, text: str) -> None:
+def test_sizes_have_binary_units(count: int, text: str) -> None:
     assert human_bytes(count) == text
 
 
-def test_a_table_shows_brackets_and_long_names_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_show_brackets_and_long_names_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     name = "decoder.layers.*." + "x" * 120
     table(["name", "block"], [[name, "[0:5, 1:2]"], ["[bold]b", "[/]"]], title="a title")
     out = capsys.readouterr().out
@@ -87,13 +87,13 @@ def test_a_quiet_terminal_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown == b""
 
 
-def test_no_terminal_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     progress()
     captured = capsys.readouterr()
     assert captured.err == captured.out == ""
 
 
-def test_the_bar_is_taken_down_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_is_removed_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         terminal(monkeypatch) as shown,
         pytest.raises(FormatError),

@@ -35,7 +35,7 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_synth(tmp_path: Path) -> None:
+def test_synth_writes_a_checkpoint(tmp_path: Path) -> None:
     out = done(
         "synth",
         "olmo2-tiny",
@@ -57,7 +57,7 @@ def test_synth(tmp_path: Path) -> None:
     assert made["bytes_written"] == sum(map(len, tree(tmp_path / "json").values()))
 
 
-def test_import_and_export(tiny_hf: Path, tmp_path: Path) -> None:
+def test_import_and_export_print_what_they_wrote(tiny_hf: Path, tmp_path: Path) -> None:
     out = done("import", tiny_hf, tmp_path / "m", "--workers", 2)
     lines = out.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'm'}: 39 tensors, 2.")
@@ -68,7 +68,9 @@ def test_import_and_export(tiny_hf: Path, tmp_path: Path) -> None:
     assert run("verify", tiny_hf, tmp_path / "back").exit_code == 0
 
 
-def test_average(tiny_hf: Path, tiny_megatron: Path, tmp_path: Path) -> None:
+def test_average_plans_and_names_its_output(
+    tiny_hf: Path, tiny_megatron: Path, tmp_path: Path
+) -> None:
     options = ("--weights", "3,1", "--max-shard-size", "500KB")
     plan = done("average", tiny_hf, tiny_megatron, tmp_path / "soup", *options, "--dry-run")
     assert "average of 47 tensors: reads 4.20 MB, writes 2.11 MB; " in plan
@@ -80,12 +82,12 @@ def test_average(tiny_hf: Path, tiny_megatron: Path, tmp_path: Path) -> None:
     assert said["destination"] == str(tmp_path / "soup")
 
 
-def test_quiet(tiny_hf: Path, tmp_path: Path) -> None:
+def test_quiet_prints_nothing(tiny_hf: Path, tmp_path: Path) -> None:
     assert done("import", tiny_hf, tmp_path / "m", "--quiet") == ""
     assert done("export", tmp_path / "m", tmp_path / "back", "-q") == ""
 
 
-def test_json(tiny_hf: Path, tmp_path: Path) -> None:
+def test_json_has_the_numbers_of_the_summary(tiny_hf: Path, tmp_path: Path) -> None:
     said = result_of("import", tiny_hf, tmp_path / "m")
     assert said.keys() == {"destination", "bytes_written", "seconds", "plan_sha256"}
     assert said["destination"] == str(tmp_path / "m")
@@ -97,7 +99,7 @@ def test_json(tiny_hf: Path, tmp_path: Path) -> None:
     )
 
 
-def test_options_of_import(tiny_hf: Path, tmp_path: Path) -> None:
+def test_import_options_reach_the_conversion(tiny_hf: Path, tmp_path: Path) -> None:
     done(
         "import",
         tiny_hf,
@@ -120,7 +122,7 @@ def test_options_of_import(tiny_hf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bf16", "BF16", "torch.bfloat16", "bfloat16"])
-def test_names_of_a_dtype_make_the_same_files(
+def test_short_and_long_dtype_names_mean_the_same(
     name: str, tiny_hf: Path, tiny_megatron: Path, tmp_path: Path
 ) -> None:
     for command, *sources in (
@@ -163,7 +165,7 @@ def test_dry_runs_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_dry_runs_plan_is_the_one_carried_out(tiny_hf: Path, tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_plan_of_the_run(tiny_hf: Path, tmp_path: Path) -> None:
     (planned,) = result_of("import", tiny_hf, tmp_path / "m", "--dry-run")["plans"]
     said = result_of("import", tiny_hf, tmp_path / "m")
     assert said["plan_sha256"] == [planned["plan_sha256"]]
@@ -194,7 +196,7 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert tree(tmp_path) == before
 
 
-def test_a_dry_run_looks_at_the_disk(
+def test_a_dry_run_checks_the_free_space(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -205,7 +207,7 @@ def test_a_dry_run_looks_at_the_disk(
     assert "the disk is too small: 2,200,527 bytes needed, 1,000 free" in planned.stderr
 
 
-def test_a_dry_run_has_a_plan_for_each_iteration(tiny_megatron: Path, tmp_path: Path) -> None:
+def test_a_dry_run_plans_each_iteration(tiny_megatron: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_megatron, tmp_path / "m")
     shutil.copytree(tmp_path / "m/iter_0000000", tmp_path / "m/iter_0000004")
     args = ("export", tmp_path / "m", tmp_path / "all", "--iteration", "all")
@@ -226,7 +228,7 @@ def half_saved(tiny_megatron: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_all_iterations_but_those_that_were_half_saved(
+def test_all_iterations_leaves_out_incomplete_saves(
     half_saved: Path, tiny_hf: Path, tmp_path: Path
 ) -> None:
     for flags in (("--dry-run",), (), ("--json", "--resume")):
@@ -241,7 +243,7 @@ def test_all_iterations_but_those_that_were_half_saved(
         assert run("verify", tiny_hf, folder).exit_code == 0
 
 
-def test_all_iterations_where_each_is_half_saved(half_saved: Path, tmp_path: Path) -> None:
+def test_all_iterations_refuses_only_incomplete_saves(half_saved: Path, tmp_path: Path) -> None:
     """The reason is said as for a single one: it may be the same for all."""
     for number in (0, 8):
         (half_saved / f"iter_{number:07d}/.metadata").unlink()
@@ -251,14 +253,14 @@ def test_all_iterations_where_each_is_half_saved(half_saved: Path, tmp_path: Pat
     assert not (tmp_path / "all").exists()
 
 
-def test_export_says_which_iteration_it_took(half_saved: Path, tmp_path: Path) -> None:
+def test_export_names_the_iteration(half_saved: Path, tmp_path: Path) -> None:
     out = done("export", half_saved, tmp_path / "a")
     assert out.splitlines()[1] == f"Exported:    {half_saved}/iter_0000008"
     said = result_of("export", half_saved, tmp_path / "b", "--iteration", 0)
     assert said["sources"] == [f"{half_saved}/iter_0000000"]
 
 
-def test_other_processes_of_torchrun_say_nothing(
+def test_only_the_first_process_prints(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")

@@ -44,7 +44,7 @@ def prepare(folder: Path, out: str, *options: str) -> Result:
     )
 
 
-def test_what_was_done_is_said(folder: Path) -> None:
+def test_the_summary_names_documents_and_tokens(folder: Path) -> None:
     lines = (folder / "said").read_text().splitlines()
     assert lines[0].startswith(f"{folder / 'train'}: 40 documents, ")
     assert "tokens (uint16) in " in lines[0]
@@ -67,7 +67,7 @@ def test_json_and_quiet(folder: Path) -> None:
     assert prepare(folder, "silent", "--skip-bad-lines", "--quiet").output == ""
 
 
-def test_a_bad_line_is_bad_input(folder: Path) -> None:
+def test_a_bad_line_is_refused(folder: Path) -> None:
     done = prepare(folder, "strict")
     assert done.exit_code == 2
     assert done.stderr.startswith(f"olmo-bridge: {folder / 'corpus.jsonl'}:42: broken JSON")
@@ -76,7 +76,7 @@ def test_a_bad_line_is_bad_input(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
-def test_inspect(folder: Path, suffix: str) -> None:
+def test_inspect_prints_a_summary(folder: Path, suffix: str) -> None:
     done = run("inspect", f"{folder / 'train'}{suffix}")
     assert done.exit_code == 0
     for words in (
@@ -96,7 +96,7 @@ def test_inspect(folder: Path, suffix: str) -> None:
     )
 
 
-def test_inspect_for_scripts(folder: Path) -> None:
+def test_inspect_as_json(folder: Path) -> None:
     said = json.loads(run("inspect", folder / "train", "--json").stdout)["result"]
     assert said["kind"] == "Megatron indexed dataset"
     assert said["info"]["documents"] == 40
@@ -104,7 +104,7 @@ def test_inspect_for_scripts(folder: Path) -> None:
     assert run("inspect", folder / "train", "--quiet").output == ""
 
 
-def test_inspect_of_what_is_damaged(folder: Path, tmp_path: Path) -> None:
+def test_inspect_refuses_damaged_data(folder: Path, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         (tmp_path / f"cut{suffix}").write_bytes(Path(f"{folder / 'train'}{suffix}").read_bytes())
     with (tmp_path / "cut.bin").open("r+b") as file:

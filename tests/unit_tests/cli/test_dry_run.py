@@ -50,7 +50,7 @@ def estimated(config: TrainingConfig) -> tuple[ResolvedRun, Estimate]:
     return resolved, estimate(config, resolved.bridge, resolved.layout)
 
 
-def test_settings_that_are_set_or_cited_are_shown(config: TrainingConfig) -> None:
+def test_only_changed_and_cited_settings_are_shown(config: TrainingConfig) -> None:
     assert dict(shown_settings(config, bridge_of(config))) == {
         "model": "olmo2-7b",
         "provider.init_method_std": 0.02,
@@ -63,12 +63,14 @@ def test_settings_that_are_set_or_cited_are_shown(config: TrainingConfig) -> Non
     }
 
 
-def test_another_model_is_shown_by_its_family(config: TrainingConfig) -> None:
+def test_a_model_without_a_name_is_shown_by_its_family(config: TrainingConfig) -> None:
     config.model["num_hidden_layers"] = 8
     assert dict(shown_settings(config, bridge_of(config)))["model"] == "olmo2"
 
 
-def test_what_people_read(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_dry_run_prints_tables(
+    config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     print_dry_run(*estimated(config))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for line in (
@@ -89,8 +91,10 @@ def test_what_people_read(config: TrainingConfig, capsys: pytest.CaptureFixture[
     assert any(line.startswith("0 16 1.82B 3.65 GB 7.30 GB 10.95 GB") for line in lines)
 
 
-def test_what_is_saved(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its memory, and that nothing is where no folder is named."""
+def test_the_saved_checkpoints_are_listed(
+    config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its memory is shown too, and without a folder nothing is saved."""
     print_dry_run(*estimated(config))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "on the way 14.60 GB can be resumed at another data-parallel size" in lines
@@ -107,14 +111,14 @@ def test_what_is_saved(config: TrainingConfig, capsys: pytest.CaptureFixture[str
     assert "will be saved" not in capsys.readouterr().out
 
 
-def test_it_reads_well_in_a_narrow_terminal(
+def test_tables_fit_into_a_narrow_terminal(
     config: TrainingConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_dry_run(*estimated(config))
     assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 120
 
 
-def test_what_scripts_read(config: TrainingConfig) -> None:
+def test_the_dry_run_as_json(config: TrainingConfig) -> None:
     found = estimated(config)[1]
     result = dry_run_result(config, found)
     assert result["config"]["optimizer"]["beta1"] == 0.9
@@ -123,7 +127,7 @@ def test_what_scripts_read(config: TrainingConfig) -> None:
     assert result["estimate"]["worst"] == found.worst.stage == 0
 
 
-def test_the_folder_of_a_run_with_the_end_token_of_its_data(tmp_path: Path) -> None:
+def test_a_checkpoint_folder_gets_the_end_token_of_the_data(tmp_path: Path) -> None:
     """The run itself goes on there; and more steps are refused as the run refuses them."""
     pytest.importorskip("megatron.core")
     texts = tmp_path / "texts.jsonl"

@@ -61,7 +61,7 @@ def test_query_groups_are_interleaved(tiny_hf: Path, tmp_path: Path) -> None:
     assert ["gate_proj" in fc1[0][-1], "up_proj" in fc1[1][-1]] == [True, True]
 
 
-def test_rows_of_padding_are_drawn(tiny_hf: Path, tmp_path: Path) -> None:
+def test_padding_rows_are_drawn(tiny_hf: Path, tmp_path: Path) -> None:
     arguments = ["import", tiny_hf, tmp_path / "m", "--make-vocab-size-divisible-by", "3000"]
     assert CliRunner().invoke(app, [*map(str, arguments)]).exit_code == 0
     inspect(tmp_path / "m", "--html", tmp_path / "a.html")

@@ -25,7 +25,7 @@ def test_a_page_needs_no_network_and_replaces_a_page(tiny_hf: Path, tmp_path: Pa
     assert [f.name for f in tmp_path.iterdir()] == ["a.html"]
 
 
-def test_only_a_page_is_replaced(tiny_hf: Path, tmp_path: Path) -> None:
+def test_a_page_needs_an_html_name_and_an_existing_folder(tiny_hf: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_text("weights")
     code, output = inspect(tiny_hf, "--html", file)

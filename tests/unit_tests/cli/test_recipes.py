@@ -36,7 +36,7 @@ def test_the_package_has_the_recipes_of_the_repository() -> None:
     assert FOLDER.resolve() == REPOSITORY / "recipes"
 
 
-def test_every_recipe_is_listed_with_what_it_takes() -> None:
+def test_recipes_lists_what_every_recipe_needs() -> None:
     listed = {recipe["name"]: recipe for recipe in result_of("recipes")["recipes"]}
     assert list(listed) == [recipe.name for recipe in named_recipes()]
     assert listed["olmo2_7b:stage2"] == {
@@ -59,7 +59,7 @@ def test_every_recipe_is_listed_with_what_it_takes() -> None:
     ]
 
 
-def test_the_list_for_people() -> None:
+def test_the_list_is_a_table() -> None:
     lines = run("recipes").stdout.splitlines()
     (row,) = [line.split() for line in lines if line.startswith("olmo2_13b:stage2_300b")]
     assert row[:4] == ["olmo2_13b:stage2_300b", "olmo2-13b", "2", "300B"]
@@ -67,14 +67,14 @@ def test_the_list_for_people() -> None:
 
 
 @pytest.mark.parametrize("name", ["olmo2_1b", "olmo2_1b:stage2"])
-def test_a_recipe_is_printed_as_it_stands(name: str) -> None:
+def test_a_recipe_is_printed_unchanged(name: str) -> None:
     text = (REPOSITORY / "recipes/olmo2/olmo2_1b.py").read_text()
     assert run("recipes", name).stdout == text
     assert result_of("recipes", name) == {"file": str(FOLDER / "olmo2/olmo2_1b.py"), "text": text}
     assert run("recipes", name, "--path").stdout == f"{FOLDER / 'olmo2/olmo2_1b.py'}\n"
 
 
-def test_scripts_have_names_too_and_what_python_compiled_has_none(
+def test_scripts_have_names_and_compiled_files_have_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = tmp_path / "recipes"
@@ -91,7 +91,7 @@ def test_scripts_have_names_too_and_what_python_compiled_has_none(
 
 
 @pytest.mark.parametrize("name", list(other_files()))
-def test_scripts_are_printed_as_they_stand(name: str) -> None:
+def test_scripts_are_printed_unchanged(name: str) -> None:
     assert run("recipes", name).stdout == other_files()[name].read_text()
 
 
@@ -114,7 +114,7 @@ def test_a_printed_recipe_runs_from_another_folder(recipe: Any, tmp_path: Path) 
         (("train", "zzz"), "zzz: no such recipe. `olmo-bridge recipes` lists those"),
     ],
 )
-def test_an_unknown_name_gets_the_nearest(
+def test_an_unknown_name_suggests_the_nearest(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,7 +123,7 @@ def test_an_unknown_name_gets_the_nearest(
     assert message in done.stderr
 
 
-def test_a_name_is_trained_as_its_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_accepts_a_name_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_file = result_of("train", REPOSITORY / "recipes/olmo2/olmo2_tiny.py", "--dry-run")
     monkeypatch.chdir(tmp_path)
     assert result_of("train", "olmo2_tiny", "--dry-run") == by_file
