@@ -74,9 +74,8 @@ def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, Stored
         # Only messages of this file are known to be short.
         ours = type(error) is ValueError
         why = str(error) if ours else f"{type(error).__name__} {quote(error.args)}"
-        raise FormatError(
-            f"{file}: not the metadata of a distributed checkpoint ({why})"
-        ) from error
+        message = f"{file}: not the metadata of a distributed checkpoint ({why})"
+        raise FormatError(message) from error
     _check_files(path, places)
     return tensors, objects
 
@@ -204,12 +203,15 @@ def encode_metadata(
 ) -> bytes:
     """Return the content of ``.metadata``: a pickle that torch reads as ``Metadata``."""
 
+    def dcp(name: str, **attributes: Any) -> Inert:
+        return built(f"{_DCP}.{name}", attributes)
+
     def size(shape: Shape) -> Inert:
         return inert("torch.Size")(tuple(shape))
 
     def index(key: str, offset: Shape | None) -> Inert:
         at = None if offset is None else size(offset)
-        return built(f"{_DCP}.MetadataIndex", {"fqn": key, "offset": at, "index": None})
+        return dcp("MetadataIndex", fqn=key, offset=at, index=None)
 
     def info(at: StoredBytes) -> Inert:
         fields = {"relative_path": at.file, "offset": at.offset, "length": at.length}
@@ -220,28 +222,26 @@ def encode_metadata(
         layout = inert("torch.serialization._get_layout")("torch.strided")
         memory = inert(f"{_DCP}._MEM_FORMAT_ENCODING")(0)
         properties = inert(f"torch.{tensor.dtype}"), layout, False, memory, False
-        chunks = [
-            built(
-                f"{_DCP}.ChunkStorageMetadata", {"offsets": size(c.offset), "sizes": size(c.shape)}
-            )
-            for c in tensor.chunks
-        ]
-        fields = {
-            "properties": built(f"{_DCP}.TensorProperties", properties),
-            "size": size(tensor.shape),
-            "chunks": chunks,
-        }
-        return built(f"{_DCP}.TensorStorageMetadata", fields)
+        return dcp(
+            "TensorStorageMetadata",
+            properties=built(f"{_DCP}.TensorProperties", properties),
+            size=size(tensor.shape),
+            chunks=[
+                dcp("ChunkStorageMetadata", offsets=size(c.offset), sizes=size(c.shape))
+                for c in tensor.chunks
+            ],
+        )
 
-    metadata = {
-        "state_dict_metadata": {key: described(tensor) for key, tensor in tensors.items()}
-        | {key: built(f"{_DCP}.BytesStorageMetadata", {}) for key in objects},
-        "planner_data": None,
-        "storage_data": {
+    metadata = dcp(
+        "Metadata",
+        state_dict_metadata={key: described(tensor) for key, tensor in tensors.items()}
+        | {key: dcp("BytesStorageMetadata") for key in objects},
+        planner_data=None,
+        storage_data={
             index(key, c.offset): info(c.stored) for key, t in tensors.items() for c in t.chunks
         }
         | {index(key, None): info(at) for key, at in objects.items()},
-        "storage_meta": None,
-        "version": None,
-    }
-    return dumps(built(f"{_DCP}.Metadata", metadata))
+        storage_meta=None,
+        version=None,
+    )
+    return dumps(metadata)

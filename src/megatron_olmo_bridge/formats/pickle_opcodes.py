@@ -20,8 +20,8 @@ MAX_PROTOCOL = 5
 MAX_INTEGER_BYTES = 1000
 _UINT8, _UINT32, _UINT64 = Struct("<B"), Struct("<I"), Struct("<Q")
 _INT32, _FLOAT64 = Struct("<i"), Struct(">d")
-_BOOLS = (b"00", b"01")
-"""False and true as protocols 0 and 1 write them: as an INT."""
+_BOOLS = {b"00": False, b"01": True}
+"""How protocols 0 and 1 write them: as an INT."""
 _DECIMAL = re.compile(rb"-?(0|[1-9][0-9]{0,2000})")
 
 
@@ -41,16 +41,14 @@ def _decimal(text: bytes) -> int:
     return int(text)
 
 
-def _int(m: Machine) -> None:
-    text = m.read_line()
-    m.stack.append(text == b"01" if text in _BOOLS else _decimal(text))
+def _int(text: bytes) -> int:
+    return _BOOLS[text] if text in _BOOLS else _decimal(text)
 
 
-def _float(m: Machine) -> None:
-    text = m.read_line()
+def _float(text: bytes) -> float:
     if len(text) > 100 or b"_" in text:
         raise ValueError(f"{quote(text)} is not a number")
-    m.stack.append(float(text))
+    return float(text)
 
 
 def _dict(m: Machine) -> None:
@@ -107,8 +105,8 @@ for _code, _step in {
     pickle.NEWFALSE: lambda m: m.stack.append(False),
     pickle.BININT: lambda m: m.stack.append(m.number(_INT32)),
     pickle.BINFLOAT: lambda m: m.stack.append(m.number(_FLOAT64)),
-    pickle.INT: _int,
-    pickle.FLOAT: _float,
+    pickle.INT: lambda m: m.stack.append(_int(m.read_line())),
+    pickle.FLOAT: lambda m: m.stack.append(_float(m.read_line())),
     pickle.LONG: lambda m: m.stack.append(_decimal(m.read_line().removesuffix(b"L"))),
     pickle.LONG1: lambda m: m.stack.append(_integer(m.counted(_UINT8))),
     pickle.LONG4: lambda m: m.stack.append(_integer(m.counted(_UINT32))),
@@ -167,17 +165,9 @@ for _code, _step in {
 }.items():
     _OPCODES[ord(_code)] = _step
 
-_STOP, _MEMOIZE, _BININT1, _BININT2, _BINGET, _LONG_BINGET = (
-    ord(code)
-    for code in (
-        pickle.STOP,
-        pickle.MEMOIZE,
-        pickle.BININT1,
-        pickle.BININT2,
-        pickle.BINGET,
-        pickle.LONG_BINGET,
-    )
-)
+_STOP, _MEMOIZE = ord(pickle.STOP), ord(pickle.MEMOIZE)
+_BININT1, _BININT2 = ord(pickle.BININT1), ord(pickle.BININT2)
+_BINGET, _LONG_BINGET = ord(pickle.BINGET), ord(pickle.LONG_BINGET)
 
 
 def run(machine: Machine) -> Any:

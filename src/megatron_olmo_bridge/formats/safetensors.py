@@ -82,10 +82,8 @@ def read_header(
     position = 0
     for name, (_, _, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != position:
-            kind = (
-                "overlaps what stands before it" if begin < position else "leaves a gap before it"
-            )
-            raise FormatError(f"{file}: tensor {name} at bytes {begin} to {end} {kind}")
+            how = "overlaps what stands" if begin < position else "leaves a gap"
+            raise FormatError(f"{file}: tensor {name} at bytes {begin} to {end} {how} before it")
         position = end
     if position != room:
         raise FormatError(f"{file}: has {room - position} bytes after its last tensor")
@@ -101,10 +99,8 @@ def _span(
 ) -> tuple[str, Shape, int, int]:
     """Return the dtype and shape of a header's entry, and where its bytes begin and end."""
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
-        raise FormatError(
-            f"{file}: {quote(name)} is not the name of a tensor: 1 to {MAX_NAME} printable "
-            "characters"
-        )
+        named = f"{quote(name)} is not the name of a tensor: 1 to {MAX_NAME} printable characters"
+        raise FormatError(f"{file}: {named}")
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         sound = isinstance(shape, list)
@@ -153,11 +149,8 @@ def write_header(tensors: Mapping[str, tuple[str, Shape]]) -> bytes:
     position = 0
     for name, (dtype, shape) in tensors.items():
         end = position + math.prod(shape) * ITEM_SIZE[dtype]
-        entries[name] = {
-            "dtype": _CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [position, end],
-        }
+        offsets = [position, end]
+        entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": offsets}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

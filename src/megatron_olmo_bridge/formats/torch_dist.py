@@ -68,8 +68,7 @@ class TorchDistFolder:
     @cached_property
     def common(self) -> dict[str, Any]:
         """The common state as plain values and placeholders; empty where there is none."""
-        at = self._common_object
-        if at is not None:
+        if at := self._common_object:
             value = read_archive(self.common_file, at.offset, at.length, any_classes=True)
             value = value[0] if isinstance(value, list) and value else value
         elif self.common_file.exists():
@@ -122,46 +121,41 @@ class TorchDistFolder:
             MappingError: tensors are missing, unexpected or of another shape.
             FormatError: chunks overlap, leave gaps, or an archive is damaged.
         """
-        keys = {p.name: self._keys(p) for p in mapping.parameters.values()}
+        keys = {name: self._keys(p) for name, p in mapping.parameters.items()}
         expected: dict[str, Shape] = {}
-        for parameter in mapping.parameters.values():
-            for key, region, stacked in keys[parameter.name]:
-                axes = len(parameter.index)
-                counts = mapping.counts[axes - stacked : axes]
+        axes: dict[str, int] = {}
+        for name, parameter in mapping.parameters.items():
+            for key, region, index in keys[name]:
+                axes[key], end = len(index), len(parameter.index)
+                counts = mapping.counts[end - axes[key] : end]
                 expected[key] = (*counts, region.rows, *parameter.shape[1:])
         check_tensors(expected, {k: t.shape for k, t in self.weights.items()}, self.path)
-        stacking = {key: stacked for found in keys.values() for key, _, stacked in found}
-        arrays = {key: _by_index(self._arrays(key), stacking[key]) for key in expected}
+        arrays = {key: _by_index(self._arrays(key), axes[key]) for key in expected}
         views = {}
-        for parameter in mapping.parameters.values():
-            pieces = [
-                piece
-                for key, region, stacked in keys[parameter.name]
-                for index in [parameter.index[len(parameter.index) - stacked :]]
-                for piece in _pieces(arrays[key].get(index, ()), region, index)
-            ]
-            views[parameter.name] = TensorView.assembled(
-                f"{self.path}: {parameter.name}", parameter.shape, pieces
-            )
+        for name, parameter in mapping.parameters.items():
+            pieces: list[Piece] = []
+            for key, region, index in keys[name]:
+                pieces += _pieces(arrays[key].get(index, ()), region, index)
+            views[name] = TensorView.assembled(f"{self.path}: {name}", parameter.shape, pieces)
         return views
 
-    def _keys(self, parameter: Parameter) -> list[tuple[str, Region, int]]:
+    def _keys(self, parameter: Parameter) -> list[tuple[str, Region, tuple[int, ...]]]:
         """Return the keys that hold a parameter.
 
         Returns:
-            for each key: its name, the rows of the parameter that it holds, and how many of the
-            parameter's indices (layer, expert) are axes of the stored tensor.
+            for each key: its name, the rows of the parameter that it holds, and those of the
+            parameter's indices (layer, expert) that are axes of the stored tensor.
         """
-        whole, axes = Region.whole(parameter.shape), len(parameter.index)
-        for stacked in range(axes, -1, -1):
-            if parameter.key(stacked) in self.tensors:
-                return [(parameter.key(stacked), whole, stacked)]
+        whole, index = Region.whole(parameter.shape), parameter.index
+        stacked = [(parameter.key(len(index) - i), whole, index[i:]) for i in range(len(index) + 1)]
+        for found in stacked:
+            if found[0] in self.tensors:
+                return [found]
         halves = [parameter.name + suffix for suffix in _GATED_SUFFIXES]
         if len(parameter.chunks) == 2 and halves[0] in self.tensors:
-            return list(zip(halves, parameter.chunks, (0, 0), strict=True))
+            return list(zip(halves, parameter.chunks, ((), ()), strict=True))
         # Absent: return the key that the error should name, by this checkpoint's kind of names.
-        stacked = 0 if self._has_a_key_for_each_layer else axes
-        return [(parameter.key(stacked), whole, stacked)]
+        return [stacked[-1 if self._has_a_key_for_each_layer else 0]]
 
     def _arrays(self, key: str) -> Iterable[tuple[Chunk, StoredArray]]:
         tensor = self.tensors[key]
