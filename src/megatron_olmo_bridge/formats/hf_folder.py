@@ -90,9 +90,8 @@ class HFFolder:
         """
         refuse_other_weights(path)
         config = read_config(path)
-        if config.get("quantization_config"):
-            said = config["quantization_config"]
-            method = said.get("quant_method") if isinstance(said, dict) else said
+        if method := config.get("quantization_config"):
+            method = method.get("quant_method") if isinstance(method, dict) else method
             raise UnsupportedError(
                 f"{path / CONFIG}: the weights are quantized ({method}) and can't be converted. "
                 "Use the unquantized checkpoint."
@@ -115,11 +114,10 @@ def hint_at_folders_inside(path: Path) -> str | None:
     A run's folder of transformers' Trainer has such folders, and a model's in the hub's cache.
     """
     cached = re.fullmatch(r"models--(.+?)--(.+)", path.resolve().name)
-    if cached and (path / "snapshots").is_dir():
-        snapshots = sorted(p for p in (path / "snapshots").iterdir() if is_hf_folder(p))
-        if snapshots:
-            names = " or ".join(map(str, snapshots))
-            return f"The hub's cache: name {names}, or {'/'.join(cached.groups())}."
+    snapshots = sorted(p for p in path.glob("snapshots/*") if is_hf_folder(p))
+    if cached and snapshots:
+        names = " or ".join(map(str, snapshots))
+        return f"The hub's cache: name {names}, or {'/'.join(cached.groups())}."
     inside = [p for p in path.iterdir() if p.is_dir() and is_hf_folder(p)]
     if not inside:
         return None
@@ -152,10 +150,8 @@ def artifact_files(path: Path) -> dict[str, bytes]:
         FormatError: a file is a link out of the folder, not a regular file or a Git LFS pointer; or
             its name is not UTF-8; or all together are too large.
     """
-    names = [entry.name for entry in path.iterdir()]
-    if (path / CHAT_TEMPLATES).is_dir():
-        names += [f"{CHAT_TEMPLATES}/{entry.name}" for entry in (path / CHAT_TEMPLATES).iterdir()]
-    names = sorted(name for name in names if not (path / name).is_dir())
+    entries = (*path.iterdir(), *path.glob(f"{CHAT_TEMPLATES}/*"))
+    names = sorted(p.relative_to(path).as_posix() for p in entries if not p.is_dir())
     own = _read_all(path, [name for name in names if _matches(name, ARTIFACT_FILES)])
     if any(b'"auto_map"' in data for name, data in own.items() if name.endswith(CONFIG)):
         own |= _read_all(path, [name for name in names if _matches(name, (CODE,))])

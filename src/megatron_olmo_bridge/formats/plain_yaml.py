@@ -81,11 +81,9 @@ def _build(loader: Any) -> Any:
         begin, anchor = count, getattr(event, "anchor", None)
         count += 1
         if isinstance(event, yaml.CollectionStartEvent):
-            empty: list[Any] | dict[str, Any] = (
-                [] if isinstance(event, yaml.SequenceStartEvent) else {}
-            )
             _check_tag(event.tag)
-            stack.append(_Unfinished(empty, anchor, event.tag, begin))
+            is_list = isinstance(event, yaml.SequenceStartEvent)
+            stack.append(_Unfinished([] if is_list else {}, anchor, event.tag, begin))
             if len(stack) > MAX_DEPTH + 1:
                 raise ValueError(f"lists and maps are more than {MAX_DEPTH} deep")
             continue

@@ -139,16 +139,12 @@ class MixedView(TensorView):
     @property
     def parts(self) -> tuple[TensorView, ...]:
         """One view for each stored dtype, with the pieces of that dtype in their places."""
-        dtypes = sorted({p.array.dtype for p in self.pieces if p.array})
-        return tuple(
-            TensorView(
-                self.name,
-                self.shape,
-                dtype,
-                tuple(p for p in self.pieces if p.array and p.array.dtype == dtype),
-            )
-            for dtype in dtypes
-        )
+        by_dtype: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            if piece.array:
+                by_dtype.setdefault(piece.array.dtype, []).append(piece)
+        pieces = sorted(by_dtype.items())
+        return tuple(TensorView(self.name, self.shape, dtype, tuple(p)) for dtype, p in pieces)
 
 
 @dataclass(frozen=True)
