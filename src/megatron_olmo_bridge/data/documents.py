@@ -45,7 +45,6 @@ _KINDS = {
     ".parquet": Kind.PARQUET,
     ".npy": Kind.TOKENS,
 }
-_SPLITTABLE = (Kind.JSON, Kind.TXT)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def split_name(path: str | Path) -> tuple[Kind | None, str | None]:
     name, suffix = os.path.splitext(str(path))  # noqa: PTH122
     compression = _COMPRESSION.get(suffix)
     kind = _KINDS.get(Path(name).suffix if compression else suffix)
-    if compression and kind not in _SPLITTABLE:
+    if compression and kind not in (Kind.JSON, Kind.TXT):
         kind = None
     return kind, compression
 
@@ -151,30 +150,25 @@ def _records(span: Span, options: TextOptions) -> Iterator[tuple[int, str | BadL
     """Yield each text or bad line, with the bytes of the span that have been read so far."""
     kind, compression = split_name(span.path)
     by_line = kind is Kind.JSON or (kind is Kind.TXT and options.txt_documents == "line")
-    rows: Iterator[tuple[int, bytes | None]]
     if by_line:
         rows = _lines(span, compression)
+    elif kind is Kind.PARQUET:
+        rows = _rows(span, options.text_field)
     else:
-        rows = (
-            _rows(span, options.text_field) if kind is Kind.PARQUET else _whole(span, compression)
-        )
+        rows = _whole(span, compression)
     for number, (position, data) in enumerate(rows, 1):
         if by_line and (not data or data.isspace()):
             continue
         try:
-            text = _decoded(data)
+            if data is None:
+                raise ValueError("null, not a text")
+            text = data.decode()
             yield position, _field(text, options.text_field) if kind is Kind.JSON else text
         except (ValueError, RecursionError) as error:
             line = _records_before(span) + number
             if isinstance(error, UnicodeDecodeError) and kind is Kind.TXT:
                 line += error.object.count(b"\n", 0, error.start)  # if the file is one document
             yield position, BadLine(span.path, line, _why(error))
-
-
-def _decoded(data: bytes | None) -> str:
-    if data is None:
-        raise ValueError("null, not a text")
-    return data.decode()
 
 
 def _field(line: str, name: str) -> str:
@@ -283,9 +277,7 @@ def _row_groups(path: str, size: int, column: str) -> list[Span]:
         )
     kind = schema.field(column).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(
-        is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view)
-    ):
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
         raise InputError(f"{path}: column {column!r} is {kind}, not text")
     groups = range(file.num_row_groups)
     ends = [0, *accumulate(file.metadata.row_group(i).total_byte_size for i in groups)]

@@ -135,9 +135,7 @@ def _check_types(info: DataInfo) -> None:
     for name, hint in get_type_hints(DataInfo).items():
         if not isinstance(getattr(info, name), list if get_origin(hint) is list else hint):
             raise TypeError(f"{name} is {quote(getattr(info, name))}")
-    if not all(
-        isinstance(entry, dict) and type(entry.get("bytes")) is int for entry in info.inputs
-    ):
+    if not all(isinstance(e, dict) and type(e.get("bytes")) is int for e in info.inputs):
         raise TypeError("inputs lack their sizes")
 
 

@@ -50,9 +50,8 @@ def token_spans(path: str, limit: int, dtype: str) -> list[Span]:
             "has another dtype (--token-dtype)"
         )
     head = np.fromfile(path, dtype, _BLOCK)
-    if (
-        len(head) >= _MIN_TOKENS_TO_JUDGE and not head[1::2].any()
-    ):  # the upper halves of small numbers
+    upper_halves = head[1::2]  # if the tokens are twice as wide
+    if len(head) >= _MIN_TOKENS_TO_JUDGE and not upper_halves.any():
         raise FormatError(
             f"{path}: every second {dtype} token is 0, as in a file of uint{16 * width}. Name its "
             "dtype: --token-dtype"
@@ -106,9 +105,9 @@ def _document_from(tokens: NDArray[Any], begin: int, path: str, eos_id: int) -> 
                 f"{path}: no eos (id {eos_id}) in {LONGEST_DOCUMENT:,} tokens: was it made with "
                 "another tokenizer?"
             )
-        found = np.flatnonzero(tokens[at : at + _BLOCK] == eos_id)
-        if len(found):
-            return at + int(found[0]) + 1
+        ends = np.flatnonzero(tokens[at : at + _BLOCK] == eos_id)
+        if len(ends):
+            return at + int(ends[0]) + 1
     return len(tokens)
 
 
