@@ -9,7 +9,7 @@ from typing import Any
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.hf_folder import artifact_files
 from megatron_olmo_bridge.storage.execute import sha256
-from megatron_olmo_bridge.storage.hub import is_on_hub
+from megatron_olmo_bridge.storage.hub import hub_repository
 
 _FILE = "tokenizer.json"
 
@@ -52,7 +52,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
     backend.no_truncation()
     return TextTokenizer(
         name=str(local or name),
-        sha256=_sha256(str(local or name)),
+        sha256=_sha256(name, local),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         eos_id=loaded.eos_token_id,
         serialized=backend.to_str(),
@@ -72,7 +72,7 @@ def load_pretrained(name: str) -> tuple[Any, Path | None]:
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
-    if not folder.is_dir() and not is_on_hub(name):  # an impossible id is not asked for
+    if not folder.is_dir() and hub_repository(name) != name:  # an impossible id is not asked for
         raise InputError(
             f"{name}: no such folder. --tokenizer takes a folder or a hub id (owner/name)."
         )
@@ -86,11 +86,8 @@ def load_pretrained(name: str) -> tuple[Any, Path | None]:
         raise InputError(f"{name}: no tokenizer could be loaded: {why}") from error
 
 
-def _sha256(name: str) -> str | None:
+def _sha256(name: str, local: Path | None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    local = Path(name)
-    file = local / _FILE if local.is_dir() else try_to_load_from_cache(name, _FILE)
-    if not isinstance(file, str | Path) or not Path(file).is_file():
-        return None
-    return sha256(Path(file))
+    file = local / _FILE if local else try_to_load_from_cache(name, _FILE)
+    return sha256(Path(file)) if isinstance(file, str | Path) and Path(file).is_file() else None

@@ -26,8 +26,7 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
     Raises:
         InputError: there is no such folder, repository or revision, or the download fails.
     """
-    path = Path(source).expanduser()
-    on_hub = None if path.exists() else _HUB_ID_AT.fullmatch(source)
+    path, on_hub = Path(source).expanduser(), _on_hub(source)
     if on_hub is None:
         if revision is not None:
             raise InputError(
@@ -56,20 +55,19 @@ def local_path(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         InputError: as :func:`fetch`, but not for a path that doesn't exist.
     """
-    path = Path(source).expanduser()
-    on_hub = not path.exists() and _HUB_ID_AT.fullmatch(str(source))
-    return fetch(str(source), revision)[0] if on_hub or revision else path
-
-
-def is_on_hub(source: str) -> bool:
-    """Return whether a name is treated as a hub id: ``owner/name``, and no such local path."""
-    return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
+    if _on_hub(str(source)) or revision:
+        return fetch(str(source), revision)[0]
+    return Path(source).expanduser()
 
 
 def hub_repository(source: str) -> str | None:
     """Return ``owner/name`` of a hub id, which may name a revision; None for a path."""
-    on_hub = None if Path(source).expanduser().exists() else _HUB_ID_AT.fullmatch(source)
-    return None if on_hub is None else on_hub["repo"]
+    on_hub = _on_hub(source)
+    return on_hub["repo"] if on_hub else None
+
+
+def _on_hub(source: str) -> re.Match[str] | None:
+    return None if Path(source).expanduser().exists() else _HUB_ID_AT.fullmatch(source)
 
 
 def check_can_push(repo: str) -> None:
