@@ -268,7 +268,7 @@ def test_resume_is_refused_with_other_options(conversion: Conversion, tmp_path: 
     interrupted(conversion, dst)
     before = tree_hash(tmp_path)
 
-    with pytest.raises(OutputError, match=r"dst.partial: was begun with another plan.*--overwrite"):
+    with pytest.raises(OutputError, match=r"dst.partial: .*begun with other options.*--overwrite"):
         conversion.run(dst, dtype="float32", resume=True)
 
     assert tree_hash(tmp_path) == before
@@ -287,7 +287,7 @@ def test_resume_is_refused_with_another_source(conversion: Conversion, tmp_path:
     file.write_bytes(file.read_bytes())
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    with pytest.raises(OutputError, match="was begun with other source files, or they changed"):
+    with pytest.raises(OutputError, match="begun from other source files, or these have changed"):
         conversion.run(dst, resume=True)
     assert tree_hash(tmp_path) == before
     conversion.run(dst, overwrite=True)

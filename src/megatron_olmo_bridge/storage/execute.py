@@ -118,9 +118,9 @@ def finish(
     options: WriteOptions | None = None,
 ) -> None:
     """Write the small files after the weights, and commit."""
-    files = _describe(plan, stage.folder, options or WriteOptions())
     for name, data in plan.texts.items():
         stage.write_text(name, data)
+    files = _describe(plan, stage.folder, options or WriteOptions())
     stage.write_text(f"{plan.weights_folder}/{PROVENANCE}", provenance.encode(plan, files))
     stage.commit()
 
@@ -146,7 +146,6 @@ class _Work:
     def __init__(self, files: Iterable[OutputFile]) -> None:
         self._lock = threading.Lock()
         self._parts = {file.name: deque(file.parts) for file in files}
-        self._bytes_left = {file.name: file.size for file in files}
         self._unwritten = {file.name: len(file.parts) for file in files}
         self._untouched = deque(self._parts)
 
@@ -154,17 +153,12 @@ class _Work:
         """Return the next part for a thread, from the file it last wrote if that has any left."""
         with self._lock:
             if name is None or not self._parts[name]:
-                with_parts = (n for n, parts in self._parts.items() if parts)
-                name = (
-                    self._untouched.popleft()
-                    if self._untouched
-                    else max(with_parts, key=self._bytes_left.__getitem__, default=None)
-                )
-            if name is None:
-                return None
-            part = self._parts[name].popleft()
-            self._bytes_left[name] -= part.nbytes
-            return name, part
+                name = self._untouched.popleft() if self._untouched else self._largest_rest()
+            return None if name is None else (name, self._parts[name].popleft())
+
+    def _largest_rest(self) -> str | None:
+        bytes_left = {n: sum(p.nbytes for p in parts) for n, parts in self._parts.items() if parts}
+        return max(bytes_left, key=bytes_left.__getitem__, default=None)
 
     def written(self, name: str) -> bool:
         """Count a written part; return whether the file is complete."""
@@ -218,10 +212,9 @@ def _write_files(
         finally:
             if any(not f.done() or f.exception() for f in futures):
                 stop.set()
-        failed = [f.exception() for f in futures if f.exception()]
-        for error in failed:
+        for error in filter(None, (future.exception() for future in futures)):
             if not isinstance(error, Interrupted):
-                raise error  # type: ignore[misc]
+                raise error
         for future in futures:
             for done in future.result():
                 done.result()
@@ -231,16 +224,13 @@ def _describe(
     plan: CopyPlan, folder: Path, options: WriteOptions
 ) -> dict[str, dict[str, int | str]]:
     """Return the size, and optionally the SHA-256, of each file of the checkpoint."""
-    sizes = {f.name: f.size for f in plan.files} | {n: len(d) for n, d in plan.texts.items()}
-    described: dict[str, dict[str, int | str]] = {n: {"bytes": sizes[n]} for n in sorted(sizes)}
+    described: dict[str, dict[str, int | str]]
+    described = {name: {"bytes": size} for name, size in sorted(plan.sizes.items())}
     if options.checksum:
-        weights = [f.name for f in plan.files]
         with ThreadPoolExecutor(options.workers) as pool:
-            for name, digest in zip(weights, pool.map(sha256, (folder / n for n in weights)),
-                                    strict=True):  # fmt: skip
-                described[name]["sha256"] = digest
-        for name, data in plan.texts.items():
-            described[name]["sha256"] = hashlib.sha256(data).hexdigest()
+            digests = pool.map(sha256, (folder / name for name in described))
+            for entry, digest in zip(described.values(), digests, strict=True):
+                entry["sha256"] = digest
     prefix = "" if plan.weights_folder == "." else f"{plan.weights_folder}/"
     return {name.removeprefix(prefix): value for name, value in described.items()}
 

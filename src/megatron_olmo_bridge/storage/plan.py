@@ -91,22 +91,20 @@ class CopyPlan:
         """Bytes of weights to read."""
         return sum(p.source_bytes for p in self.payloads)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file by name, except the record and the tracker."""
+        return {f.name: f.size for f in self.files} | {n: len(d) for n, d in self.texts.items()}
+
     @cached_property
     def output_bytes(self) -> int:
-        return sum(f.size for f in self.files) + sum(map(len, self.texts.values()))
+        return sum(self.sizes.values())
 
     @cached_property
     def source_files(self) -> list[Path]:
         """Source files in the order of their first use."""
-        return list(
-            dict.fromkeys(
-                x.array.file
-                for p in self.payloads
-                for view in p.view.stored
-                for x in view.pieces
-                if x.array is not None
-            )
-        )
+        pieces = (x for p in self.payloads for view in p.view.stored for x in view.pieces)
+        return list(dict.fromkeys(piece.array.file for piece in pieces if piece.array))
 
     @cached_property
     def source_identities(self) -> dict[Path, Identity]:

@@ -86,13 +86,12 @@ class Stage:
             self._check_size_limit()
 
     def _check_size_limit(self) -> None:
-        sizes = self._sizes()
-        largest = max(sizes, key=sizes.__getitem__)
+        name, size = max(self._plan.sizes.items(), key=lambda item: item[1])
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if limit != resource.RLIM_INFINITY and sizes[largest] > limit:
+        if limit != resource.RLIM_INFINITY and size > limit:
             raise OutputError(
-                f"{self.destination}: {largest} will have {sizes[largest]:,} bytes, but this "
-                f"process may write files of {limit:,} at most. Raise the limit (ulimit -f)."
+                f"{self.destination}: {name} will have {size:,} bytes, but this process may write "
+                f"files of {limit:,} at most. Raise the limit (ulimit -f)."
             )
 
     def _check_occupied(self, folder: Path) -> None:
@@ -138,18 +137,13 @@ class Stage:
     def _lacking(self, folder: Path) -> list[str]:
         """Return which planned files are absent or have another size, one sentence each."""
         lacking = []
-        for name, size in self._sizes().items():
+        for name, size in self._plan.sizes.items():
             file = folder / name
             if not file.is_file():
                 lacking.append(f"{name} is absent")
             elif (found := file.stat().st_size) != size:
                 lacking.append(f"{name} has {found} bytes, not {size}")
         return lacking
-
-    def _sizes(self) -> dict[str, int]:
-        """Return the bytes of every planned file."""
-        texts = {name: len(data) for name, data in self._plan.texts.items()}
-        return {f.name: f.size for f in self._plan.files} | texts
 
     def check_output(self, folder: Path | None = None) -> None:
         """Raise OutputError unless every planned file is at the destination, or in ``folder``."""
@@ -177,11 +171,12 @@ class Stage:
                 return  # killed before the header was written
             header, lines = {}, []
         if header != self._header:
-            plan = header.get("plan") == self._header["plan"]
-            what = "other source files, or they changed" if plan else "another plan"
+            began = "from other source files, or these have changed since"
+            if header.get("plan") != self._header["plan"]:
+                began = "with other options, another model or another version of olmo-bridge"
             raise OutputError(
-                f"{self.folder}: was begun with {what}, so it can't be resumed. Pass "
-                "--overwrite to discard it and start afresh."
+                f"{self.folder}: can't be resumed: it was begun {began}. Use the same again, or "
+                "pass --overwrite to discard it and start afresh."
             )
         sizes = {f.name: f.size for f in self._plan.files}
         for line in lines[1:]:
@@ -229,14 +224,11 @@ class Stage:
 
     def _allocate(self, path: Path, size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
+        with path.open("wb") as file:
             if hasattr(os, "posix_fallocate") and size:
-                os.posix_fallocate(fd, 0, size)
+                os.posix_fallocate(file.fileno(), 0, size)
             else:
-                os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
+                file.truncate(size)
 
     def record(self, name: str) -> None:
         """Journal a file that is written and synced, with its identity."""
@@ -258,12 +250,9 @@ class Stage:
         for folder in sorted({p.parent for p in self.folder.rglob("*")}, reverse=True):
             sync(folder)
         if self.folder != self.destination:
-            if self.destination.exists():
-                if _empty(self.destination):
-                    self.destination.rmdir()
-                else:
-                    self.destination.rename(self._replaced)
-            self.folder.rename(self.destination)
+            if self.destination.exists() and not _empty(self.destination):
+                self.destination.rename(self._replaced)
+            self.folder.rename(self.destination)  # which may replace an empty folder
             sync(self.destination.parent)
         self._finish()
 

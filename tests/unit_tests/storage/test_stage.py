@@ -236,7 +236,7 @@ def test_what_another_program_left_half_written_is_not_resumed(
     shutil.copytree(tiny_megatron, dst)
     (dst / PARTIAL_MARKER).touch()
 
-    with pytest.raises(OutputError, match=r"was begun with another plan.*--overwrite"):
+    with pytest.raises(OutputError, match=r"begun with other options.*--overwrite"):
         export_checkpoint(tiny_megatron, dst, write=WriteOptions(resume=True))
 
     assert (dst / "iter_0000000/metadata.json").is_file()
