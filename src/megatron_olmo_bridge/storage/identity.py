@@ -81,13 +81,10 @@ class Snapshot:
 
 
 def _files_in(folder: Path) -> Iterable[tuple[Path, Identity]]:
-    if not folder.is_dir():
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                status = entry.stat()
-            except FileNotFoundError:  # a broken link
-                continue
-            if stat.S_ISREG(status.st_mode):
-                yield folder / entry.name, Identity._from(status)
+    for file in folder.iterdir() if folder.is_dir() else ():
+        try:
+            status = file.stat()
+        except FileNotFoundError:  # a broken link
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield file, Identity._from(status)

@@ -74,12 +74,8 @@ def _through_memory(src: int, src_at: int, dst: int, dst_at: int, count: int) ->
 
 def copy_methods() -> list[CopyMethod]:
     """Return the ways to copy that this system has, fastest first. macOS has only the last."""
-    methods: list[CopyMethod] = []
-    if hasattr(os, "copy_file_range"):
-        methods.append(_copy_file_range)
-    if hasattr(os, "sendfile"):
-        methods.append(_sendfile)
-    return [*methods, _through_memory]
+    in_kernel = {"copy_file_range": _copy_file_range, "sendfile": _sendfile}
+    return [*(copy for name, copy in in_kernel.items() if hasattr(os, name)), _through_memory]
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
@@ -194,11 +190,8 @@ class Transfer:
             values = torch.frombuffer(rows, dtype=whole.dtype).view(bottom - top, -1)
             for piece in part.pieces:
                 at = piece.tensor_region
-                block = (
-                    slice(max(at.top - top, 0), max(at.bottom - top, 0)),
-                    slice(at.left, at.right),
-                )
-                whole[block] = values[block]
+                inside = slice(max(at.top - top, 0), max(at.bottom - top, 0))
+                whole[inside, at.left : at.right] = values[inside, at.left : at.right]
 
     def _copy(self, piece: Piece, source_at: int, target: int, target_at: int, count: int) -> None:
         if piece.array is None:  # the bytes of a new target file are zero
