@@ -58,7 +58,7 @@ class RunLog:
         if self._file is not None and self._file.damaged:
             damaged = lines_in_words(self._file.damaged)
             say(f">> {self._file.path}: left out what is damaged, {damaged}")
-        self._table = _Table(facts)
+        self._rows = 0  # printed so far
         self._waiting: list[StepRecord] = []
         self._recent: deque[float] = deque(maxlen=RECENT)
         if resumed_at is None:
@@ -86,7 +86,7 @@ class RunLog:
         self._waiting.clear()
         self._write("step", step=step, **line)
         left = statistics.median(self._recent) * (self._facts.steps - step)
-        for text in self._table.lines(step, line, left):
+        for text in self._table(step, line, left):
             self._say(text)
         self._track(step, "train", line)
 
@@ -145,6 +145,31 @@ class RunLog:
             "utilisation": None if peak is None else rate * self._facts.flops_per_token / peak,
         }
 
+    def _table(self, step: int, line: dict[str, Any], seconds_left: float) -> list[str]:
+        """Return the next row of the console table, at most 100 columns wide.
+
+        A header precedes it every :data:`HEADER_EVERY` rows.
+        """
+        steps, utilisation = self._facts.steps, line["utilisation"]
+        columns = [
+            ("step", max(9, 2 * len(str(steps)) + 1), f"{step}/{steps}"),
+            ("tokens", 6, short(line["tokens"])),
+            ("loss", 7, f"{line['loss']:.4f}"),
+            ("lr", 8, f"{line['lr']:.2e}"),
+            ("grad norm", 9, compact(line["grad_norm"], 3)),
+            ("tokens/s", 8, short(line["tokens_per_second"])),
+            ("FLOP/s", 6, short(line["flops_per_second"], SI)),
+            ("time left", 9, duration(seconds_left)),
+        ]
+        if utilisation is not None:
+            columns.insert(-1, ("util", 5, f"{utilisation:.1%}"))
+        if self._facts.has_perplexity:
+            columns.insert(3, ("ppl", 6, compact(perplexity(line["loss"]), 2)))
+        header = "  ".join(name.rjust(width) for name, width, _ in columns)
+        row = "  ".join(text.rjust(width) for _, width, text in columns)
+        self._rows += 1
+        return [header, row] if self._rows % HEADER_EVERY == 1 else [row]
+
     def _write(self, event: str, **facts: Any) -> None:
         if self._file is not None:
             self._file.write(event, **facts)
@@ -157,46 +182,3 @@ class RunLog:
         known = {f"{group}/{name}": v for name, v in values.items() if v is not None}
         for tracker in self._trackers:
             tracker.log(step, known)
-
-
-class _Table:
-    """Table on the console, at most 100 columns wide."""
-
-    def __init__(self, facts: RunFacts) -> None:
-        self._steps = facts.steps
-        self._widths = {
-            "step": max(9, 2 * len(str(facts.steps)) + 1),
-            "tokens": 6,
-            "loss": 7,
-            **({"ppl": 6} if facts.has_perplexity else {}),
-            "lr": 8,
-            "grad norm": 9,
-            "tokens/s": 8,
-            "FLOP/s": 6,
-            **({} if facts.peak_flops is None else {"util": 5}),
-            "time left": 9,
-        }
-        self._printed = 0
-
-    def lines(self, step: int, line: dict[str, Any], seconds_left: float) -> list[str]:
-        """Return the next line, preceded by a header every :data:`HEADER_EVERY` lines."""
-        cells = {
-            "step": f"{step}/{self._steps}",
-            "tokens": short(line["tokens"]),
-            "loss": f"{line['loss']:.4f}",
-            "ppl": compact(perplexity(line["loss"]), 2),
-            "lr": f"{line['lr']:.2e}",
-            "grad norm": compact(line["grad_norm"], 3),
-            "tokens/s": short(line["tokens_per_second"]),
-            "FLOP/s": short(line["flops_per_second"], SI),
-            "util": "" if line["utilisation"] is None else f"{line['utilisation']:.1%}",
-            "time left": duration(seconds_left),
-        }
-        lines = [self._row(cells)]
-        if self._printed % HEADER_EVERY == 0:
-            lines.insert(0, self._row({name: name for name in self._widths}))
-        self._printed += 1
-        return lines
-
-    def _row(self, cells: dict[str, str]) -> str:
-        return "  ".join(cells[name].rjust(width) for name, width in self._widths.items())
