@@ -121,8 +121,8 @@ def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     resolved = resolve_run(config, count)
     config = resolved.config
     check_folders(config)
-    if config.checkpoint.save:
-        last_step(Path(config.checkpoint.save).expanduser())
+    if config.folder is not None:
+        last_step(config.folder)
     if config.classification is None and config.data.path:
         check_prepared(resolved)
     elif config.classification is None:  # the rest can be estimated without data

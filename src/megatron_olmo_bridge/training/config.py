@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError
@@ -248,6 +249,19 @@ class TrainingConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch_size * self.train.sequence_length
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder, if it has one."""
+        return self.output_folders.get("checkpoint.save")
+
+    @property
+    def output_folders(self) -> dict[str, Path]:
+        """Folders that the run writes into, by the field that names them."""
+        named = {"checkpoint.save": self.checkpoint.save, "export.hf": self.export.hf}
+        return {
+            name: Path(value).expanduser() for name, value in named.items() if value is not None
+        }
 
 
 CHOICES = {

@@ -59,25 +59,18 @@ def check_folders(config: TrainingConfig) -> Extension | None:
         InputError: the folder is another run's, or is where the weights come from.
         OutputError: it can't be written to, or the folder of the exports can't.
     """
-    for field, value in (
-        ("checkpoint.save", config.checkpoint.save),
-        ("export.hf", config.export.hf),
-    ):
-        if value is not None:
-            folder = Path(value).expanduser()
-            _not_the_source(field, folder, config)
-            _writable(field, folder)
-    if config.checkpoint.save is None:
-        _check_exports(config, None)
-        return None
-    folder = Path(config.checkpoint.save).expanduser()
-    file = folder / RUN_FILE
-    before = _read(file) if file.is_file() else None
-    if before is not None:
+    for field, output in config.output_folders.items():
+        _check_not_the_source(field, output, config)
+        _check_writable(field, output)
+    folder = config.folder
+    if folder is not None and (folder / RUN_FILE).is_file():
+        before = _read(folder / RUN_FILE)
         extension = _check_same_run(folder, before, config)
         _check_exports(config, _flat(before).get("export.hf"))
         return extension
     _check_exports(config, None)
+    if folder is None:
+        return None
     if folder.exists() and (iteration_folders(folder) or (folder / TRACKER).exists()):
         raise InputError(
             f"{folder}: has checkpoints that no run of this command saved ({RUN_FILE} is not "
@@ -96,9 +89,9 @@ def _check_exports(config: TrainingConfig, before: str | None) -> None:
     Args:
         before: the folder of this run's exports, if the run is resumed.
     """
-    if config.export.hf is None:
+    folder = config.output_folders.get("export.hf")
+    if folder is None:
         return
-    folder = Path(config.export.hf).expanduser()
     if before is not None and folder.resolve() == Path(before).expanduser().resolve():
         return
     if exports := sorted(path.name for path in folder.glob("step_*")):
@@ -140,9 +133,9 @@ def claim(config: TrainingConfig) -> None:
     Raises:
         OutputError: it can't be written.
     """
-    if config.checkpoint.save is None:
+    folder = config.folder
+    if folder is None:
         return
-    folder = Path(config.checkpoint.save).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / RUN_FILE, yaml.safe_dump(as_dict(config), sort_keys=False))
@@ -152,7 +145,7 @@ def claim(config: TrainingConfig) -> None:
         ) from error
 
 
-def _not_the_source(field: str, folder: Path, config: TrainingConfig) -> None:
+def _check_not_the_source(field: str, folder: Path, config: TrainingConfig) -> None:
     for name in ("checkpoint", "hf"):
         value = getattr(config.init, name)
         if value is None:
@@ -165,7 +158,7 @@ def _not_the_source(field: str, folder: Path, config: TrainingConfig) -> None:
             )
 
 
-def _writable(field: str, folder: Path) -> None:
+def _check_writable(field: str, folder: Path) -> None:
     check_name(folder)
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():

@@ -43,8 +43,7 @@ class Run:
     scheduler: Any
     watch: Watch
     checkpointer: Checkpointer | None
-    log: RunLog | None
-    """None except in the first process."""
+    log: RunLog
     step: int = 0
     """Optimizer steps taken so far."""
     asked_to_stop: bool = False
@@ -182,8 +181,7 @@ def after_step(run: Run, record: StepRecord, asked_to_stop: bool) -> None:
     """
     config = run.resolved.config
     run.figures |= {"step": record.step, "tokens": record.tokens, "train_loss": record.loss}
-    if run.log is not None:
-        run.log.step(record)
+    run.log.step(record)
     if run.checkpointer is not None:
         run.checkpointer.poll()  # an asynchronous checkpoint may be ready by now
 
@@ -215,8 +213,7 @@ def evaluate(run: Run) -> None:
         chunk.train()
     figures, run.stopped_early = run.task.evaluated(run.step, _global_sums(sums))
     run.figures |= {f"validation_{name}": value for name, value in figures.items()}
-    if run.log is not None:
-        run.log.evaluation(run.step, **figures)
+    run.log.evaluation(run.step, **figures)
 
 
 def save(run: Run) -> None:
@@ -244,8 +241,7 @@ def export(run: Run) -> None:
             overwrite=True,
         )
     on_first(lambda: write_card(folder, config, run.figures))
-    if run.log is not None:
-        run.log.event("export", run.step, path=str(folder))
+    run.log.event("export", run.step, path=str(folder))
 
 
 @contextlib.contextmanager
@@ -322,14 +318,11 @@ def _logging_the_end(run: Run) -> Iterator[None]:
         yield
         if run.checkpointer is not None:
             run.checkpointer.finish()
-        if run.log is not None:
-            run.log.event("done", run.step)
+        run.log.event("done", run.step)
     except BridgeError as error:
         if run.checkpointer is not None and isinstance(error, TrainingStopped):
             run.checkpointer.finish()
-        if run.log is not None:
-            run.log.event("stopped", run.step, message=str(error))
+        run.log.event("stopped", run.step, message=str(error))
         raise
     finally:
-        if run.log is not None:
-            run.log.close()
+        run.log.close()

@@ -29,13 +29,9 @@ def exclusive(config: TrainingConfig, say: Callable[[str], None]) -> Iterator[No
     Raises:
         OutputError: another run is at work in one of them, or it can't be written.
     """
-    folders = {
-        Path(value).expanduser().resolve(): f"{field}={value}"
-        for field, value in (
-            ("export.hf", config.export.hf),
-            ("checkpoint.save", config.checkpoint.save),
-        )
-        if value is not None
+    folders = {  # the run's folder last: the error about a folder that is both names that field
+        folder.resolve(): f"{field}={folder}"
+        for field, folder in reversed(config.output_folders.items())
     }
     with contextlib.ExitStack() as locks:
 

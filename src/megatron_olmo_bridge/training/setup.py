@@ -8,7 +8,6 @@ import platform
 import weakref
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import megatron.core
@@ -25,6 +24,7 @@ from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups, o
 
 from .checkpoint import Checkpointer, iteration_folder, last_step
 from .checksums import check, recorded
+from .config import LoggingConfig
 from .extension import Extension
 from .folder import check_folders, claim, what_is_lost
 from .loop import Run
@@ -71,8 +71,7 @@ def _set_up(
     config, source = resolved.config, resolved.source
     # Check the folders again: only now, with the locks held, no other run can change them.
     extension = on_first(lambda: check_folders(config))
-    folder = Path(config.checkpoint.save).expanduser() if config.checkpoint.save else None
-    step = None
+    folder, step = config.folder, None
     if folder is not None:
         on_first(lambda: put_back(folder))
         step = last_step(folder)
@@ -100,11 +99,9 @@ def _set_up(
     scheduler = make_scheduler(config, optimizer)
     scheduler.step(step or 0)
     on_first(lambda: claim(config))  # last, so that a failed start leaves the folder as it was
-    log = None
-    if dist.get_rank() == 0:
-        log = _open_log(resolved, task, folder, step, extension, say)
-        if checkpointer is not None:
-            checkpointer.on_saved = lambda at, path: log.event("checkpoint", at, path=str(path))
+    log = _open_log(resolved, task.loss_unit, step, extension, say)
+    if checkpointer is not None:
+        checkpointer.on_saved = lambda at, path: log.event("checkpoint", at, path=str(path))
     return Run(
         resolved, task, chunks, optimizer, scheduler, watch, checkpointer, log, step=step or 0
     )
@@ -138,32 +135,35 @@ def _model_and_optimizer(resolved: ResolvedRun, is_new: bool) -> tuple[list[Any]
 
 def _open_log(
     resolved: ResolvedRun,
-    task: Task,
-    folder: Path | None,
+    loss_unit: str,
     step: int | None,
     extension: Extension | None,
     say: Callable[[str], None],
 ) -> RunLog:
-    """Open the log, new or resumed at ``step``, and print what people might not expect."""
-    facts = _run_facts(resolved, task.loss_unit)
-    log = RunLog(facts, resolved.config.logging, folder, resumed_at=step, say=say)
-    for notice in _notices(resolved, folder, step):
+    """Open the log, new or resumed at ``step``, and print what people might not expect.
+
+    Only the first process writes and prints.
+    """
+    config, facts = resolved.config, _run_facts(resolved, loss_unit)
+    if dist.get_rank() != 0:
+        return RunLog(facts, LoggingConfig(), None, say=lambda line: None)
+    log = RunLog(facts, config.logging, config.folder, resumed_at=step, say=say)
+    for notice in _notices(resolved, step):
         say(f">> {notice}")
     if extension is not None:
         log.event("extended", step or 0, message=extension.message())
     return log
 
 
-def _notices(resolved: ResolvedRun, folder: Path | None, step: int | None) -> Iterator[str]:
+def _notices(resolved: ResolvedRun, step: int | None) -> Iterator[str]:
     config = resolved.config
     if lost := what_is_lost(config):
         yield lost
     with_te = resolved_name(resolved.provider.backend) == TRANSFORMER_ENGINE
-    precision = config.train.precision
-    if notice := tf32_notice(precision, transformer_engine=with_te, env=os.environ):
+    if notice := tf32_notice(config.train.precision, transformer_engine=with_te, env=os.environ):
         yield notice
-    if step is not None and folder is not None:
-        checkpoint = iteration_folder(folder, step)
+    if step is not None and config.folder is not None:
+        checkpoint = iteration_folder(config.folder, step)
         if recorded(checkpoint) is None:
             yield f"{checkpoint}: has no checksums, so damaged bytes in it would not be noticed"
 

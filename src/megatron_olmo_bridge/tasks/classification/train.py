@@ -116,7 +116,8 @@ class Classifier:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.config.checkpoint.save or ".").expanduser()
+        assert self.config.folder is not None  # checked by open()
+        return self.config.folder
 
     def describe_data(self) -> list[str]:
         """Return lines that describe the amount of data and how much is truncated."""

@@ -27,7 +27,7 @@ RECENT = 100
 class RunLog:
     """Log of a run: console lines, ``log.jsonl``, trackers and, at the end, ``report.html``.
 
-    Only the first process has one.
+    That of any process but the first has no folder and prints nothing.
 
     Args:
         facts: facts that hold for the whole run.
