@@ -13,7 +13,7 @@ is right for this one, and a checkpoint holds one plain tensor of the full width
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -82,30 +82,31 @@ class FullWidthRMSNorm(torch.nn.Module):
         return out.float() if self.widens else out
 
 
-def _check_layout(config: TransformerConfig) -> None:
-    if config.num_query_groups % config.tensor_model_parallel_size:
-        raise InputError(
-            f"{config.num_query_groups} key/value heads cannot be divided evenly over "
-            f"{config.tensor_model_parallel_size} tensor-parallel ranks"
-        )
-
-
 class QRMSNorm(FullWidthRMSNorm):
-    """``q_layernorm``, over all query heads; hidden_size is the width of one head."""
+    """``q_layernorm`` as megatron-core builds it: ``hidden_size`` is the width of one head.
+
+    Raises:
+        InputError: The heads cannot be divided evenly over the tensor-parallel ranks.
+    """
+
+    heads_field: ClassVar[str] = "num_attention_heads"
+    """Field of the config with the number of heads over all ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
-        _check_layout(config)
+        if config.num_query_groups % config.tensor_model_parallel_size:
+            raise InputError(
+                f"{config.num_query_groups} key/value heads cannot be divided evenly over "
+                f"{config.tensor_model_parallel_size} tensor-parallel ranks"
+            )
+        heads = getattr(config, self.heads_field)
         group = parallel_state.get_tensor_model_parallel_group()
-        super().__init__(config.num_attention_heads, hidden_size, eps, config.params_dtype, group)
+        super().__init__(heads, hidden_size, eps, config.params_dtype, group)
 
 
-class KRMSNorm(FullWidthRMSNorm):
-    """``k_layernorm``, over all key heads; hidden_size is the width of one head."""
+class KRMSNorm(QRMSNorm):
+    """``k_layernorm``, over all key heads."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
-        _check_layout(config)
-        group = parallel_state.get_tensor_model_parallel_group()
-        super().__init__(config.num_query_groups, hidden_size, eps, config.params_dtype, group)
+    heads_field = "num_query_groups"
 
 
 class WideningQRMSNorm(QRMSNorm):
