@@ -278,7 +278,6 @@ TESTED_BY = {
     ],
     "unit_tests/models/test_hf_defaults.py": ["models/config", "models/hf_values"],
     "unit_tests/models/gpt2/test_bridge.py": ["models/gpt2/config"],
-    "unit_tests/models/test_record_check.py": ["models/megatron_record"],
     "functional_tests/test_families_live.py": [
         "models/flex_olmo/provider",
         "models/gpt2/provider",

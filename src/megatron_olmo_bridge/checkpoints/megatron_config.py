@@ -56,7 +56,7 @@ def config_of(
     errors: list[Exception] = []
     for bridge in bridges():
         try:
-            return bridge.record_class.hf_config(record, vocab_size), record_file, None
+            return bridge.hf_config_of_record(record, vocab_size), record_file, None
         except (BridgeError, TypeError, ValueError) as error:
             errors.append(error)
     # UnsupportedError means that the record is of another family: report other errors first.

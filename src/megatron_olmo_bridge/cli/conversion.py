@@ -118,7 +118,7 @@ def import_(
         for note in plan.notes:
             say(f"Note: {note}.")
         bridge = bridge_for(read_config(destination / plan.weights_folder / HF_SUBFOLDER), "")
-        if bridge.megatron_record.flags(bridge.vocab_size, "float32"):
+        if bridge.megatron_lm_flags("float32"):
             say(f"Megatron-LM: olmo-bridge inspect {destination} --megatron-args")
     return Outcome(result)
 

@@ -105,7 +105,7 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
     objects = _pack_extra_states(source, packer)
     model_dtype = tensors[source.bridge.vocab_param].dtype
     common = common_state(source.bridge, padded_vocab, model_dtype)
-    run_config = {"model": source.bridge.megatron_record.run_config(padded_vocab, model_dtype)}
+    run_config = {"model": source.bridge.run_config_model(padded_vocab, model_dtype)}
     texts = {
         METADATA: encode_metadata(tensors, objects),
         FORMAT_FILE: json.dumps(FORMAT).encode(),
@@ -196,7 +196,7 @@ def extra_state_keys(bridge: ModelBridge) -> Iterator[str]:
 def common_state(bridge: ModelBridge, padded_vocab: int, dtype: str) -> dict[str, Any]:
     """Return the content of ``common.pt``, which has all that is not a tensor."""
     return {
-        "args": built("argparse.Namespace", bridge.megatron_record.args(padded_vocab, dtype)),
+        "args": built("argparse.Namespace", bridge.megatron_args(padded_vocab, dtype)),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},

@@ -182,14 +182,14 @@ def megatron_state(
     dist.broadcast_object_list(padded, 0)
     rows = padded[0]
     state: dict[str, Any] = {
-        "args": Namespace(**bridge.megatron_record.args(rows, dtype)),
+        "args": Namespace(**bridge.megatron_args(rows, dtype)),
         "checkpoint_version": 3.0,
         "iteration": iteration,
         **model_states(chunks),
     }
     artifacts = output_artifacts(bridge.hf_config, dtype, artifacts_folder)
     texts = {f"{HF_SUBFOLDER}/{name}": data for name, data in artifacts.items()}
-    run_config = {"model": bridge.megatron_record.run_config(rows, dtype)}
+    run_config = {"model": bridge.run_config_model(rows, dtype)}
     texts[RUN_CONFIG] = yaml.safe_dump(run_config, sort_keys=False).encode()
     return state, texts
 

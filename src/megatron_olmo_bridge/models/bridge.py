@@ -5,17 +5,19 @@ from __future__ import annotations
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
+from collections.abc import Mapping as MappingABC
 from dataclasses import asdict
+from math import gcd
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron_olmo_bridge.errors import UnsupportedError
 from megatron_olmo_bridge.mapping.mappings import DirectMapping, Mapping
 from megatron_olmo_bridge.mapping.placement import Shape
 from megatron_olmo_bridge.mapping.registry import MegatronMappingRegistry
 
+from .config import DECODER_SETTINGS
 from .heads import num_labels_of
 from .hf_values import HFValues
-from .megatron_record import MegatronRecord
-from .record_check import DECODER_SETTINGS
 from .tables import EMBEDDING, HF_HEAD, HF_SCORE
 
 if TYPE_CHECKING:
@@ -38,8 +40,6 @@ class ModelBridge(ABC):
     """Dataclass of the config values; its ``from_hf`` reads them from a ``config.json``."""
     provider_class: ClassVar[str]
     """``module:Class`` of the provider. Only the provider needs megatron-core."""
-    record_class: ClassVar[type[MegatronRecord]] = MegatronRecord
-    """Class that reads and writes the model settings in Megatron's own files."""
     layouts: ClassVar[str] = "TP, PP, SP"
     """Parallel layouts at which logits and gradients were compared with transformers."""
     default_pad_token_id: ClassVar[int | None] = None
@@ -173,10 +173,62 @@ class ModelBridge(ABC):
             if not module.endswith((".q_layernorm", ".k_layernorm", ".router")):
                 yield f"{module}.{last.removesuffix('weight')}_extra_state"
 
-    @property
-    def megatron_record(self) -> MegatronRecord:
-        """Settings of this model in Megatron's own files."""
-        return self.record_class(self)
+    def megatron_args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+        """Return a checkpoint's ``args``, which Megatron-LM's ``--use-checkpoint-args`` reads.
+
+        Args:
+            padded_vocab_size: rows of the embedding in the checkpoint.
+            dtype: dtype of the weights, ``float32``, ``bfloat16`` or ``float16``.
+        """
+        return self.config_values | {
+            "padded_vocab_size": padded_vocab_size,
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+            "no_save_optim": True,
+            "no_save_rng": True,
+        }
+
+    def megatron_lm_flags(self, dtype: str) -> list[str]:
+        """Return the flags that stock Megatron-LM needs besides ``--load`` and the parallel layout,
+        to compute in ``dtype``; [] if it can't build the model."""
+        return []
+
+    def run_config_model(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+        """Return the ``model`` section of ``run_config.yaml``: ``_target_`` and its fields.
+
+        Arguments as for :meth:`megatron_args`.
+        """
+        # A divisor that pads the vocabulary to exactly padded_vocab_size rows.
+        divisor = gcd(padded_vocab_size, 128)
+        if padded_vocab_size - self.vocab_size >= divisor:
+            divisor = padded_vocab_size
+        return {
+            "_target_": self.provider_class.replace(":", "."),
+            **self.config_values,
+            "make_vocab_size_divisible_by": divisor,
+            "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+        }
+
+    @staticmethod
+    def hf_config_of_record(
+        record: MappingABC[str, Any], vocab_size: int | None = None
+    ) -> dict[str, Any]:
+        """Return a ``config.json`` for a checkpoint's ``args`` or a ``model`` section.
+
+        Args:
+            record: ``args`` or ``model`` section.
+            vocab_size: rows of the Hugging Face embedding; None takes the recorded number.
+
+        Raises:
+            InputError: A value that the config needs is missing.
+            UnsupportedError: The record is of a model that this family doesn't have.
+        """
+        raise UnsupportedError(
+            "the family can't be told from these settings: pass --hf-config with a folder that has "
+            "the model's config.json"
+        )
 
     def provider(self, **fields: Any) -> GPTModelProvider:
         """Return the provider, which builds the model in megatron-core, with ``fields`` set.

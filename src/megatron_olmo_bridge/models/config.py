@@ -12,6 +12,34 @@ from .hf_values import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, HFValues, check_count
 Rope = dict[str, Any]
 """``rope_theta``, ``rope_type`` and the type's own parameters, as transformers 5 spells them."""
 
+DECODER_SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            "layernorm_zero_centered_gamma",
+            "apply_residual_connection_post_layernorm",
+            "rotary_interleaved",
+            "use_rope_scaling",
+            "rope_scaling",
+            "seq_len_interpolation_factor",
+            "no_rope_freq",
+            "window_size",
+            "softmax_scale",
+            "qk_l2_norm",
+            "squared_relu",
+            "quick_geglu",
+            "num_moe_experts",
+            "moe_router_topk_scaling_factor",
+        )
+    ),
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "gated_linear_unit": True,
+    "moe_router_score_function": "softmax",
+}
+"""Settings that all models of the OLMo families share, and that no tensor shows. None: the setting
+must be absent, false, zero or null, unless the family's config has it."""
+
 
 @dataclass(frozen=True)
 class DecoderConfig:

@@ -8,54 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from megatron_olmo_bridge.errors import quote
 
-
-class RecordedModel(Protocol):
-    """Interface of :class:`ModelBridge` that this module needs."""
-
-    family: ClassVar[str]
-    provider_class: ClassVar[str]
-    settings: ClassVar[dict[str, Any]]
-    config: Any
-    num_labels: int | None
-
-    @property
-    def config_values(self) -> dict[str, Any]: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-
-UNUSED_SETTINGS = dict.fromkeys(
-    (
-        "layernorm_zero_centered_gamma",
-        "apply_residual_connection_post_layernorm",
-        "rotary_interleaved",
-        "use_rope_scaling",
-        "rope_scaling",
-        "seq_len_interpolation_factor",
-        "no_rope_freq",
-        "window_size",
-        "softmax_scale",
-        "qk_l2_norm",
-        "squared_relu",
-        "quick_geglu",
-        "num_moe_experts",
-        "moe_router_topk_scaling_factor",
-    )
-)
-"""Settings that must be absent, false, zero or null, unless the family's config has them."""
-DECODER_SETTINGS: dict[str, Any] = UNUSED_SETTINGS | {
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "gated_linear_unit": True,
-    "moe_router_score_function": "softmax",
-}
-"""Settings that all models of the OLMo families share, and that no tensor shows."""
+from .bridge import ModelBridge
 
 _ALIASES = {
     "norm_epsilon": "layernorm_epsilon",
@@ -100,7 +57,7 @@ def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
 
 
 def contradictions(
-    bridge: RecordedModel, record: Mapping[str, Any], tensors: Mapping[str, Any]
+    bridge: ModelBridge, record: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> list[str]:
     """Return a line of a message for each setting in which a record and a config differ.
 
@@ -134,7 +91,7 @@ def contradictions(
     return [*_other_families(bridge, record), *lines, *_larger_vocabulary(bridge, record)]
 
 
-def _compared_values(bridge: RecordedModel) -> dict[str, Any]:
+def _compared_values(bridge: ModelBridge) -> dict[str, Any]:
     values = {n: v for n, v in bridge.config_values.items() if n not in _NOT_COMPARED}
     if bridge.num_labels:  # a classifier has no output layer
         del values["share_embeddings_and_output_weights"]
@@ -169,7 +126,7 @@ def _nullable(record: Mapping[str, Any]) -> set[str]:
     return ({"clip_qkv", "full_attention_rope"} | windows) & record.keys()
 
 
-def _other_families(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
+def _other_families(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line if the recorded spec or provider of this package is of another family."""
     expected = _FAMILY.match(bridge.provider_class.replace(":", "."))
     for name in ("_target_", "spec"):
@@ -180,7 +137,7 @@ def _other_families(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterato
             yield f"{name} is {module} in the checkpoint, the config is of {bridge.family}"
 
 
-def _larger_vocabulary(bridge: RecordedModel, record: Mapping[str, Any]) -> Iterator[str]:
+def _larger_vocabulary(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line if tokens of the recorded vocabulary would be cut off as padding."""
     size = record.get("vocab_size")
     # If Megatron did not pad the vocabulary, its recorded size may include padding from before.

@@ -98,7 +98,7 @@ def describe(source: Checkpoint) -> Inspection:
 
 def _megatron_flags(source: Checkpoint) -> list[str]:
     dtype = source.tensors[next(iter(source.tensors))].dtype
-    flags = source.bridge.megatron_record.flags(source.padded_vocab_size, dtype)
+    flags = source.bridge.megatron_lm_flags(dtype)
     return [*flags, *source.load_flags] if flags else []
 
 

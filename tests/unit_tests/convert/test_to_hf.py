@@ -174,7 +174,7 @@ def test_the_config_is_read_from_megatron_lms_args(
     state: SimpleNamespace, save_torch_dist: Save, tmp_path: Path
 ) -> None:
     folder = save_torch_dist("m", pad(state.megatron, 128), seed=4)
-    args = state.bridge.megatron_record.args(128, "float32")
+    args = state.bridge.megatron_args(128, "float32")
     torch.save({"args": argparse.Namespace(**args)}, folder / "common.pt")
     export_checkpoint(folder, tmp_path / "hf")
     assert same(load(tmp_path / "hf"), state.hf)  # trained padding rows are cut off
@@ -186,7 +186,7 @@ def test_the_config_is_read_from_a_run_config(
     state: SimpleNamespace, save_torch_dist: Save, tmp_path: Path
 ) -> None:
     folder = save_torch_dist("m", state.megatron)
-    run_config = {"model": state.bridge.megatron_record.run_config(101, "float32"), "train": {}}
+    run_config = {"model": state.bridge.run_config_model(101, "float32"), "train": {}}
     text = yaml.safe_dump(run_config) + "extra: !!python/object/apply:os.system ['false']\n"
     (folder / "run_config.yaml").write_text(text)
     export_checkpoint(folder, tmp_path / "hf")
@@ -211,7 +211,7 @@ def test_a_padded_vocabulary_that_is_not_recorded_is_asked_for(
     state: SimpleNamespace, save_torch_dist: Save, tmp_path: Path
 ) -> None:
     folder = save_torch_dist("m", pad(state.megatron, 128))
-    args = state.bridge.megatron_record.args(128, "float32") | {"vocab_size": None}
+    args = state.bridge.megatron_args(128, "float32") | {"vocab_size": None}
     torch.save({"args": argparse.Namespace(**args)}, folder / "common.pt")
     with pytest.raises(InputError, match="pass --vocab-size N"):
         export_checkpoint(folder, tmp_path / "hf")
@@ -258,7 +258,7 @@ def test_another_models_settings_are_refused(
     state: SimpleNamespace, save_torch_dist: Save, tmp_path: Path
 ) -> None:
     folder = save_torch_dist("m", state.megatron)
-    args = state.bridge.megatron_record.args(101, "float32") | {"normalization": "LayerNorm"}
+    args = state.bridge.megatron_args(101, "float32") | {"normalization": "LayerNorm"}
     torch.save({"args": argparse.Namespace(**args)}, folder / "common.pt")
     with pytest.raises(UnsupportedError, match="normalization='LayerNorm'"):
         export_checkpoint(folder, tmp_path / "hf")

@@ -68,7 +68,7 @@ def test_the_providers_values_are_the_configs(size: str) -> None:
     family = bridge(size)
     provider = family.provider(params_dtype=__import__("torch").float32)
     assert {name: getattr(provider, name) for name in family.config_values} == family.config_values
-    module, _, name = family.megatron_record.run_config(1024, "float32")["_target_"].rpartition(".")
+    module, _, name = family.run_config_model(1024, "float32")["_target_"].rpartition(".")
     assert (type(provider).__module__, type(provider).__name__) == (module, name)
 
 

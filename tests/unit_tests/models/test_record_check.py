@@ -10,7 +10,6 @@ import yaml
 
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridge_for, published_sizes
-from megatron_olmo_bridge.models.olmo2 import megatron_lm
 from megatron_olmo_bridge.models.record_check import contradictions
 
 TINY = [name for name in published_sizes() if name.endswith("-tiny")]
@@ -23,8 +22,8 @@ def bridge(size: str, **changes: Any) -> ModelBridge:
 
 def records(of: ModelBridge) -> dict[str, dict[str, Any]]:
     """What this package records of a model, as it is read again."""
-    run_config = yaml.safe_load(yaml.safe_dump(of.megatron_record.run_config(1152, "bfloat16")))
-    return {"args": of.megatron_record.args(1152, "bfloat16"), "run_config.yaml": run_config}
+    run_config = yaml.safe_load(yaml.safe_dump(of.run_config_model(1152, "bfloat16")))
+    return {"args": of.megatron_args(1152, "bfloat16"), "run_config.yaml": run_config}
 
 
 def said(of: ModelBridge, record: dict[str, Any]) -> list[str]:
@@ -286,7 +285,7 @@ def test_the_defaults_of_the_installed_megatron_lm_agree(monkeypatch: pytest.Mon
     """Its own parser's values, with the flags that this package prints for the model."""
     arguments = pytest.importorskip("megatron.training.arguments")
     model = bridge("olmo2-tiny")
-    flags = megatron_lm.megatron_lm_flags(model.config, padded_vocab_size=1024, dtype="bfloat16")
+    flags = model.megatron_lm_flags("bfloat16")
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
     defaults = vars(arguments.parse_args())
     restored = {n: v for n, v in records(model)["args"].items() if n in defaults}

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
 from megatron_olmo_bridge.models.bridge import DecoderBridge
-from megatron_olmo_bridge.models.config import published
-from megatron_olmo_bridge.models.record_check import DECODER_SETTINGS
+from megatron_olmo_bridge.models.config import DECODER_SETTINGS, published
 from megatron_olmo_bridge.models.tables import attention, embedding, gated_mlp
 
 from .config import OlmoConfig

@@ -11,7 +11,7 @@ from megatron_olmo_bridge.models.config import published
 from megatron_olmo_bridge.models.tables import attention, embedding, final_norm, gated_mlp, norm
 
 from .config import Olmo2Config
-from .megatron_lm import Olmo2MegatronRecord
+from .megatron_lm import checkpoint_args, hf_config, megatron_lm_flags
 
 _published = partial(
     published,
@@ -66,9 +66,19 @@ class Olmo2Bridge(DecoderBridge):
         "olmo2-13b": _published(40, 5120, 40, 40, 13824),
         "olmo2-32b": _published(64, 5120, 40, 8, 27648),
     }
-    record_class = Olmo2MegatronRecord
     layouts = "TP, PP, VPP, SP, DP"
     config_class = Olmo2Config
     provider_class = "megatron_olmo_bridge.models.olmo2.provider:Olmo2ModelProvider"
 
     table = olmo2_table
+    hf_config_of_record = staticmethod(hf_config)
+
+    # Stock Megatron-LM can build the language model, but not a classifier.
+
+    def megatron_args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+        if self.num_labels:
+            return super().megatron_args(padded_vocab_size, dtype)
+        return checkpoint_args(self.config, padded_vocab_size, dtype)
+
+    def megatron_lm_flags(self, dtype: str) -> list[str]:
+        return [] if self.num_labels else megatron_lm_flags(self.config, dtype)

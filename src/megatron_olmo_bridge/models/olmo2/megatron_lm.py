@@ -12,10 +12,10 @@ from math import gcd
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
+from megatron_olmo_bridge.models.config import DECODER_SETTINGS
 from megatron_olmo_bridge.models.hf_values import MAX_HEADS, MAX_LAYERS, HFValues
-from megatron_olmo_bridge.models.megatron_record import MegatronRecord
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
-from megatron_olmo_bridge.models.record_check import DECODER_SETTINGS, differing
+from megatron_olmo_bridge.models.record_check import differing
 
 SPEC = ("megatron_olmo_bridge.models.olmo2.layer_specs", "OLMO2_LAYER_SPEC")
 """Module and name of the layer spec, as Megatron-LM's ``--spec`` takes them."""
@@ -23,77 +23,61 @@ SPEC = ("megatron_olmo_bridge.models.olmo2.layer_specs", "OLMO2_LAYER_SPEC")
 _DTYPE_FLAGS = {"float32": [], "bfloat16": ["--bf16"], "float16": ["--fp16"]}
 
 
-class Olmo2MegatronRecord(MegatronRecord):
-    """Record of an OLMo-2 model, which stock Megatron-LM can build unless it is a classifier."""
-
-    def args(self, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-        if self.bridge.num_labels:
-            return super().args(padded_vocab_size, dtype)
-        return checkpoint_args(self.bridge.config, padded_vocab_size=padded_vocab_size, dtype=dtype)
-
-    def flags(self, padded_vocab_size: int, dtype: str) -> list[str]:
-        if self.bridge.num_labels:
-            return []
-        return megatron_lm_flags(
-            self.bridge.config, padded_vocab_size=padded_vocab_size, dtype=dtype
-        )
-
-    @classmethod
-    def hf_config(cls, record: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
-        _refuse_other_models(record)
-        values = HFValues(record, {})
-        hidden = values.count(_name(record, "hidden_size"))
-        heads = values.count(_name(record, "num_attention_heads"), MAX_HEADS)
-        head_dim = values.optional_count("kv_channels")
-        tying = _name(
-            record, "untie_embeddings_and_output_weights", "share_embeddings_and_output_weights"
-        )
-        tied = values.flag(tying) != tying.startswith("untie")
-        positions = _name(record, "max_position_embeddings", "seq_length")
-        epsilon = _name(record, "layernorm_epsilon", "norm_epsilon")
-        config = {
-            "architectures": ["Olmo2ForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            # Megatron doesn't record token ids. Without null, transformers' defaults would apply,
-            # which belong to another tokenizer.
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "hidden_act": "silu",
-            "hidden_size": hidden,
-            "initializer_range": 0.02,
-            "intermediate_size": values.count(_name(record, "ffn_hidden_size")),
-            "max_position_embeddings": values.count(positions),
-            "model_type": "olmo2",
-            "num_attention_heads": heads,
-            "num_hidden_layers": values.count(_name(record, "num_layers"), MAX_LAYERS),
-            "num_key_value_heads": _query_groups(record) or heads,
-            "pad_token_id": None,
-            "rms_norm_eps": values.number(epsilon),
-            "rope_scaling": None,
-            # transformers 4 and 5 read this spelling; only 5 reads rope_parameters.
-            "rope_theta": values.number(_name(record, "rotary_base")),
-            "tie_word_embeddings": tied,
-            "use_cache": True,
-            "vocab_size": _vocab_size(record, vocab_size),
-        }
-        if head_dim and head_dim * heads != hidden:
-            config["head_dim"] = head_dim
-        if dtype := _dtype(record):
-            config["torch_dtype"] = dtype
-        Olmo2Config.from_hf(config)  # raises if the values don't fit together
-        return config
+def hf_config(record: Mapping[str, Any], vocab_size: int | None = None) -> dict[str, Any]:
+    """Return a ``config.json``, see :meth:`.ModelBridge.hf_config_of_record`."""
+    _refuse_other_models(record)
+    values = HFValues(record, {})
+    hidden = values.count(_name(record, "hidden_size"))
+    heads = values.count(_name(record, "num_attention_heads"), MAX_HEADS)
+    head_dim = values.optional_count("kv_channels")
+    tying = _name(
+        record, "untie_embeddings_and_output_weights", "share_embeddings_and_output_weights"
+    )
+    tied = values.flag(tying) != tying.startswith("untie")
+    positions = _name(record, "max_position_embeddings", "seq_length")
+    epsilon = _name(record, "layernorm_epsilon", "norm_epsilon")
+    config = {
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        # Megatron doesn't record token ids. Without null, transformers' defaults would apply,
+        # which belong to another tokenizer.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": values.count(_name(record, "ffn_hidden_size")),
+        "max_position_embeddings": values.count(positions),
+        "model_type": "olmo2",
+        "num_attention_heads": heads,
+        "num_hidden_layers": values.count(_name(record, "num_layers"), MAX_LAYERS),
+        "num_key_value_heads": _query_groups(record) or heads,
+        "pad_token_id": None,
+        "rms_norm_eps": values.number(epsilon),
+        "rope_scaling": None,
+        # transformers 4 and 5 read this spelling; only 5 reads rope_parameters.
+        "rope_theta": values.number(_name(record, "rotary_base")),
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        "vocab_size": _vocab_size(record, vocab_size),
+    }
+    if head_dim and head_dim * heads != hidden:
+        config["head_dim"] = head_dim
+    if dtype := _dtype(record):
+        config["torch_dtype"] = dtype
+    Olmo2Config.from_hf(config)  # raises if the values don't fit together
+    return config
 
 
-def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
-    """Return the values of a checkpoint's ``args`` Namespace.
+def checkpoint_args(config: Olmo2Config, padded_vocab_size: int, dtype: str) -> dict[str, Any]:
+    """Return the values of a checkpoint's ``args``, see :meth:`.ModelBridge.megatron_args`.
 
-    Args:
-        config: config of the model.
-        padded_vocab_size: rows of the embedding in the checkpoint.
-        dtype: dtype of the weights, ``float32``, ``bfloat16`` or ``float16``.
+    Raises:
+        InputError: The dtype, of a live model, is not one that is converted.
     """
-    _dtype_flags(dtype)
+    if dtype not in _DTYPE_FLAGS:
+        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPE_FLAGS)}")
     base = config.rotary_base
     return {
         "num_layers": config.num_layers,
@@ -142,22 +126,8 @@ def checkpoint_args(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) 
     }
 
 
-def megatron_lm_flags(config: Olmo2Config, *, padded_vocab_size: int, dtype: str) -> list[str]:
-    """Return the flags that stock Megatron-LM needs besides ``--load`` and the parallel layout.
-
-    Args:
-        config: config of the model.
-        padded_vocab_size: rows of the embedding in the checkpoint.
-        dtype: dtype to compute in, ``float32``, ``bfloat16`` or ``float16``.
-
-    Raises:
-        InputError: The padded vocabulary is too small, or the dtype is none of these.
-    """
-    if padded_vocab_size < config.vocab_size:
-        raise InputError(
-            f"a padded vocabulary of {padded_vocab_size} rows cannot hold the model's "
-            f"{config.vocab_size}"
-        )
+def megatron_lm_flags(config: Olmo2Config, dtype: str) -> list[str]:
+    """Return the flags of stock Megatron-LM, see :meth:`.ModelBridge.megatron_lm_flags`."""
     flags = ["--use-checkpoint-args", "--ckpt-format", "torch_dist"]
     # Start at iteration 0, without loading optimizer state.
     flags += ["--finetune"]
@@ -173,13 +143,7 @@ def megatron_lm_flags(config: Olmo2Config, *, padded_vocab_size: int, dtype: str
     flags += ["--vocab-size", str(config.vocab_size)]
     # Enough for tokenized data.
     flags += ["--tokenizer-type", "NullTokenizer"]
-    return flags + _dtype_flags(dtype)
-
-
-def _dtype_flags(dtype: str) -> list[str]:
-    if dtype not in _DTYPE_FLAGS:
-        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPE_FLAGS)}")
-    return _DTYPE_FLAGS[dtype]
+    return flags + _DTYPE_FLAGS[dtype]
 
 
 def _name(args: Mapping[str, Any], *names: str) -> str:

@@ -147,9 +147,7 @@ def test_extra_states_are_those_of_linears_and_norms() -> None:
 @pytest.mark.parametrize("padded", [1000, 1024, 1003, 1536])
 def test_the_provider_fields_make_a_provider_of_the_same_model(padded: int) -> None:
     provider = pytest.importorskip("megatron_olmo_bridge.models.olmo2.provider")
-    fields = bridge(vocab_size=1000, num_hidden_layers=3).megatron_record.run_config(
-        padded, "bfloat16"
-    )
+    fields = bridge(vocab_size=1000, num_hidden_layers=3).run_config_model(padded, "bfloat16")
     name = fields.pop("_target_").rpartition(".")
     assert name[0] == provider.__name__
     dtype = fields.pop("params_dtype")
@@ -164,14 +162,14 @@ def test_the_provider_fields_make_a_provider_of_the_same_model(padded: int) -> N
 
 def test_a_config_from_megatrons_args_is_of_the_same_model() -> None:
     first = bridge("olmo2-32b", vocab_size=100_300)
-    args = first.megatron_record.args(100_352, "bfloat16")
+    args = first.megatron_args(100_352, "bfloat16")
     assert (
-        Olmo2Bridge(Olmo2Bridge.record_class.hf_config(args, None)).config_values
+        Olmo2Bridge(Olmo2Bridge.hf_config_of_record(args, None)).config_values
         == first.config_values
     )
 
 
 def test_the_flags_name_the_padded_model() -> None:
-    flags = bridge().megatron_record.flags(1024, "bfloat16")
+    flags = bridge().megatron_lm_flags("bfloat16")
     assert "--bf16" in flags
     assert "--use-checkpoint-args" in flags

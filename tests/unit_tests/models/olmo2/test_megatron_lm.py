@@ -11,8 +11,8 @@ from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.models.olmo2 import megatron_lm
 from megatron_olmo_bridge.models.olmo2.config import Olmo2Config
 from megatron_olmo_bridge.models.olmo2.megatron_lm import (
-    Olmo2MegatronRecord,
     checkpoint_args,
+    hf_config,
     megatron_lm_flags,
 )
 
@@ -54,16 +54,12 @@ PROVIDER: dict[str, Any] = {
 }
 
 
-def hf_config(args: dict[str, Any], vocab_size: int | None = None) -> dict[str, Any]:
-    return Olmo2MegatronRecord.hf_config(args, vocab_size)
-
-
 def args_of(config: Olmo2Config = CONFIG, dtype: str = "bfloat16") -> dict[str, Any]:
-    return checkpoint_args(config, padded_vocab_size=256, dtype=dtype)
+    return checkpoint_args(config, 256, dtype)
 
 
-def flags_of(config: Olmo2Config = CONFIG, **options: Any) -> list[str]:
-    return megatron_lm_flags(config, **{"padded_vocab_size": 256, "dtype": "bfloat16", **options})
+def flags_of(config: Olmo2Config = CONFIG, dtype: str = "bfloat16") -> list[str]:
+    return megatron_lm_flags(config, dtype)
 
 
 @pytest.mark.parametrize("config", [CONFIG, MULTI_HEAD, TIED, WIDE_HEADS])
@@ -105,10 +101,9 @@ def test_rotary_base_is_a_whole_number_if_possible() -> None:
     assert "--rotary-base" not in flags_of(odd)
 
 
-@pytest.mark.parametrize("function", [checkpoint_args, megatron_lm_flags])
-def test_refuses_an_unknown_dtype(function: Any) -> None:
+def test_refuses_an_unknown_dtype() -> None:
     with pytest.raises(InputError, match="'int8'"):
-        function(CONFIG, padded_vocab_size=256, dtype="int8")
+        args_of(dtype="int8")
 
 
 def test_flags_have_what_no_version_restores() -> None:
@@ -128,11 +123,6 @@ def test_flags_have_the_dtype(dtype: str, flag: str | None) -> None:
 
 def test_flags_leave_the_layout_to_the_user() -> None:
     assert not [flag for flag in flags_of() if "parallel" in flag]
-
-
-def test_flags_refuse_a_vocabulary_that_does_not_fit() -> None:
-    with pytest.raises(InputError, match="249 rows cannot hold the model's 250"):
-        flags_of(padded_vocab_size=249)
 
 
 def test_stock_megatron_lm_knows_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:

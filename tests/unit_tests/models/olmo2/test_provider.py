@@ -52,7 +52,7 @@ def test_a_sized_provider_has_the_published_numbers(size: str) -> None:
     assert (provider.hidden_dropout, provider.attention_dropout) == (0.0, 0.0)
     provider.finalize()
 
-    config = Olmo2Bridge.record_class.hf_config(vars(provider), None)
+    config = Olmo2Bridge.hf_config_of_record(vars(provider), None)
     shapes = Olmo2Bridge(config).mapping_registry().resolve().hf_shapes
     assert sum(math.prod(shape) for shape in shapes.values()) == parameters
 
@@ -170,7 +170,7 @@ def test_back_to_the_config_without_loss(rope: str, change: str) -> None:
     original = Olmo2Config.from_hf(WITHOUT_ROPE | ROPES[rope] | CHANGES[change])
     provider = Olmo2ModelProvider(**asdict(original), make_vocab_size_divisible_by=128)
     provider.finalize()
-    back = Olmo2Bridge.record_class.hf_config(vars(provider), original.vocab_size)
+    back = Olmo2Bridge.hf_config_of_record(vars(provider), original.vocab_size)
     assert Olmo2Config.from_hf(back) == original
     assert back["architectures"] == ["Olmo2ForCausalLM"]
 
@@ -178,13 +178,13 @@ def test_back_to_the_config_without_loss(rope: str, change: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_back_to_the_config_with_the_dtype(dtype: str) -> None:
     provider = provider_of(TINY, params_dtype=getattr(torch, dtype))
-    assert Olmo2Bridge.record_class.hf_config(vars(provider), None)["torch_dtype"] == dtype
+    assert Olmo2Bridge.hf_config_of_record(vars(provider), None)["torch_dtype"] == dtype
 
 
 def test_transformers_reads_the_config_as_the_same_model() -> None:
     transformers = pytest.importorskip("transformers")
     provider = provider_of(WITHOUT_ROPE | ROPES["flat"] | {"num_key_value_heads": 2})
-    back = Olmo2Bridge.record_class.hf_config(vars(provider), None)
+    back = Olmo2Bridge.hf_config_of_record(vars(provider), None)
     theirs = transformers.Olmo2Config(**back).to_dict()
     assert Olmo2Config.from_hf(theirs) == Olmo2Config.from_hf(back)
     assert theirs["rope_parameters"]["rope_theta"] == THETA
