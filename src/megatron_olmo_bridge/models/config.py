@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError, quote
 
-from .hf_values import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, HFValues, check_count
+from .hf_values import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, HFValues
 
 Rope = dict[str, Any]
 """``rope_theta``, ``rope_type`` and the type's own parameters, as transformers 5 spells them."""
@@ -83,16 +83,6 @@ class DecoderConfig:
     share_embeddings_and_output_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-            "vocab_size",
-        ):
-            check_count(name, getattr(self, name))
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"{self.num_attention_heads} attention heads cannot be divided evenly over "
@@ -177,8 +167,6 @@ class MoEConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_moe_experts", self.num_moe_experts)
-        check_count("moe_router_topk", self.moe_router_topk)
         if self.moe_router_topk > self.num_moe_experts:
             raise InputError(
                 f"a token can't be sent to {self.moe_router_topk} of {self.num_moe_experts} experts"

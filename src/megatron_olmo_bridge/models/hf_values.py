@@ -115,12 +115,6 @@ class HFValues:
         return self.get(key)
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise InputError unless ``value`` is a positive whole number."""
-    if not is_count(value):
-        raise InputError(f"the model's {name} must be {COUNT}, not {shown(value)}")
-
-
 def is_count(value: object, most: int = MAX_COUNT) -> bool:
     """Return whether ``value`` is a whole number from 1 to ``most``; true and 8.0 are not."""
     return type(value) is int and 1 <= value <= most
