@@ -271,9 +271,7 @@ TESTED_BY = {
     "unit_tests/models/test_families.py": [
         "models/catalogue",
         "models/flex_olmo/bridge",
-        "models/olmo/bridge",
         "models/olmo3/bridge",
-        "models/olmoe/bridge",
         "models/tables",
     ],
     "unit_tests/models/test_hf_defaults.py": ["models/config", "models/hf_values"],

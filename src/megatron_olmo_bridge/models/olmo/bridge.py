@@ -1,16 +1,35 @@
-"""OLMo: the published sizes and the mapping table."""
+"""OLMo: the config, the published sizes and the mapping table."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from megatron_olmo_bridge.mapping.mappings import Mapping
 from megatron_olmo_bridge.models.bridge import DecoderBridge
-from megatron_olmo_bridge.models.config import DECODER_SETTINGS, published
+from megatron_olmo_bridge.models.config import DECODER_SETTINGS, DecoderConfig, published
+from megatron_olmo_bridge.models.hf_values import HFValues
 from megatron_olmo_bridge.models.tables import attention, embedding, gated_mlp
 
-from .config import OlmoConfig
+
+@dataclass(frozen=True)
+class OlmoConfig(DecoderConfig):
+    """Config of OLMo; its norms have no weights, and an epsilon of 1e-5 that no config states."""
+
+    label = "OLMo"
+    hf_defaults: ClassVar[dict[str, Any]] = DecoderConfig.hf_defaults | {"clip_qkv": None}
+
+    clip_qkv: float | None = None
+    """Queries, keys and values are clamped to this."""
+
+    @classmethod
+    def read(cls, hf: HFValues) -> dict[str, Any]:
+        return super().read(hf) | {
+            "layernorm_epsilon": 1e-5,
+            "clip_qkv": hf.optional_number("clip_qkv"),
+        }
+
 
 _published = partial(
     published,

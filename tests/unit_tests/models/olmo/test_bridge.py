@@ -1,7 +1,6 @@
 """OlmoConfig.from_hf: what no config says, and what some do."""
 
-from megatron_olmo_bridge.models.olmo.bridge import OlmoBridge
-from megatron_olmo_bridge.models.olmo.config import OlmoConfig
+from megatron_olmo_bridge.models.olmo.bridge import OlmoBridge, OlmoConfig
 
 
 def test_the_epsilon_is_fixed_and_the_clamp_the_configs() -> None:

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.models.olmoe.bridge import OlmoeBridge
-from megatron_olmo_bridge.models.olmoe.config import OlmoeConfig
+from megatron_olmo_bridge.models.olmoe.bridge import OlmoeBridge, OlmoeConfig
 
 CONFIG: dict[str, Any] = OlmoeBridge.sizes["olmoe-1b-7b"]
 
