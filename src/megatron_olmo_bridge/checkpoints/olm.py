@@ -7,7 +7,6 @@ arithmetic are those of ``GPT2Model`` in olm/models/openai/gpt2.py.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from glob import escape
@@ -33,47 +32,41 @@ second by FSDPTrainer in olm/train/trainer/fsdp_trainer.py."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DDP (olm/train/trainer/ddp_trainer.py) and torch.compile add to every name."""
 
+_ATTENTION = "blocks.1.stack.*.blocks.0.block.blocks"
+_MLP = "blocks.1.stack.*.blocks.1.block.blocks"
 TOKENS = "blocks.0.blocks.0.embedding.weight"
 POSITIONS = "blocks.0.blocks.1.pos_embedding.weight"
-UP = "blocks.1.stack.*.blocks.1.block.blocks.1.up_proj.weight"
+UP = f"{_MLP}.1.up_proj.weight"
 HEAD = "blocks.2.blocks.1.weight"
 """The head. With ``tie_weights`` it shares the embedding's storage."""
 
-UNCHANGED = {
-    "transformer.wte.weight": ["blocks.0.blocks.0.embedding.weight"],
-    "transformer.wpe.weight": ["blocks.0.blocks.1.pos_embedding.weight"],
-    "transformer.h.*.ln_1.weight": ["blocks.1.stack.*.blocks.0.block.blocks.0.gamma"],
-    "transformer.h.*.ln_1.bias": ["blocks.1.stack.*.blocks.0.block.blocks.0.beta"],
-    "transformer.h.*.attn.c_attn.bias": [
-        "blocks.1.stack.*.blocks.0.block.blocks.1.q_proj.bias",
-        "blocks.1.stack.*.blocks.0.block.blocks.1.k_proj.bias",
-        "blocks.1.stack.*.blocks.0.block.blocks.1.v_proj.bias",
-    ],
-    "transformer.h.*.attn.c_proj.bias": ["blocks.1.stack.*.blocks.0.block.blocks.1.out_proj.bias"],
-    "transformer.h.*.ln_2.weight": ["blocks.1.stack.*.blocks.1.block.blocks.0.gamma"],
-    "transformer.h.*.ln_2.bias": ["blocks.1.stack.*.blocks.1.block.blocks.0.beta"],
-    "transformer.h.*.mlp.c_fc.bias": ["blocks.1.stack.*.blocks.1.block.blocks.1.up_proj.bias"],
-    "transformer.h.*.mlp.c_proj.bias": ["blocks.1.stack.*.blocks.1.block.blocks.1.down_proj.bias"],
+OLM_TENSORS = {
+    "transformer.wte.weight": [TOKENS],
+    "transformer.wpe.weight": [POSITIONS],
+    "transformer.h.*.ln_1.weight": [f"{_ATTENTION}.0.gamma"],
+    "transformer.h.*.ln_1.bias": [f"{_ATTENTION}.0.beta"],
+    "transformer.h.*.attn.c_attn.weight": [f"{_ATTENTION}.1.{x}_proj.weight" for x in "qkv"],
+    "transformer.h.*.attn.c_attn.bias": [f"{_ATTENTION}.1.{x}_proj.bias" for x in "qkv"],
+    "transformer.h.*.attn.c_proj.weight": [f"{_ATTENTION}.1.out_proj.weight"],
+    "transformer.h.*.attn.c_proj.bias": [f"{_ATTENTION}.1.out_proj.bias"],
+    "transformer.h.*.ln_2.weight": [f"{_MLP}.0.gamma"],
+    "transformer.h.*.ln_2.bias": [f"{_MLP}.0.beta"],
+    "transformer.h.*.mlp.c_fc.weight": [UP],
+    "transformer.h.*.mlp.c_fc.bias": [f"{_MLP}.1.up_proj.bias"],
+    "transformer.h.*.mlp.c_proj.weight": [f"{_MLP}.1.down_proj.weight"],
+    "transformer.h.*.mlp.c_proj.bias": [f"{_MLP}.1.down_proj.bias"],
     "transformer.ln_f.weight": ["blocks.2.blocks.0.gamma"],
     "transformer.ln_f.bias": ["blocks.2.blocks.0.beta"],
-    "lm_head.weight": ["blocks.2.blocks.1.weight"],
+    "lm_head.weight": [HEAD],
 }
 """Hugging Face tensor: the OLM tensors that it consists of, concatenated along the rows."""
 TRANSPOSED = {
-    "transformer.h.*.attn.c_attn.weight": [
-        "blocks.1.stack.*.blocks.0.block.blocks.1.q_proj.weight",
-        "blocks.1.stack.*.blocks.0.block.blocks.1.k_proj.weight",
-        "blocks.1.stack.*.blocks.0.block.blocks.1.v_proj.weight",
-    ],
-    "transformer.h.*.attn.c_proj.weight": [
-        "blocks.1.stack.*.blocks.0.block.blocks.1.out_proj.weight"
-    ],
-    "transformer.h.*.mlp.c_fc.weight": ["blocks.1.stack.*.blocks.1.block.blocks.1.up_proj.weight"],
-    "transformer.h.*.mlp.c_proj.weight": [
-        "blocks.1.stack.*.blocks.1.block.blocks.1.down_proj.weight"
-    ],
+    "transformer.h.*.attn.c_attn.weight",
+    "transformer.h.*.attn.c_proj.weight",
+    "transformer.h.*.mlp.c_fc.weight",
+    "transformer.h.*.mlp.c_proj.weight",
 }
-"""The same for ``Conv1D`` weights [in, out]; OLM's are [out, in], concatenated, then transposed."""
+"""``Conv1D`` weights [in, out]; OLM's are [out, in], concatenated, then transposed."""
 
 OLM_CONSTANTS = {
     # LayerNorm's default in olm/nn/norms/layer_norm.py, which GPT2Model leaves as it is.
@@ -240,30 +233,34 @@ def hf_views(
         MappingError: tensors are missing, unexpected, or have the wrong shape.
         FormatError: the parts of a tensor have different dtypes.
     """
+    sources = {hf_name: _sources_of(hf_name) for hf_name in hf_shapes}
     expected: dict[str, Shape] = {}
-    placements: dict[str, list[tuple[str, Region, bool]]] = defaultdict(list)
-    for hf_name, shape in hf_shapes.items():
-        index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
-        pattern = re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)
-        transposed = pattern in TRANSPOSED
-        names = (TRANSPOSED if transposed else UNCHANGED)[pattern]
-        rows, *columns = shape[::-1] if transposed else shape
-        for i, name in enumerate(numbered(n, index) for n in names):
-            expected[name] = (rows // len(names), *columns)
-            part = Region.whole(expected[name])
-            part = part.moved(part, part._replace(top=i * part.rows))
-            region = part.transposed if transposed else part
-            placements[hf_name].append((name, region, transposed))
+    for hf_name, (names, transposed) in sources.items():
+        rows, *columns = hf_shapes[hf_name][::-1] if transposed else hf_shapes[hf_name]
+        expected |= dict.fromkeys(names, (rows // len(names), *columns))
     used = {n: a for n, a in arrays.items() if n in expected or n != HEAD}
     check_tensors(expected, {name: array.shape for name, array in used.items()}, file)
     return {
-        hf_name: TensorView.assembled(
-            hf_name,
-            shape,
-            [
-                Piece(arrays[name], Region.whole(expected[name]), region, transposed)
-                for name, region, transposed in placements[hf_name]
-            ],
-        )
-        for hf_name, shape in hf_shapes.items()
+        hf_name: _concatenated(hf_name, hf_shapes[hf_name], [arrays[n] for n in names], transposed)
+        for hf_name, (names, transposed) in sources.items()
     }
+
+
+def _sources_of(hf_name: str) -> tuple[list[str], bool]:
+    """Return the OLM tensors that make up a Hugging Face tensor, and if they are transposed."""
+    index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
+    pattern = re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)
+    return [numbered(name, index) for name in OLM_TENSORS[pattern]], pattern in TRANSPOSED
+
+
+def _concatenated(
+    hf_name: str, shape: Shape, arrays: list[StoredArray], transposed: bool
+) -> TensorView:
+    """Return the arrays below each other as one tensor, which is then transposed or not."""
+    pieces, top = [], 0
+    for array in arrays:
+        whole = Region.whole(array.shape)
+        region = whole._replace(top=top, bottom=top + whole.rows)
+        top = region.bottom
+        pieces.append(Piece(array, whole, region.transposed if transposed else region, transposed))
+    return TensorView.assembled(hf_name, shape, pieces)
