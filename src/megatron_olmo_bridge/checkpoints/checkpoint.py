@@ -68,7 +68,7 @@ class Checkpoint(ABC):
     """Folder with config.json, generation config and tokenizer files."""
     megatron: dict[str, TensorView] = field(default_factory=dict)
     """Tensors by Megatron name, for a kind that stores Megatron's parameters."""
-    read_as: tuple[str, ...] = ()
+    reading_notes: tuple[str, ...] = ()
     """Sentences on what was read differently from what the config says."""
     snapshot: Snapshot = field(default_factory=lambda: Snapshot({}, {}))
     """State of the files before the first of them was read."""
@@ -85,7 +85,7 @@ class Checkpoint(ABC):
 
     @classmethod
     @abstractmethod
-    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
         """Return the folders that this kind reads, each with patterns of file names."""
 
     @classmethod
@@ -153,7 +153,7 @@ class Checkpoint(ABC):
         return self.mapping.parameters[self.bridge.vocab_param].shape[0]
 
     @property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Number of elements of the Hugging Face model."""
         return sum(map(math.prod, self.mapping.hf_shapes.values()))
 
@@ -164,7 +164,7 @@ class Checkpoint(ABC):
     @property
     def notes(self) -> list[str]:
         """Notes to show to the user who converts this checkpoint."""
-        return [*self.bridge.notes, *self.read_as]
+        return [*self.bridge.notes, *self.reading_notes]
 
     @property
     def hf_config(self) -> dict[str, Any]:

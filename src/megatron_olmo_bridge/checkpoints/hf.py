@@ -52,7 +52,7 @@ class HFCheckpoint(Checkpoint):
         return None
 
     @classmethod
-    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
         return artifact_patterns(path)
 
     @classmethod
@@ -91,7 +91,7 @@ class HFCheckpoint(Checkpoint):
             artifacts_folder=path,
             hf_folder=replace(hf, config=config, arrays=arrays),
             new_tensors=new_tensors,
-            read_as=tuple(notes),
+            reading_notes=tuple(notes),
         )
 
     @cached_property

@@ -26,8 +26,9 @@ from .megatron_config import HF_SUBFOLDER, check_agreement, config_of
 from .name_hints import explaining_names
 
 _CONVERT_WITH_MEGATRON = (
-    "Load it with the Megatron that wrote it and save it with --ckpt-format torch_dist "
-    "(Megatron-LM: --ckpt-convert-format torch_dist), then export that."
+    "Convert it with the Megatron that wrote it, then export the result. Megatron-LM converts with "
+    "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER; with others, load it and save it "
+    "in the format torch_dist."
 )
 
 
@@ -55,7 +56,7 @@ class MegatronCheckpoint(Checkpoint):
         return None
 
     @classmethod
-    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
         return {path: ("*",), **artifact_patterns(path / HF_SUBFOLDER)}
 
     @classmethod

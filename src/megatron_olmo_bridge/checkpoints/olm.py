@@ -100,7 +100,7 @@ class OLMCheckpoint(Checkpoint):
         return path
 
     @classmethod
-    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
         return {path.parent: (escape(path.name),)}
 
     @classmethod

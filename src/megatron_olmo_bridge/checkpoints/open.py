@@ -41,7 +41,7 @@ def open_checkpoint(
     try:
         kind, weights = find_kind(path, options.iteration)
         _check_options(kind, path, options)
-        folders = kind.files_read(weights)
+        folders = kind.file_patterns(weights)
         if options.hf_config:
             folders |= artifact_patterns(Path(options.hf_config))
         snapshot = Snapshot.of(folders)
@@ -108,5 +108,9 @@ def _check_options(kind: type[Checkpoint], path: Path, options: ReadOptions) -> 
     for name, value in values.items():
         if value is not None and not kind.accepts(name):
             flag = f"--{name.replace('_', '-')}"
-            others = " and ".join(k.kind for k in reversed(KINDS) if k.accepts(name)) or "other"
-            raise InputError(f"{path}: {flag} is for {others} checkpoints; this is {kind.kind}")
+            kinds = [k.kind for k in reversed(KINDS) if k.accepts(name)]
+            if not kinds:
+                raise InputError(f"kind_options: no kind of checkpoint has an option {name!r}")
+            raise InputError(
+                f"{path}: {flag} is for {' and '.join(kinds)} checkpoints; this is {kind.kind}"
+            )

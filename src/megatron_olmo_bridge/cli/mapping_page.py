@@ -33,7 +33,7 @@ def mapping_page(source: Checkpoint) -> str:
     numbers, padded = bridge.config_values, source.padded_vocab_size
     padding = f"padded to {padded:,}" if padded != bridge.vocab_size else "not padded"
     figures = [
-        ("Parameters", short(source.parameters), f"{source.parameters:,}"),
+        ("Parameters", short(source.parameter_count), f"{source.parameter_count:,}"),
         ("Layers", f"{numbers['num_layers']}", f"hidden size {numbers['hidden_size']:,}"),
         (
             "Attention heads",

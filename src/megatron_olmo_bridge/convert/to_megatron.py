@@ -175,9 +175,11 @@ def _view(parameter: Parameter, source: Checkpoint, dtype: str) -> TensorView:
 
 
 def _pack_extra_states(source: Checkpoint, packer: Packer) -> dict[str, StoredBytes]:
-    no_fp8_factors = object_archive([None])
+    # megatron-core pickles the list of the objects that have the same key, here of one. None is the
+    # state of Transformer Engine's modules without FP8.
+    no_state = object_archive([None])
     return {
-        key: StoredBytes(*_inside(packer.add(no_fp8_factors, None, "", b"")))
+        key: StoredBytes(*_inside(packer.add(no_state, None, "", b"")))
         for key in extra_state_keys(source.bridge)
     }
 

@@ -204,7 +204,8 @@ def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
     if a.bridge.family != b.bridge.family or a.mapping.hf_shapes != b.mapping.hf_shapes:
         raise UnsupportedError(
             f"{a.path} and {b.path} can't be compared: they hold models of different shapes "
-            f"({a.bridge.family}, {a.parameters:,} parameters; {b.bridge.family}, {b.parameters:,})"
+            f"({a.bridge.family}, {a.parameter_count:,} parameters; "
+            f"{b.bridge.family}, {b.parameter_count:,})"
         )
     first, second = a.bridge.config_values, b.bridge.config_values
     return [f"{k}: {v} and {second[k]}" for k, v in first.items() if v != second[k]]

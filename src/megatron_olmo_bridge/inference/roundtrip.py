@@ -93,7 +93,7 @@ def roundtrip(
         with step(f"load at {layout}, run, save with stock megatron-core") as done:
             job = Job(str(source.path), tp, pp, sp, ep, dtype, batch, str(states), str(saved))
             job.run(tell)
-            done(True, f"{source.parameters:,} parameters in {dtype}")
+            done(True, f"{source.parameter_count:,} parameters in {dtype}")
         with step("verify the save against the source") as done:
             done(*_verdict(verify(source.path, saved)))
         with step("export the save") as done:

@@ -75,7 +75,7 @@ def describe(source: Checkpoint) -> Inspection:
         folder=str(source.path),
         family=source.bridge.family,
         size=source.bridge.size_name(),
-        parameters=source.parameters,
+        parameters=source.parameter_count,
         dtypes=source.dtypes,
         nbytes=sum(files.values()),
         files=files,

@@ -42,7 +42,7 @@ class FlatCheckpoint(Checkpoint):
         return path if path.suffix == ".flat" else None
 
     @classmethod
-    def files_read(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
         return {path.parent: (path.name,)}
 
     @classmethod
@@ -125,3 +125,8 @@ def test_verify_refuses_an_option_that_neither_checkpoint_accepts(hf: Path, flat
 def test_other_kinds_refuse_its_option(hf: Path, flat: Path) -> None:
     with pytest.raises(InputError, match="--skip is for flat checkpoints; this is Hugging Face"):
         open_checkpoint(hf, ReadOptions(kind_options={"skip": 3}))
+
+
+def test_an_option_of_no_kind_is_refused(hf: Path, flat: Path) -> None:
+    with pytest.raises(InputError, match="no kind of checkpoint has an option 'skipp'"):
+        open_checkpoint(hf, ReadOptions(kind_options={"skipp": 3}))
