@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,15 @@ def plan_import(
 def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> CopyPlan:
     mapping = source.bridge.mapping_registry(padded_vocab).resolve()
     inside = "release" if release else "iter_0000000"
-    packer = Packer(lambda i: f"{inside}/__0_{i}.distcp", FILE_BYTES, ALIGNMENT)
+    packer = Packer("__0_{}.distcp".format, FILE_BYTES, ALIGNMENT)
     tensors = _pack_tensors(mapping, source, dtype, packer)
-    objects = _pack_extra_states(source, packer)
+    # megatron-core pickles the list of the objects that have the same key, here of one. None is the
+    # state of Transformer Engine's modules without FP8.
+    no_state = object_archive([None])
+    objects = {
+        key: StoredBytes(*packer.add(no_state, None, "", b""))
+        for key in extra_state_keys(source.bridge)
+    }
     model_dtype = tensors[source.bridge.vocab_param].dtype
     common = common_state(source.bridge, padded_vocab, model_dtype)
     run_config = {"model": source.bridge.run_config_model(padded_vocab, model_dtype)}
@@ -121,7 +128,7 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
     return CopyPlan(
         "import",
         source.path,
-        packer.files(),
+        tuple(replace(file, name=f"{inside}/{file.name}") for file in packer.files()),
         {f"{inside}/{name}": data for name, data in texts.items()},
         inside,
         (TRACKER, b"release" if release else b"0"),
@@ -154,7 +161,7 @@ def _pack_tensors(
             shape = (region.rows, *parameter.shape[1:])
             before, after = tensor_archive(stack + shape, target)
             part = view.region(region, shape)
-            stored = StoredBytes(*_inside(packer.add(before, part, target, after)))
+            stored = StoredBytes(*packer.add(before, part, target, after))
             offset = (region.top, *(0 for _ in parameter.shape[1:]))
             chunks[key].append(Chunk(parameter.index + offset, stack + shape, stored))
     return {key: GlobalTensor(dtypes[key], shapes[key], tuple(chunks[key])) for key in chunks}
@@ -172,16 +179,6 @@ def _view(parameter: Parameter, source: Checkpoint, dtype: str) -> TensorView:
             "stores them as one. Pass --dtype."
         )
     return MixedView(parameter.name, parameter.shape, dtype, pieces)
-
-
-def _pack_extra_states(source: Checkpoint, packer: Packer) -> dict[str, StoredBytes]:
-    # megatron-core pickles the list of the objects that have the same key, here of one. None is the
-    # state of Transformer Engine's modules without FP8.
-    no_state = object_archive([None])
-    return {
-        key: StoredBytes(*_inside(packer.add(no_state, None, "", b"")))
-        for key in extra_state_keys(source.bridge)
-    }
 
 
 def extra_state_keys(bridge: ModelBridge) -> Iterator[str]:
@@ -203,9 +200,3 @@ def common_state(bridge: ModelBridge, padded_vocab: int, dtype: str) -> dict[str
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-
-
-def _inside(stored: tuple[str, int, int]) -> tuple[str, int, int]:
-    """Return file, offset and length with the file's name relative to the iteration's folder."""
-    name, offset, length = stored
-    return Path(name).name, offset, length

@@ -6,8 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import product
 
 from megatron_olmo_bridge.errors import MappingError
@@ -57,16 +58,19 @@ class ResolvedMapping:
     """Hugging Face tensors in the order of the model's state dict."""
     ignored: dict[str, str]
     """Patterns of Hugging Face names that Megatron doesn't store, each with the reason."""
-    placements_by_hf_name: dict[str, list[Placement]] = field(init=False)
-    """Placements of all parameters, without padding."""
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def placements_by_hf_name(self) -> dict[str, list[Placement]]:
+        """Placements of all parameters, without padding."""
         by_hf_name: dict[str, list[Placement]] = defaultdict(list)
         for parameter in self.parameters.values():
             for placement in parameter.placements:
                 if placement.hf_name is not None:
                     by_hf_name[placement.hf_name].append(placement)
-        object.__setattr__(self, "placements_by_hf_name", dict(by_hf_name))
+        return dict(by_hf_name)
+
+    def __post_init__(self) -> None:
+        by_hf_name = self.placements_by_hf_name
         faults = [
             f"{name}: {why}"
             for name, p in self.parameters.items()

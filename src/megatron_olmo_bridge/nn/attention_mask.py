@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 
 import torch
 
@@ -29,15 +28,8 @@ def check_mask(mask: torch.Tensor, queries: int, keys: int) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Answer:
-    mask: weakref.ref[torch.Tensor]
-    version: int
-    causal: bool
-
-
-_last: _Answer | None = None
-"""Answer for the last mask: every layer of a model passes the same one."""
+_last: tuple[weakref.ref[torch.Tensor], int, bool] | None = None
+"""Last mask, its version, and whether it is causal: every layer of a model passes the same one."""
 
 
 def is_causal(mask: torch.Tensor) -> bool:
@@ -47,9 +39,9 @@ def is_causal(mask: torch.Tensor) -> bool:
     """
     global _last
     version = 0 if mask.is_inference() else mask._version
-    if _last is None or _last.mask() is not mask or _last.version != version:
+    if _last is None or _last[0]() is not mask or _last[1] != version:
         queries, keys = mask.shape[2:]
         later = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
         same = bool((mask == later.triu(keys - queries + 1)).all())
-        _last = _Answer(weakref.ref(mask), version, same)
-    return _last.causal
+        _last = weakref.ref(mask), version, same
+    return _last[2]

@@ -32,11 +32,8 @@ class Backend:
     norm: Any
     """RMSNorm."""
     layer_norm: Any
-
-    @property
-    def transformer_engine(self) -> bool:
-        """True for Transformer Engine's modules."""
-        return self.norm is not RMSNorm
+    transformer_engine: bool
+    """True for Transformer Engine's modules."""
 
 
 def backend_named(name: str = AUTO) -> Backend:
@@ -55,6 +52,7 @@ def backend_named(name: str = AUTO) -> Backend:
             k_norm=WideningKRMSNorm,
             norm=RMSNorm,
             layer_norm=LayerNorm,
+            transformer_engine=False,
         )
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -74,6 +72,7 @@ def backend_named(name: str = AUTO) -> Backend:
         k_norm=KRMSNorm,
         norm=TENorm,
         layer_norm=TENorm,
+        transformer_engine=True,
     )
 
 

@@ -128,7 +128,8 @@ from megatron.core.extensions import transformer_engine
 from megatron_olmo_bridge.nn.backends import backend_named, why_no_transformer_engine
 
 def made_of(name):
-    modules = vars(backend_named(name)).values()
+    fields = vars(backend_named(name)).items()
+    modules = [module for field, module in fields if field != "transformer_engine"]
     return sorted({module.__module__.split(".")[0] + ":" + module.__name__ for module in modules})
 
 found = {"megatron has it": transformer_engine.HAVE_TE, "without CUDA": made_of("auto")}
