@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,21 @@ def shards(tensors: Mapping[str, TensorSpec], dtype: str, limit: int) -> tuple[O
         limit: maximum bytes of tensors in a file; a larger tensor gets a file of its own.
     """
     groups: list[list[Payload]] = [[]]
-    filled = 0
+    end = 0
     for view in tensors.values():
-        payload = Payload(0, view, view.dtype if dtype == "keep" else dtype)
-        if groups[-1] and filled + payload.nbytes > limit:
+        payload = Payload(end, view, view.dtype if dtype == "keep" else dtype)
+        if groups[-1] and end + payload.nbytes > limit:
             groups.append([])
-            filled = 0
+            payload = replace(payload, offset=0)
         groups[-1].append(payload)
-        filled += payload.nbytes
+        end = payload.offset + payload.nbytes
     files = []
     for i, group in enumerate(groups, 1):
         name = f"model-{i:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
         header = write_header({p.view.name: (p.dtype, p.view.shape) for p in group})
-        parts: list[Literal | Payload] = [Literal(0, header)]
-        offset = len(header)
-        for p in group:
-            parts.append(Payload(offset, p.view, p.dtype))
-            offset += p.nbytes
-        files.append(OutputFile(name, offset, tuple(parts)))
+        payloads = [replace(p, offset=len(header) + p.offset) for p in group]
+        size = payloads[-1].offset + payloads[-1].nbytes
+        files.append(OutputFile(name, size, (Literal(0, header), *payloads)))
     return tuple(files)
 
 
