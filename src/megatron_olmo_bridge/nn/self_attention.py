@@ -31,19 +31,13 @@ class RopePerLayerTypeSelfAttention(SelfAttention):  # type: ignore[misc]
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.rope: YarnRotaryEmbedding | None = None
-        rope = config.full_attention_rope
-        if rope is not None and not is_layer_window_attention(
+        if config.full_attention_rope is not None and not is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, self.layer_number
         ):
-            self.attention_factor: float = rope["attention_factor"]
+            rope = dict(config.full_attention_rope)
+            self.attention_factor: float = rope.pop("attention_factor")
             self.rope = YarnRotaryEmbedding(
-                config.kv_channels,
-                rotary_base=rope["rotary_base"],
-                scaling_factor=rope["scaling_factor"],
-                original_max_position_embeddings=rope["original_max_position_embeddings"],
-                beta_fast=rope["beta_fast"],
-                beta_slow=rope["beta_slow"],
-                use_cpu_initialization=config.use_cpu_initialization,
+                config.kv_channels, **rope, use_cpu_initialization=config.use_cpu_initialization
             )
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
