@@ -287,7 +287,7 @@ TESTED_BY = {
     ],
     "unit_tests/models/test_provider.py": ["models/layout", "models/olmo2/layer_specs"],
     "unit_tests/live/test_megatron_bridge_names.py": ["live/offline", "models/megatron_bridge"],
-    "functional_tests/te_on_cpu/test_te_models.py": ["nn/te_attention", "nn/te_post_norm"],
+    "functional_tests/te_on_cpu/test_te_models.py": ["nn/te_modules"],
     "functional_tests/test_training_resume.py": [
         "runtime/signals",
         "training/loop",

@@ -60,8 +60,7 @@ def backend_named(name: str = AUTO) -> Backend:
         TERowParallelLinear,
     )
 
-    from .te_attention import MaskedTEDotProductAttention
-    from .te_post_norm import TERowParallelLinearPostLN
+    from .te_modules import MaskedTEDotProductAttention, TERowParallelLinearPostLN
 
     return Backend(
         column_parallel_linear=TEColumnParallelLinear,

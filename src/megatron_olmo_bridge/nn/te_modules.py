@@ -1,14 +1,19 @@
-"""Transformer Engine's attention that respects attention masks. Needs CUDA."""
+"""Masked attention and a post-norm linear, made of Transformer Engine's modules. Need CUDA."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.extensions.transformer_engine import (
+    TEDotProductAttention,
+    TENorm,
+    TERowParallelLinear,
+)
 from megatron.core.transformer.enums import AttnMaskType
 
 from .attention_mask import check_mask, is_causal
+from .post_norm import PostNorm
 
 
 class MaskedTEDotProductAttention(TEDotProductAttention):  # type: ignore[misc]
@@ -58,3 +63,13 @@ class MaskedTEDotProductAttention(TEDotProductAttention):  # type: ignore[misc]
             packed_seq_params,
             **kwargs,
         )
+
+
+class TERowParallelLinearPostLN(PostNorm, TERowParallelLinear):  # type: ignore[misc]
+    """``RowParallelLinearPostLN`` built from Transformer Engine's modules.
+
+    Parameter names are the same, so a checkpoint loads into either; the norm follows OLMo's order
+    of operations too (the weight is applied in float32, before the cast).
+    """
+
+    norm = TENorm
