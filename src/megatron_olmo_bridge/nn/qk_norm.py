@@ -45,30 +45,35 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class FullWidthRMSNorm(torch.nn.Module):
-    """RMSNorm over ``num_heads * head_dim`` elements, of which this rank holds some heads.
+    """RMSNorm over the heads of all tensor-parallel ranks, of which this rank holds some in order.
 
     Args:
-        num_heads: number of heads over all ranks.
-        head_dim: width of one head.
-        group: tensor-parallel ranks, which hold the heads in order.
+        config: numbers of heads over all ranks, and the dtype of the weight.
+        hidden_size: width of one head.
+
+    Raises:
+        InputError: The heads cannot be divided evenly over the ranks.
     """
 
-    widens = False
+    heads_field: ClassVar[str]
+    """Field of the config with the number of heads."""
+    widens: ClassVar[bool] = False
     """Return the result, rounded to the input's dtype, as float32."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        eps: float,
-        dtype: torch.dtype,
-        group: torch.distributed.ProcessGroup,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        if config.num_query_groups % config.tensor_model_parallel_size:
+            raise InputError(
+                f"{config.num_query_groups} key/value heads cannot be divided evenly over "
+                f"{config.tensor_model_parallel_size} tensor-parallel ranks"
+            )
         super().__init__()
-        self.num_heads, self.head_dim, self.eps, self.group = num_heads, head_dim, eps, group
-        local_heads = num_heads // group.size()
-        self.heads = slice(group.rank() * local_heads, (group.rank() + 1) * local_heads)
-        self.weight = torch.nn.Parameter(torch.ones(num_heads * head_dim, dtype=dtype))
+        self.num_heads: int = getattr(config, self.heads_field)
+        self.head_dim, self.eps = hidden_size, eps
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        local_heads = self.num_heads // self.group.size()
+        self.heads = slice(self.group.rank() * local_heads, (self.group.rank() + 1) * local_heads)
+        width = self.num_heads * self.head_dim
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise x [s, b, num_heads / TP, head_dim]; same shape, same dtype (see ``widens``)."""
@@ -83,27 +88,12 @@ class FullWidthRMSNorm(torch.nn.Module):
 
 
 class QRMSNorm(FullWidthRMSNorm):
-    """``q_layernorm`` as megatron-core builds it: ``hidden_size`` is the width of one head.
+    """``q_layernorm``, over all query heads."""
 
-    Raises:
-        InputError: The heads cannot be divided evenly over the tensor-parallel ranks.
-    """
-
-    heads_field: ClassVar[str] = "num_attention_heads"
-    """Field of the config with the number of heads over all ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
-        if config.num_query_groups % config.tensor_model_parallel_size:
-            raise InputError(
-                f"{config.num_query_groups} key/value heads cannot be divided evenly over "
-                f"{config.tensor_model_parallel_size} tensor-parallel ranks"
-            )
-        heads = getattr(config, self.heads_field)
-        group = parallel_state.get_tensor_model_parallel_group()
-        super().__init__(heads, hidden_size, eps, config.params_dtype, group)
+    heads_field = "num_attention_heads"
 
 
-class KRMSNorm(QRMSNorm):
+class KRMSNorm(FullWidthRMSNorm):
     """``k_layernorm``, over all key heads."""
 
     heads_field = "num_query_groups"

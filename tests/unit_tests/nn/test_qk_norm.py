@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 pytest.importorskip("megatron.core")
 
+from megatron.core import parallel_state
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from megatron_olmo_bridge.errors import InputError
@@ -26,10 +28,21 @@ class Rank:
         self.rank, self.size = lambda: rank, lambda: size
 
 
-def norms(dtype: torch.dtype) -> tuple[FullWidthRMSNorm, Any]:
+def norm_on(rank: Rank, dtype: torch.dtype = torch.float32) -> QRMSNorm:
+    config = SimpleNamespace(
+        num_query_groups=HEADS,
+        num_attention_heads=HEADS,
+        tensor_model_parallel_size=rank.size(),
+        params_dtype=dtype,
+    )
+    with patch.object(parallel_state, "get_tensor_model_parallel_group", lambda: rank):
+        return QRMSNorm(config, HEAD_DIM)
+
+
+def norms(dtype: torch.dtype) -> tuple[QRMSNorm, Any]:
     """Ours and transformers', with the same random weight."""
     torch.manual_seed(0)
-    ours = FullWidthRMSNorm(HEADS, HEAD_DIM, 1e-6, dtype, Rank())
+    ours = norm_on(Rank(), dtype)
     torch.nn.init.uniform_(ours.weight, 0.5, 1.5)
     theirs = Olmo2RMSNorm(WIDTH, eps=1e-6).to(dtype)
     theirs.load_state_dict(ours.state_dict())
@@ -63,7 +76,7 @@ def test_variance_is_that_of_all_heads_together() -> None:
 
 
 def test_each_rank_uses_the_slice_of_its_heads() -> None:
-    slices = [FullWidthRMSNorm(8, 4, 1e-6, torch.float32, Rank(r, 4)).heads for r in range(4)]
+    slices = [norm_on(Rank(r, 4)).heads for r in range(4)]
     assert slices == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
 
 
