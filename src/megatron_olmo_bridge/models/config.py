@@ -13,24 +13,20 @@ Rope = dict[str, Any]
 """``rope_theta``, ``rope_type`` and the type's own parameters, as transformers 5 spells them."""
 
 DECODER_SETTINGS: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            "layernorm_zero_centered_gamma",
-            "apply_residual_connection_post_layernorm",
-            "rotary_interleaved",
-            "use_rope_scaling",
-            "rope_scaling",
-            "seq_len_interpolation_factor",
-            "no_rope_freq",
-            "window_size",
-            "softmax_scale",
-            "qk_l2_norm",
-            "squared_relu",
-            "quick_geglu",
-            "num_moe_experts",
-            "moe_router_topk_scaling_factor",
-        )
-    ),
+    "layernorm_zero_centered_gamma": None,
+    "apply_residual_connection_post_layernorm": None,
+    "rotary_interleaved": None,
+    "use_rope_scaling": None,
+    "rope_scaling": None,
+    "seq_len_interpolation_factor": None,
+    "no_rope_freq": None,
+    "window_size": None,
+    "softmax_scale": None,
+    "qk_l2_norm": None,
+    "squared_relu": None,
+    "quick_geglu": None,
+    "num_moe_experts": None,
+    "moe_router_topk_scaling_factor": None,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,

@@ -33,6 +33,8 @@ _SIZES = (
 )
 _NOT_COMPARED = frozenset({"max_position_embeddings", "moe_aux_loss_coeff", "vocab_size"})
 """Config values that don't change what the weights compute, or that are compared separately."""
+_PLAIN = (bool, int, float, str, list, tuple, dict)
+"""Types of recorded values that are compared; null and functions are not."""
 _FAMILY = re.compile(r"megatron_olmo_bridge[.]models[.](\w+)[.]")
 
 
@@ -47,7 +49,7 @@ def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
     different: dict[str, Any] = {}
     for setting, expected in settings.items():
         names = [setting, *(alias for alias, name in _ALIASES.items() if name == setting)]
-        recorded = {name: record[name] for name in names if _is_plain(record.get(name))}
+        recorded = {name: record[name] for name in names if isinstance(record.get(name), _PLAIN)}
         if expected is None:
             different |= {name: value for name, value in recorded.items() if value}
         # Of layernorm_epsilon and norm_epsilon one may be a default that was not used.
@@ -66,7 +68,10 @@ def contradictions(
         record: Megatron-LM's args, or a run_config's model section.
         tensors: tensors of the checkpoint, by name.
     """
-    expected = bridge.settings | _compared_values(bridge)
+    values = {n: v for n, v in bridge.config_values.items() if n not in _NOT_COMPARED}
+    if bridge.num_labels:  # a classifier has no output layer
+        del values["share_embeddings_and_output_weights"]
+    expected = bridge.settings | values
     record = _normalized(record, expected)
     if (
         bridge.settings["position_embedding_type"] == "rope"
@@ -89,13 +94,6 @@ def contradictions(
         if name in _nullable(record) and expected[name] is not None and record[name] is None
     ]
     return [*_other_families(bridge, record), *lines, *_larger_vocabulary(bridge, record)]
-
-
-def _compared_values(bridge: ModelBridge) -> dict[str, Any]:
-    values = {n: v for n, v in bridge.config_values.items() if n not in _NOT_COMPARED}
-    if bridge.num_labels:  # a classifier has no output layer
-        del values["share_embeddings_and_output_weights"]
-    return values
 
 
 def _normalized(record: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,10 +139,6 @@ def _larger_vocabulary(bridge: ModelBridge, record: Mapping[str, Any]) -> Iterat
     """Yield a line if tokens of the recorded vocabulary would be cut off as padding."""
     size = record.get("vocab_size")
     # If Megatron did not pad the vocabulary, its recorded size may include padding from before.
-    is_unpadded = record.get("should_pad_vocab") is not False
-    if type(size) is int and size > bridge.vocab_size and is_unpadded:
+    without_padding = record.get("should_pad_vocab") is not False
+    if type(size) is int and size > bridge.vocab_size and without_padding:
         yield f"vocab_size is {size} in the checkpoint, {bridge.vocab_size} in the config"
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | list | tuple | dict)

@@ -52,7 +52,7 @@ def hf_config(record: Mapping[str, Any], vocab_size: int | None = None) -> dict[
         "model_type": "olmo2",
         "num_attention_heads": heads,
         "num_hidden_layers": values.count(_name(record, "num_layers"), MAX_LAYERS),
-        "num_key_value_heads": _query_groups(record) or heads,
+        "num_key_value_heads": _query_groups(record, values) or heads,
         "pad_token_id": None,
         "rms_norm_eps": values.number(epsilon),
         "rope_scaling": None,
@@ -60,7 +60,7 @@ def hf_config(record: Mapping[str, Any], vocab_size: int | None = None) -> dict[
         "rope_theta": values.number(_name(record, "rotary_base")),
         "tie_word_embeddings": tied,
         "use_cache": True,
-        "vocab_size": _vocab_size(record, vocab_size),
+        "vocab_size": _vocab_size(values, vocab_size),
     }
     if head_dim and head_dim * heads != hidden:
         config["head_dim"] = head_dim
@@ -154,18 +154,17 @@ def _name(args: Mapping[str, Any], *names: str) -> str:
     raise InputError(f"the checkpoint's model settings lack {' or '.join(names)}")
 
 
-def _query_groups(args: Mapping[str, Any]) -> int | None:
+def _query_groups(args: Mapping[str, Any], values: HFValues) -> int | None:
     """Return the number of key/value heads; None means one for each attention head."""
     # Without grouped queries, Megatron-LM records its default, 1.
     if args.get("group_query_attention") is False:
         return None
     if args.get("group_query_attention"):
         _name(args, "num_query_groups")
-    return HFValues(args, {}).optional_count("num_query_groups")
+    return values.optional_count("num_query_groups")
 
 
-def _vocab_size(args: Mapping[str, Any], override: int | None) -> int:
-    values = HFValues(args, {})
+def _vocab_size(values: HFValues, override: int | None) -> int:
     size = override if override is not None else values.optional_count("vocab_size")
     padded = values.optional_count("padded_vocab_size")
     if size is None:
@@ -188,21 +187,16 @@ def _dtype(args: Mapping[str, Any]) -> str | None:
     return "float32" if "bf16" in args and "fp16" in args else None
 
 
-_SETTINGS = (
-    DECODER_SETTINGS
-    | {"qk_layernorm": True}
-    | dict.fromkeys(
-        (
-            "add_bias_linear",
-            "add_qkv_bias",
-            "attention_output_gate",
-            "multi_latent_attention",
-            "hybrid_layer_pattern",
-            "hybrid_override_pattern",
-            "mtp_num_layers",
-        )
-    )
-)
+_SETTINGS = DECODER_SETTINGS | {
+    "qk_layernorm": True,
+    "add_bias_linear": None,
+    "add_qkv_bias": None,
+    "attention_output_gate": None,
+    "multi_latent_attention": None,
+    "hybrid_layer_pattern": None,
+    "hybrid_override_pattern": None,
+    "mtp_num_layers": None,
+}
 """Required values of the settings; None: the setting must be absent, false, zero or null."""
 
 
