@@ -34,20 +34,3 @@ def check_problem_type(problem_type: str | None, num_labels: int | None) -> None
             f"problem_type {SINGLE_LABEL} needs at least 2 labels, and num_labels is 1: set "
             f"num_labels to 2 for two classes, or problem_type to {REGRESSION}"
         )
-
-
-def infer_problem_type(problem_type: str | None, num_labels: int, integer_labels: bool) -> str:
-    """Return the problem type, inferred from the labels if the config has none.
-
-    Source: ``ForSequenceClassificationLoss`` of transformers.
-
-    Args:
-        problem_type: as in ``config.json``; returned if it is not None.
-        num_labels: rows of the head.
-        integer_labels: True if the labels are int32 or int64.
-    """
-    if problem_type is not None:
-        return problem_type
-    if num_labels == 1:
-        return REGRESSION
-    return SINGLE_LABEL if integer_labels else MULTI_LABEL

@@ -7,7 +7,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from megatron_olmo_bridge.errors import InputError
 
-from .problem_types import REGRESSION, SINGLE_LABEL, infer_problem_type
+from .problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 def sequence_losses(
@@ -34,7 +34,12 @@ def sequence_losses(
     """
     logits = logits.float()
     integers = labels.dtype in (torch.int32, torch.int64)
-    kind = infer_problem_type(problem_type, logits.shape[1], integers)
+    if problem_type is not None:
+        kind = problem_type
+    elif logits.shape[1] == 1:
+        kind = REGRESSION
+    else:
+        kind = SINGLE_LABEL if integers else MULTI_LABEL
     if kind == SINGLE_LABEL:
         if labels.numel() != len(logits) or not integers:
             raise InputError(
