@@ -86,10 +86,7 @@ class ResolvedMapping:
 
     def reason_to_ignore(self, hf_name: str) -> str | None:
         """Return why the registry ignores a Hugging Face tensor; None if it does not."""
-        for pattern, reason in self.ignored.items():
-            if fnmatchcase(hf_name, pattern):
-                return reason
-        return None
+        return next((why for p, why in self.ignored.items() if fnmatchcase(hf_name, p)), None)
 
     def check_hf(self, shapes: MappingABC[str, Shape], where: object) -> None:
         """Raise MappingError unless these are the mapping's Hugging Face tensors.

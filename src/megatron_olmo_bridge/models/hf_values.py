@@ -73,11 +73,10 @@ class HFValues:
 
     def optional_whole(self, key: str) -> int | None:
         """Return a whole number of any sign, or None for null."""
-        value = self.get(key)
-        if value is None:
-            return None
+        value: int | None = self.get(key)
         is_whole = type(value) is int and abs(value) <= MAX_COUNT
-        return int(self._checked(key, is_whole, "a whole number or null"))
+        self._checked(key, value is None or is_whole, "a whole number or null")
+        return value
 
     def number(self, key: str, *, least: float | None = None) -> float:
         """Return a finite number that is at least ``least``, or above 0 if that is None."""

@@ -25,7 +25,6 @@ class GPT2Config:
     Field names are megatron-core's; :meth:`from_hf` reads them from a ``config.json``.
     """
 
-    label: ClassVar[str] = "GPT-2"
     hf_defaults: ClassVar[dict[str, Any]] = {
         "n_layer": 12,
         "n_embd": 768,
