@@ -23,13 +23,7 @@ from torch.nn.init import trunc_normal_
 
 from megatron_olmo_bridge.errors import InputError, nearest
 from megatron_olmo_bridge.models import fusions
-from megatron_olmo_bridge.nn.backends import (
-    AUTO,
-    TRANSFORMER_ENGINE,
-    Backend,
-    backend_named,
-    resolved_name,
-)
+from megatron_olmo_bridge.nn.backends import AUTO, Backend, backend_named
 from megatron_olmo_bridge.nn.classification import GPTModelForSequenceClassification
 from megatron_olmo_bridge.nn.problem_types import check_problem_type
 from megatron_olmo_bridge.runtime.process_groups import SEED, ensure_process_groups
@@ -139,7 +133,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             self._initialize_with(
                 partial(trunc_normal_, std=self.init_method_std, a=-bound, b=bound)
             )
-        if resolved_name(self.backend) == TRANSFORMER_ENGINE:
+        if self.modules.transformer_engine:
             fusions.set_fused_fields(self)
         try:
             super().__post_init__()

@@ -42,7 +42,12 @@ def backend_named(name: str = AUTO) -> Backend:
     Raises:
         InputError: the backend is unknown, or Transformer Engine can't be used.
     """
-    if resolved_name(name) == LOCAL:
+    if name not in (AUTO, LOCAL, TRANSFORMER_ENGINE):
+        raise InputError(f"backend {name!r} is none of {AUTO}, {TRANSFORMER_ENGINE}, {LOCAL}")
+    why_not = why_no_transformer_engine()
+    if name == TRANSFORMER_ENGINE and why_not:
+        raise InputError(f"backend {name!r} can't be used: {why_not}. Use {LOCAL!r}.")
+    if name == LOCAL or why_not:
         return Backend(
             column_parallel_linear=ColumnParallelLinear,
             row_parallel_linear=RowParallelLinear,
@@ -73,22 +78,6 @@ def backend_named(name: str = AUTO) -> Backend:
         layer_norm=TENorm,
         transformer_engine=True,
     )
-
-
-def resolved_name(name: str) -> str:
-    """Resolve a backend's name, ``auto`` included, to ``local`` or ``transformer_engine``.
-
-    Raises:
-        InputError: as :func:`backend_named`.
-    """
-    why_not = why_no_transformer_engine()
-    if name == AUTO:
-        return LOCAL if why_not else TRANSFORMER_ENGINE
-    if name not in (LOCAL, TRANSFORMER_ENGINE):
-        raise InputError(f"backend {name!r} is none of {AUTO}, {TRANSFORMER_ENGINE}, {LOCAL}")
-    if name == TRANSFORMER_ENGINE and why_not:
-        raise InputError(f"backend {name!r} can't be used: {why_not}. Use {LOCAL!r}.")
-    return name
 
 
 @cache

@@ -18,7 +18,6 @@ from megatron.core.utils import get_model_config
 
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.live.auto_bridge import AutoBridge
-from megatron_olmo_bridge.nn.backends import TRANSFORMER_ENGINE, resolved_name
 from megatron_olmo_bridge.runtime.devices import tf32_notice
 from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups, on_first
 
@@ -159,7 +158,7 @@ def _notices(resolved: ResolvedRun, step: int | None) -> Iterator[str]:
     config = resolved.config
     if lost := what_is_lost(config):
         yield lost
-    with_te = resolved_name(resolved.provider.backend) == TRANSFORMER_ENGINE
+    with_te = resolved.provider.modules.transformer_engine
     if notice := tf32_notice(config.train.precision, transformer_engine=with_te, env=os.environ):
         yield notice
     if step is not None and config.folder is not None:

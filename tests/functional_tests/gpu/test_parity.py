@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 from transformers import Olmo2ForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from megatron_olmo_bridge.nn.backends import backend_named, resolved_name
+from megatron_olmo_bridge.nn.backends import backend_named
 
 Chunks = list[torch.nn.Module]
 Build = Callable[..., Chunks]
@@ -45,7 +45,7 @@ def rms(difference: torch.Tensor) -> float:
 
 
 def test_auto_is_transformer_engine_here() -> None:
-    assert resolved_name("auto") == "transformer_engine"
+    assert backend_named("auto").transformer_engine
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -24,7 +24,6 @@ from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.nn.attention import ScaledDotProductAttention
 from megatron_olmo_bridge.nn.backends import (
     backend_named,
-    resolved_name,
     why_no_transformer_engine,
 )
 from megatron_olmo_bridge.nn.post_norm import RMSNorm, RowParallelLinearPostLN
@@ -61,7 +60,7 @@ def test_auto_is_local_where_transformer_engine_is_not_installed(
 ) -> None:
     monkeypatch.setattr(te_import, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolved_name("auto") == "local"
+    assert not backend_named("auto").transformer_engine
     assert backend_named() == backend_named("local")
     with pytest.raises(InputError) as caught:
         backend_named("transformer_engine")
@@ -75,7 +74,7 @@ def test_without_cuda_auto_is_local_and_transformer_engine_is_not_even_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, monkeypatch, "raise AssertionError('imported')")
-    assert resolved_name("auto") == "local"
+    assert not backend_named("auto").transformer_engine
     with pytest.raises(InputError) as caught:
         backend_named("transformer_engine")
     assert str(caught.value) == (
@@ -100,7 +99,7 @@ def test_where_its_import_fails_the_reason_is_given(
 ) -> None:
     install(tmp_path, monkeypatch, f"raise {error}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolved_name("auto") == "local"
+    assert not backend_named("auto").transformer_engine
     with pytest.raises(InputError) as caught:
         backend_named("transformer_engine")
     reason = error.split("'")[1]
