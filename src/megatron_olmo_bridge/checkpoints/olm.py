@@ -247,7 +247,7 @@ def hf_views(
 
 
 def _sources_of(hf_name: str) -> tuple[list[str], bool]:
-    """Return the OLM tensors that make up a Hugging Face tensor, and if they are transposed."""
+    """Return the OLM tensors of a Hugging Face tensor, and whether they are transposed."""
     index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
     pattern = re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)
     return [numbered(name, index) for name in OLM_TENSORS[pattern]], pattern in TRANSPOSED
@@ -256,7 +256,7 @@ def _sources_of(hf_name: str) -> tuple[list[str], bool]:
 def _concatenated(
     hf_name: str, shape: Shape, arrays: list[StoredArray], transposed: bool
 ) -> TensorView:
-    """Return the arrays below each other as one tensor, which is then transposed or not."""
+    """Concatenate the arrays along the rows, then transpose the result if asked to."""
     pieces, top = [], 0
     for array in arrays:
         whole = Region.whole(array.shape)

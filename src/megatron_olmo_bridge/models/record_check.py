@@ -52,7 +52,7 @@ def differing(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
         recorded = {name: record[name] for name in names if isinstance(record.get(name), _PLAIN)}
         if expected is None:
             different |= {name: value for name, value in recorded.items() if value}
-        # Of layernorm_epsilon and norm_epsilon one may be a default that was not used.
+        # Either of layernorm_epsilon and norm_epsilon may be a default that was not used.
         elif not (setting == "layernorm_epsilon" and expected in recorded.values()):
             different |= {name: value for name, value in recorded.items() if value != expected}
     return different
