@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from megatron_olmo_bridge.errors import FormatError, InputError, MappingError, UnsupportedError
+from megatron_olmo_bridge.errors import FormatError, InputError, MappingError
 from megatron_olmo_bridge.formats.hf_folder import (
     CONFIG,
     HFFolder,
@@ -62,7 +62,11 @@ class HFCheckpoint(Checkpoint):
         arrays = _split_experts(_by_table_names(hf, bridge), bridge, path)
         config, notes = hf.config, []
         if options.num_labels is not None:
-            config = _config_with_new_head(hf, bridge, options.num_labels)
+            if bridge.num_labels is not None:
+                raise InputError(
+                    f"{path}: has a classification head of {bridge.num_labels} classes"
+                )
+            config = as_classifier(hf.config, options.num_labels, path / CONFIG)
             arrays.pop(HF_HEAD, None)
         elif _has_untied_head(bridge, arrays):
             config = {**config, "tie_word_embeddings": False}
@@ -182,12 +186,3 @@ def _has_untied_head(bridge: ModelBridge, arrays: dict[str, StoredArray]) -> boo
         blocks = zip(left.blocks(views[0]), right.blocks(views[1]), strict=True)
         # A bytearray is compared as memory, a memoryview element by element.
         return any(bytearray(a) != b for (_, _, a), (_, _, b) in blocks)
-
-
-def _config_with_new_head(hf: HFFolder, bridge: ModelBridge, num_labels: int) -> dict[str, Any]:
-    if bridge.num_labels is not None:
-        raise InputError(f"{hf.path}: has a classification head of {bridge.num_labels} classes")
-    try:
-        return as_classifier(hf.config, num_labels)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{hf.path / CONFIG}: {error}") from error

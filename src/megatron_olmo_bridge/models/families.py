@@ -120,18 +120,20 @@ def _tied() -> frozenset[str]:
     return frozenset({HF_HEAD, *(bridge.hf_embedding for bridge in bridges())})
 
 
-def as_classifier(hf_config: dict[str, Any], num_labels: int) -> dict[str, Any]:
+def as_classifier(
+    hf_config: dict[str, Any], num_labels: int, where: object = CONFIG
+) -> dict[str, Any]:
     """Return the config of the same model with a classification head of ``num_labels`` classes.
 
     Raises:
         InputError: No head can have that number of classes.
         UnsupportedError: transformers has no such head for the family.
     """
-    bridge = _family_of(hf_config, CONFIG)
+    bridge = _family_of(hf_config, where)
     name = next((n for n in bridge.architectures if n.endswith(CLASSIFIER)), None)
     if name is None:
         names = architectures_of_config(hf_config) or [bridge.family]
-        raise UnsupportedError(f"{names[0]} has no classification head here")
+        raise UnsupportedError(f"{where}: {names[0]} has no classification head here")
     if not is_count(num_labels, MAX_LABELS):
         raise InputError(f"a head can have 1 to {MAX_LABELS:,} classes, not {num_labels}")
     labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
