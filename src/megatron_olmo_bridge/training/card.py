@@ -35,7 +35,7 @@ def write_card(
         **({"data": data} if data else {}),
         "started from": Path(base or config.init.checkpoint or "random weights").name,
         "settings": {
-            f"{section}.{name}": value
+            f"{section}.{name}": str(value).lower() if isinstance(value, bool) else str(value)
             for section in ("train", "optimizer", "schedule")
             for name, value in as_dict(config)[section].items()
             if value is not None
