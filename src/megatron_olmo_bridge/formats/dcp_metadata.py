@@ -53,7 +53,7 @@ class GlobalTensor:
 
 
 _Places = dict[str, dict[Shape | None, StoredBytes]]
-"""StoredBytes bytes by the key of a tensor or object, then by the offset of the chunk."""
+"""Stored bytes by the key of a tensor or object, then by the offset of the chunk."""
 
 
 def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, StoredBytes]]:

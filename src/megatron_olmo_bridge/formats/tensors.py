@@ -15,13 +15,9 @@ ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element of the dtypes that weights are converted in, by torch's names."""
 
 
-@dataclass(frozen=True)
-class StoredArray:
-    """A contiguous row-major array in a file."""
+class _Sized:
+    """Sizes that follow from ``shape`` and ``dtype``."""
 
-    file: Path
-    offset: int
-    """Byte at which the array begins."""
     shape: Shape
     dtype: str
 
@@ -29,9 +25,24 @@ class StoredArray:
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
-    @property
+    @cached_property
     def columns(self) -> int:
         return math.prod(self.shape[1:])
+
+    @cached_property
+    def row_bytes(self) -> int:
+        return self.columns * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class StoredArray(_Sized):
+    """A contiguous row-major array in a file."""
+
+    file: Path
+    offset: int
+    """Byte at which the array begins."""
+    shape: Shape
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -52,24 +63,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(_Sized):
     """Name, shape and dtype of a tensor, wherever its elements come from."""
 
     name: str
     shape: Shape
     dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
-
-    @cached_property
-    def columns(self) -> int:
-        return Region.whole(self.shape).columns
-
-    @cached_property
-    def row_bytes(self) -> int:
-        return self.columns * ITEM_SIZE[self.dtype]
 
     @property
     def stored(self) -> tuple[TensorView, ...]:

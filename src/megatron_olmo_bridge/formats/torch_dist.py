@@ -25,7 +25,7 @@ from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping, ch
 from .dcp_metadata import METADATA, Chunk, GlobalTensor, StoredBytes, read_metadata
 from .files import read_json
 from .inert import Inert
-from .tensors import Piece, StoredArray, TensorView
+from .tensors import ITEM_SIZE, Piece, StoredArray, TensorView
 from .torch_archive import read_archive, read_tensor
 
 FORMAT_FILE = "metadata.json"
@@ -41,6 +41,7 @@ _NOT_WEIGHTS = re.compile(
     r"(chained_\d+\.)?optimizer\b.*|.*rng_state.*|rerun_state_machine.*|opt_param_scheduler.*"
     r"|common_state.*|.*_extra_state(/.*)?"
 )
+_ORIGIN = Region(0, 0, 0, 0)
 _GATED_SUFFIXES = ("_w", "_v")
 """Endings of two keys for one parameter: its gate and its up half, stored as two tensors."""
 
@@ -130,12 +131,14 @@ class TorchDistFolder:
                 counts = mapping.counts[end - axes[key] : end]
                 expected[key] = (*counts, region.rows, *parameter.shape[1:])
         check_tensors(expected, {k: t.shape for k, t in self.weights.items()}, self.path)
-        arrays = {key: _by_index(self._arrays(key), axes[key]) for key in expected}
+        stored = {key: self._pieces(key, axes[key]) for key in expected}
         views = {}
         for name, parameter in mapping.parameters.items():
-            pieces: list[Piece] = []
-            for key, region, index in keys[name]:
-                pieces += _pieces(arrays[key].get(index, ()), region, index)
+            pieces = [
+                Piece(piece.array, piece.array_region, piece.tensor_region.moved(_ORIGIN, region))
+                for key, region, index in keys[name]
+                for piece in stored[key].get(index, ())
+            ]
             views[name] = TensorView.assembled(f"{self.path}: {name}", parameter.shape, pieces)
         return views
 
@@ -157,6 +160,21 @@ class TorchDistFolder:
         # Absent: return the key that the error should name, by this checkpoint's kind of names.
         return [stacked[-1 if self._has_a_key_for_each_layer else 0]]
 
+    def _pieces(self, key: str, axes: int) -> dict[tuple[int, ...], list[Piece]]:
+        """Return the pieces of a stored tensor at each index of its first ``axes`` axes."""
+        pieces: dict[tuple[int, ...], list[Piece]] = defaultdict(list)
+        for chunk, array in self._arrays(key):
+            offset, shape = chunk.offset[axes:], chunk.shape[axes:]
+            whole, left = Region.whole(shape), offset[1] if len(offset) > 1 else 0
+            at = Region(offset[0], offset[0] + whole.rows, left, left + whole.columns)
+            spans = zip(chunk.offset[:axes], chunk.shape[:axes], strict=True)
+            indices = product(*(range(begin, begin + count) for begin, count in spans))
+            for number, index in enumerate(indices):  # in the order of the bytes
+                begin = array.offset + number * whole.size * ITEM_SIZE[array.dtype]
+                part = StoredArray(array.file, begin, shape, array.dtype)
+                pieces[index].append(Piece(part, whole, at))
+        return pieces
+
     def _arrays(self, key: str) -> Iterable[tuple[Chunk, StoredArray]]:
         tensor = self.tensors[key]
         for chunk in tensor.chunks:
@@ -173,34 +191,6 @@ class TorchDistFolder:
                     f"{list(array.shape)}, {METADATA} says {tensor.dtype} {list(chunk.shape)}"
                 )
             yield chunk, array
-
-
-def _by_index(
-    arrays: Iterable[tuple[Chunk, StoredArray]], axes: int
-) -> dict[tuple[int, ...], list[tuple[Chunk, StoredArray]]]:
-    """Group a stored tensor's chunks by the indices of its first ``axes`` axes that they hold."""
-    found: dict[tuple[int, ...], list[tuple[Chunk, StoredArray]]] = defaultdict(list)
-    for chunk, array in arrays:
-        ends = zip(chunk.offset[:axes], chunk.shape[:axes], strict=True)
-        for index in product(*(range(at, at + count) for at, count in ends)):
-            found[index].append((chunk, array))
-    return found
-
-
-def _pieces(
-    arrays: Iterable[tuple[Chunk, StoredArray]], region: Region, index: tuple[int, ...]
-) -> Iterable[Piece]:
-    """Yield a stored tensor's chunks, at one index of its first axes, as pieces of ``region``."""
-    for chunk, array in arrays:
-        offset = chunk.offset
-        for i in index:
-            skipped = (i - offset[0]) * (array.nbytes // max(1, array.shape[0]))
-            array = StoredArray(array.file, array.offset + skipped, array.shape[1:], array.dtype)
-            offset = offset[1:]
-        whole = Region.whole(array.shape)
-        left = offset[1] if len(offset) > 1 else 0
-        at = Region(offset[0], offset[0] + whole.rows, left, left + whole.columns)
-        yield Piece(array, whole, at.moved(Region(0, 0, 0, 0), region))
 
 
 def stacked_key(pattern: str) -> str:

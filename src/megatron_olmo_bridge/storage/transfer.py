@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,10 +128,7 @@ class Transfer:
             return
         _LOG.debug("%s: through memory, %s to %s", view.name, view.dtype, dtype)
         for top, bottom, data in self.blocks(view):
-            if dtype == view.dtype:
-                out: memoryview = data
-            else:
-                out = _cast(data, view.dtype, dtype, _where(view, top, bottom))
+            out = _cast(data, view.dtype, dtype, partial(_where, view, top, bottom))
             at = top * view.row_bytes // ITEM_SIZE[view.dtype] * ITEM_SIZE[dtype]
             write_all(target, out, offset + at)
             self._advance((bottom - top) * sum(read.row_bytes for read in view.stored))
@@ -174,8 +172,7 @@ class Transfer:
         total /= sum(weight for weight, _ in view.terms)
         mean = memoryview(bytearray(4 * len(total)))
         torch.frombuffer(mean, dtype=torch.float32).copy_(total)
-        where = f"the mean of {view.name}"
-        out[:] = mean if view.dtype == "float32" else _cast(mean, "float32", view.dtype, where)
+        out[:] = _cast(mean, "float32", view.dtype, lambda: f"the mean of {view.name}")
 
     def _fill_mixed(self, view: MixedView, top: int, bottom: int, out: memoryview) -> None:
         import torch
@@ -185,8 +182,7 @@ class Transfer:
         for part in view.parts:
             rows = memoryview(bytearray((bottom - top) * part.row_bytes))
             self._fill(part, top, bottom, rows)
-            if part.dtype != view.dtype:
-                rows = _cast(rows, part.dtype, view.dtype, _where(part, top, bottom))
+            rows = _cast(rows, part.dtype, view.dtype, partial(_where, part, top, bottom))
             values = torch.frombuffer(rows, dtype=whole.dtype).view(bottom - top, -1)
             for piece in part.pieces:
                 at = piece.tensor_region
@@ -236,7 +232,7 @@ class Transfer:
         if piece.transposed:
             self._read_transposed(piece, view, first, last, out[(first - top) * view.row_bytes :])
             return
-        stride = piece.array.columns * item
+        stride = piece.array.row_bytes
         source_row = piece.array_region.top + first - region.top
         if width == stride == view.row_bytes:
             at = piece.array.offset + source_row * stride
@@ -277,7 +273,7 @@ class Transfer:
         Raises:
             FormatError: the file is truncated.
         """
-        stride = array.columns * ITEM_SIZE[array.dtype]
+        stride = array.row_bytes
         if len(self._spare) < (bottom - top) * stride:
             self._spare = bytearray((bottom - top) * stride)
         rows = memoryview(self._spare)[: (bottom - top) * stride]
@@ -327,7 +323,7 @@ def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
     stored, region = piece.array_region, piece.tensor_region
     base, stride = 0, 0
     if piece.array is not None:
-        base, stride = piece.array.offset, piece.array.columns * item
+        base, stride = piece.array.offset, piece.array.row_bytes
     at = base + stored.top * stride + stored.left * item
     target_at = region.top * view.row_bytes + region.left * item
     if _contiguous(piece, view):
@@ -352,8 +348,10 @@ def _where(view: Readable, top: int, bottom: int) -> str:
     return f"{', '.join(files)}: {view.name}"
 
 
-def _cast(data: memoryview, source: str, target: str, where: str) -> memoryview:
+def _cast(data: memoryview, source: str, target: str, where: Callable[[], str]) -> memoryview:
     """Return the values in another dtype, rounded to nearest even as torch does."""
+    if source == target:
+        return data
     import torch  # needed only to change the dtype
 
     torch.set_num_threads(1)  # in this thread; the plan is already divided among threads
@@ -367,7 +365,7 @@ def _cast(data: memoryview, source: str, target: str, where: str) -> memoryview:
         too_large = values[values.isfinite() & ~cast.isfinite()]
         if len(too_large):
             raise InputError(
-                f"{where}: {len(too_large)} values are too large for {target} and would become "
+                f"{where()}: {len(too_large)} values are too large for {target} and would become "
                 f"infinite ({too_large[0].item():g} is the first). Use --dtype bfloat16 or float32."
             )
     return memoryview(out)
