@@ -67,17 +67,14 @@ class Snapshot:
         for file in dict.fromkeys((*self.files, *now)):
             if now.get(file) == self.files.get(file):
                 continue
-            if file in used or self._belongs(file):
-                what = "changed" if file in now else "vanished"
-                if file not in self.files:
-                    what = "appeared"
+            patterns = self.folders[file.parent]
+            if file in used or any(fnmatchcase(file.name, pattern) for pattern in patterns):
+                changed = "changed" if file in now else "vanished"
+                what = changed if file in self.files else "appeared"
                 raise InputError(
                     f"{file}: {what} while the checkpoint was read, so that what was read may be "
                     "a mixture of two. Run it again when nothing writes there."
                 )
-
-    def _belongs(self, file: Path) -> bool:
-        return any(fnmatchcase(file.name, pattern) for pattern in self.folders[file.parent])
 
 
 def _files_in(folder: Path) -> Iterable[tuple[Path, Identity]]:
