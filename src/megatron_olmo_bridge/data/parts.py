@@ -20,7 +20,7 @@ from megatron_olmo_bridge.formats.files import read_json
 from megatron_olmo_bridge.storage.atomic import replace_file, sync
 from megatron_olmo_bridge.storage.execute import sha256
 
-from .documents import Batch, Kind, Span, TextOptions, read_texts, split_name
+from .documents import Kind, Span, TextOptions, read_texts, split_name
 from .indexed import write_index
 from .token_files import LONGEST_DOCUMENT, read_tokens
 
@@ -127,12 +127,14 @@ class PartWriter:
         """
         prefix, dtype = self.prefix(part), np.dtype(self.dtype)
         counts, lengths = Counts(), [np.empty(0, np.int64)]
+        blocks = (block for span in part.spans for block in self._blocks(span, counts))
         with Path(f"{prefix}.bin").open("wb") as out:
-            for ids, document_lengths, nbytes in self._documents(part, counts):
+            for ids, document_lengths, empty_documents, nbytes in blocks:
                 if len(ids):
                     out.write(ids.astype(dtype).tobytes())
                     counts.max_token_id = max(counts.max_token_id, int(ids.max()))
                 counts.tokens += len(ids)
+                counts.empty_documents += empty_documents
                 lengths.append(document_lengths)
                 progress(nbytes, len(ids))
         every = np.concatenate(lengths)
@@ -149,34 +151,24 @@ class PartWriter:
         write_json(Path(f"{prefix}.json"), record)
         return counts
 
-    def _documents(
-        self, part: Part, counts: Counts
-    ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], int]]:
-        """Yield ids, lengths of the documents that end among them, and the bytes read for them."""
-        for span in part.spans:
-            if split_name(span.path)[0] is Kind.TOKENS:
-                for ids, lengths, empty, nbytes in read_tokens(
-                    span, self.token_dtype, self.eos_id, self.vocab_size
-                ):
-                    counts.empty_documents += empty
-                    yield ids, lengths, nbytes
-            else:
-                for batch in read_texts(span, self.text):
-                    self._note_bad_lines(batch, counts)
-                    yield *self._tokenize(batch.texts, counts), batch.nbytes
+    def _blocks(
+        self, span: Span, counts: Counts
+    ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], int, int]]:
+        """Yield the documents of a span as :func:`read_tokens` does; count the bad lines."""
+        if split_name(span.path)[0] is Kind.TOKENS:
+            yield from read_tokens(span, self.token_dtype, self.eos_id, self.vocab_size)
+            return
+        for batch in read_texts(span, self.text):
+            if batch.bad and not self.skip_bad_lines:
+                raise bad_line_error(str(batch.bad[0]))
+            named = [str(line) for line in batch.bad[:BAD_LINES_NAMED]]
+            counts.add(Counts(bad_lines=len(batch.bad), first_bad_lines=named))
+            ids, lengths = self._tokenize(batch.texts)
+            yield ids, lengths, len(batch.texts) - len(lengths), batch.nbytes
 
-    def _note_bad_lines(self, batch: Batch, counts: Counts) -> None:
-        if batch.bad and not self.skip_bad_lines:
-            raise bad_line_error(str(batch.bad[0]))
-        named = [str(line) for line in batch.bad[:BAD_LINES_NAMED]]
-        counts.add(Counts(bad_lines=len(batch.bad), first_bad_lines=named))
-
-    def _tokenize(
-        self, texts: list[str], counts: Counts
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _tokenize(self, texts: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         documents = [ids for e in encoded if (ids := e.ids)]
-        counts.empty_documents += len(texts) - len(documents)
         lengths = np.fromiter(map(len, documents), np.int64, len(documents)) + 1
         ended = chain.from_iterable((*ids, self.eos_id) for ids in documents)
         return np.fromiter(ended, np.int64, int(lengths.sum())), lengths
