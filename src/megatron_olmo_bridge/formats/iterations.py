@@ -35,17 +35,28 @@ def iteration_folder(
         InputError: there is no such iteration, or no tracker that names one.
         FormatError: the tracker is not a small regular file.
     """
-    asked_by = root / TRACKER if iteration is None else root
-    text = _tracked(root, advice) if iteration is None else str(iteration)
+
+    def refusal(where: Path, why: str) -> InputError:
+        names = [folder.name for folder in iteration_folders(root)]
+        more = "..., " * (len(names) > _SHOWN)
+        present = f"{more}{', '.join(names[-_SHOWN:])}. {advice}" if names else "none."
+        return InputError(f"{where}: {why}. Iterations there: {present}")
+
+    where, text = root, str(iteration)
+    if iteration is None:
+        where = root / TRACKER
+        if not where.exists():
+            why = "the save was interrupted, or this is not a checkpoint root"
+            raise refusal(root, f"no {TRACKER}: {why}")
+        text = read_small(where, TRACKER_LIMIT).strip().decode(errors="replace")
+        if not text:
+            raise refusal(where, "is empty: the save was interrupted")
     if text != RELEASE and not re.fullmatch(_NUMBER, text):
-        raise InputError(
-            f"{asked_by}: {quote(text)} is not an iteration: a number or '{RELEASE}'. "
-            f"{_present(root, advice)}"
-        )
+        raise refusal(where, f"{quote(text)} is not an iteration: a number or '{RELEASE}'")
     name = RELEASE if text == RELEASE else f"iter_{int(text):07d}"
     if not (root / name).is_dir():
         why = f"names {name}, which is not there" if iteration is None else f"has no {name}"
-        raise InputError(f"{asked_by}: {why}. {_present(root, advice)}")
+        raise refusal(where, why)
     return root / name
 
 
@@ -61,25 +72,3 @@ def iteration_number(folder: Path) -> int | None:
     """Return the number of an iteration's folder; None for ``release`` and any other folder."""
     found = _FOLDER.fullmatch(folder.name)
     return int(found[1]) if found else None
-
-
-def _tracked(root: Path, advice: str) -> str:
-    tracker = root / TRACKER
-    if not tracker.exists():
-        raise InputError(
-            f"{root}: no {TRACKER}: the save was interrupted, or this is not a checkpoint root. "
-            f"{_present(root, advice)}"
-        )
-    text = read_small(tracker, TRACKER_LIMIT).strip().decode(errors="replace")
-    if not text:
-        raise InputError(f"{tracker}: is empty: the save was interrupted. {_present(root, advice)}")
-    return text
-
-
-def _present(root: Path, advice: str) -> str:
-    """Return a sentence that lists the iterations, and the advice."""
-    names = [folder.name for folder in iteration_folders(root)]
-    if not names:
-        return "Iterations there: none."
-    more = "..., " * (len(names) > _SHOWN)
-    return f"Iterations there: {more}{', '.join(names[-_SHOWN:])}. {advice}"

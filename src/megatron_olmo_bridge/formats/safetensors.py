@@ -101,13 +101,11 @@ def _span(
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         named = f"{quote(name)} is not the name of a tensor: 1 to {MAX_NAME} printable characters"
         raise FormatError(f"{file}: {named}")
-    try:
-        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sound = isinstance(shape, list)
-    except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound:
-        raise FormatError(f"{file}: tensor {name}: the header's entry is not sound")
+    match entry:
+        case {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}:
+            pass
+        case _:
+            raise FormatError(f"{file}: tensor {name}: the header's entry is not sound")
     if len(shape) > MAX_DIMENSIONS:
         raise FormatError(f"{file}: tensor {name} has {len(shape):,} dimensions")
     numbers = (*shape, begin, end)

@@ -150,9 +150,7 @@ class Packer:
 
     def __init__(self, name: Callable[[int], str], limit: int, alignment: int) -> None:
         self._name, self._limit, self._alignment = name, limit, alignment
-        self._files: list[OutputFile] = []
-        self._parts: list[Literal | Payload] = []
-        self._size = 0
+        self._files: list[list[Literal | Payload]] = [[]]
 
     def add(
         self, before: bytes, payload: TensorView | None, dtype: str, after: bytes
@@ -160,25 +158,24 @@ class Packer:
         """Add a payload between two literals; return file, offset and length of the whole."""
         nbytes = Payload(0, payload, dtype).nbytes if payload else 0
         length = len(before) + nbytes + len(after)
-        start = self._size + -self._size % self._alignment
-        if self._parts and start + length > self._limit:
-            self._close()
+        end = _end(self._files[-1])
+        start = end + -end % self._alignment
+        if end and start + length > self._limit:
+            self._files.append([])
             start = 0
-        self._parts.append(Literal(start, before))
+        parts = self._files[-1]
+        parts.append(Literal(start, before))
         if payload:
-            self._parts.append(Payload(start + len(before), payload, dtype))
+            parts.append(Payload(start + len(before), payload, dtype))
         if after:
-            self._parts.append(Literal(start + len(before) + nbytes, after))
-        self._size = start + length
-        return self._name(len(self._files)), start, length
+            parts.append(Literal(start + len(before) + nbytes, after))
+        return self._name(len(self._files) - 1), start, length
 
     def files(self) -> tuple[OutputFile, ...]:
         """Return all files."""
-        if self._parts:
-            self._close()
-        return tuple(self._files)
+        files = enumerate(filter(None, self._files))
+        return tuple(OutputFile(self._name(i), _end(parts), tuple(parts)) for i, parts in files)
 
-    def _close(self) -> None:
-        name = self._name(len(self._files))
-        self._files.append(OutputFile(name, self._size, tuple(self._parts)))
-        self._parts, self._size = [], 0
+
+def _end(parts: list[Literal | Payload]) -> int:
+    return parts[-1].offset + parts[-1].nbytes if parts else 0
