@@ -229,19 +229,19 @@ def save(run: Run) -> None:
 
 
 def export(run: Run) -> None:
-    """Write the weights as a Hugging Face checkpoint."""
+    """Write the weights as a Hugging Face checkpoint with a model card."""
     config = run.resolved.config
     folder = Path(config.export.hf or ".") / f"step_{run.step}"
-    with whole_parameters(run.chunks):
-        save_hf(
-            run.chunks,
-            run.resolved.bridge,
-            folder,
-            artifacts_folder=run.task.tokenizer_folder,
-            overwrite=True,
-        )
+    save_weights(run, folder)
     on_first(lambda: write_card(folder, config, run.figures))
     run.log.event("export", run.step, path=str(folder))
+
+
+def save_weights(run: Run, folder: Path) -> None:
+    """Write the weights and the tokenizer as a Hugging Face checkpoint, replacing an older one."""
+    artifacts = run.task.tokenizer_folder
+    with whole_parameters(run.chunks):
+        save_hf(run.chunks, run.resolved.bridge, folder, artifacts_folder=artifacts, overwrite=True)
 
 
 @contextlib.contextmanager

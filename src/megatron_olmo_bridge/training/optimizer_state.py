@@ -50,8 +50,13 @@ def optimizer_state(
 
 def is_distributed(optimizer: Any) -> bool:
     """Return whether an optimizer's state is sharded over data-parallel ranks."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return any(isinstance(part, DistributedOptimizer) for part in parts)
+    return any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """Return the optimizers that megatron-core has chained: that of experts is separate."""
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
 
 
 def is_fully_reshardable(metadata: dict[str, Any]) -> bool:
@@ -86,7 +91,7 @@ def check_parts(folder: Path, saved: dict[Any, Any], optimizer: Any) -> None:
         InputError: the numbers of optimizers differ.
     """
     saved_count = sum(isinstance(key, int) for key in saved) or 1
-    count = len(getattr(optimizer, "chained_optimizers", [optimizer]))
+    count = len(parts_of(optimizer))
     if saved_count == count:
         return
     above, one = "parallel.ep above 1", "parallel.ep=1"

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -100,15 +100,14 @@ def apply_overrides(config: TrainingConfig, overrides: Sequence[str]) -> Trainin
     Raises:
         InputError: there is no such field, or the value has another type.
     """
-    values = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(values, dict)
+    values = as_dict(config)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise InputError(f"{override!r}: an override reads section.field=value")
         values = _override(values, key.strip(), text)
         values["sources"][key.strip()] = OVERRIDDEN
-    return from_dict({str(key): value for key, value in values.items()})
+    return from_dict(values)
 
 
 def from_dict(values: dict[str, Any]) -> TrainingConfig:
@@ -128,12 +127,16 @@ def from_dict(values: dict[str, Any]) -> TrainingConfig:
 
 def as_dict(config: TrainingConfig) -> dict[str, Any]:
     """Return the config as nested plain values."""
-    values = OmegaConf.to_container(OmegaConf.structured(config))
+    return _plain(OmegaConf.structured(config))
+
+
+def _plain(container: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(container)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def _override(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
+def _override(values: dict[str, Any], key: str, text: str) -> dict[str, Any]:
     """Return the values with one overridden.
 
     The key must exist. In ``provider`` and ``sources``, and in a ``model`` without any, it may be
@@ -160,9 +163,7 @@ def _override(values: dict[Any, Any], key: str, text: str) -> dict[Any, Any]:
         raise InputError(f"{key}={text}: is not UTF-8") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise InputError(f"{key}={text}: {str(error).splitlines()[0]}") from error
-    updated = OmegaConf.to_container(container)
-    assert isinstance(updated, dict)
-    return updated
+    return _plain(container)
 
 
 def config_fields() -> dict[str, Field[Any]]:

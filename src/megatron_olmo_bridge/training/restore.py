@@ -27,6 +27,7 @@ from .optimizer_state import (
     is_distributed,
     is_fully_reshardable,
     optimizer_state,
+    parts_of,
 )
 
 PROGRESS = "olmo_bridge_progress"
@@ -56,12 +57,12 @@ def load(
     """
     with _translate_load_errors(folder):
         check(folder)
-        on_first(lambda: _check(folder))
+        on_first(lambda: _check_has_optimizer_state(folder))
         return _loaded(folder, chunks, optimizer, fresh_rng)
 
 
-def _check(folder: Path) -> None:
-    """Check the headers, because torch's later errors would be less clear."""
+def _check_has_optimizer_state(folder: Path) -> None:
+    """Check by the headers, because torch's later error would be less clear."""
     if "optimizer" not in TorchDistFolder.read(folder).common:
         raise FormatError(
             f"{folder}: has no optimizer state. Either it is damaged, or it was saved without "
@@ -113,8 +114,7 @@ def saved_content(folder: Path) -> dict[str, Any]:
 def _torch_optimizers(optimizer: Any) -> list[Any]:
     """Return the parts of megatron-core's optimizer that use torch's AdamW: all of them if neither
     Transformer Engine nor Apex is installed."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+    return [p for p in parts_of(optimizer) if isinstance(p.optimizer, torch.optim.AdamW)]
 
 
 def _allocate(inner: torch.optim.AdamW) -> None:

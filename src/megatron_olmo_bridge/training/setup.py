@@ -68,7 +68,7 @@ def _set_up(
     resolved: ResolvedRun, make_task: Callable[[ResolvedRun], Task], say: Callable[[str], None]
 ) -> Run:
     config, source = resolved.config, resolved.source
-    # Check the folders again: only now, with the locks held, no other run can change them.
+    # Check again: until the folders were locked, another run could still write into them.
     extension = on_first(lambda: check_folders(config))
     folder, step = config.folder, None
     if folder is not None:

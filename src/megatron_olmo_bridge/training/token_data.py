@@ -128,22 +128,17 @@ def _translate_data_errors(data: DataConfig) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         yield
-    except OSError as error:
-        raise _unwritable(data, error) from error
     except Exception as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
         # megatron-core wraps an error in writing the index of sequences.
-        raise _unwritable(data, error.__cause__) from error
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise OutputError(
+            f"{cause.filename or data.cache or data.path[0]}: {cause.strerror or cause}. The index "
+            "of samples is kept in the folder of the data, or in data.cache=DIR."
+        ) from error
     finally:
         logger.setLevel(before)
-
-
-def _unwritable(data: DataConfig, error: OSError) -> OutputError:
-    return OutputError(
-        f"{error.filename or data.cache or data.path[0]}: {error.strerror or error}. The index of "
-        "samples is kept in the folder of the data, or in data.cache=DIR."
-    )
 
 
 class MicroBatches:

@@ -35,7 +35,7 @@ class Classification(Task):
 
     config: TrainingConfig
     classes: tuple[str, ...]
-    train: Tokenized
+    training: Tokenized
     held_out: Tokenized
     pad_token_id: int
     weights: torch.Tensor | None = None
@@ -59,8 +59,8 @@ class Classification(Task):
         train = self.config.train
         size, step = train.global_batch_size, begin - 1
         while True:
-            global_batch = samples(train.seed, len(self.train), step * size, size)
-            yield from self._micro_batches(self.train, global_batch)
+            global_batch = samples(train.seed, len(self.training), step * size, size)
+            yield from self._micro_batches(self.training, global_batch)
             step += 1
 
     def validation_batches(self) -> Iterator[Batch]:

@@ -13,15 +13,14 @@ import torch.distributed as dist
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.nn.problem_types import REGRESSION
-from megatron_olmo_bridge.runtime.process_groups import on_first, started_together
+from megatron_olmo_bridge.runtime.process_groups import gather, on_first, started_together
 from megatron_olmo_bridge.storage.atomic import replacing_folder
 from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.training.card import write_card
 from megatron_olmo_bridge.training.config import TrainingConfig
-from megatron_olmo_bridge.training.loop import Run, train_loop, whole_parameters
+from megatron_olmo_bridge.training.loop import Run, save_weights, train_loop
 from megatron_olmo_bridge.training.monitor.human import spoken
 from megatron_olmo_bridge.training.resolve import ResolvedRun, resolve
 from megatron_olmo_bridge.training.setup import started
@@ -71,7 +70,7 @@ class Classifier:
     """A classifier to be trained: the resolved run, its data and its tokenizer."""
 
     resolved: ResolvedRun
-    train: Examples
+    training: Examples
     held_out: Examples
     tokens: tuple[Tokenized, Tokenized]
     tokenizer: Any
@@ -122,11 +121,11 @@ class Classifier:
     def describe_data(self) -> list[str]:
         """Return lines that describe the amount of data and how much is truncated."""
         train = self.config.train
-        epochs = train.steps * train.global_batch_size / len(self.train)
+        epochs = train.steps * train.global_batch_size / len(self.training)
         return [
-            f">> {len(self.train):,} texts to train on, {epochs:.1f} times; "
+            f">> {len(self.training):,} texts to train on, {epochs:.1f} times; "
             f"{len(self.held_out):,} held out; "
-            f"{self.problem.describe(self.train.labels, self.train.classes)}",
+            f"{self.problem.describe(self.training.labels, self.training.classes)}",
             f">> cut to {train.sequence_length} tokens: {self.tokens[0].truncated:,} of the texts "
             f"to train on, {self.tokens[1].truncated:,} of those held out",
         ]
@@ -134,16 +133,15 @@ class Classifier:
     def task(self, resolved: ResolvedRun) -> Classification:
         """Return the task; all processes call it, after the process groups are created."""
         on_first(self._save_tokenizer)
-        history = [on_first(lambda: read_history(self.folder / HISTORY))]
-        dist.broadcast_object_list(history, 0)
+        history = gather(on_first(lambda: read_history(self.folder / HISTORY)))[0]
         return Classification(
             resolved.config,
-            self.train.classes,
+            self.training.classes,
             *self.tokens,
             pad_token_id=resolved.bridge.hf_config["pad_token_id"],
             tokenizer_folder=self.folder / TOKENIZER,
             weights=self.weights,
-            history=history[0] or [],
+            history=history or [],
         )
 
     def keep_best_weights(self, run: Run, say: Callable[[str], None]) -> list[Evaluation]:
@@ -162,14 +160,7 @@ class Classifier:
         def on_evaluated() -> None:
             is_best = best(history) is history[-1]
             if is_best:
-                with whole_parameters(run.chunks):
-                    save_hf(
-                        run.chunks,
-                        self.resolved.bridge,
-                        target,
-                        artifacts_folder=task.tokenizer_folder,
-                        overwrite=True,
-                    )
+                save_weights(run, target)
             on_first(lambda: write_history(self.folder / HISTORY, history))
             if is_best and dist.get_rank() == 0:
                 say(f">> the best {score} so far: kept as {target}")

@@ -14,15 +14,20 @@ SI = ("", "k", "M", "G", "T", "P", "E")
 
 def short(value: float, units: tuple[str, ...] = COUNTS) -> str:
     """Format with three digits and a unit: ``4.19B``; ``5e+34`` where no unit is large enough."""
-    scaled = value
+    return "".join(scaled(value, units))
+
+
+def scaled(value: float, units: tuple[str, ...]) -> tuple[str, str]:
+    """Return the digits and the unit of :func:`short`: ``("4.19", "B")``."""
+    number = value
     for unit in units:
-        if abs(scaled) < 999.5:
+        if abs(number) < 999.5:
             if not unit:
-                return f"{scaled:.3g}"
-            decimals = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
-            return f"{scaled:.{decimals}f}{unit}"
-        scaled /= 1000
-    return f"{value:.0e}"
+                return f"{number:.3g}", ""
+            decimals = 0 if abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+            return f"{number:.{decimals}f}", unit
+        number /= 1000
+    return f"{value:.0e}", ""
 
 
 def compact(value: float, decimals: int) -> str:
@@ -32,9 +37,8 @@ def compact(value: float, decimals: int) -> str:
 
 def flops(per_second: float) -> str:
     """Format a rate: ``412 TFLOP/s``."""
-    number = short(per_second, SI)
-    digits = number.rstrip("".join(SI))
-    return f"{digits} {number[len(digits) :]}FLOP/s"
+    digits, prefix = scaled(per_second, SI)
+    return f"{digits} {prefix}FLOP/s"
 
 
 def spoken(name: str) -> str:

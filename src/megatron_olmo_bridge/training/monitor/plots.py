@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .drawing import Size, Theme, draw_svg
 from .history import RunHistory
-from .human import COUNTS, SI, flops, heading, short, spoken
+from .human import COUNTS, SI, flops, heading, scaled, short, spoken
 from .log_file import Line
 
 if TYPE_CHECKING:
@@ -200,41 +200,26 @@ def _measured(axes: Axes, history: RunHistory, name: str, theme: Theme, label: s
 def _marks(axes: Axes, history: RunHistory, theme: Theme) -> None:
     """Mark checkpoints, skipped steps, resumes, and the end of a run that stopped early."""
     tokens = history.facts.tokens_per_step
-    below = axes.get_xaxis_transform()
+    below: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
 
     def at(kind: str) -> list[float]:
         return [event["step"] * tokens for event in history.events if event["event"] == kind]
 
-    for kind, marker, colour, height in (
-        ("checkpoint", "^", theme.muted, 0.02),
-        ("skipped", "x", theme.bad, 0.05),
-    ):
+    def mark(kind: str, marker: str, color: str, height: float) -> None:
         if where := at(kind):
-            axes.plot(
-                where,
-                [height] * len(where),
-                marker,
-                color=colour,
-                markersize=4.5,
-                transform=below,
-                label=kind,
-                clip_on=False,
-                zorder=5,
-            )
-    stopped = [history.end["step"] * tokens] if history.state == "stopped" else []
-    for label, where, colour in (
-        ("resumed", at("resumed"), theme.mark),
-        ("stopped", stopped, theme.bad),
-    ):
+            y = [height] * len(where)
+            axes.plot(where, y, marker, color=color, markersize=4.5, label=kind, **below)
+
+    def cut(label: str, where: list[float], color: str) -> None:
+        line: dict[str, Any] = {"color": color, "linewidth": 1.1, "linestyle": "--", "zorder": 1}
         for number, x in enumerate(where):
-            axes.axvline(
-                x,
-                color=colour,
-                linewidth=1.1,
-                linestyle="--",
-                zorder=1,
-                label=label if number == 0 else None,
-            )
+            axes.axvline(x, label=label if number == 0 else None, **line)
+
+    mark("checkpoint", "^", theme.muted, 0.02)
+    mark("skipped", "x", theme.bad, 0.05)
+    cut("resumed", at("resumed"), theme.mark)
+    stopped = [history.end["step"] * tokens] if history.state == "stopped" else []
+    cut("stopped", stopped, theme.bad)
 
 
 def _logarithmic(axes: Axes, values: Curve, beyond: float) -> None:
@@ -261,9 +246,8 @@ def _tick(units: tuple[str, ...] = COUNTS) -> Callable[[float, float], str]:
     """Return the formatter of an axis: ``1.5M`` and ``20M``, without trailing zeros."""
 
     def label(value: float, _: float) -> str:
-        text = short(value, units)
-        number = text.rstrip("".join(units))
-        return f"{float(number):g}{text[len(number) :]}"
+        digits, unit = scaled(value, units)
+        return f"{float(digits):g}{unit}"
 
     return label
 

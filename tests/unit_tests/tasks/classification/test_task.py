@@ -84,8 +84,8 @@ def test_steps_go_on_where_they_were(task: Classification) -> None:
     for first in (16, 20):
         one, other = next(from_start), next(alone)
         assert torch.equal(one["tokens"], other["tokens"])
-        rows = samples(task.config.train.seed, len(task.train), first, 4)
-        assert one["labels"].tolist() == task.train.labels[rows].tolist()
+        rows = samples(task.config.train.seed, len(task.training), first, 4)
+        assert one["labels"].tolist() == task.training.labels[rows].tolist()
         assert one["tokens"].shape == (4, LENGTH)  # a multiple of 8, of which there is just one
 
 
