@@ -75,8 +75,8 @@ def _set_up(
         on_first(lambda: put_back(folder))
         step = last_step(folder)
     task = make_task(resolved)
-    if source is not None and step is None and not config.init.optimizer:  # else load() checks it
-        check(source.path)
+    if source is not None and step is None and not config.init.optimizer:
+        check(source.path)  # with init.optimizer, load() checks it
     chunks, optimizer = _model_and_optimizer(resolved, is_new=step is None)
     checkpointer = None
     if folder is not None:

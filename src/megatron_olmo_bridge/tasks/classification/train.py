@@ -231,8 +231,9 @@ def _check_head(
     own = source.hf_config.get("problem_type") or (REGRESSION if count == 1 else None)
     if own not in (None, problem_type):
         raise InputError(
-            f"{folder}: is a classifier of problem_type {own}, classification.problem_type is "
-            f"{problem_type}: set that to {own}, or name a language model as init.hf"
+            f"{folder}: is a classifier of problem_type {own}, but "
+            f"classification.problem_type is {problem_type}: set it to {own}, or name a language "
+            "model as init.hf"
         )
     names = source.hf_config.get("id2label") or {}
     known = tuple(str(names.get(str(i))) for i in range(count))
@@ -240,9 +241,9 @@ def _check_head(
     same = count == len(classes) if problem_type == REGRESSION else known == classes
     if not same:
         raise InputError(
-            f"{folder}: is a classifier of other classes ({count}: {', '.join(known[:5])}"
-            f"...) than the data's ({len(classes)}: {', '.join(classes[:5])}...). Name the "
-            "language model that it was made from as init.hf."
+            f"{folder}: is a classifier of other classes. It has {count} "
+            f"({', '.join(known[:5])}...), the data has {len(classes)} "
+            f"({', '.join(classes[:5])}...). Name its language model as init.hf."
         )
 
 
@@ -263,8 +264,8 @@ def _tokenizer(config: TrainingConfig, source: Checkpoint) -> Any:
     token = tokenizer.convert_ids_to_tokens(pad) if pad < len(tokenizer) else None
     if token is None:
         raise InputError(
-            f"{folder}: the tokenizer has no token {pad}, the model's pad_token_id: is it another "
-            "model's? Name its own as data.tokenizer."
+            f"{folder}: the tokenizer has no token {pad}, which is the model's pad_token_id, so it "
+            "may be another model's. Name the model's own tokenizer as data.tokenizer."
         )
     tokenizer.pad_token = token
     tokenizer.padding_side = tokenizer.truncation_side = "right"
