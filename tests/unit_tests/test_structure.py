@@ -304,7 +304,6 @@ TESTED_BY = {
     ],
     "unit_tests/test_recipes.py": ["training/named_recipes"],
     "functional_tests/test_training_layouts.py": ["training/task"],
-    "functional_tests/test_full_loop.py": ["training/card"],
 }
 """Modules without a test file of their own, by the file that tests them."""
 
