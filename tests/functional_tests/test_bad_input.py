@@ -832,7 +832,7 @@ def as_nobody(*arguments: object) -> tuple[int, str]:
 @pytest.fixture
 def open_to_all() -> Iterator[Path]:
     """Folder that another user can reach but not write to."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 

@@ -192,7 +192,7 @@ def test_a_file_is_no_folder(tmp_path: Path, field: str, below: str) -> None:
 def test_no_permission() -> None:
     if os.geteuid() != 0:
         pytest.skip("another user can only be had as root")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # others can reach that one
         Path(name).chmod(0o755)
         config = run(Path(name) / "run")
         assert said_to_nobody(config) == (
