@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FAMILIES = ("olmo", "olmo2", "olmo3", "olmoe", "flex-olmo", "gpt2")
+OLMO_CORE = Path(__file__).parents[1] / "functional_tests/olmo_core/checkpoints.tar.xz"
 ITERATION = Path("megatron/iter_0000000")
 Function = Callable[[Path], Any]
 
@@ -52,6 +54,10 @@ def build(folder: Path) -> None:
     import_checkpoint(folder / "olmo2", folder / "run-config" / "megatron")
     for file in (folder / "run-config" / ITERATION / "hf").iterdir():
         file.unlink()
+    with tarfile.open(OLMO_CORE) as archive:
+        archive.extractall(folder / "runs", filter="data")
+    for name in ("olmo2", "olmo3-adamw"):
+        (folder / "runs" / name / "step3").rename(folder / f"olmo-core-{name}")
     (folder / "archive").mkdir()
     torch.save(torch.arange(12.0).view(3, 4), folder / "archive" / "piece.distcp")
     (folder / "data").mkdir()
@@ -131,6 +137,33 @@ def plan_export(folder: Path) -> Any:
     exports = plan_exports(folder / "megatron", folder / "not-made")
     exports.check_all_planned("nowhere")
     return _weights(exports.plans[0][0])
+
+
+def read_olmo_core(folder: Path) -> Any:
+    from megatron_olmo_bridge.checkpoints.open import open_checkpoint
+    from megatron_olmo_bridge.convert.options import ImportOptions
+    from megatron_olmo_bridge.convert.to_megatron import plan_import
+
+    plan_import(folder, ImportOptions(optimizer=True))
+    values = open_checkpoint(folder).bridge.config_values
+    windows = values.get("window_size")
+    return {name: values[name] for name in _OLMO_CORE_NUMBERS} | {
+        "window": windows and windows[0] + 1
+    }
+
+
+_OLMO_CORE_NUMBERS = (
+    "num_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_query_groups",
+    "ffn_hidden_size", "layernorm_epsilon", "rotary_base",
+)  # fmt: skip
+
+
+def plan_olmo_core(folder: Path) -> Any:
+    from megatron_olmo_bridge.convert.options import ImportOptions
+    from megatron_olmo_bridge.convert.to_megatron import plan_import
+
+    plan = _weights(plan_import(folder, ImportOptions(optimizer=True))[0])
+    return [[Path(name).name, *rest] for name, *rest in plan]  # the folder has the step's number
 
 
 def read_run_config(folder: Path) -> Any:
@@ -244,6 +277,22 @@ def yaml_reads(folder: Path) -> Any:
     return {name: model[name] for name in _RUN_CONFIG_NUMBERS}
 
 
+def json_reads_olmo_core(folder: Path) -> Any:
+    model = json.loads((folder / "config.json").read_bytes())["model"]
+    block = model["block"]
+    attention = block["sequence_mixer"]
+    windows = attention.get("sliding_window")
+    sizes = {n for n in windows["pattern"] if n != -1} if windows else set()
+    numbers = (
+        model["n_layers"], model["d_model"], model["vocab_size"], attention["n_heads"],
+        attention["n_kv_heads"] or attention["n_heads"], block["feed_forward"]["hidden_size"],
+        block["layer_norm"]["eps"], attention["rope"]["theta"],
+    )  # fmt: skip
+    return dict(zip(_OLMO_CORE_NUMBERS, numbers, strict=True)) | {
+        "window": max(sizes, default=None)
+    }
+
+
 def torch_reads_metadata(folder: Path) -> Any:
     """Read with torch's own classes; names that the valid file doesn't have are refused."""
     import pickle
@@ -323,6 +372,13 @@ TARGETS = [
     Target("metadata", "export", ITERATION / ".metadata", "changed_pickle", read_metadata,
            torch_reads_metadata),
     Target("common", "export", ITERATION / "common.pt", "changed_archive", plan_export),
+    *(
+        Target(f"olmo_core-{name}", f"olmo-core-{name}", Path("config.json"), "changed_json",
+               read_olmo_core, json_reads_olmo_core)
+        for name in ("olmo2", "olmo3-adamw")
+    ),
+    Target("olmo_core-trainer", "olmo-core-olmo2", Path("train/rank0.pt"), "changed_archive",
+           plan_olmo_core),
     Target("archive", "archive", Path("piece.distcp"), "changed_archive", read_archive,
            torch_reads_archive),
     Target("indexed", "data", Path("data.idx"), "changed_bytes", read_indexed, megatron_reads),

@@ -239,6 +239,15 @@ TESTED_BY = {
         "training/monitor/plots",
         "training/monitor/style",
     ],
+    "functional_tests/test_olmo_core.py": [
+        "checkpoints/megatron_optimizer",
+        "checkpoints/olmo_core",
+        "checkpoints/olmo_core_state",
+        "convert/to_olmo_core",
+        "formats/dcp_folder",
+        "training/olmo_core_run",
+    ],
+    "unit_tests/models/test_olmo_core_config.py": ["models/olmo_core_names"],
     "functional_tests/test_training_bad_input.py": [
         "cli/training",
         "tasks/train",

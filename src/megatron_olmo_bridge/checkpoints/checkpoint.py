@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.hf_folder import CHAT_TEMPLATES, HUB_PATTERNS
 from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
@@ -43,6 +44,25 @@ class ReadOptions:
     """Replace the head by a zero-initialized classification head for this many classes."""
     kind_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of one kind alone, by :attr:`KindOption.name`: ``{"heads": 12}``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerState:
+    """State of AdamW in a training checkpoint, by the names of torch.optim.AdamW."""
+
+    iteration: int
+    """Number of optimizer steps that the run has taken."""
+    step: float
+    """Step count of the bias correction; trainers don't all begin it at the iteration."""
+    settings: dict[str, Any]
+    """lr, initial_lr (the peak), betas, eps, and weight_decay of the parameters that have one."""
+    decayed: str = "matrices"
+    """Which parameters decay, as the training option ``optimizer.decayed`` calls them."""
+    trainer: dict[str, Any] | None = None
+    """State of OLMo-core's trainer and its data loader, if the run reads data in its order."""
+    tensors: Mapping[str, Checkpoint]
+    """The model with other tensors, all float32: ``param``, the weights that the optimizer updates,
+    and their moments ``exp_avg`` and ``exp_avg_sq``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +143,15 @@ class Checkpoint(ABC):
     def load_flags(self) -> list[str]:
         """Flags with which Megatron-LM loads this checkpoint."""
         return []
+
+    def optimizer_state(self) -> OptimizerState:
+        """Return the optimizer state, from headers alone except for the counts.
+
+        Raises:
+            InputError: the checkpoint has none.
+            UnsupportedError: it is not that of AdamW, or not the same for all parameters.
+        """
+        raise InputError(f"{self.path}: a {self.kind} checkpoint has no optimizer state")
 
     def pieces(self, parameter: Parameter, region: Region) -> Iterator[Piece]:
         """Yield the pieces that a region of a Megatron parameter consists of.

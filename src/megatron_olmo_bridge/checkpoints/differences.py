@@ -39,7 +39,7 @@ def config_differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
         yield Difference("config", "family", f"{a.bridge.family} and {b.bridge.family}")
         return
     yield from _value_differences("config", "", a.bridge.config_values, b.bridge.config_values)
-    if a.config_from.name == b.config_from.name == CONFIG:
+    if a.artifacts_folder and b.artifacts_folder:
         tasks = _task(a), _task(b)
         if tasks[0] != tasks[1]:
             yield Difference("config", "architectures", " and ".join(tasks))

@@ -21,8 +21,9 @@ from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import FORMAT_FILE, TorchDistFolder, read_format
 from megatron_olmo_bridge.models.families import bridge_for
 
-from .checkpoint import Checkpoint, ReadOptions, artifact_patterns
+from .checkpoint import Checkpoint, OptimizerState, ReadOptions, artifact_patterns
 from .megatron_config import HF_SUBFOLDER, check_agreement, config_of
+from .megatron_optimizer import RECORD, STATE, optimizer_values
 from .name_hints import explaining_names
 
 _CONVERT_WITH_MEGATRON = (
@@ -97,6 +98,29 @@ class MegatronCheckpoint(Checkpoint):
                 pieces += stored.pieces_of(p.megatron_region, p.hf_region, p.transposed)
             views[name] = TensorView.assembled(name, shape, pieces)
         return views
+
+    def optimizer_state(self) -> OptimizerState:
+        dist = TorchDistFolder.read(self.path)
+        step, settings = optimizer_values(dist)
+        record = dist.common.get(RECORD) or {}
+        master = next((n for n in ("param.", "fp32_param.") if dist.select(STATE + n).tensors), "")
+        prefixes = {
+            "param": STATE + master if master else "",
+            "exp_avg": f"{STATE}exp_avg.",
+            "exp_avg_sq": f"{STATE}exp_avg_sq.",
+        }
+        tensors = {
+            kind: replace(self, megatron=dist.select(prefix).views(self.mapping))
+            for kind, prefix in prefixes.items()
+        }
+        return OptimizerState(
+            iteration=int(dist.common.get("iteration", 0)),
+            step=step,
+            settings=settings,
+            decayed=record.get("decayed", "matrices"),
+            trainer=record.get("trainer"),
+            tensors=tensors,
+        )
 
     @cached_property
     def padding(self) -> dict[str, TensorView]:

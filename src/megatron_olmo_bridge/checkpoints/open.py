@@ -14,8 +14,14 @@ from .checkpoint import Checkpoint, KindOption, ReadOptions, artifact_patterns
 from .hf import HFCheckpoint
 from .megatron import MegatronCheckpoint
 from .olm import OLMCheckpoint
+from .olmo_core import OLMoCoreCheckpoint
 
-KINDS: tuple[type[Checkpoint], ...] = (OLMCheckpoint, MegatronCheckpoint, HFCheckpoint)
+KINDS: tuple[type[Checkpoint], ...] = (
+    OLMCheckpoint,
+    OLMoCoreCheckpoint,
+    MegatronCheckpoint,
+    HFCheckpoint,
+)
 """Kinds in the order in which they are tried. Hugging Face is last, since its error says what a
 folder lacks."""
 

@@ -43,6 +43,9 @@ def verify(
     ] = None,
     *,
     options: Annotated[ReadOptions, Omit("iteration", "hf_config", "vocab_size", "num_labels")],
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Compare the optimizer state too.")
+    ] = False,
     workers: Workers = WORKERS,
 ) -> Outcome:
     """Prove that two checkpoints hold the same model: bit for bit, no tolerance.
@@ -59,7 +62,7 @@ def verify(
     from megatron_olmo_bridge.tools.verify import verify as run
 
     with ProgressBar() as bar:
-        result = run(first, second, options, workers=workers, reporter=bar)
+        result = run(first, second, options, optimizer=optimizer, workers=workers, reporter=bar)
     _print_differences(result.differences)
     for note in result.notes:
         say(f"Note: {note}")

@@ -76,11 +76,14 @@ def synth(
 
 def import_(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A folder, a hub id, or OLM's step_N.pt.")
+        str,
+        typer.Argument(
+            metavar="SRC", help="A folder, a hub id, OLMo-core's stepN, or OLM's step_N.pt."
+        ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint root to create.")],
     *,
-    options: Annotated[ImportOptions, Omit("iteration", "vocab_size")],
+    options: ImportOptions,
     write: WriteOptions,
     dry_run: DryRun = False,
 ) -> Outcome:
@@ -91,6 +94,7 @@ def import_(
     Examples:
         olmo-bridge import allenai/OLMo-2-0425-1B ./megatron
         olmo-bridge import ./hf ./megatron --dtype bfloat16 --workers 2
+        olmo-bridge import ./peteish32/step1000 ./megatron --optimizer
         olmo-bridge import ./checkpoints/step_100.pt ./megatron --heads 4
     """
     from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER
@@ -112,7 +116,9 @@ def import_(
             options.revision or options.num_labels or options.hf_config
         ):
             option = "".join(f" --{name} {value}" for name, value in options.kind_options.items())
-            say(f"Prove it:    olmo-bridge verify {source} {destination}{option}")
+            option += " --optimizer" * options.optimizer
+            path = source if options.iteration is None else plan.source
+            say(f"Prove it:    olmo-bridge verify {path} {destination}{option}")
         if rows := options.num_labels:
             say(f"The head is new: score.weight, {rows} rows of zeros. Train it before use.")
         for note in plan.notes:
@@ -127,7 +133,7 @@ def export(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="A checkpoint root, an iter_ folder, or OLM's step_N.pt."
+            metavar="SRC", help="A checkpoint root, an iter_ folder, or another checkpoint."
         ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
@@ -145,7 +151,7 @@ def export(
     write: WriteOptions,
     dry_run: DryRun = False,
 ) -> Outcome:
-    """Write a Megatron checkpoint as a Hugging Face checkpoint, as save_pretrained writes it.
+    """Write a checkpoint as a Hugging Face one, as save_pretrained writes it, or as OLMo-core's.
 
     Reads what this tool, megatron-core, Megatron-LM or Megatron-Bridge saved, at any parallel
     layout, with or without optimizer state.
@@ -155,6 +161,7 @@ def export(
         olmo-bridge export ./run ./hf --iteration all --hf-config ./olmo2-1b
         olmo-bridge export ./checkpoints/step_100.pt ./hf --heads 4
         olmo-bridge export ./run ./hf --push-to-hub me/my-olmo --private
+        olmo-bridge export ./run ./step2000 --to olmo-core --optimizer
     """
     from megatron_olmo_bridge.convert import to_hf
 

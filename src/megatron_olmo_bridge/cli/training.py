@@ -68,7 +68,8 @@ def train(
     from megatron_olmo_bridge.training.recipes import apply_overrides, load_recipe
 
     config = apply_overrides(load_recipe(recipe), overrides or [])
-    check_values(config)
+    if not config.init.checkpoint:  # which may fill in settings; resolve() checks them
+        check_values(config)
     if dry_run:
         return Outcome(_dry_run(config, processes))
     if processes and processes > 1 and "RANK" not in os.environ:
@@ -123,7 +124,7 @@ def _dry_run(config: TrainingConfig, processes: int | None) -> dict[str, Any]:
     check_folders(config)
     if config.folder is not None:
         last_step(config.folder)
-    if config.classification is None and config.data.path:
+    if config.classification is None and (config.data.path or config.data.mix):
         check_prepared(resolved)
     elif config.classification is None:  # the rest can be estimated without data
         say("data.path is not set: the run itself needs data.path=PREFIX.\n")

@@ -23,6 +23,8 @@ class ImportOptions(ReadOptions):
     """Branch, tag or commit on the hub."""
     make_vocab_size_divisible_by: int = 1
     """Pad the vocabulary with zero rows to a multiple of N."""
+    optimizer: bool = False
+    """Import the optimizer state too, so that Megatron continues the run."""
     release: bool = False
     """Write for Megatron-LM older than November 2025: name the iteration ``release``."""
 
@@ -30,6 +32,11 @@ class ImportOptions(ReadOptions):
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(ReadOptions):
     """Options of an export, and of reading its source."""
+
+    to: str = "hf"
+    """``hf``, or ``olmo-core`` for a training checkpoint of OLMo-core."""
+    optimizer: bool = False
+    """Export the optimizer state too, so that OLMo-core continues the run."""
 
     dtype: str | torch.dtype = "keep"
     """``keep``, ``float32``, ``bfloat16`` or ``float16``."""

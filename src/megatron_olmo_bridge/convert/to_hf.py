@@ -1,4 +1,4 @@
-"""Export a Megatron ``torch_dist`` checkpoint, or OLM's, to a Hugging Face folder."""
+"""Export a checkpoint to a Hugging Face folder, or to one of OLMo-core."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from megatron_olmo_bridge.storage.provenance import Provenance
 from megatron_olmo_bridge.storage.stage import refuse_overlap
 
 from .options import ExportOptions
+from .to_olmo_core import plan_olmo_core
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ def plan_exports(
     """Plan an export from headers alone; arguments as for :func:`export_checkpoint`."""
     options = options or ExportOptions()
     dtype, limit = parse_dtype(options.dtype), parse_size(options.max_shard_size)
+    if options.to not in ("hf", "olmo-core"):
+        raise InputError(f"--to {options.to}: is neither hf nor olmo-core")
+    if options.optimizer and options.to == "hf":
+        raise InputError("--optimizer needs --to olmo-core: Hugging Face has no optimizer state")
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     refuse_overlap(source, destination)
     all_iterations = options.iteration == "all"
@@ -102,9 +107,17 @@ def plan_exports(
                 raise
             exports.skipped[folder.name] = error
             continue
+        if options.to == "olmo-core":
+            state = checkpoint.optimizer_state() if options.optimizer else None
+            plan = plan_olmo_core(checkpoint, dtype, state)
+            record = {"dtype": dtype, "to": options.to, "optimizer": options.optimizer}
+            provenance = Provenance(str(checkpoint.path.resolve()), None, record)
+            exports.plans.append((plan, provenance, folder))
+            continue
         if isinstance(checkpoint, HFCheckpoint):
             raise InputError(
-                f"{source}: is a Hugging Face checkpoint already; export reads Megatron"
+                f"{source}: is a Hugging Face checkpoint already; --to olmo-core makes it one of "
+                "OLMo-core"
             )
         plan = _plan(checkpoint, dtype, limit)
         record = {"dtype": dtype, "max_shard_bytes": limit}

@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, OptimizerState
 from megatron_olmo_bridge.checkpoints.hf_files import config_with_dtype
 from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
 from megatron_olmo_bridge.checkpoints.megatron_config import HF_SUBFOLDER, RUN_CONFIG
+from megatron_olmo_bridge.checkpoints.megatron_optimizer import RECORD, STATE
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.dcp_metadata import (
@@ -91,18 +92,29 @@ def plan_import(
         raise InputError(f"{source}: is a Megatron checkpoint already; import reads Hugging Face")
     vocab_size = checkpoint.bridge.vocab_size
     padded = vocab_size + -vocab_size % divisor
-    plan = _plan(checkpoint, padded, dtype, options.release)
+    state = checkpoint.optimizer_state() if options.optimizer else None
+    if state and options.release:
+        raise InputError("--release names a checkpoint without optimizer state: leave out one")
+    plan = _plan(checkpoint, padded, dtype, options.release, state)
     record = {"dtype": dtype, "padded_vocab_size": padded, "release": options.release}
     if options.num_labels is not None:
         record["new_head_of_zeros"] = options.num_labels
+    if state:
+        record["optimizer"] = True
     return plan, Provenance(name, commit, record)
 
 
-def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> CopyPlan:
+def _plan(
+    source: Checkpoint, padded_vocab: int, dtype: str, release: bool, state: OptimizerState | None
+) -> CopyPlan:
     mapping = source.bridge.mapping_registry(padded_vocab).resolve()
-    inside = "release" if release else "iter_0000000"
+    iteration = state.iteration if state else 0
+    inside = "release" if release else f"iter_{iteration:07d}"
     packer = Packer("__0_{}.distcp".format, FILE_BYTES, ALIGNMENT)
     tensors = _pack_tensors(mapping, source, dtype, packer)
+    model_dtype = tensors[source.bridge.vocab_param].dtype
+    if state:
+        tensors |= _pack_optimizer(mapping, state, tensors, packer)
     # megatron-core pickles the list of the objects that have the same key, here of one. None is the
     # state of Transformer Engine's modules without FP8.
     no_state = object_archive([None])
@@ -110,8 +122,7 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
         key: StoredBytes(*packer.add(no_state, None, "", b""))
         for key in extra_state_keys(source.bridge)
     }
-    model_dtype = tensors[source.bridge.vocab_param].dtype
-    common = common_state(source.bridge, padded_vocab, model_dtype)
+    common = common_state(source.bridge, padded_vocab, model_dtype, state)
     run_config = {"model": source.bridge.run_config_model(padded_vocab, model_dtype)}
     texts = {
         METADATA: encode_metadata(tensors, objects),
@@ -122,7 +133,7 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
     artifacts = artifact_files(source.artifacts_folder) if source.artifacts_folder else {}
     texts |= {f"{HF_SUBFOLDER}/{name}": data for name, data in artifacts.items()}
     config = f"{HF_SUBFOLDER}/{CONFIG}"
-    is_from_source = source.config_from == source.path / CONFIG
+    is_from_source = config in texts and source.artifacts_folder == source.path
     if dtype != "keep" or not is_from_source or json.loads(texts[config]) != source.hf_config:
         texts[config] = config_with_dtype(source.hf_config, model_dtype)
     return CopyPlan(
@@ -131,10 +142,32 @@ def _plan(source: Checkpoint, padded_vocab: int, dtype: str, release: bool) -> C
         tuple(replace(file, name=f"{inside}/{file.name}") for file in packer.files()),
         {f"{inside}/{name}": data for name, data in texts.items()},
         inside,
-        (TRACKER, b"release" if release else b"0"),
+        (TRACKER, b"release" if release else str(iteration).encode()),
         notes=tuple(source.notes),
         snapshots=(source.snapshot,),
     )
+
+
+def _pack_optimizer(
+    mapping: ResolvedMapping,
+    state: OptimizerState,
+    weights: dict[str, GlobalTensor],
+    packer: Packer,
+) -> dict[str, GlobalTensor]:
+    """Pack an optimizer's state under the keys of all of megatron-core's AdamW optimizers.
+
+    The float32 weights have one key for the distributed optimizer and one for the other, and are
+    the model's own weights if these are float32.
+    """
+    tensors: dict[str, GlobalTensor] = {}
+    for kind, part in state.tensors.items():
+        if kind == "param" and {weight.dtype for weight in weights.values()} == {"float32"}:
+            packed = weights
+        else:
+            packed = _pack_tensors(mapping, part, "float32", packer)
+        for name in ("param", "fp32_param") if kind == "param" else (kind,):
+            tensors |= {f"{STATE}{name}.{key}": t for key, t in packed.items()}
+    return tensors
 
 
 def _pack_tensors(
@@ -192,11 +225,51 @@ def extra_state_keys(bridge: ModelBridge) -> Iterator[str]:
             yield f"{stacked_key(pattern)}/shard_{index_text}_{counts_text}"
 
 
-def common_state(bridge: ModelBridge, padded_vocab: int, dtype: str) -> dict[str, Any]:
+def common_state(
+    bridge: ModelBridge, padded_vocab: int, dtype: str, state: OptimizerState | None = None
+) -> dict[str, Any]:
     """Return the content of ``common.pt``, which has all that is not a tensor."""
     return {
         "args": built("argparse.Namespace", bridge.megatron_args(padded_vocab, dtype)),
         "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        "iteration": state.iteration if state else 0,
+        "content_metadata": {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            **({"distrib_optim_sharding_type": "fully_reshardable"} if state else {}),
+        },
+        **(
+            {
+                "optimizer": _optimizer_settings(state),
+                RECORD: {"decayed": state.decayed, "trainer": state.trainer},
+            }
+            if state
+            else {}
+        ),
     }
+
+
+def _optimizer_settings(state: OptimizerState) -> dict[str, Any]:
+    """Return the settings of megatron-core's AdamW, where each of its optimizers reads them.
+
+    The float32 optimizer reads the first level, the other two the second. Parameters are in groups
+    with and without weight decay.
+    """
+    settings = {k: v for k, v in state.settings.items() if k != "initial_lr"}
+    groups = [
+        {
+            "wd_mult": decays,
+            "lr_mult": 1.0,
+            "is_expert_parallel": False,
+            "is_decoupled_lr": False,
+            "default_config": True,
+            "max_lr": state.settings["initial_lr"],
+            "min_lr": 0.0,
+            **settings,
+            "weight_decay": decays * settings["weight_decay"],
+            "step": state.step,
+        }
+        for decays in (1.0, 0.0)
+    ]
+    values = {"state": {"common_step": state.step}, "param_groups": groups}
+    return {**values, "optimizer": values, "param_state_sharding_type": "fully_reshardable"}

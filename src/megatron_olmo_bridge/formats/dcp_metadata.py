@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from .torch_archive import MAX_DIMENSIONS
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint.metadata"
 _LONGEST_KEY = 1000
+MASTER_WEIGHT = re.compile(r"optimizer\.state\.(fp32_)?param\.")
+"""Prefix of the float32 weights that an optimizer updates. megatron-core's distributed optimizer
+calls them ``param``, the other one ``fp32_param``."""
 _LIMIT = 2**63
 """Upper bound of offsets, extents and element counts, as in PyTorch."""
 
@@ -177,16 +181,19 @@ def _global_tensor(
 def _check_files(path: Path, places: _Places) -> None:
     """Raise FormatError if a file is truncated, or two chunks share bytes of it.
 
-    Absent files are not checked: they may hold only what is not read.
+    Only a weight and its float32 copy in an optimizer may be stored once. Absent files are not
+    checked: they may hold only what is not read.
     """
     found = sorted(
-        (at.file, at.offset, at.offset + at.length, key)
-        for key, by_offset in places.items()
-        for at in by_offset.values()
-        if at.length
+        {
+            (at.file, at.offset, at.offset + at.length, MASTER_WEIGHT.sub("", key), offset or ())
+            for key, by_offset in places.items()
+            for offset, at in by_offset.items()
+            if at.length
+        }
     )
-    for (name, _, end, key), (name_after, begin, _, key_after) in pairwise(
-        [*found, ("", 0, 0, "")]
+    for (name, _, end, key, _), (name_after, begin, _, key_after, _) in pairwise(
+        [*found, ("", 0, 0, "", ())]
     ):
         file = path / name
         if name == name_after:
@@ -199,9 +206,17 @@ def _check_files(path: Path, places: _Places) -> None:
 
 
 def encode_metadata(
-    tensors: Mapping[str, GlobalTensor], objects: Mapping[str, StoredBytes]
+    tensors: Mapping[str, GlobalTensor],
+    objects: Mapping[str, StoredBytes],
+    paths: Mapping[str, tuple[str, ...]] | None = None,
 ) -> bytes:
-    """Return the content of ``.metadata``: a pickle that torch reads as ``Metadata``."""
+    """Return the content of ``.metadata``: a pickle that torch reads as ``Metadata``.
+
+    Args:
+        tensors: tensors by key.
+        objects: other objects by key.
+        paths: path of each key in the nested state dict that was flattened to these keys.
+    """
 
     def dcp(name: str, **attributes: Any) -> Inert:
         return built(f"{_DCP}.{name}", attributes)
@@ -236,7 +251,7 @@ def encode_metadata(
         "Metadata",
         state_dict_metadata={key: described(tensor) for key, tensor in tensors.items()}
         | {key: dcp("BytesStorageMetadata") for key in objects},
-        planner_data=None,
+        planner_data=paths if paths is None else dict(paths),
         storage_data={
             index(key, c.offset): info(c.stored) for key, t in tensors.items() for c in t.chunks
         }

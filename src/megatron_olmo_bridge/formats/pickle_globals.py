@@ -25,6 +25,7 @@ _ALLOWED = re.compile(
     r"|torch\._C\.(_VariableFunctions(Class)?|Generator|_distributed_c10d(\.[A-Z]\w*)+)"
     r"|torch\.distributed\.checkpoint\.\w+(\.\w+)*"
     r"|torch\.distributed\.(_shard|tensor|_tensor)(\.\w+)+"
+    r"|olmo_core\.distributed\.checkpoint\.filesystem\._StorageInfo"
     r"|torch\.distributed(\.\w+)*(\.[A-Z]\w*)+"
     r"|(megatron|transformer_engine|nemo)\.\w+(\.\w+)*"
     r"|numpy\.(dtype|ndarray|\w+\d+|bool_?)"

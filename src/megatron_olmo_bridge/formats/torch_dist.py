@@ -10,11 +10,8 @@ has its layer's number in its name.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,12 @@ from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping, check_tensors
 
-from .dcp_metadata import METADATA, Chunk, GlobalTensor, StoredBytes, read_metadata
+from .dcp_folder import DCPFolder
+from .dcp_metadata import GlobalTensor, StoredBytes
 from .files import read_json
 from .inert import Inert
-from .tensors import ITEM_SIZE, Piece, StoredArray, TensorView
-from .torch_archive import read_archive, read_tensor
+from .tensors import Piece, TensorView
+from .torch_archive import read_archive
 
 FORMAT_FILE = "metadata.json"
 COMMON = "common.pt"
@@ -47,24 +45,8 @@ _GATED_SUFFIXES = ("_w", "_v")
 
 
 @dataclass(frozen=True)
-class TorchDistFolder:
+class TorchDistFolder(DCPFolder):
     """A ``torch_dist`` checkpoint of one iteration, by its headers."""
-
-    path: Path
-    tensors: dict[str, GlobalTensor]
-    objects: dict[str, StoredBytes]
-
-    @classmethod
-    def read(cls, path: Path) -> TorchDistFolder:
-        """Read ``.metadata``.
-
-        Raises:
-            FormatError, UnsafePickleError, UnsupportedError: see :func:`.read_metadata`.
-        """
-        file = path / METADATA
-        if not file.is_file():
-            raise FormatError(f"{path}: has {FORMAT_FILE} but no {METADATA}: an incomplete save")
-        return cls(path, *read_metadata(path))
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -131,7 +113,7 @@ class TorchDistFolder:
                 counts = mapping.counts[end - axes[key] : end]
                 expected[key] = (*counts, region.rows, *parameter.shape[1:])
         check_tensors(expected, {k: t.shape for k, t in self.weights.items()}, self.path)
-        stored = {key: self._pieces(key, axes[key]) for key in expected}
+        stored = {key: self.pieces(key, axes[key]) for key in expected}
         views = {}
         for name, parameter in mapping.parameters.items():
             pieces = [
@@ -159,38 +141,6 @@ class TorchDistFolder:
             return list(zip(halves, parameter.chunks, ((), ()), strict=True))
         # Absent: return the key that the error should name, by this checkpoint's kind of names.
         return [stacked[-1 if self._has_a_key_for_each_layer else 0]]
-
-    def _pieces(self, key: str, axes: int) -> dict[tuple[int, ...], list[Piece]]:
-        """Return the pieces of a stored tensor at each index of its first ``axes`` axes."""
-        pieces: dict[tuple[int, ...], list[Piece]] = defaultdict(list)
-        for chunk, array in self._arrays(key):
-            offset, shape = chunk.offset[axes:], chunk.shape[axes:]
-            whole, left = Region.whole(shape), offset[1] if len(offset) > 1 else 0
-            at = Region(offset[0], offset[0] + whole.rows, left, left + whole.columns)
-            spans = zip(chunk.offset[:axes], chunk.shape[:axes], strict=True)
-            indices = product(*(range(begin, begin + count) for begin, count in spans))
-            for number, index in enumerate(indices):  # in the order of the bytes
-                begin = array.offset + number * whole.size * ITEM_SIZE[array.dtype]
-                part = StoredArray(array.file, begin, shape, array.dtype)
-                pieces[index].append(Piece(part, whole, at))
-        return pieces
-
-    def _arrays(self, key: str) -> Iterable[tuple[Chunk, StoredArray]]:
-        tensor = self.tensors[key]
-        for chunk in tensor.chunks:
-            at = chunk.stored
-            if not (self.path / at.file).is_file():
-                raise FormatError(f"{self.path}: {at.file}, which holds {key}, is absent")
-            try:
-                array = read_tensor(self.path / at.file, at.offset, at.length)
-            except FormatError as error:
-                raise type(error)(f"{key} at {list(chunk.offset)}: {error}") from error
-            if array.shape != chunk.shape or array.dtype != tensor.dtype:
-                raise FormatError(
-                    f"{self.path / at.file}: {key} at {list(chunk.offset)} is {array.dtype} "
-                    f"{list(array.shape)}, {METADATA} says {tensor.dtype} {list(chunk.shape)}"
-                )
-            yield chunk, array
 
 
 def stacked_key(pattern: str) -> str:

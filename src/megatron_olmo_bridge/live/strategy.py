@@ -10,6 +10,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import nested_values
 
-from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, OptimizerState
 from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
+from megatron_olmo_bridge.checkpoints.megatron_optimizer import STATE
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.convert.to_megatron import common_state, extra_state_keys
 from megatron_olmo_bridge.errors import InputError
@@ -51,21 +53,40 @@ def hf_as_megatron(
     source = open_checkpoint(fetch(str(hf), revision)[0])
     if not isinstance(source, HFCheckpoint):
         raise InputError(f"{hf}: is a {source.kind} checkpoint, not a Hugging Face one")
+    with as_megatron(source) as (name, strategy):
+        yield name, strategy
+
+
+@contextlib.contextmanager
+def as_megatron(
+    source: Checkpoint, state: OptimizerState | None = None
+) -> Iterator[tuple[str, HFLoadStrategy]]:
+    """Yield a folder and a strategy for stock megatron-core to load a checkpoint of any kind.
+
+    Args:
+        source: the checkpoint.
+        state: its optimizer state, to be loaded too.
+    """
     with tempfile.TemporaryDirectory(prefix="hf-as-megatron-") as name:
         folder = Path(name)
         (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
-        common = common_state(source.bridge, source.padded_vocab_size, source.dtypes[0])
+        common = common_state(source.bridge, source.padded_vocab_size, source.dtypes[0], state)
         (folder / COMMON).write_bytes(object_archive(common))
-        yield name, HFLoadStrategy(source)
+        yield name, HFLoadStrategy(source, state)
 
 
 class HFLoadStrategy:
-    """Load strategy that reads a Hugging Face folder, for megatron-core 0.16 to 0.19."""
+    """Load strategy that reads a checkpoint of any kind, for megatron-core 0.16 to 0.19."""
 
     can_handle_sharded_objects = True
 
-    def __init__(self, source: Checkpoint) -> None:
+    def __init__(self, source: Checkpoint, state: OptimizerState | None = None) -> None:
         self._source = source
+        self._parts = {"": source}
+        if state:
+            names = {"param": ("param", "fp32_param")}
+            for kind, part in state.tensors.items():
+                self._parts |= {f"{STATE}{n}.": part for n in names.get(kind, (kind,))}
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any, *_: Any) -> Any:
         """Fill the tensors of a sharded state dict in place; return it with their data.
@@ -76,7 +97,7 @@ class HFLoadStrategy:
                 changed while it was read.
         """
         wanted = [v for v in nested_values(sharded_state_dict) if isinstance(v, ShardedTensor)]
-        finder = Finder.of(self._source.bridge, wanted)
+        finder = Finder.of(self._source.bridge, map(self._of_weight, wanted))
 
         def loaded(value: ShardedTensor | ShardedObject) -> Any:
             if isinstance(value, ShardedObject):
@@ -85,13 +106,22 @@ class HFLoadStrategy:
                 return None
             if value.data is None:
                 value.init_data(torch.cuda.current_device())
-            fill(finder.shard(value), self._source, transfer)
+            part = self._parts[self._prefix(value.key)]
+            fill(finder.shard(self._of_weight(value)), part, transfer)
             return value.data
 
         with Transfer() as transfer:
             filled = dict_list_map_inplace(loaded, sharded_state_dict)
         self._source.snapshot.check_unchanged()
         return filled
+
+    def _prefix(self, key: str) -> str:
+        """Return the longest prefix of a key that is that of a part."""
+        return max((p for p in self._parts if key.startswith(p)), key=len)
+
+    def _of_weight(self, tensor: ShardedTensor) -> ShardedTensor:
+        """Return a tensor of the optimizer's state with the key of the weight that it is of."""
+        return replace(tensor, key=tensor.key.removeprefix(self._prefix(tensor.key)))
 
     def load_tensors_metadata(self, checkpoint_dir: Any) -> dict[str, ShardedTensor]:
         """Return every tensor that can be loaded, by key and without data."""
@@ -101,8 +131,9 @@ class HFLoadStrategy:
             axes = len(parameter.index)
             stack = mapping.counts[:axes]
             empty = torch.empty(*stack, *parameter.shape, dtype=dtype, device="meta")
-            key = parameter.key(axes)
-            found[key] = ShardedTensor.from_rank_offsets(key, empty).without_data()
+            for prefix in self._parts:
+                key = prefix + parameter.key(axes)
+                found[key] = ShardedTensor.from_rank_offsets(key, empty).without_data()
         return found
 
     def load_sharded_metadata(self, checkpoint_dir: Any) -> dict[str, Any]:

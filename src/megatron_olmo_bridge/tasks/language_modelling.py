@@ -12,6 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
+from megatron_olmo_bridge.checkpoints.olmo_core import OLMoCoreCheckpoint
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.data.info import DataInfo, read_info
 from megatron_olmo_bridge.errors import InputError
@@ -21,11 +22,19 @@ from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.training.config import TrainingConfig
 from megatron_olmo_bridge.training.loop import train_loop
 from megatron_olmo_bridge.training.monitor.records import NATS_PER_TOKEN
+from megatron_olmo_bridge.training.olmo_core_run import check_position, continued
 from megatron_olmo_bridge.training.recipes import OVERRIDDEN
 from megatron_olmo_bridge.training.resolve import ResolvedRun, resolve
 from megatron_olmo_bridge.training.setup import started
 from megatron_olmo_bridge.training.task import Score, Sums, Task
-from megatron_olmo_bridge.training.token_data import Batch, MicroBatches, TokenData, check_data
+from megatron_olmo_bridge.training.token_data import (
+    IGNORED,
+    Batch,
+    MicroBatches,
+    MixSequences,
+    TokenData,
+    check_data,
+)
 
 
 def train(config: TrainingConfig, say: Callable[[str], None]) -> dict[str, float]:
@@ -52,11 +61,13 @@ def with_model(config: TrainingConfig) -> tuple[TrainingConfig, Checkpoint | Non
             )
     folder = fetch(init.hf, init.revision)[0] if init.hf else init.checkpoint
     source = open_checkpoint(folder or "")
-    if init.optimizer and not isinstance(source, MegatronCheckpoint):
+    if init.optimizer and not isinstance(source, MegatronCheckpoint | OLMoCoreCheckpoint):
         raise InputError(
             f"{folder}: has no optimizer state, as it is not a Megatron checkpoint; leave out "
             "init.optimizer"
         )
+    if init.optimizer and isinstance(source, OLMoCoreCheckpoint):
+        config = continued(config, source, source.optimizer_state())
     return replace(config, model=source.bridge.hf_config), source
 
 
@@ -100,6 +111,13 @@ class LanguageModelling(Task):
         """Open the data; all processes call it, after the process groups are created."""
         config, vocab_size = resolved.config, resolved.bridge.vocab_size
         data = TokenData.open(config, vocab_size)
+        source = resolved.source
+        if (
+            isinstance(source, OLMoCoreCheckpoint)
+            and isinstance(data.train, MixSequences)
+            and config.init.step
+        ):
+            check_position(source, data.train.trainer_state(config.init.step)["data_loader"])
         folder = _tokenizer_folder(config, resolved.source, data.info)
         return cls(config, data, folder, vocab_size, resolved.layout.micro_batches)
 
@@ -116,6 +134,12 @@ class LanguageModelling(Task):
     def validation_micro_batches(self) -> int:
         return self.config.evaluation.batches * self.micro_batches
 
+    def trainer_state(self, step: int) -> dict[str, Any] | None:
+        sequences = self.data.train
+        if not isinstance(sequences, MixSequences):
+            return None
+        return sequences.trainer_state(step)
+
     def forward(self, chunk: Any, batch: Batch) -> tuple[torch.Tensor, Score]:
         _check_tokens(batch, self.vocab_size)
         device = torch.cuda.current_device()
@@ -129,10 +153,15 @@ class LanguageModelling(Task):
         def score(losses: torch.Tensor) -> tuple[torch.Tensor, Sums]:
             loss, log_sum_exp = losses
             z_loss = self.config.optimizer.z_loss * log_sum_exp.square()
-            return (loss + z_loss).mean(), {
+            targets = loss.numel()
+            if self.config.data.mix:  # OLMo-core counts a sequence that it doesn't learn from too
+                learned = (labels != IGNORED).T
+                loss, z_loss = loss * learned, z_loss * learned
+                targets -= labels.shape[0]
+            return (loss + z_loss).sum() / targets, {
                 "loss": loss.detach().sum(),
                 "z_loss": z_loss.detach().sum(),
-                "weight": loss.new_full((), loss.numel()),
+                "weight": loss.new_full((), targets),
             }
 
         return output, score
@@ -144,7 +173,8 @@ class LanguageModelling(Task):
             labels: [b, s]. Without labels GPTModel would copy the logits to return them.
             logits: [s, b, padded vocabulary / TP].
         """
-        return torch.stack(vocab_parallel_cross_entropy(logits, labels.T, self.vocab_size))
+        targets = labels.T.clamp_min(0)  # what the ignored ones give is not counted
+        return torch.stack(vocab_parallel_cross_entropy(logits, targets, self.vocab_size))
 
     def evaluated(self, step: int, sums: Sums) -> tuple[dict[str, float], bool]:
         return {"loss": float(sums["loss"] / sums["weight"])}, False
@@ -157,7 +187,7 @@ def check_prepared(resolved: ResolvedRun) -> None:
         BridgeError: as :func:`check_data`, or ``data.tokenizer`` does not exist.
     """
     config = resolved.config
-    info = check_data(config.data, resolved.bridge.vocab_size, config.train.sequence_length)
+    info = check_data(config, resolved.bridge.vocab_size)
     _tokenizer_folder(config, resolved.source, info)
 
 
@@ -171,7 +201,7 @@ def _tokenizer_folder(
     """
     if config.data.tokenizer is None and source is not None and source.artifacts_folder is not None:
         return source.artifacts_folder
-    named = config.data.tokenizer or prepared[0].tokenizer
+    named = config.data.tokenizer or (prepared[0].tokenizer if prepared else None)
     if named is None or Path(named).is_dir():
         return Path(named) if named else None
     if Path(named).is_file():
@@ -189,7 +219,7 @@ def _check_tokens(batch: Batch, vocab_size: int) -> None:
     """
     for name in ("tokens", "labels"):
         least, most = (int(token) for token in batch[name].aminmax())
-        if least < 0 or most >= vocab_size:
+        if least < (IGNORED if name == "labels" else 0) or most >= vocab_size:
             raise InputError(
                 f"the data has token {least if least < 0 else most}, the model has {vocab_size} "
                 "tokens: the data was prepared with another tokenizer. Prepare it with the "

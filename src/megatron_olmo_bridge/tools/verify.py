@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, OptimizerState, ReadOptions
 from megatron_olmo_bridge.checkpoints.differences import (
     Difference,
     artifact_differences,
@@ -54,6 +54,7 @@ def verify(
     second: str | Path | None = None,
     options: ReadOptions | None = None,
     *,
+    optimizer: bool = False,
     workers: int = WORKERS,
     reporter: Reporter | None = None,
 ) -> Verification:
@@ -65,6 +66,7 @@ def verify(
             written with them.
         options: facts that the checkpoints may not record. Options that only one kind has apply to
             checkpoints of that kind.
+        optimizer: compare the optimizer state too: moments, float32 weights, steps and settings.
         workers: number of threads. Each holds a few MiB of a tensor.
         reporter: receives progress.
 
@@ -93,6 +95,10 @@ def verify(
     of_artifacts, artifact_notes = artifact_differences(a, b)
     differences += of_artifacts
     pairs, padding_notes = _pairs(a, b)
+    if optimizer:
+        states = a.optimizer_state(), b.optimizer_state()
+        differences += _state_differences(*states)
+        pairs += [pair for kind in states[0].tensors for pair in _state_pairs(kind, *states)]
     total = sum(view.nbytes for view, _ in pairs)
     reporter.begin("verifying", total)
 
@@ -124,6 +130,26 @@ def _pairs(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[TensorView, TensorV
                 notes.append(f"{this.path}: {name} were not compared: trained, in no other model")
     same = [(x, y) for x, y in pairs if x.shape == y.shape and x.dtype == y.dtype]
     return same, notes
+
+
+def _state_differences(a: OptimizerState, b: OptimizerState) -> list[Difference]:
+    """Return what differs of two optimizer states besides their tensors."""
+    values = [{"step": s.step, "iteration": s.iteration, **s.settings} for s in (a, b)]
+    return [
+        Difference("optimizer", name, f"{value} and {values[1].get(name)}")
+        for name, value in values[0].items()
+        if values[1].get(name) != value
+    ]
+
+
+def _state_pairs(
+    kind: str, a: OptimizerState, b: OptimizerState
+) -> list[tuple[TensorView, TensorView]]:
+    left, right = a.tensors[kind].tensors, b.tensors[kind].tensors
+    return [
+        (dataclasses.replace(view, name=f"{kind} of {name}"), right[name])
+        for name, view in left.items()
+    ]
 
 
 def _compare(

@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.utils import nested_values
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_olmo_bridge.checkpoints.megatron_optimizer import RECORD
 from megatron_olmo_bridge.errors import FormatError, InputError, OutputError
 from megatron_olmo_bridge.formats import iterations
 from megatron_olmo_bridge.formats.iterations import TRACKER
@@ -113,12 +114,20 @@ class Checkpointer:
     _needed: int = 0
     """Bytes of the checkpoint that is being written."""
 
-    def save(self, step: int, progress: dict[str, Any], *, fully_reshardable: bool) -> None:
+    def save(
+        self,
+        step: int,
+        progress: dict[str, Any],
+        record: dict[str, Any],
+        *,
+        fully_reshardable: bool,
+    ) -> None:
         """Write a checkpoint, or start to write it if ``asynchronous``.
 
         Args:
             step: number of optimizer steps taken.
             progress: plain values that :meth:`restore` returns.
+            record: plain values that ``export --to olmo-core`` needs.
             fully_reshardable: can be resumed at any layout; otherwise only at another data-parallel
                 size, and saving takes less memory (see :mod:`.optimizer_state`).
 
@@ -141,6 +150,7 @@ class Checkpointer:
             "distributed_optimizer": is_distributed(self.optimizer),
             "model_parallel_layout": model_parallel_layout(self.chunks),
         }
+        state[RECORD] = record
         self._needed = _bytes(state)
         on_first(lambda: self._begin(partial))
         with self._translate_errors(), sheltered():

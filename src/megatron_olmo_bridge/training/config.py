@@ -44,10 +44,24 @@ class StepsConfig:
 
 @dataclass
 class DataConfig:
-    """Training data: the output of ``prepare-data``."""
+    """Training data: the output of ``prepare-data``, or OLMo's raw token files."""
 
     path: list[str] = field(default_factory=list)
     """Prefixes of .bin and .idx files. Several are blended."""
+    mix: str | None = None
+    """A list of OLMo's raw token files (.npy), instead of ``path``: they are read in the order of
+    OLMo-core's data loader, and each sequence of T tokens has T - 1 targets."""
+    root: str | None = None
+    """Folder that the paths in ``mix`` are relative to; by default the folder of the list."""
+    seed: int | None = None
+    """Seed of the order of ``mix``; by default train.seed."""
+    vocab_size: int | None = None
+    """Size of the vocabulary that the files of ``mix`` were written with, which decides the bytes
+    of a token; by default the model's."""
+    fingerprint: str | None = None
+    """OLMo-core's fingerprint of the data set, which ``mix`` must have."""
+    skip_repetitive: bool = False
+    """Don't learn from sequences of ``mix`` in which up to 13 tokens repeat 32 times or more."""
     weights: list[float] | None = None
     """Fraction of the samples from each path; by default proportional to its size."""
     validation: list[str] = field(default_factory=list)
@@ -73,6 +87,11 @@ class OptimizerConfig:
     decayed: str = "all_but_embeddings"
     """Which parameters decay: ``all_but_embeddings`` (OLMo-2 and Olmo-3), ``all`` (OLMoE, OLMo 7B
     0424 and 0724), or ``matrices`` (GPT-2: embeddings, but neither norms nor biases)."""
+    bias_correction: str = "each_step"
+    """``each_step``, as AdamW is defined; or ``first_step``: always that of the first step, as in
+    OLMo-core's SkipStepAdamW before version 2.2.0, where the step count did not advance. Updates
+    are then sqrt(1 - beta2) / (1 - beta1) times larger (2.236 for 0.9 and 0.95) once the others'
+    correction has faded."""
     clip_grad: float = 1.0
     """Maximum norm of the gradient, over all parameters; 0 disables clipping."""
     z_loss: float = 0.0
@@ -164,9 +183,14 @@ class InitConfig:
     revision: str | None = None
     """Revision on the hub."""
     checkpoint: str | None = None
-    """A Megatron checkpoint, of any run at any layout."""
+    """A Megatron checkpoint, of any run at any layout; or a training checkpoint of OLMo-core. With
+    its optimizer state, settings that have their default are those of its run."""
     optimizer: bool = False
     """Take the optimizer's moments from ``init.checkpoint`` too, as OLMo's stage 2 does."""
+    step: int | None = None
+    """Steps that ``init.checkpoint`` was trained for, to continue its run: the schedule and the
+    data go on after them. By default that of an OLMo-core checkpoint whose optimizer state is
+    taken, else 0."""
 
 
 @dataclass
@@ -266,6 +290,7 @@ class TrainingConfig:
 
 CHOICES = {
     "train.precision": ("float32", "bfloat16"),
+    "optimizer.bias_correction": ("each_step", "first_step"),
     "optimizer.decayed": ("all_but_embeddings", "matrices", "all"),
     "schedule.decay": ("cosine", "linear", "wsd", "constant"),
     "stability.on_spike": ("stop", "skip", "ignore"),
@@ -280,12 +305,12 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         "parallel.timeout_minutes",
         "schedule.end_step", "checkpoint.interval", "checkpoint.keep_last", "evaluation.interval",
         "evaluation.batches", "logging.interval", "export.interval", "classification.patience",
-        "provider.make_vocab_size_divisible_by",
+        "provider.make_vocab_size_divisible_by", "data.vocab_size",
     )),
     "at least 2": (lambda value: value >= 2, ("stability.window",)),
     "at least 0": (lambda value: 0 <= value < math.inf, (
         "optimizer.lr", "optimizer.weight_decay", "optimizer.clip_grad", "optimizer.z_loss",
-        "schedule.warmup_steps", "schedule.wsd_decay_steps", "data.workers",
+        "schedule.warmup_steps", "schedule.wsd_decay_steps", "data.workers", "init.step",
         "provider.init_method_std",
     )),
     "more than 0": (lambda value: value > 0, (
@@ -296,7 +321,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         "provider.attention_dropout",
     )),
     "from 0 to 1": (lambda value: 0 <= value <= 1, ("schedule.min_lr_ratio",)),
-    "from 0 to 4294967295": (lambda value: 0 <= value < 2**32, ("train.seed",)),  # numpy's
+    "from 0 to 4294967295": (lambda value: 0 <= value < 2**32, ("train.seed", "data.seed")),
 }  # fmt: skip
 """Condition in words, its test, and the fields that must satisfy it if they are set."""
 

@@ -25,6 +25,7 @@ from .card import write_card
 from .checkpoint import Checkpointer
 from .monitor.records import StepRecord
 from .monitor.run_log import RunLog
+from .optimizer import FIRST_STEP, reset_step
 from .resolve import ResolvedRun
 from .stability import Watch
 from .task import Sums, Task
@@ -66,7 +67,7 @@ def train_loop(run: Run) -> None:
     """
     with _stopping_on_signals(run), _logging_the_end(run):
         batches = run.task.train_batches(begin=run.step + 1)
-        if run.step == 0:
+        if run.step == (run.resolved.config.init.step or 0):
             evaluate(run)  # the curve starts with the initial model
         elif _must_be_saved_again(run):
             save(run)
@@ -167,6 +168,8 @@ def optimizer_step(run: Run, loss: float) -> tuple[float, bool]:
         if run.watch.is_spike(loss, norm):
             return norm, True
     _, norm, _ = run.optimizer.step()
+    if run.resolved.config.optimizer.bias_correction == FIRST_STEP:
+        reset_step(run.optimizer)
     return float(norm or 0.0), False
 
 
@@ -224,6 +227,10 @@ def save(run: Run) -> None:
         run.checkpointer.save(
             run.step,
             {"watch": run.watch.state()},
+            {
+                "decayed": run.resolved.config.optimizer.decayed,
+                "trainer": run.task.trainer_state(run.step),
+            },
             fully_reshardable=setting == "all" or (setting == "last" and run.finished),
         )
 

@@ -20,6 +20,11 @@ Overrides = dict[ParamKey, ParamGroupOverride]
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
 
+FIRST_STEP = "first_step"
+"""``optimizer.bias_correction`` of OLMo-core's SkipStepAdamW before version 2.2.0, whose step count
+did not advance."""
+
+
 def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
     """Return the config of data parallelism, which reduces gradients in float32."""
     return DistributedDataParallelConfig(
@@ -52,6 +57,18 @@ def make_optimizer(config: TrainingConfig, chunks: Sequence[Any]) -> MegatronOpt
         list(chunks),
         config_overrides=decay_overrides(values.decayed),
     )
+
+
+def reset_step(optimizer: MegatronOptimizer) -> None:
+    """Set the step count of the bias correction to 0, so that the next step is the first."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for group in inner.param_groups:
+            if "step" in group:  # of Transformer Engine's and Apex's AdamW
+                group["step"] = 0
+        for state in inner.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
 
 def olmo_weight_decay() -> Overrides:

@@ -14,9 +14,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
+from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.live.save import model_states
+from megatron_olmo_bridge.live.strategy import as_megatron
 from megatron_olmo_bridge.runtime.process_groups import on_first
 
 from .checksums import check
@@ -61,6 +64,23 @@ def load(
         return _loaded(folder, chunks, optimizer, fresh_rng)
 
 
+def load_initial(source: Checkpoint, chunks: Sequence[Any], optimizer: Any) -> None:
+    """Set a model and its optimizer from any checkpoint that has optimizer state.
+
+    Raises:
+        InputError: it has none, or the optimizer state is of another kind or layout.
+        FormatError: the checkpoint is damaged, or of another model.
+    """
+    if isinstance(source, MegatronCheckpoint):
+        load(source.path, chunks, optimizer, fresh_rng=True)
+        return
+    with (
+        _translate_load_errors(source.path),
+        as_megatron(source, source.optimizer_state()) as (folder, strategy),
+    ):
+        _loaded(Path(folder), chunks, optimizer, True, strategy)
+
+
 def _check_has_optimizer_state(folder: Path) -> None:
     """Check by the headers, because torch's later error would be less clear."""
     if "optimizer" not in TorchDistFolder.read(folder).common:
@@ -70,7 +90,9 @@ def _check_has_optimizer_state(folder: Path) -> None:
         )
 
 
-def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool) -> dict[str, Any]:
+def _loaded(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool, strategy: Any = None
+) -> dict[str, Any]:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     progress: dict[str, Any] = common.get(PROGRESS, {})
     distributed = progress.get("distributed_optimizer")
@@ -92,7 +114,7 @@ def _loaded(folder: Path, chunks: Sequence[Any], optimizer: Any, fresh_rng: bool
     with_rng = progress.get("layout") == layout() and not fresh_rng
     if with_rng:
         state["rng_state"] = rng_state()
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)
     for i, chunk in enumerate(unwrap_model(list(chunks))):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
     _keep_settings(optimizer.param_groups, loaded["optimizer"])

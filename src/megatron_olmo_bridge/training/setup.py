@@ -34,7 +34,7 @@ from .naming import put_back
 from .optimizer import ddp_config, make_optimizer, make_scheduler
 from .recipes import as_dict
 from .resolve import ResolvedRun
-from .restore import load
+from .restore import load_initial
 from .run_lock import exclusive
 from .stability import Watch
 from .task import Task
@@ -94,16 +94,15 @@ def _set_up(
         watch.restore(checkpointer.restore(step)["watch"])
     elif config.init.optimizer:
         assert source is not None
-        load(source.path, chunks, optimizer, fresh_rng=True)
+        load_initial(source, chunks, optimizer)
     scheduler = make_scheduler(config, optimizer)
-    scheduler.step(step or 0)
+    begin = (config.init.step or 0) if step is None else step
+    scheduler.step(begin)
     on_first(lambda: claim(config))  # last, so that a failed start leaves the folder as it was
     log = _open_log(resolved, task.loss_unit, step, extension, say)
     if checkpointer is not None:
         checkpointer.on_saved = lambda at, path: log.event("checkpoint", at, path=str(path))
-    return Run(
-        resolved, task, chunks, optimizer, scheduler, watch, checkpointer, log, step=step or 0
-    )
+    return Run(resolved, task, chunks, optimizer, scheduler, watch, checkpointer, log, step=begin)
 
 
 def _model_and_optimizer(resolved: ResolvedRun, is_new: bool) -> tuple[list[Any], Any]:

@@ -35,6 +35,10 @@ class Task(Protocol):
     def validation_micro_batches(self) -> int:
         """Number of these micro-batches."""
 
+    def trainer_state(self, step: int) -> dict[str, Any] | None:
+        """Return the state of OLMo-core's trainer after a step; None for data in another order."""
+        return None
+
     def forward(self, chunk: Any, batch: Batch) -> tuple[torch.Tensor, Score]:
         """Run a chunk of the model; the second value scores the output of the last stage."""
 

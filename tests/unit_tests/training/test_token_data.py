@@ -174,6 +174,10 @@ def test_the_index_of_samples_is_kept_where_it_is_asked_for(text: str, tmp_path:
 # ---------------------------------------------------------------------------------------- errors
 
 
+def configured(data: DataConfig) -> TrainingConfig:
+    return TrainingConfig(train=StepsConfig(sequence_length=LENGTH), data=data)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -187,7 +191,7 @@ def test_the_index_of_samples_is_kept_where_it_is_asked_for(text: str, tmp_path:
 )
 def test_what_can_not_be(text: str, data: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_data(DataConfig(**{"path": [text], **data}), VOCABULARY, LENGTH)
+        check_data(configured(DataConfig(**{"path": [text], **data})), VOCABULARY)
 
 
 @pytest.mark.parametrize(("tokens", "enough"), [(8, False), (9, True)])
@@ -204,16 +208,16 @@ def test_tokens_that_the_model_does_not_have(text: str) -> None:
     record = '{"documents": 1, "tokens": 97, "dtype": "uint16", "%s": %d}'
     Path(f"{text}.json").write_text(record % ("vocab_size", 1001))
     with pytest.raises(InputError, match=r"tokenizer of 1001 tokens.*has 1000.*model\.vocab_size"):
-        check_data(DataConfig(path=[text]), VOCABULARY, LENGTH)
+        check_data(configured(DataConfig(path=[text])), VOCABULARY)
     Path(f"{text}.json").write_text(record % ("max_token_id", 1000))
     with pytest.raises(InputError, match="has token 1000, the model has 1000"):
-        check_data(DataConfig(path=[text]), VOCABULARY, LENGTH)
+        check_data(configured(DataConfig(path=[text])), VOCABULARY)
 
 
 def test_damaged_data(text: str) -> None:
     Path(f"{text}.bin").write_bytes(b"x")
     with pytest.raises(FormatError, match="cut short"):
-        check_data(DataConfig(path=[text]), VOCABULARY, LENGTH)
+        check_data(configured(DataConfig(path=[text])), VOCABULARY)
 
 
 def test_an_index_that_can_not_be_written(text: str) -> None:

@@ -1,0 +1,176 @@
+"""Make the checkpoints in checkpoints.tar.xz with OLMo-core's own trainer, on a CPU.
+
+    python make_checkpoints.py FOLDER                          all of them, then the archive
+    [torchrun --nproc-per-node N] make_checkpoints.py FOLDER KIND
+
+Needs ``ai2-olmo-core==3.0.0`` and ``transformers``. Each KIND is a run of 6 steps on the same
+tokens: FOLDER/KIND has the checkpoint of step 3, ``run.json`` with the batch and the loss of each
+step, and ``last.safetensors`` with the weights after step 6.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+KINDS = {
+    "olmo2": {},
+    "olmo2-by-2-ranks": {},
+    "olmo2-first-step": {"step_increment_bugfix": False},
+    "olmo3-adamw": {"adamw": True},
+}
+LENGTH, BATCH, SAVED, LAST = 16, 4, 3, 6
+
+
+def main(folder: Path, kind: str) -> None:
+    for name, value in {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        "NUM_NODES": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577",
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("FS_LOCAL_RANK", os.environ["RANK"])
+    import torch
+    import torch.distributed as dist
+    from olmo_core.data import NumpyDataLoaderConfig, NumpyFSLDatasetConfig, TokenizerConfig
+    from olmo_core.distributed.parallel import DataParallelType
+    from olmo_core.nn.attention import SlidingWindowAttentionConfig
+    from olmo_core.nn.rope import YaRNRoPEScalingConfig
+    from olmo_core.nn.transformer import TransformerConfig
+    from olmo_core.optim import (
+        AdamWConfig,
+        CosWithWarmup,
+        OptimGroupOverride,
+        SkipStepAdamWConfig,
+    )
+    from olmo_core.train import (
+        Duration,
+        TrainerConfig,
+        prepare_training_environment,
+        teardown_training_environment,
+    )
+    from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConfigSaverCallback
+    from olmo_core.train.train_module import (
+        TransformerDataParallelConfig,
+        TransformerTrainModuleConfig,
+    )
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    prepare_training_environment(seed=0, backend="gloo")
+    many = dist.get_world_size() > 1
+    run, work = folder / kind, folder / "work"
+    tokenizer = TokenizerConfig(vocab_size=60, eos_token_id=0, pad_token_id=1)
+    windows = kind.startswith("olmo3")
+    model_config = TransformerConfig.llama_like(
+        vocab_size=64, d_model=16, n_layers=4 if windows else 2, n_heads=4, n_kv_heads=2,
+        qk_norm=True, rope_theta=500000, hidden_size_multiple_of=8, layer_norm_eps=1e-6,
+        block_name="reordered_norm",
+        sliding_window=SlidingWindowAttentionConfig(
+            pattern=[4, 4, 4, -1], force_full_attention_on_first_layer=False
+        ) if windows else None,
+    )  # fmt: skip
+    if windows:
+        yarn = YaRNRoPEScalingConfig(factor=8.0, beta_fast=32, beta_slow=1, old_context_len=8)
+        model_config = model_config.with_rope_scaling(yarn)
+    options: dict[str, Any] = dict(KINDS[kind])
+    optimizer = AdamWConfig if options.pop("adamw", False) else SkipStepAdamWConfig
+    module_config = TransformerTrainModuleConfig(
+        rank_microbatch_size=2 * LENGTH,
+        max_sequence_length=LENGTH,
+        optim=optimizer(
+            lr=3e-3,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            group_overrides=[
+                OptimGroupOverride(params=["embeddings.weight"], opts={"weight_decay": 0.0})
+            ],
+            **options,
+        ),
+        max_grad_norm=1.0,
+        z_loss_multiplier=1e-4,
+        compile_model=False,
+        scheduler=CosWithWarmup(warmup=2),
+        dp_config=TransformerDataParallelConfig(name=DataParallelType.fsdp) if many else None,
+    )
+    data_config = NumpyFSLDatasetConfig(
+        tokenizer=tokenizer,
+        paths=[str(folder / f"part-{i}.npy") for i in range(2)],
+        sequence_length=LENGTH,
+        work_dir=str(work),
+    )
+    loader_config = NumpyDataLoaderConfig(
+        global_batch_size=BATCH * LENGTH, seed=34521, num_workers=0
+    )
+    trainer_config = TrainerConfig(
+        save_folder=str(run), work_dir=str(work), save_overwrite=True,
+        max_duration=Duration.steps(LAST), metrics_collect_interval=1, device="cpu",
+        callbacks={
+            "checkpointer": CheckpointerCallback(save_interval=SAVED, save_async=False),
+            "config_saver": ConfigSaverCallback(),
+        },
+    )  # fmt: skip
+    model = model_config.build(init_device="meta" if many else "cpu")
+    module = module_config.build(model, device=torch.device("cpu"))
+    loader = loader_config.build(data_config.build(), dp_process_group=module.dp_process_group)
+    trainer = trainer_config.build(module, loader)
+    sections = {
+        "model": model_config, "train_module": module_config, "dataset": data_config,
+        "data_loader": loader_config, "trainer": trainer_config,
+    }  # fmt: skip
+    trainer.callbacks["config_saver"].config = {
+        name: section.as_config_dict() for name, section in sections.items()
+    }
+    steps: dict[int, dict[str, Any]] = {}
+
+    class Record(Callback):
+        def pre_step(self, batch: dict[str, Any]) -> None:
+            steps.setdefault(self.step, {})["tokens"] = batch["input_ids"].tolist()
+
+        def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+            for name in ("train/CE loss", "optim/total grad norm"):
+                if name in metrics and step > 0:
+                    steps.setdefault(step, {})[name] = float(metrics[name])
+
+    trainer.add_callback("record", Record())
+    trainer.fit()
+    if dist.get_rank() == 0:
+        (run / "run.json").write_text(json.dumps(steps))
+        if not many:
+            save_file(
+                {n: p.detach().clone() for n, p in module.model.named_parameters()},
+                run / "last.safetensors",
+            )
+    dist.barrier()
+    teardown_training_environment()
+
+
+def make_all(folder: Path) -> None:
+    import numpy as np
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(7)
+    for i, count in enumerate((330, 205)):  # 20 and 12 sequences: an epoch has 8 batches
+        random.integers(2, 60, count).astype(np.uint8).tofile(folder / f"part-{i}.npy")
+    for kind in KINDS:
+        ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if "ranks" in kind else []
+        subprocess.run([sys.executable, *ranks, __file__, str(folder), kind], check=True)
+        for other in (folder / kind).glob("step*"):
+            if other.name != f"step{SAVED}":
+                shutil.rmtree(other)
+    shutil.rmtree(folder / "work")
+    with tarfile.open(Path(__file__).with_name("checkpoints.tar.xz"), "w:xz") as archive:
+        archive.add(folder, ".")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        make_all(Path(sys.argv[1]))
+    else:
+        main(Path(sys.argv[1]), sys.argv[2])
