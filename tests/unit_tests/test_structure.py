@@ -247,7 +247,10 @@ TESTED_BY = {
         "formats/dcp_folder",
         "training/olmo_core_run",
     ],
-    "unit_tests/models/test_olmo_core_config.py": ["models/olmo_core_names"],
+    "unit_tests/models/test_olmo_core_config.py": [
+        "models/olmo_core_export",
+        "models/olmo_core_names",
+    ],
     "functional_tests/test_training_bad_input.py": [
         "cli/training",
         "tasks/train",

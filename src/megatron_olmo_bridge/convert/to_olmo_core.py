@@ -29,7 +29,7 @@ from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.formats.torch_archive import object_archive, tensor_archive
 from megatron_olmo_bridge.mapping.placement import Region, Shape
-from megatron_olmo_bridge.models.olmo_core_config import olmo_core_config
+from megatron_olmo_bridge.models.olmo_core_export import olmo_core_config
 from megatron_olmo_bridge.models.olmo_core_names import EMBEDDING, StoredAs, stored_as
 from megatron_olmo_bridge.storage.plan import CopyPlan, Packer
 

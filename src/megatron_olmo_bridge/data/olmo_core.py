@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_olmo_bridge.errors import FormatError, InputError
 
 MAX_PERIOD, MIN_REPEATS = 13, 32
-"""The instance filter leaves out a sequence that repeats up to so many tokens so many times."""
+"""Longest pattern, and fewest repeats of it, for which the filter leaves out a sequence."""
 _DTYPES = (np.uint8, np.uint16, np.uint32)
 
 

@@ -1,4 +1,4 @@
-"""OLMo-core's config of a model as Hugging Face's, and the other way round.
+"""Hugging Face's config of a model that OLMo-core trains.
 
 Source: ``olmo_core/nn/transformer/config.py`` in versions 1.9, 2.x and 3.0 of ``ai2-olmo-core``.
 """
@@ -12,9 +12,8 @@ from typing import Any
 
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 
-from .bridge import ModelBridge
 from .hf_values import MAX_LAYERS, HFValues, is_count, shown
-from .olmo3.config import FULL, SLIDING, layer_types
+from .olmo3.config import FULL, SLIDING
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,9 @@ _NO_EFFECT = {
     "scale_loss_by_num_layers", "z_loss_weight",
 }  # fmt: skip
 """Keys that only change rounding, speed, initialization or the loss in training."""
-_FORCED = ("force_full_attention_on_first_layer", "force_full_attention_on_last_layer")
+FORCED = ("force_full_attention_on_first_layer", "force_full_attention_on_last_layer")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OPTIONAL = ("n_kv_heads", "head_dim", "clip_qkv")
 _EPS = 1e-5
 """Default eps of OLMo-core's norms: ``olmo_core/nn/layer_norm.py``."""
 
@@ -101,13 +102,8 @@ def hf_config(config: Mapping[str, Any], sequence_length: int | None = None) -> 
     block = model.section("block")
     kind = BLOCKS[block.expect("name", *BLOCKS)]
     # The section is called attention before version 3.0.
-    attention = block.section(
-        "attention" if "attention" in block.values else "sequence_mixer",
-        name="default",
-        n_kv_heads=None,
-        head_dim=None,
-        clip_qkv=None,
-    )
+    key = "attention" if "attention" in block.values else "sequence_mixer"
+    attention = block.section(key, name="default", **dict.fromkeys(_OPTIONAL))
     head = model.section("lm_head", name="default")
     windows = _windows(attention, layers)
     if windows and kind is not BLOCKS["reordered_norm"]:
@@ -131,14 +127,20 @@ def hf_config(config: Mapping[str, Any], sequence_length: int | None = None) -> 
         **(_gated_mlp(block) if block.get("feed_forward_moe") is None else _experts(block)),
         **_special_tokens(config),
     }
-    attention.expect("name", "default")
-    attention.refuse_others(dropout=0.0)
-    block.refuse_others(dropout=0.0, attention_residual_alpha=1.0, feed_forward_residual_alpha=1.0)
-    head.expect("name", "default")
-    head.refuse_others()
+    _refuse_other_settings(model, block, attention, head)
+    return values
+
+
+def _refuse_other_settings(*sections: _Section) -> None:
+    """Refuse the settings of model, block, attention and head that were not read."""
+    model, block, attention, head = sections
     model.expect("name", "default", "moe")
     model.refuse_others(embed_scale=1.0)
-    return values
+    block.refuse_others(dropout=0.0, attention_residual_alpha=1.0, feed_forward_residual_alpha=1.0)
+    attention.expect("name", "default")
+    attention.refuse_others(dropout=0.0)
+    head.expect("name", "default")
+    head.refuse_others()
 
 
 def _eps(*norms: _Section) -> float:
@@ -168,8 +170,8 @@ def _windows(attention: _Section, layers: int) -> dict[str, Any]:
     """Return window and layer types, as ``SlidingWindowAttentionConfig`` decides for each layer."""
     if attention.get("sliding_window") is None:
         return {}
-    section = attention.section("sliding_window", **dict.fromkeys(_FORCED, True))
-    first_is_full, last_is_full = map(section.flag, _FORCED)
+    section = attention.section("sliding_window", **dict.fromkeys(FORCED, True))
+    first_is_full, last_is_full = map(section.flag, FORCED)
     pattern = section.get("pattern")
     section.refuse_others()
     if not (isinstance(pattern, list) and pattern and all(n == -1 or is_count(n) for n in pattern)):
@@ -239,8 +241,7 @@ def _yarn(section: _Section) -> dict[str, Any]:
         "original_max_position_embeddings": section.count("old_context_len"),
         "beta_fast": section.number("beta_fast"),
         "beta_slow": section.number("beta_slow"),
-        # YaRNRoPEScalingConfig.get_attention_rescale_factor
-        "attention_factor": 0.1 * math.log(factor) + 1.0,
+        "attention_factor": attention_factor(factor),
     }
     section.refuse_others()
     return values
@@ -287,103 +288,10 @@ def _sequence_length(config: Mapping[str, Any]) -> int:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     dataset = config.get("dataset")
     tokenizer = dataset.get("tokenizer") if isinstance(dataset, dict) else None
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    section = _Section(tokenizer or {}, "dataset.tokenizer", **dict.fromkeys(keys))
-    return {key: section.optional_whole(key) for key in keys}
+    section = _Section(tokenizer or {}, "dataset.tokenizer", **dict.fromkeys(TOKEN_IDS))
+    return {key: section.optional_whole(key) for key in TOKEN_IDS}
 
 
-def olmo_core_config(bridge: ModelBridge) -> dict[str, Any]:
-    """Return a ``config.json`` of OLMo-core that describes the model, as version 3.0 writes it.
-
-    Raises:
-        UnsupportedError: OLMo-core has no such model.
-    """
-    c, hf = bridge.config, bridge.hf_config
-    blocks = {kind.model_type: name for name, kind in BLOCKS.items()} | {"olmo3": "reordered_norm"}
-    if bridge.family not in blocks or bridge.num_labels is not None or bridge.is_tied:
-        what = "with tied embeddings" if bridge.is_tied else "that is converted"
-        raise UnsupportedError(f"OLMo-core has no {bridge.family} model {what}")
-    norm = _typed("layer_norm.LayerNormConfig", name="rms", eps=c.layernorm_epsilon, bias=False,
-                  dtype="float32")  # fmt: skip
-    rope = _typed("rope.RoPEConfig", name="default", theta=int(c.rotary_base), full_precision=True)
-    attention = _typed(
-        "attention.AttentionConfig", name="default", n_heads=c.num_attention_heads,
-        n_kv_heads=c.num_query_groups, bias=False, rope=rope, qk_norm=norm, dtype="float32",
-        type="attention",
-    )  # fmt: skip
-    if c.kv_channels * c.num_attention_heads != c.hidden_size:
-        attention["head_dim"] = c.kv_channels
-    if getattr(c, "clip_qkv", None) is not None:
-        attention["clip_qkv"] = c.clip_qkv
-    overrides: dict[str, Any] = {}
-    block = _typed("transformer.config.TransformerBlockConfig", name=blocks[bridge.family],
-                   sequence_mixer=attention, layer_norm=norm, **_mlp(bridge))  # fmt: skip
-    if bridge.family == "olmo3":
-        overrides = _add_windows(bridge, block)
-    head = _typed("lm_head.LMHeadConfig", name="default", layer_norm=norm, bias=False,
-                  dtype="float32")  # fmt: skip
-    model = _typed(
-        "transformer.config.TransformerConfig", d_model=c.hidden_size, vocab_size=c.vocab_size,
-        n_layers=c.num_layers, block=block, lm_head=head, dtype="float32",
-        name="moe" if bridge.num_experts else "default",
-    )  # fmt: skip
-    if overrides:
-        model["block_overrides"] = overrides
-    tokenizer = {
-        "vocab_size": c.vocab_size,
-        **{key: hf.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        "_CLASS_": "olmo_core.data.tokenizer.TokenizerConfig",
-    }
-    return {
-        "model": model,
-        "train_module": {"max_sequence_length": c.max_position_embeddings},
-        "dataset": {"tokenizer": {k: v for k, v in tokenizer.items() if v is not None}},
-    }
-
-
-def _typed(cls: str, /, **values: Any) -> dict[str, Any]:
-    """Return a section of OLMo-core's config with the name of its class."""
-    return {**values, "_CLASS_": f"olmo_core.nn.{cls}"}
-
-
-def _mlp(bridge: ModelBridge) -> dict[str, Any]:
-    c = bridge.config
-    if not bridge.num_experts:
-        return {
-            "feed_forward": _typed("feed_forward.FeedForwardConfig", name="default",
-                                   hidden_size=c.ffn_hidden_size, bias=False, dtype="float32",
-                                   activation="silu")
-        }  # fmt: skip
-    router = _typed("moe.router.MoERouterConfig", name="default", top_k=c.moe_router_topk,
-                    gating_function="softmax", dtype="float32")  # fmt: skip
-    if not c.moe_router_pre_softmax:
-        router["normalize_expert_weights"] = 1.0
-    return {
-        "feed_forward_moe": _typed("moe.moe.MoEConfig", name="dropless",
-                                   num_experts=bridge.num_experts, hidden_size=c.ffn_hidden_size,
-                                   router=router, lb_loss_weight=c.moe_aux_loss_coeff,
-                                   dtype="float32")
-    }  # fmt: skip
-
-
-def _add_windows(bridge: ModelBridge, block: dict[str, Any]) -> dict[str, Any]:
-    """Give a block OLMo-3's windows; return the blocks of the layers with YaRN by their number."""
-    c, attention = bridge.config, block["sequence_mixer"]
-    types = bridge.hf_config.get("layer_types") or layer_types(c.num_layers)
-    if c.window_size is not None:
-        window = c.window_size[0] + 1
-        attention["sliding_window"] = _typed(
-            "attention.SlidingWindowAttentionConfig",
-            pattern=[-1 if kind == FULL else window for kind in types],
-            **dict.fromkeys(_FORCED, False),
-        )
-    if (yarn := c.full_attention_rope) is None:
-        return {}
-    scaling = _typed(
-        "rope.YaRNRoPEScalingConfig", factor=yarn["scaling_factor"],
-        old_context_len=yarn["original_max_position_embeddings"],
-        beta_fast=int(yarn["beta_fast"]), beta_slow=int(yarn["beta_slow"]),
-    )  # fmt: skip
-    scaled = {**block, "sequence_mixer": {**attention, "rope": {**attention["rope"],
-                                                                "scaling": scaling}}}  # fmt: skip
-    return {str(layer): scaled for layer, kind in enumerate(types) if kind == FULL}
+def attention_factor(factor: float) -> float:
+    """Return ``YaRNRoPEScalingConfig.get_attention_rescale_factor``."""
+    return 0.1 * math.log(factor) + 1.0

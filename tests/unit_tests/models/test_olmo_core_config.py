@@ -9,7 +9,8 @@ import pytest
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.models.families import bridge_for, published_sizes
-from megatron_olmo_bridge.models.olmo_core_config import hf_config, olmo_core_config
+from megatron_olmo_bridge.models.olmo_core_config import hf_config
+from megatron_olmo_bridge.models.olmo_core_export import olmo_core_config
 from megatron_olmo_bridge.models.olmo_core_names import StoredAs, stored_as
 
 CONVERTED = ("olmo2-7b", "olmo2-32b", "olmo3-7b", "olmo3-tiny", "olmoe-1b-7b", "olmoe-tiny")
