@@ -29,7 +29,7 @@ from megatron_olmo_bridge.storage.transfer import Transfer
 from megatron_olmo_bridge.tools.verify import verify
 
 ARCHIVE = Path(__file__).parent / "olmo_core" / "checkpoints.tar.xz"
-KINDS = ("olmo2", "olmo2-by-2-ranks", "olmo2-first-step", "olmo3-adamw")
+KINDS = ("olmo2", "olmo2-by-2-ranks", "olmo2-first-step", "olmo3-adamw", "flex-olmo")
 STEP, LAST = 3, 6
 RECIPE = "from megatron_olmo_bridge.training.config import TrainingConfig as config\n"
 """Every setting at its default: the checkpoint's run decides."""
@@ -104,6 +104,15 @@ def test_the_exported_model_is_that_of_olmo_core(runs: Path, tmp_path: Path) -> 
         tokens = torch.tensor(step["tokens"])
         loss = model(input_ids=tokens, labels=tokens).loss.item()
         assert loss == pytest.approx(step["train/CE loss"], abs=1e-6)
+
+
+def test_experts_are_those_of_olmo_cores_own_converter(runs: Path, tmp_path: Path) -> None:
+    export_checkpoint(runs / "flex-olmo", tmp_path / "hf")
+    expected = load_file(runs / "flex-olmo/hf.safetensors")
+    exported = load_file(tmp_path / "hf/model.safetensors")
+    assert expected.keys() == exported.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, exported[name]), name
 
 
 def test_a_smaller_vocabulary_leaves_out_rows(runs: Path, tmp_path: Path) -> None:

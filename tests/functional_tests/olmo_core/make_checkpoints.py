@@ -3,9 +3,11 @@
     python make_checkpoints.py FOLDER                          all of them, then the archive
     [torchrun --nproc-per-node N] make_checkpoints.py FOLDER KIND
 
-Needs ``ai2-olmo-core==3.0.0`` and ``transformers``. Each KIND is a run of 6 steps on the same
-tokens: FOLDER/KIND has the checkpoint of step 3, ``run.json`` with the batch and the loss of each
-step, and ``last.safetensors`` with the weights after step 6.
+Needs ``ai2-olmo-core==3.0.0``, ``transformers`` and ``accelerate``. Each KIND is a run of 6 steps
+on the same tokens: FOLDER/KIND has the checkpoint of step 3, ``run.json`` with the batch and the
+loss of each step, and ``last.safetensors`` with the weights after step 6. The mixture of experts,
+whose forward pass needs a GPU, takes 3 steps with random gradients; ``hf.safetensors`` has its
+weights as OLMo-core's own converter writes them.
 """
 
 from __future__ import annotations
@@ -142,12 +144,60 @@ def main(folder: Path, kind: str) -> None:
     if dist.get_rank() == 0:
         (run / "run.json").write_text(json.dumps(steps))
         if not many:
-            save_file(
-                {n: p.detach().clone() for n, p in module.model.named_parameters()},
-                run / "last.safetensors",
-            )
+            weights = {n: p.detach().clone() for n, p in module.model.named_parameters()}
+            save_file(weights, run / "last.safetensors")
     dist.barrier()
     teardown_training_environment()
+
+
+def make_mixture(run: Path) -> None:
+    """Write a step of a mixture of experts."""
+    import torch
+    from olmo_core.distributed.checkpoint import save_state_dict
+    from olmo_core.nn.hf.config import get_hf_config
+    from olmo_core.nn.hf.convert import convert_state_to_hf
+    from olmo_core.nn.transformer import TransformerConfig
+    from olmo_core.optim import OptimGroupOverride, SkipStepAdamWConfig
+    from olmo_core.train.train_module import TransformerTrainModuleConfig
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model_config = TransformerConfig.llama_like_moe(
+        vocab_size=64, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, num_experts=4, top_k=2,
+        expert_hidden_size=8, reordered_norm=True, rope_theta=500000, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    module_config = TransformerTrainModuleConfig(
+        rank_microbatch_size=LENGTH,
+        max_sequence_length=LENGTH,
+        optim=SkipStepAdamWConfig(
+            lr=3e-3,
+            group_overrides=[
+                OptimGroupOverride(params=["embeddings.weight"], opts={"weight_decay": 0.0})
+            ],
+        ),
+    )
+    module = module_config.build(model_config.build(init_device="cpu"), torch.device("cpu"))
+    module.optim.latest_loss, module.optim.latest_grad_norm = torch.tensor(3.0), torch.tensor(1.0)
+    for group in module.optim.param_groups:
+        group["initial_lr"] = group["lr"]
+    for _ in range(SAVED):
+        for parameter in module.model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        module.optim.step()
+    step = run / f"step{SAVED}"
+    (step / "train").mkdir(parents=True)
+    save_state_dict(step / "model_and_optim", module.state_dict_to_save())
+    torch.save(
+        {"global_step": SAVED, "global_train_tokens_seen": 0, "max_steps": LAST, "epoch": 1,
+         "data_loader": {}},
+        step / "train/rank0.pt",
+    )  # fmt: skip
+    config = {"model": model_config, "train_module": module_config}
+    values = {name: section.as_config_dict() for name, section in config.items()}
+    values["dataset"] = {"tokenizer": {"vocab_size": 60, "eos_token_id": 0, "pad_token_id": 1}}
+    (step / "config.json").write_text(json.dumps(values))
+    state = convert_state_to_hf(get_hf_config(module.model), module.model.state_dict())
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, run / "hf.safetensors")
 
 
 def make_all(folder: Path) -> None:
@@ -158,6 +208,7 @@ def make_all(folder: Path) -> None:
     random = np.random.default_rng(7)
     for i, count in enumerate((330, 205)):  # 20 and 12 sequences: an epoch has 8 batches
         random.integers(2, 60, count).astype(np.uint8).tofile(folder / f"part-{i}.npy")
+    make_mixture(folder / "flex-olmo")
     for kind in KINDS:
         ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if "ranks" in kind else []
         subprocess.run([sys.executable, *ranks, __file__, str(folder), kind], check=True)
