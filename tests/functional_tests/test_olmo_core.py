@@ -207,6 +207,21 @@ def test_an_imported_run_continues_too(runs: Path, place: Place) -> None:
         assert loss == pytest.approx(expected[step]["train/CE loss"], abs=1e-6), step
 
 
+def test_a_run_writes_checkpoints_of_olmo_core(runs: Path, place: Place) -> None:
+    """With one of the run's own that can be loaded at any layout, in the middle of the run too."""
+    exports = place.folder / "exports"
+    run = place.run(
+        "exporting", *settings(runs, "olmo2"), f"export.olmo_core={exports}", "export.interval=2",
+        "checkpoint.fully_reshardable=none", processes=2, recipe="defaults",
+    ).done()  # fmt: skip
+    assert sorted(path.name for path in exports.glob("step*")) == ["step4", "step6"]
+    for step in (4, 6):
+        own = run.folder / f"iter_{step:07d}"
+        assert verify(own, exports / f"step{step}", optimizer=True).equal
+    log = [line["path"] for line in run.events("export")]
+    assert log == [str(exports / "step4"), str(exports / "step6")]
+
+
 def test_a_dry_run_says_where_each_setting_is_from(runs: Path, place: Place) -> None:
     code, said = olmo_bridge(
         "train", place.folder / "defaults.py", *settings(runs, "olmo2"), "optimizer.lr=1e-3",

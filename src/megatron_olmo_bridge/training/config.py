@@ -195,10 +195,13 @@ class InitConfig:
 
 @dataclass
 class ExportConfig:
-    """Hugging Face checkpoints, written while training."""
+    """Checkpoints in other formats, written while training."""
 
     hf: str | None = None
-    """Folder; each export goes into its ``step_N``, with a model card."""
+    """Folder for Hugging Face checkpoints; each goes into ``step_N``, with a model card."""
+    olmo_core: str | None = None
+    """Folder for training checkpoints of OLMo-core with optimizer state; each goes into ``stepN``.
+    It is made from a checkpoint of the run, which is saved for any layout."""
     interval: int | None = None
     """Steps between exports; by default only the last step is exported."""
 
@@ -282,7 +285,11 @@ class TrainingConfig:
     @property
     def output_folders(self) -> dict[str, Path]:
         """Folders that the run writes into, by the field that names them."""
-        named = {"checkpoint.save": self.checkpoint.save, "export.hf": self.export.hf}
+        named = {
+            "checkpoint.save": self.checkpoint.save,
+            "export.hf": self.export.hf,
+            "export.olmo_core": self.export.olmo_core,
+        }
         return {
             name: Path(value).expanduser() for name, value in named.items() if value is not None
         }
@@ -346,6 +353,10 @@ def check_values(config: TrainingConfig) -> None:
         raise InputError("give either init.hf or init.checkpoint")
     if init.optimizer and not init.checkpoint:
         raise InputError("init.optimizer=true takes the optimizer from init.checkpoint: name it")
+    if config.export.olmo_core and not config.checkpoint.save:
+        raise InputError(
+            "export.olmo_core is made from the run's own checkpoints: set checkpoint.save too"
+        )
     if init.revision and not init.hf:
         raise InputError(f"init.revision={init.revision} needs init.hf: the hub id that it is of")
 

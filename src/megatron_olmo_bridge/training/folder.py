@@ -35,6 +35,8 @@ _MAY_CHANGE = {
     "data.tokenizer",
 }
 """Sections and fields that may change when a run is resumed."""
+EXPORTS = {"export.hf": "step_*", "export.olmo_core": "step[0-9]*"}
+"""Fields that name a folder for exports, with the pattern of the exports in it."""
 _EXTENDS = {"train.steps", "schedule.end_step"}
 """Fields that may also change when a run is extended; see :mod:`.extension`."""
 _DIFFERENCES = 8
@@ -66,9 +68,9 @@ def check_folders(config: TrainingConfig) -> Extension | None:
     if folder is not None and (folder / RUN_FILE).is_file():
         before = _read(folder / RUN_FILE)
         extension = _check_same_run(folder, before, config)
-        _check_exports(config, _flat(before).get("export.hf"))
+        _check_exports(config, _flat(before))
         return extension
-    _check_exports(config, None)
+    _check_exports(config, {})
     if folder is None:
         return None
     if folder.exists() and (iteration_folders(folder) or (folder / TRACKER).exists()):
@@ -83,23 +85,24 @@ def check_folders(config: TrainingConfig) -> Extension | None:
     return None
 
 
-def _check_exports(config: TrainingConfig, before: str | None) -> None:
+def _check_exports(config: TrainingConfig, before: dict[str, Any]) -> None:
     """Raise InputError if exports would replace those of another run.
 
     Args:
-        before: the folder of this run's exports, if the run is resumed.
+        before: settings of this run by ``section.field``, if it is resumed.
     """
-    folder = config.output_folders.get("export.hf")
-    if folder is None:
-        return
-    if before is not None and folder.resolve() == Path(before).expanduser().resolve():
-        return
-    if exports := sorted(path.name for path in folder.glob("step_*")):
-        raise InputError(
-            f"export.hf={config.export.hf}: has exports of another run ({exports[0]}"
-            f"{f' and {len(exports) - 1} more' if exports[1:] else ''}), which this one's would "
-            "replace. Name another folder as export.hf."
-        )
+    for field, pattern in EXPORTS.items():
+        folder, own = config.output_folders.get(field), before.get(field)
+        if folder is None:
+            continue
+        if own is not None and folder.resolve() == Path(own).expanduser().resolve():
+            continue
+        if exports := sorted(path.name for path in folder.glob(pattern)):
+            raise InputError(
+                f"{field}={folder}: has exports of another run ({exports[0]}"
+                f"{f' and {len(exports) - 1} more' if exports[1:] else ''}), which this one's "
+                f"would replace. Name another folder as {field}."
+            )
 
 
 def _check_same_run(

@@ -17,12 +17,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_olmo_bridge.convert.options import ExportOptions
+from megatron_olmo_bridge.convert.to_hf import export_checkpoint
 from megatron_olmo_bridge.errors import AskedToStop, BridgeError, TrainingStopped
 from megatron_olmo_bridge.live.save import save_hf
 from megatron_olmo_bridge.runtime.process_groups import on_first
+from megatron_olmo_bridge.storage.execute import WriteOptions
 
 from .card import write_card
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, iteration_folder
 from .monitor.records import StepRecord
 from .monitor.run_log import RunLog
 from .optimizer import FIRST_STEP, reset_step
@@ -193,8 +196,13 @@ def after_step(run: Run, record: StepRecord, asked_to_stop: bool) -> None:
 
     if due(config.evaluation.interval):
         evaluate(run)
-    if run.checkpointer is not None and (asked_to_stop or due(config.checkpoint.interval)):
-        save(run)
+    exported = bool(config.export.olmo_core) and due(config.export.interval)
+    if run.checkpointer is not None and (
+        asked_to_stop or exported or due(config.checkpoint.interval)
+    ):
+        save(run, any_layout=exported)
+    if exported:
+        export_olmo_core(run)
     if config.export.hf and due(config.export.interval):
         export(run)
     if asked_to_stop and not run.finished:
@@ -219,8 +227,12 @@ def evaluate(run: Run) -> None:
     run.log.evaluation(run.step, **figures)
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint, or begin an asynchronous one; the run must have a folder."""
+def save(run: Run, *, any_layout: bool = False) -> None:
+    """Write a checkpoint, or begin an asynchronous one; the run must have a folder.
+
+    Args:
+        any_layout: make it one that can be loaded at any layout, whatever the setting.
+    """
     assert run.checkpointer is not None
     setting = run.resolved.config.checkpoint.fully_reshardable
     with whole_parameters(run.chunks):
@@ -231,7 +243,9 @@ def save(run: Run) -> None:
                 "decayed": run.resolved.config.optimizer.decayed,
                 "trainer": run.task.trainer_state(run.step),
             },
-            fully_reshardable=setting == "all" or (setting == "last" and run.finished),
+            fully_reshardable=any_layout
+            or setting == "all"
+            or (setting == "last" and run.finished),
         )
 
 
@@ -241,6 +255,20 @@ def export(run: Run) -> None:
     folder = Path(config.export.hf or ".") / f"step_{run.step}"
     save_weights(run, folder)
     on_first(lambda: write_card(folder, config, run.figures))
+    run.log.event("export", run.step, path=str(folder))
+
+
+def export_olmo_core(run: Run) -> None:
+    """Convert the checkpoint of this step to one of OLMo-core, with optimizer state."""
+    config, checkpointer = run.resolved.config, run.checkpointer
+    assert checkpointer is not None
+    checkpointer.finish()
+    source = iteration_folder(checkpointer.root, run.step)
+    folder = Path(config.export.olmo_core or ".") / f"step{run.step}"
+    options = ExportOptions(to="olmo-core", optimizer=True)
+    export_checkpoint(
+        source, folder, options, WriteOptions(overwrite=True)
+    )  # divided among the processes
     run.log.event("export", run.step, path=str(folder))
 
 

@@ -23,7 +23,7 @@ def exclusive(config: TrainingConfig, say: Callable[[str], None]) -> Iterator[No
     """Keep other runs out of the folders that a run writes into; all processes call it.
 
     Args:
-        config: names the folders: ``checkpoint.save`` and ``export.hf``.
+        config: names the folders: ``checkpoint.save`` and those of the exports.
         say: told where the file system has no locks.
 
     Raises:
