@@ -5,6 +5,7 @@ PYTHON_LATEST ?= $(shell for p in python3.12 $(wildcard $(HOME)/.pyenv/versions/
 VENV := .venv
 LATEST := .venv-latest
 DOCS := .venv-docs
+RELAY := .venv-relay
 BENCH ?=
 FUZZ_SECONDS ?= 120
 FUZZ_SEED ?= 0
@@ -13,11 +14,12 @@ TE_VERSIONS := 2.6.0 2.20.2
 # Containers often set it; then each process that tests start would compile this package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo train-demo test test-slow test-latest test-te fuzz coverage lint docs wheel bench clean
+.PHONY: help setup demo train-demo relay-demo test test-slow test-latest test-te fuzz coverage lint docs wheel bench clean
 
 help:
 	@echo "make demo         set up, convert a 1B model both ways, and prove that nothing was lost"
 	@echo "make train-demo   set up, and go from text to a trained model in transformers; 5 minutes"
+	@echo "make relay-demo   train in three legs, OLMo-core, Megatron, OLMo-core; 5 minutes"
 	@echo "make test         set up, lint, run the tests"
 	@echo "make test-slow    the tests that take long or kill at many places: an hour"
 	@echo "make test-latest  the same tests on Python 3.12 with the newest megatron-core"
@@ -44,6 +46,14 @@ $(LATEST)/ready: pyproject.toml constraints.txt
 	$(LATEST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 
+# OLMo-core needs other versions of two packages.
+$(RELAY)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RELAY)
+	grep -v -e huggingface_hub -e rich constraints.txt > $(RELAY)/constraints.txt
+	$(RELAY)/bin/pip install --quiet --disable-pip-version-check -c $(RELAY)/constraints.txt -e . \
+		ai2-olmo-core==3.0.0
+	touch $@
+
 # The extra alone: the site is made from the source without importing torch.
 $(DOCS)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
@@ -57,6 +67,10 @@ demo: $(VENV)/ready
 
 train-demo: $(VENV)/ready
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh examples/train/train_demo.sh train-demo-output
+
+relay-demo: $(RELAY)/ready
+	rm -rf relay-demo-output
+	OMP_NUM_THREADS=1 $(RELAY)/bin/python examples/relay/relay.py relay-demo-output
 
 test: $(VENV)/ready lint
 	$(VENV)/bin/python -m pytest -m "not slow" -n 3 --dist loadfile --durations=15
@@ -106,4 +120,4 @@ bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/train.py
 
 clean:
-	rm -rf $(VENV) $(LATEST) $(DOCS) .te dist build site fuzz-findings demo-output train-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(DOCS) $(RELAY) .te dist build site fuzz-findings demo-output train-demo-output relay-demo-output bench-output no_magic_output .pytest_cache .mypy_cache .ruff_cache
