@@ -50,7 +50,8 @@ $(LATEST)/ready: pyproject.toml constraints.txt
 $(RELAY)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RELAY)
 	grep -v -e huggingface_hub -e rich constraints.txt > $(RELAY)/constraints.txt
-	$(RELAY)/bin/pip install --quiet --disable-pip-version-check -c $(RELAY)/constraints.txt -e . \
+	$(RELAY)/bin/pip install --quiet --disable-pip-version-check -c $(RELAY)/constraints.txt \
+		-e ".[train]" \
 		ai2-olmo-core==3.0.0
 	touch $@
 
