@@ -247,6 +247,10 @@ TESTED_BY = {
         "formats/dcp_folder",
         "training/olmo_core_run",
     ],
+    "functional_tests/test_olmo_trainer.py": [
+        "checkpoints/olmo_trainer",
+        "models/olmo_trainer_config",
+    ],
     "unit_tests/models/test_olmo_core_config.py": [
         "models/olmo_core_export",
         "models/olmo_core_names",

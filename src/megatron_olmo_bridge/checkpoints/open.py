@@ -15,10 +15,12 @@ from .hf import HFCheckpoint
 from .megatron import MegatronCheckpoint
 from .olm import OLMCheckpoint
 from .olmo_core import OLMoCoreCheckpoint
+from .olmo_trainer import OLMoTrainerCheckpoint
 
 KINDS: tuple[type[Checkpoint], ...] = (
     OLMCheckpoint,
     OLMoCoreCheckpoint,
+    OLMoTrainerCheckpoint,
     MegatronCheckpoint,
     HFCheckpoint,
 )

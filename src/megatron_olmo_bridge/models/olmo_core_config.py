@@ -6,7 +6,7 @@ Source: ``olmo_core/nn/transformer/config.py`` in versions 1.9, 2.x and 3.0 of `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,22 +46,24 @@ _EPS = 1e-5
 """Default eps of OLMo-core's norms: ``olmo_core/nn/layer_norm.py``."""
 
 
-class _Section(HFValues):
-    """Section of OLMo-core's config, which notes the keys that are read."""
+class Section(HFValues):
+    """Section of the config of AI2's trainers, which notes the keys that are read."""
 
-    def __init__(self, values: Any, name: str, /, **defaults: Any) -> None:
+    def __init__(
+        self, values: Any, name: str, /, no_effect: Set[str] = _NO_EFFECT, **defaults: Any
+    ) -> None:
         if not isinstance(values, dict):
             raise InputError(f"{name} must be an object, not {shown(values)}")
         super().__init__(values, defaults, where=f" in {name}")
         self.name, self.values = name, values
-        self._keys_read = set(_NO_EFFECT)
+        self._keys_read = set(no_effect)
 
     def get(self, key: str, default: Any = None) -> Any:
         self._keys_read.add(key)
         return super().get(key, default)
 
-    def section(self, key: str, **defaults: Any) -> _Section:
-        return _Section(self.get(key), f"{self.name}.{key}", **defaults)
+    def section(self, key: str, **defaults: Any) -> Section:
+        return Section(self.get(key), f"{self.name}.{key}", **defaults)
 
     def expect(self, key: str, *accepted: Any) -> Any:
         """Return a value, which must be one of those that are converted."""
@@ -97,7 +99,7 @@ def hf_config(config: Mapping[str, Any], sequence_length: int | None = None) -> 
         InputError: a value is absent or not of its type.
         UnsupportedError: a setting has no counterpart in the families of this package.
     """
-    model = _Section(config.get("model"), "model", name="default", tie_word_embeddings=False)
+    model = Section(config.get("model"), "model", name="default", tie_word_embeddings=False)
     layers = model.count("n_layers", MAX_LAYERS)
     block = model.section("block")
     kind = BLOCKS[block.expect("name", *BLOCKS)]
@@ -131,7 +133,7 @@ def hf_config(config: Mapping[str, Any], sequence_length: int | None = None) -> 
     return values
 
 
-def _refuse_other_settings(*sections: _Section) -> None:
+def _refuse_other_settings(*sections: Section) -> None:
     """Refuse the settings of model, block, attention and head that were not read."""
     model, block, attention, head = sections
     model.expect("name", "default", "moe")
@@ -143,7 +145,7 @@ def _refuse_other_settings(*sections: _Section) -> None:
     head.refuse_others()
 
 
-def _eps(*norms: _Section) -> float:
+def _eps(*norms: Section) -> float:
     """Return eps of these norms, which must be the same."""
     all_eps = set()
     for norm in norms:
@@ -155,7 +157,7 @@ def _eps(*norms: _Section) -> float:
     return all_eps.pop()
 
 
-def _heads(attention: _Section) -> dict[str, Any]:
+def _heads(attention: Section) -> dict[str, Any]:
     heads = attention.count("n_heads")
     values: dict[str, Any] = {
         "num_attention_heads": heads,
@@ -166,7 +168,7 @@ def _heads(attention: _Section) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _windows(attention: _Section, layers: int) -> dict[str, Any]:
+def _windows(attention: Section, layers: int) -> dict[str, Any]:
     """Return window and layer types, as ``SlidingWindowAttentionConfig`` decides for each layer."""
     if attention.get("sliding_window") is None:
         return {}
@@ -192,7 +194,7 @@ def _windows(attention: _Section, layers: int) -> dict[str, Any]:
     return {"sliding_window": windows[0], "layer_types": types}
 
 
-def _rope(model: _Section, attention: _Section, layer_types: list[str]) -> dict[str, Any]:
+def _rope(model: Section, attention: Section, layer_types: list[str]) -> dict[str, Any]:
     """Return theta, and YaRN of the layers without a window.
 
     A layer's block in ``block_overrides`` may differ from the other layers' only in this.
@@ -206,7 +208,7 @@ def _rope(model: _Section, attention: _Section, layer_types: list[str]) -> dict[
     for layer, kind in enumerate(layer_types):
         own = block
         if str(layer) in overrides:
-            own = _Section(overrides[str(layer)], f"model.block_overrides.{layer}")
+            own = Section(overrides[str(layer)], f"model.block_overrides.{layer}")
         own_rope = own.section(key).section("rope")
         if _without_scaling(own, key) != _without_scaling(block, key):
             raise UnsupportedError(f"{own.name} differs from model.block not only in rope.scaling")
@@ -217,19 +219,19 @@ def _rope(model: _Section, attention: _Section, layer_types: list[str]) -> dict[
     if len(scalings[FULL]) > 1:
         raise UnsupportedError("model has different rope.scaling in layers of one kind")
     if any(scalings[FULL]):
-        values["rope_scaling"] = _yarn(_Section(scalings[FULL][0], f"{rope.name}.scaling"))
+        values["rope_scaling"] = _yarn(Section(scalings[FULL][0], f"{rope.name}.scaling"))
     rope.get("scaling")
     rope.refuse_others(partial_rotary_factor=1.0)
     return values
 
 
-def _without_scaling(block: _Section, attention_key: str) -> dict[str, Any]:
+def _without_scaling(block: Section, attention_key: str) -> dict[str, Any]:
     attention = block.values[attention_key]
     rope = {**attention["rope"], "scaling": None}
     return {**block.values, attention_key: {**attention, "rope": rope}}
 
 
-def _yarn(section: _Section) -> dict[str, Any]:
+def _yarn(section: Section) -> dict[str, Any]:
     if not str(section.get("_CLASS_")).endswith(".YaRNRoPEScalingConfig"):
         raise UnsupportedError(
             f"{section.name} is {shown(section.get('_CLASS_'))}; converted is only YaRN"
@@ -247,7 +249,7 @@ def _yarn(section: _Section) -> dict[str, Any]:
     return values
 
 
-def _gated_mlp(block: _Section) -> dict[str, Any]:
+def _gated_mlp(block: Section) -> dict[str, Any]:
     mlp = block.section("feed_forward", name="default", activation="silu")
     mlp.expect("name", "default")
     mlp.expect("activation", "silu")
@@ -256,7 +258,7 @@ def _gated_mlp(block: _Section) -> dict[str, Any]:
     return values
 
 
-def _experts(block: _Section) -> dict[str, Any]:
+def _experts(block: Section) -> dict[str, Any]:
     moe = block.section("feed_forward_moe", name="default", lb_loss_weight=0.01)
     moe.expect("name", "default", "dropless")
     router = moe.section("router", name="default", top_k=1, gating_function="softmax")
@@ -278,7 +280,7 @@ def _sequence_length(config: Mapping[str, Any]) -> int:
     for name, key in (("train_module", "max_sequence_length"), ("dataset", "sequence_length")):
         section = config.get(name)
         if isinstance(section, dict) and section.get(key) is not None:
-            return _Section(section, name).count(key)
+            return Section(section, name).count(key)
     raise InputError(
         "says neither train_module.max_sequence_length nor dataset.sequence_length, the length of "
         "the model's sequences: pass --hf-config with a folder that has the model's config.json"
@@ -288,7 +290,8 @@ def _sequence_length(config: Mapping[str, Any]) -> int:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     dataset = config.get("dataset")
     tokenizer = dataset.get("tokenizer") if isinstance(dataset, dict) else None
-    section = _Section(tokenizer or {}, "dataset.tokenizer", **dict.fromkeys(TOKEN_IDS))
+    defaults: dict[str, Any] = dict.fromkeys(TOKEN_IDS)
+    section = Section(tokenizer or {}, "dataset.tokenizer", **defaults)
     return {key: section.optional_whole(key) for key in TOKEN_IDS}
 
 
