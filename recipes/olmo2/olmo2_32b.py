@@ -4,6 +4,12 @@ The layout takes 2 nodes of 8 GPUs of 80 GB, or a multiple; 8 nodes leave half o
 Where nodes are joined by slow links, ``parallel.pp=2 parallel.vpp=4`` sends less between them.
 Stage 2 was run with the seeds 1110 and 2662 over 100B tokens and with 2662 over 300B
 (``stage2_300b``), and the three were averaged.
+
+Known: before version 2.2.0 (August 2025), the step count of OLMo-core's SkipStepAdamW did not
+advance, so that its bias correction stayed that of the first step; updates were sqrt(1 - beta2) /
+(1 - beta1) = 2.236 times larger than those of AdamW. Inferred: this model, of March 2025, was
+trained so. Its training checkpoints tell: their ``step`` is 0, and a run that continues from one
+trains so too. A run from the start does with ``optimizer.bias_correction=first_step``.
 """
 
 from __future__ import annotations

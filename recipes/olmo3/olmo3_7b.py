@@ -7,6 +7,10 @@ after 5.93T. That second part is not a recipe here: no schedule of this package 
 Mid-training (``stage2``) began at that step, with its optimizer. It was run twice, and the two were
 averaged. Its learning rate is that of the 5T cosine after 2T tokens.
 
+Not known: whether the step count of SkipStepAdamW advanced, which it does by default since version
+2.2.0 of OLMo-core, but not with ``step_increment_bugfix=False``. Training checkpoints tell: without
+it their ``step`` is 0, and ``optimizer.bias_correction=first_step`` trains so.
+
 The layout fits one node of 8 GPUs of 80 GB, or any number of such nodes.
 """
 

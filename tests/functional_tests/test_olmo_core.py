@@ -7,6 +7,7 @@ recorded its own next steps: batches, losses, and the weights after them.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import tarfile
@@ -288,6 +289,13 @@ def config_with(path: str, value: object) -> Callable[[Path], None]:
     return damage
 
 
+class Runs:
+    """Pickled, it would write a file when it is read."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("open('ran', 'w')",)
+
+
 MOMENT = "optim.state.lm_head.w_out.weight.exp_avg"
 BLOCK = "model.block"
 FAULTS = {
@@ -300,6 +308,12 @@ FAULTS = {
         "that of lm_head.w_out.weight is 9.0; Megatron's optimizer keeps one for all",
     ),
     "other optimizer": Fault(without("lm_head.w_out.weight.exp_avg_sq"), "optim.state"),
+    "hostile progress": Fault(
+        lambda step: torch.save({"global_step": Runs()}, step / "train/rank0.pt"), "eval"
+    ),
+    "truncated": Fault(
+        lambda step: os.truncate(step / "model_and_optim/__0_0.distcp", 1000), "truncated"
+    ),
     "no progress": Fault(lambda step: (step / "train/rank0.pt").unlink(), "rank0.pt"),
     "other eps": Fault(
         config_with(f"{BLOCK}.layer_norm.eps", 1e-5), "different eps: [1e-06, 1e-05]"
@@ -335,8 +349,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_one_message_and_nothing_is_written(
-    runs: Path, place: Place, tmp_path: Path, fault: str
+    runs: Path, place: Place, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(runs / "olmo2", tmp_path / "run")
     FAULTS[fault].change(tmp_path / "run" / f"step{STEP}")
     if FAULTS[fault].command == "import":
