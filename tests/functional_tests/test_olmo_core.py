@@ -224,12 +224,10 @@ def test_a_run_writes_checkpoints_of_olmo_core(runs: Path, place: Place) -> None
 
 
 def test_a_dry_run_says_where_each_setting_is_from(runs: Path, place: Place) -> None:
-    code, said = olmo_bridge(
-        "train", place.folder / "defaults.py", *settings(runs, "olmo2"), "optimizer.lr=1e-3",
-        "--dry-run", "--json",
-    )  # fmt: skip
-    assert code == 0, said
-    config = json.loads(said)["result"]["config"]
+    arguments = [*settings(runs, "olmo2"), "optimizer.lr=1e-3", "--dry-run", "--json"]
+    done = CliRunner().invoke(app, ["train", str(place.folder / "defaults.py"), *arguments])
+    assert done.exit_code == 0, done.output
+    config = json.loads(done.stdout)["result"]["config"]
     file = str(runs / "olmo2" / f"step{STEP}" / "config.json")
     assert config["optimizer"]["z_loss"] == 1e-4 and config["sources"]["optimizer.z_loss"] == file
     assert config["init"]["step"] == STEP and config["train"]["global_batch_size"] == 4
