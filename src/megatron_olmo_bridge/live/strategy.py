@@ -37,7 +37,7 @@ from .shards import Finder
 @contextlib.contextmanager
 def hf_as_megatron(
     hf: str | Path, *, revision: str | None = None
-) -> Iterator[tuple[str, HFLoadStrategy]]:
+) -> Iterator[tuple[str, LoadStrategy]]:
     """Yield a folder and a strategy for stock megatron-core to load a Hugging Face checkpoint::
 
         with hf_as_megatron("allenai/OLMo-2-0425-1B") as (folder, strategy):
@@ -60,22 +60,22 @@ def hf_as_megatron(
 @contextlib.contextmanager
 def as_megatron(
     source: Checkpoint, state: OptimizerState | None = None
-) -> Iterator[tuple[str, HFLoadStrategy]]:
+) -> Iterator[tuple[str, LoadStrategy]]:
     """Yield a folder and a strategy for stock megatron-core to load a checkpoint of any kind.
 
     Args:
         source: the checkpoint.
         state: its optimizer state, to be loaded too.
     """
-    with tempfile.TemporaryDirectory(prefix="hf-as-megatron-") as name:
+    with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as name:
         folder = Path(name)
         (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
         common = common_state(source.bridge, source.padded_vocab_size, source.dtypes[0], state)
         (folder / COMMON).write_bytes(object_archive(common))
-        yield name, HFLoadStrategy(source, state)
+        yield name, LoadStrategy(source, state)
 
 
-class HFLoadStrategy:
+class LoadStrategy:
     """Load strategy that reads a checkpoint of any kind, for megatron-core 0.16 to 0.19."""
 
     can_handle_sharded_objects = True
