@@ -337,6 +337,11 @@ FAULTS = {
         "its data set is 'NumpyPackedFSLDatasetConfig', not NumpyFSLDataset",
         "train",
     ),
+    "no settings": Fault(
+        config_with("train_module", {"max_sequence_length": 16}),
+        "has no optim, so the settings of the run can't be taken from it. Import the checkpoint",
+        "train",
+    ),
     "optimizer": Fault(
         config_with("train_module.optim._CLASS_", "olmo_core.optim.lion.LionConfig"),
         "its optimizer is 'LionConfig', not AdamW",

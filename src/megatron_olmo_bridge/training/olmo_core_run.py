@@ -48,7 +48,13 @@ def continued(
     sources = dict(config.sources)
     try:
         settings = olmo_core_settings(read_json(file))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except KeyError as error:
+        raise InputError(
+            f"{file}: has no {error.args[0]}, so the settings of the run can't be taken from it. "
+            "Import the checkpoint with --optimizer, and continue from that with init.step and a "
+            "recipe that has the settings."
+        ) from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"{file}: a setting of the run is not of its type: {error}") from error
     except UnsupportedError as error:
         raise UnsupportedError(f"{file}: {error}") from error
