@@ -373,18 +373,17 @@ def test_a_fault_is_one_message_and_nothing_is_written(
 
 def test_another_data_set_is_refused(runs: Path, place: Place, tmp_path: Path) -> None:
     (tmp_path / "mix.txt").write_text("part-1.npy\npart-0.npy\n")
-    overrides = [s for s in settings(runs, "olmo2") if not s.startswith("data.mix")]
-    code, said = olmo_bridge(
-        "train", place.folder / "defaults.py", *overrides, f"data.mix={tmp_path / 'mix.txt'}",
-        f"data.root={runs}",
-    )  # fmt: skip
-    assert code == 2 and "is not the data set of the run" in said
+    mix = f"data.mix={tmp_path / 'mix.txt'}"
+    overrides = [*settings(runs, "olmo2"), mix, f"data.root={runs}"]
+    run = place.run("other-data", *overrides, recipe="defaults")
+    assert run.codes == [2] and "is not the data set of the run" in run.said
+    assert not run.folder.exists()
 
 
 def test_another_place_in_the_data_is_refused(runs: Path, place: Place) -> None:
-    code, said = olmo_bridge(
-        "train", place.folder / "defaults.py", *settings(runs, "olmo2"), "init.step=1"
-    )
-    assert code == 2
+    run = place.run("other-place", *settings(runs, "olmo2"), "init.step=1", recipe="defaults")
+    said = " ".join(run.said.split())
+    assert run.codes == [2]
     assert "data.mix would be at another place than in OLMo-core's run" in said
     assert "batches_processed: 1, OLMo-core's was 3" in said
+    assert not run.folder.exists()
