@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ RECIPE = "from megatron_olmo_bridge.training.config import TrainingConfig as con
 
 
 def main(folder: Path) -> None:
+    if folder.exists():
+        sys.exit(f"{folder}: exists already; name a new folder")
+    if find_spec("olmo_core") is None:
+        sys.exit("OLMo-core is not installed: make relay-demo sets up an environment with it")
     tokens = folder / "tokens"
     tokens.mkdir(parents=True)
     write_tokens(tokens)

@@ -282,7 +282,7 @@ def test_a_run_resumes_at_another_data_parallel_size(
 def test_a_checkpoint_is_saved_again_for_any_layout(
     place: Place, uninterrupted: Uninterrupted, stopped: Run
 ) -> None:
-    """That happens before the run's next step and doesn't change the run."""
+    """Before the next step of the run, which it doesn't change."""
     name = copied(place, stopped, "again")
     killed = train(place, name, "tp", FOR_ANY_LAYOUT, fate="killed:6:0")
     assert set(killed.codes) == {-signal.SIGKILL}

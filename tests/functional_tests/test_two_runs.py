@@ -1,4 +1,4 @@
-"""Of two runs in one folder, one runs as if alone, and the other is refused with the reason."""
+"""Two runs in one folder: one runs as if alone, the other is refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card that a run writes beside its export."""
+"""The model card that a run writes with its export."""
 
 from pathlib import Path
 
