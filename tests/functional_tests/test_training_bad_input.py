@@ -244,7 +244,7 @@ INIT = [
     Case("init.hf=DATA/hf init.checkpoint=HERE/run", ("either init.hf or init.checkpoint",)),
     Case("init.revision=main", ("init.revision=main", "init.hf")),
     Case("init.optimizer=true", ("init.checkpoint: name it",)),
-    Case("init.optimizer=true init.checkpoint=DATA/hf", ("DATA/hf: has no optimizer state",)),
+    Case("init.optimizer=true init.checkpoint=DATA/hf", ("DATA/hf: no optimizer state is read from Hugging Face checkpoints",)),
     Case("init.optimizer=true init.checkpoint=DATA/imported",
          ("imported/iter_0000000: has no optimizer state", "leave out init.optimizer"),
          late=True),

@@ -144,14 +144,15 @@ class Checkpoint(ABC):
         """Flags with which Megatron-LM loads this checkpoint."""
         return []
 
+    @property
     def optimizer_state(self) -> OptimizerState:
-        """Return the optimizer state, from headers alone except for the counts.
+        """Optimizer state, from headers alone except for the settings and counts.
 
         Raises:
             InputError: the checkpoint has none.
             UnsupportedError: it is not that of AdamW, or not the same for all parameters.
         """
-        raise InputError(f"{self.path}: a {self.kind} checkpoint has no optimizer state")
+        raise InputError(f"{self.path}: no optimizer state is read from {self.kind} checkpoints")
 
     def pieces(self, parameter: Parameter, region: Region) -> Iterator[Piece]:
         """Yield the pieces that a region of a Megatron parameter consists of.

@@ -7,7 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from megatron_olmo_bridge.errors import BridgeError, InputError, UnsupportedError, quote
+from megatron_olmo_bridge.errors import (
+    BridgeError,
+    FormatError,
+    InputError,
+    UnsupportedError,
+    quote,
+)
 from megatron_olmo_bridge.formats.dcp_metadata import METADATA
 from megatron_olmo_bridge.formats.files import refuse_pointer
 from megatron_olmo_bridge.formats.hf_folder import is_hf_folder
@@ -23,7 +29,7 @@ from megatron_olmo_bridge.models.families import bridge_for
 
 from .checkpoint import Checkpoint, OptimizerState, ReadOptions, artifact_patterns
 from .megatron_config import HF_SUBFOLDER, check_agreement, config_of
-from .megatron_optimizer import RECORD, STATE, optimizer_values
+from .megatron_optimizer import STATE, optimizer_values, read_iteration, read_record
 from .name_hints import explaining_names
 
 _CONVERT_WITH_MEGATRON = (
@@ -99,11 +105,17 @@ class MegatronCheckpoint(Checkpoint):
             views[name] = TensorView.assembled(name, shape, pieces)
         return views
 
+    @cached_property
     def optimizer_state(self) -> OptimizerState:
         dist = TorchDistFolder.read(self.path)
         step, settings = optimizer_values(dist)
-        record = dist.common.get(RECORD) or {}
+        decayed, trainer = read_record(dist)
         master = next((n for n in ("param.", "fp32_param.") if dist.select(STATE + n).tensors), "")
+        if not master and self.dtypes != ["float32"]:
+            raise FormatError(
+                f"{self.path}: its optimizer state doesn't have the float32 weights "
+                f"({STATE}fp32_param.* or {STATE}param.*)"
+            )
         prefixes = {
             "param": STATE + master if master else "",
             "exp_avg": f"{STATE}exp_avg.",
@@ -114,11 +126,11 @@ class MegatronCheckpoint(Checkpoint):
             for kind, prefix in prefixes.items()
         }
         return OptimizerState(
-            iteration=int(dist.common.get("iteration", 0)),
+            iteration=read_iteration(dist),
             step=step,
             settings=settings,
-            decayed=record.get("decayed", "matrices"),
-            trainer=record.get("trainer"),
+            decayed=decayed,
+            trainer=trainer,
             tensors=tensors,
         )
 

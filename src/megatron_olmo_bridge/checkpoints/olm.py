@@ -17,8 +17,8 @@ from megatron_olmo_bridge.errors import InputError, MappingError
 from megatron_olmo_bridge.formats.files import refuse_pointer
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
 from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
-from megatron_olmo_bridge.formats.torch_archive import array_of, read_archive
-from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered
+from megatron_olmo_bridge.formats.torch_archive import arrays_by_name, read_archive
+from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered, split_numbers
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import bulleted, check_tensors
 from megatron_olmo_bridge.models.families import bridge_for
@@ -144,13 +144,12 @@ def read_olm(file: Path) -> dict[str, StoredArray]:
     value = read_archive(file)
     # Only index the value: a pickle may give an object attributes that hide its methods.
     models = [value[k] for k in MODEL_KEYS if k in value] if isinstance(value, dict) else []
-    tensors = models[0] if models else None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+    arrays = arrays_by_name(models[0] if models else None, file)
+    if arrays is None:
         raise InputError(
             f"{file}: not a checkpoint of OLM's trainer: it has no {' or '.join(MODEL_KEYS)} with "
             "tensors by name"
         )
-    arrays = {name: array_of(tensors[name], file, f"{file}: {name}") for name in tensors}
     for wrapper in WRAPPERS:
         if all(name.startswith(wrapper) for name in arrays):
             arrays = {name.removeprefix(wrapper): array for name, array in arrays.items()}
@@ -248,8 +247,7 @@ def hf_views(
 
 def _sources_of(hf_name: str) -> tuple[list[str], bool]:
     """Return the OLM tensors of a Hugging Face tensor, and whether they are transposed."""
-    index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
-    pattern = re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)
+    pattern, index = split_numbers(hf_name)
     return [numbered(name, index) for name in OLM_TENSORS[pattern]], pattern in TRANSPOSED
 
 

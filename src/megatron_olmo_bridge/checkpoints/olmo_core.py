@@ -5,23 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_olmo_bridge.errors import BridgeError, InputError, quote
 from megatron_olmo_bridge.formats.dcp_folder import DCPFolder
-from megatron_olmo_bridge.formats.files import read_json
-from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config, refuse_outside
+from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
 from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import ResolvedMapping, bulleted, check_tensors
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridge_for
-from megatron_olmo_bridge.models.olmo_core_config import hf_config
+from megatron_olmo_bridge.models.olmo_core_config import hf_config, is_dropless
 from megatron_olmo_bridge.models.olmo_core_names import StoredAs, stored_as
 
 from .checkpoint import Checkpoint, OptimizerState, ReadOptions
-from .olmo_core_state import MOMENTS, STATE, WEIGHTS, optimizer_values, read_progress
+from .olmo_core_state import MOMENTS, PROGRESS, STATE, WEIGHTS, optimizer_values, read_progress
 
 TENSORS = "model_and_optim"
 """Folder of the tensors in a step's folder."""
@@ -38,6 +38,8 @@ class OLMoCoreCheckpoint(Checkpoint):
 
     model: ModelBridge
     """The model as OLMo-core has it, perhaps with more rows in the vocabulary."""
+    dropless: bool
+    """Whether it is a mixture of experts that drops no tokens, which stores them differently."""
     views: dict[str, TensorView]
     """Tensors of the Hugging Face model, assembled from those of the files."""
 
@@ -57,11 +59,13 @@ class OLMoCoreCheckpoint(Checkpoint):
 
     @classmethod
     def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
-        return {path: (CONFIG,), path / TENSORS: ("*",)}
+        return {path: (CONFIG,), path / PROGRESS.parent: (PROGRESS.name,), path / TENSORS: ("*",)}
 
     @classmethod
     def open(cls, path: Path, options: ReadOptions, strict: bool) -> OLMoCoreCheckpoint:
-        bridge, model = _bridges(path, options)
+        config = read_config(path)
+        bridge, model = _bridges(path, config, options)
+        dropless = is_dropless(config)
         registry, folder = bridge.mapping_registry(), DCPFolder.read(path / TENSORS)
         registry.check_size(len(folder.tensors), path)
         mapping = registry.resolve()
@@ -73,7 +77,8 @@ class OLMoCoreCheckpoint(Checkpoint):
             config_from=path / CONFIG,
             artifacts_folder=Path(options.hf_config) if options.hf_config else None,
             model=model,
-            views=_hf_views(folder.select(WEIGHTS), mapping, model),
+            dropless=dropless,
+            views=_hf_views(folder.select(WEIGHTS), mapping, model, dropless),
             reading_notes=(f"{rows} rows of the vocabulary were left out",) if rows else (),
         )
 
@@ -81,6 +86,7 @@ class OLMoCoreCheckpoint(Checkpoint):
     def tensors(self) -> dict[str, TensorView]:
         return self.views
 
+    @cached_property
     def optimizer_state(self) -> OptimizerState:
         folder = DCPFolder.read(self.path / TENSORS)
         step, settings, decayed = optimizer_values(folder)
@@ -97,7 +103,8 @@ class OLMoCoreCheckpoint(Checkpoint):
 
     def _with_tensors(self, folder: DCPFolder) -> OLMoCoreCheckpoint:
         """Return the model with other tensors than the weights, by the same names."""
-        return replace(self, views=_hf_views(folder, self.mapping, self.model))
+        views = _hf_views(folder, self.mapping, self.model, self.dropless)
+        return replace(self, views=views)
 
     @property
     def layout(self) -> str:
@@ -121,7 +128,9 @@ def step_folders(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _bridges(path: Path, options: ReadOptions) -> tuple[ModelBridge, ModelBridge]:
+def _bridges(
+    path: Path, own: dict[str, Any], options: ReadOptions
+) -> tuple[ModelBridge, ModelBridge]:
     """Return the Hugging Face model, and the model as OLMo-core has it.
 
     They differ if the options give the Hugging Face model a smaller vocabulary, or name a folder
@@ -132,10 +141,9 @@ def _bridges(path: Path, options: ReadOptions) -> tuple[ModelBridge, ModelBridge
         UnsupportedError: see :func:`hf_config`.
     """
     file = path / CONFIG
-    refuse_outside(file, path)
     stated = read_config(Path(options.hf_config)) if options.hf_config else {}
     try:
-        config = hf_config(read_json(file), stated.get("max_position_embeddings"))
+        config = hf_config(own, stated.get("max_position_embeddings"))
     except BridgeError as error:
         raise type(error)(f"{file}: {error}") from error
     model = bridge_for(config, file)
@@ -159,7 +167,7 @@ def _bridges(path: Path, options: ReadOptions) -> tuple[ModelBridge, ModelBridge
 
 
 def _hf_views(
-    folder: DCPFolder, mapping: ResolvedMapping, model: ModelBridge
+    folder: DCPFolder, mapping: ResolvedMapping, model: ModelBridge, dropless: bool
 ) -> dict[str, TensorView]:
     """Return every Hugging Face tensor, assembled from OLMo-core's.
 
@@ -167,13 +175,14 @@ def _hf_views(
         folder: OLMo-core's tensors.
         mapping: mapping of the Hugging Face model, which may have a smaller vocabulary.
         model: the model as OLMo-core has it.
+        dropless: see :func:`.stored_as`.
 
     Raises:
         MappingError: tensors are missing, unexpected, or have the wrong shape.
         FormatError: a file is absent or damaged, or chunks don't cover a tensor.
     """
     shapes = model.mapping_registry().resolve_hf()
-    stored = {name: stored_as(name, shape, model) for name, shape in shapes.items()}
+    stored = {name: stored_as(name, shape, model, dropless) for name, shape in shapes.items()}
     expected = {s.name: s.shape for s in stored.values()}
     check_tensors(expected, {k: tensor.shape for k, tensor in folder.tensors.items()}, folder.path)
     views = {name: folder.view(name) for name in expected}
@@ -188,7 +197,7 @@ def _hf_views(
 def _pieces(view: TensorView, stored: StoredAs, shape: Shape) -> Iterator[Piece]:
     whole = Region.whole(shape)
     if stored.expert:
-        yield from view.pieces_of(stored.expert, whole, transposed=True)
+        yield from view.pieces_of(stored.expert, whole, transposed=stored.transposed)
     elif len(shape) > len(stored.shape):
         for piece in view.pieces:
             yield from _folded(piece, whole.columns)

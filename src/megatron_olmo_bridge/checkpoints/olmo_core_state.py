@@ -11,17 +11,16 @@ from megatron_olmo_bridge.formats.dcp_folder import DCPFolder
 from megatron_olmo_bridge.formats.torch_archive import read_archive
 from megatron_olmo_bridge.models.olmo_core_names import EMBEDDING
 
+from .optimizer_values import SETTINGS, check_settings, check_trainer
+
 WEIGHTS = "model."
 STATE = "optim.state."
 GROUPS = "optim.param_groups."
 """Prefixes of keys. The name of a weight follows; in older checkpoints the number of a parameter
 group follows the last of them."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 PROGRESS = Path("train/rank0.pt")
 """File with the progress of the run, which each rank writes."""
-TRAINER = ("global_train_tokens_seen", "max_steps", "epoch", "data_loader")
-"""What is carried of the trainer's state, besides the number of steps."""
 _NO_EFFECT = (
     "params",
     "decoupled_weight_decay",
@@ -47,11 +46,11 @@ def optimizer_values(folder: DCPFolder) -> tuple[float, dict[str, Any], str]:
         raise InputError(f"{folder.path}: has no optimizer state")
     if unknown := sorted(present - expected):
         raise UnsupportedError(
-            f"{folder.path}: has {STATE}{unknown[0]}: converted is the state of AdamW and "
-            "SkipStepAdamW"
+            f"{folder.path}: has {STATE}{unknown[0]}, which is not part of the state of AdamW or "
+            "SkipStepAdamW, the only optimizers whose state is converted"
         )
     if absent := sorted(expected - present):
-        raise InputError(f"{folder.path}: its optimizer state lacks {STATE}{absent[0]}")
+        raise InputError(f"{folder.path}: its optimizer state doesn't have {STATE}{absent[0]}")
     steps = {name: folder.number(f"{STATE}{name}.step") for name in names}
     settings, spared = _settings(folder)
     return _common_value("step", steps, folder), settings, _decayed(names, spared, folder)
@@ -60,10 +59,12 @@ def optimizer_values(folder: DCPFolder) -> tuple[float, dict[str, Any], str]:
 def _settings(folder: DCPFolder) -> tuple[dict[str, Any], set[str]]:
     """Return ``SETTINGS``, and the parameters, or numbers of groups, without weight decay."""
     values: dict[str, dict[str, Any]] = {}
-    for key in folder.objects:
+    # A compiled optimizer has its learning rate in tensors.
+    for key in (*folder.objects, *folder.tensors):
         if key.startswith(GROUPS):
             group, _, name = key.removeprefix(GROUPS).rpartition(".")
-            values.setdefault(name, {})[group] = folder.object(key)
+            value = folder.object(key) if key in folder.objects else folder.number(key)
+            values.setdefault(name, {})[group] = value
     decays = values.get("weight_decay", {})
     values["weight_decay"] = {k: v for k, v in decays.items() if v != 0} or decays
     settings = {}
@@ -72,11 +73,14 @@ def _settings(folder: DCPFolder) -> tuple[dict[str, Any], set[str]]:
             settings[name] = _common_value(name, by_group, folder)
         elif name not in _NO_EFFECT and any(by_group.values()):
             raise UnsupportedError(
-                f"{folder.path}: its optimizer has {name}, which isn't converted"
+                f"{folder.path}: its optimizer sets {name}, which AdamW under Megatron doesn't have"
             )
     if absent := [name for name in SETTINGS if name not in settings]:
         raise InputError(f"{folder.path}: {GROUPS}* doesn't have {absent[0]}")
+    settings = check_settings(settings, folder.path)
     spared = {name for name, decay in decays.items() if decay == 0}
+    if settings["weight_decay"] == 0:
+        return settings, set()
     if any(name.isdecimal() for name in decays):
         spared = {p for group in spared for p in values.get("params", {}).get(group, ())}
     return settings, spared
@@ -92,7 +96,8 @@ def _decayed(names: list[str], spared: set[str], folder: DCPFolder) -> str:
         return "matrices"
     raise UnsupportedError(
         f"{folder.path}: {len(spared)} parameters have no weight decay, such as {min(spared)}; "
-        "converted are runs in which everything decays, all but the embeddings, or the matrices"
+        "the state is only converted if all parameters decay, or all but the embeddings, or only "
+        "the matrices"
     )
 
 
@@ -113,24 +118,20 @@ def _common_value(what: str, values: Mapping[str, Any], folder: DCPFolder) -> An
 
 
 def read_progress(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return the number of optimizer steps that the run has taken, and ``TRAINER``.
+    """Return the number of optimizer steps that the run has taken, and the trainer's state.
 
     Raises:
+        InputError: there is no file of the first rank.
         FormatError: the file doesn't say, or is damaged.
-        FileNotFoundError: there is no file of the first rank.
     """
-    progress = read_archive(path / PROGRESS)
+    file = path / PROGRESS
+    if not file.exists():
+        raise InputError(
+            f"{path}: no {PROGRESS}: it says how many steps the run has taken. Fetch it too; "
+            "without optimizer state it is not needed."
+        )
+    progress = read_archive(file)
     step = progress.get("global_step") if isinstance(progress, dict) else None
     if type(step) is not int or step < 0:
-        raise FormatError(f"{path / PROGRESS}: global_step is {quote(step)}, not a number of steps")
-    trainer = {key: progress.get(key) for key in TRAINER}
-    loader = trainer["data_loader"]
-    if not isinstance(loader, dict) or not all(
-        map(_is_plain, [*loader.values(), *trainer.values()])
-    ):
-        raise FormatError(f"{path / PROGRESS}: its state of the trainer is not one of OLMo-core")
-    return step, trainer
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or type(value) in (bool, int, float, str, dict)
+        raise FormatError(f"{file}: global_step is {quote(step)}, not a number of steps")
+    return step, check_trainer(progress, file)

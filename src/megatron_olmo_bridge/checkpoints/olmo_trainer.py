@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from megatron_olmo_bridge.formats.pickles import loads
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
 from megatron_olmo_bridge.formats.safetensors import read_header
 from megatron_olmo_bridge.formats.tensors import StoredArray, TensorView
-from megatron_olmo_bridge.formats.torch_archive import array_of, read_archive
-from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered
+from megatron_olmo_bridge.formats.torch_archive import arrays_by_name, read_archive
+from megatron_olmo_bridge.mapping.mappings import numbered, split_numbers
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import check_tensors
 from megatron_olmo_bridge.models.families import bridge_for
@@ -61,10 +60,10 @@ class OLMoTrainerCheckpoint(Checkpoint):
         if not isinstance(config, dict):
             raise FormatError(f"{file}: does not hold a map")
         try:
-            bridge = bridge_for(trainer_hf_config(config), file)
+            converted = trainer_hf_config(config)
         except BridgeError as error:
-            message = str(error)
-            raise type(error)(message if str(file) in message else f"{file}: {message}") from error
+            raise type(error)(f"{file}: {error}") from error
+        bridge = bridge_for(converted, file)
         arrays = _arrays(path)
         registry = bridge.mapping_registry()
         registry.check_size(len(arrays), path)
@@ -98,10 +97,10 @@ def _arrays(path: Path) -> dict[str, StoredArray]:
     if file.is_file():
         return {_decoded(key, file): array for key, array in read_header(file).items()}
     file = path / PICKLED
-    tensors = read_archive(file)
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+    arrays = arrays_by_name(read_archive(file), file)
+    if arrays is None:
         raise InputError(f"{file}: not a model of OLMo's trainer: it has no tensors by name")
-    return {name: array_of(tensors[name], file, f"{file}: {name}") for name in tensors}
+    return arrays
 
 
 def _decoded(key: str, file: Path) -> str:
@@ -132,8 +131,8 @@ def _views(
     """
     parts: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for hf_name in hf_shapes:
-        index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
-        name, place = TRAINER_TENSORS[re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)]
+        pattern, index = split_numbers(hf_name)
+        name, place = TRAINER_TENSORS[pattern]
         parts[numbered(name, index)].append((place, hf_name))
     expected = {
         name: (sum(hf_shapes[hf][0] for _, hf in fused), *hf_shapes[fused[0][1]][1:])

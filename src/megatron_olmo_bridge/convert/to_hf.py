@@ -108,7 +108,7 @@ def plan_exports(
             exports.skipped[folder.name] = error
             continue
         if options.to == "olmo-core":
-            state = checkpoint.optimizer_state() if options.optimizer else None
+            state = checkpoint.optimizer_state if options.optimizer else None
             plan = plan_olmo_core(checkpoint, dtype, state)
             record = {"dtype": dtype, "to": options.to, "optimizer": options.optimizer}
             provenance = Provenance(str(checkpoint.path.resolve()), None, record)

@@ -92,7 +92,7 @@ def plan_import(
         raise InputError(f"{source}: is a Megatron checkpoint already; import reads Hugging Face")
     vocab_size = checkpoint.bridge.vocab_size
     padded = vocab_size + -vocab_size % divisor
-    state = checkpoint.optimizer_state() if options.optimizer else None
+    state = checkpoint.optimizer_state if options.optimizer else None
     if state and options.release:
         raise InputError("--release names a checkpoint without optimizer state: leave out one")
     plan = _plan(checkpoint, padded, dtype, options.release, state)
@@ -226,9 +226,21 @@ def extra_state_keys(bridge: ModelBridge) -> Iterator[str]:
 
 
 def common_state(
-    bridge: ModelBridge, padded_vocab: int, dtype: str, state: OptimizerState | None = None
+    bridge: ModelBridge,
+    padded_vocab: int,
+    dtype: str,
+    state: OptimizerState | None = None,
+    optimizers: int = 1,
 ) -> dict[str, Any]:
-    """Return the content of ``common.pt``, which has all that is not a tensor."""
+    """Return the content of ``common.pt``, which has all that is not a tensor.
+
+    Args:
+        bridge: the model.
+        padded_vocab: rows of its embedding.
+        dtype: dtype of its weights.
+        state: optimizer state.
+        optimizers: 2 if experts have an optimizer of their own, as under expert parallelism.
+    """
     return {
         "args": built("argparse.Namespace", bridge.megatron_args(padded_vocab, dtype)),
         "checkpoint_version": 3.0,
@@ -240,7 +252,7 @@ def common_state(
         },
         **(
             {
-                "optimizer": _optimizer_settings(state),
+                "optimizer": _optimizers(state, optimizers),
                 RECORD: {"decayed": state.decayed, "trainer": state.trainer},
             }
             if state
@@ -249,18 +261,25 @@ def common_state(
     }
 
 
-def _optimizer_settings(state: OptimizerState) -> dict[str, Any]:
+def _optimizers(state: OptimizerState, count: int) -> dict[Any, Any]:
+    """Return the settings of megatron-core's optimizer; of several, by number."""
+    if count == 1:
+        return _optimizer_settings(state)
+    return {i: _optimizer_settings(state, of_experts=i > 0) for i in range(count)}
+
+
+def _optimizer_settings(state: OptimizerState, of_experts: bool = False) -> dict[str, Any]:
     """Return the settings of megatron-core's AdamW, where each of its optimizers reads them.
 
     The float32 optimizer reads the first level, the other two the second. Parameters are in groups
-    with and without weight decay.
+    with and without weight decay; all experts decay.
     """
     settings = {k: v for k, v in state.settings.items() if k != "initial_lr"}
     groups = [
         {
             "wd_mult": decays,
             "lr_mult": 1.0,
-            "is_expert_parallel": False,
+            "is_expert_parallel": of_experts,
             "is_decoupled_lr": False,
             "default_config": True,
             "max_lr": state.settings["initial_lr"],
@@ -269,7 +288,7 @@ def _optimizer_settings(state: OptimizerState) -> dict[str, Any]:
             "weight_decay": decays * settings["weight_decay"],
             "step": state.step,
         }
-        for decays in (1.0, 0.0)
+        for decays in ((1.0,) if state.decayed == "all" or of_experts else (1.0, 0.0))
     ]
     values = {"state": {"common_step": state.step}, "param_groups": groups}
     return {**values, "optimizer": values, "param_state_sharding_type": "fully_reshardable"}

@@ -94,7 +94,7 @@ def _tensors(source: Checkpoint) -> Iterator[tuple[str, Shape, TensorView]]:
     """Yield name and shape of each of OLMo-core's tensors, and a view of its elements in order."""
     parts: dict[str, list[tuple[StoredAs, TensorView]]] = defaultdict(list)
     for hf_name, shape in source.mapping.hf_shapes.items():
-        stored = stored_as(hf_name, shape, source.bridge)
+        stored = stored_as(hf_name, shape, source.bridge, dropless=True)
         parts[stored.name].append((stored, source.tensors[hf_name]))
     for name, [(stored, view), *others] in parts.items():
         if stored.expert is None:
@@ -103,7 +103,7 @@ def _tensors(source: Checkpoint) -> Iterator[tuple[str, Shape, TensorView]]:
         pieces: list[Piece] = []
         for part, expert in [(stored, view), *others]:
             assert part.expert is not None
-            pieces += expert.pieces_of(Region.whole(expert.shape), part.expert, transposed=True)
+            pieces += expert.pieces_of(Region.whole(expert.shape), part.expert, part.transposed)
         yield name, stored.shape, TensorView.assembled(name, stored.shape, pieces)
 
 

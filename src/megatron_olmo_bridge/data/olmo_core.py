@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.files import MIX_LIMIT, read_small
 
 MAX_PERIOD, MIN_REPEATS = 13, 32
 """Longest pattern, and fewest repeats of it, for which the filter leaves out a sequence."""
@@ -37,9 +38,14 @@ def read_mix(mix: Path, root: Path, tokenizer: str | None = None) -> list[Path]:
 
     Raises:
         InputError: the list is empty, names a URL or an absent file, or needs ``tokenizer``.
+        FormatError: it is not text; or see :func:`.read_small`.
     """
+    try:
+        lines = read_small(mix, MIX_LIMIT).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{mix}: is not a list of paths: not UTF-8 text") from error
     files = []
-    for number, line in enumerate(mix.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not (text := line.strip()) or text.startswith("#"):
             continue
         name = text.rpartition(",")[2]
@@ -75,7 +81,10 @@ class TokenFiles:
         sizes = [file.stat().st_size for file in self.files]
         for file, size in zip(self.files, sizes, strict=True):
             if size % np.dtype(self.dtype).itemsize:
-                raise FormatError(f"{file}: {size} bytes are not a number of {self.dtype.__name__}")
+                raise FormatError(
+                    f"{file}: {size} bytes, which is not a whole number of {self.dtype.__name__} "
+                    f"tokens; is data.vocab_size, {self.vocab_size}, right?"
+                )
         return sizes
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from megatron_olmo_bridge.mapping.placement import Region
 
 from .dcp_metadata import METADATA, Chunk, GlobalTensor, StoredBytes, read_metadata
 from .tensors import ITEM_SIZE, Piece, StoredArray, TensorView
-from .torch_archive import read_archive, read_tensor
+from .torch_archive import read_archive, read_number, read_tensor
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,11 @@ class DCPFolder:
         Raises:
             FormatError: it is another tensor; or see :meth:`arrays`.
         """
-        for chunk, array in self.arrays(key):
-            if chunk.shape == () and array.dtype == "float32":
-                with array.file.open("rb") as file:
-                    file.seek(array.offset)
-                    (value,) = struct.unpack("<f", file.read(4))
-                return float(value)
-        raise FormatError(f"{self.path}: {key} is not a float32 number")
+        where = f"{self.path}: {key}"
+        arrays = [array for _, array in self.arrays(key)]
+        if len(arrays) != 1:
+            raise FormatError(f"{where}: is stored in {len(arrays)} chunks; a number has one")
+        return read_number(arrays[0], where)
 
     def object(self, key: str) -> Any:
         """Return an object that is not a tensor, as plain values and placeholders."""

@@ -25,6 +25,8 @@ RECIPE_LIMIT = 1 << 20
 JSON_LIMIT = 24 << 20
 """config.json, the index of shards, headers of safetensors files (200,000 tensors), and the records
 that this package writes."""
+MIX_LIMIT = 64 << 20
+"""A list of token files; OLMo's have up to 40,000 lines."""
 ARTIFACT_FILES_LIMIT = 64 << 20
 """Config and tokenizer files of a folder, together."""
 PICKLE_LIMIT = 256 << 20

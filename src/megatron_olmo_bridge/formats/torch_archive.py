@@ -182,6 +182,40 @@ def array_of(value: Any, file: Path, where: str) -> StoredArray:
     )
 
 
+def arrays_by_name(value: Any, file: Path) -> dict[str, StoredArray] | None:
+    """Return where the elements of the tensors in a dictionary are, by their names.
+
+    None if the value is not a dictionary with names as keys.
+
+    Args:
+        value: part of what :func:`read_archive` returns.
+        file: the file that it was read from.
+
+    Raises:
+        FormatError: see :func:`array_of`.
+    """
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return None
+    return {name: array_of(value[name], file, f"{file}: {name}") for name in value}
+
+
+def read_number(array: StoredArray, where: str) -> float:
+    """Return the value of a float32 tensor without dimensions.
+
+    Args:
+        array: where the tensor is.
+        where: what the message names.
+
+    Raises:
+        FormatError: it has dimensions or another dtype.
+    """
+    if array.shape != () or array.dtype != "float32":
+        raise FormatError(f"{where}: is {array.dtype} {list(array.shape)}, not a float32 number")
+    with open_regular(array.file) as file:
+        (value,) = struct.unpack("<f", os.pread(file.fileno(), 4, array.offset))
+    return float(value)
+
+
 def _is_result_of(value: Any, name: str) -> bool:
     """Return whether a value is the unchanged result of calling this global."""
     return (

@@ -59,18 +59,20 @@ def hf_as_megatron(
 
 @contextlib.contextmanager
 def as_megatron(
-    source: Checkpoint, state: OptimizerState | None = None
+    source: Checkpoint, state: OptimizerState | None = None, optimizers: int = 1
 ) -> Iterator[tuple[str, LoadStrategy]]:
     """Yield a folder and a strategy for stock megatron-core to load a checkpoint of any kind.
 
     Args:
         source: the checkpoint.
         state: its optimizer state, to be loaded too.
+        optimizers: number of optimizers that it is loaded into, see :func:`.common_state`.
     """
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as name:
         folder = Path(name)
         (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
-        common = common_state(source.bridge, source.padded_vocab_size, source.dtypes[0], state)
+        rows, dtype = source.padded_vocab_size, source.dtypes[0]
+        common = common_state(source.bridge, rows, dtype, state, optimizers)
         (folder / COMMON).write_bytes(object_archive(common))
         yield name, LoadStrategy(source, state)
 

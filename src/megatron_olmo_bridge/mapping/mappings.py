@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -47,6 +48,12 @@ def numbered(pattern: str, index: tuple[int, ...]) -> str:
     for number in index:
         pattern = pattern.replace(WILDCARD, str(number), 1)
     return pattern
+
+
+def split_numbers(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return the pattern and the numbers from which :func:`numbered` makes a name."""
+    numbers = tuple(map(int, re.findall(r"\.(\d+)\.", name)))
+    return re.sub(r"\.\d+\.", f".{WILDCARD}.", name), numbers
 
 
 @dataclass(frozen=True, kw_only=True)

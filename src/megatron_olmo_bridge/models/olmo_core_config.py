@@ -69,8 +69,8 @@ class Section(HFValues):
         """Return a value, which must be one of those that are converted."""
         if (value := self.get(key)) not in accepted:
             raise UnsupportedError(
-                f"{self.name}.{key} is {shown(value)}; converted is only "
-                f"{' or '.join(map(shown, accepted))}"
+                f"{self.name}.{key} is {shown(value)}, which can't be converted; supported: "
+                f"{', '.join(map(shown, accepted))}"
             )
         return value
 
@@ -131,6 +131,12 @@ def hf_config(config: Mapping[str, Any], sequence_length: int | None = None) -> 
     }
     _refuse_other_settings(model, block, attention, head)
     return values
+
+
+def is_dropless(config: Mapping[str, Any]) -> bool:
+    """Return whether the model that :func:`hf_config` accepts is a mixture that drops no tokens."""
+    moe = config["model"]["block"].get("feed_forward_moe") or {}
+    return bool(moe.get("name") == "dropless")
 
 
 def _refuse_other_settings(*sections: Section) -> None:
@@ -234,7 +240,8 @@ def _without_scaling(block: Section, attention_key: str) -> dict[str, Any]:
 def _yarn(section: Section) -> dict[str, Any]:
     if not str(section.get("_CLASS_")).endswith(".YaRNRoPEScalingConfig"):
         raise UnsupportedError(
-            f"{section.name} is {shown(section.get('_CLASS_'))}; converted is only YaRN"
+            f"{section.name} is {shown(section.get('_CLASS_'))}, which can't be converted; "
+            "supported: YaRN"
         )
     factor = section.number("factor")
     values = {
@@ -259,7 +266,7 @@ def _gated_mlp(block: Section) -> dict[str, Any]:
 
 
 def _experts(block: Section) -> dict[str, Any]:
-    moe = block.section("feed_forward_moe", name="default", lb_loss_weight=0.01)
+    moe = block.section("feed_forward_moe", name="default", lb_loss_weight=None)
     moe.expect("name", "default", "dropless")
     router = moe.section("router", name="default", top_k=1, gating_function="softmax")
     router.expect("name", "default")

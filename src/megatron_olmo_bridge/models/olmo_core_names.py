@@ -7,10 +7,9 @@ OLMo-core is AI2's trainer, the PyPI package ``ai2-olmo-core``. Source: the stat
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
-from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered
+from megatron_olmo_bridge.mapping.mappings import numbered, split_numbers
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 
 from .bridge import ModelBridge
@@ -39,8 +38,11 @@ EXPERT_NAMES = {
     "model.layers.*.mlp.experts.*.down_proj.weight": "blocks.*.feed_forward_moe.experts.mlp.w2",
     "model.layers.*.mlp.experts.*.up_proj.weight":   "blocks.*.feed_forward_moe.experts.mlp.w3",
 }  # fmt: skip
-"""The same of the experts: one tensor per layer, in which each expert's transposed matrix lies
-below that of the expert before."""
+"""The same of the experts: one tensor per layer, in which each expert's matrix lies below that of
+the expert before."""
+_TRANSPOSED_IF_DROPLESS = {"model.layers.*.mlp.experts.*.down_proj.weight"}
+"""Matrices of experts that are transposed in a mixture that drops no tokens (``DroplessMoEMLP`` in
+``olmo_core/nn/moe/mlp.py``). In one that drops tokens (``MoEMLP``) all are."""
 PRE_NORM_NAMES = {
     "model.layers.*.input_layernorm.weight":          "blocks.*.attention_norm.weight",
     "model.layers.*.post_attention_layernorm.weight": "blocks.*.feed_forward_norm.weight",
@@ -58,19 +60,28 @@ class StoredAs:
     name: str
     shape: Shape
     expert: Region | None = None
-    """Region that is the transposed Hugging Face tensor, if the tensor holds all experts."""
+    """Region that is the Hugging Face tensor, if the tensor holds all experts."""
+    transposed: bool = False
+    """Whether the Hugging Face tensor is transposed in it."""
 
 
-def stored_as(hf_name: str, shape: Shape, bridge: ModelBridge) -> StoredAs:
-    """Return OLMo-core's tensor that holds the Hugging Face tensor of this name and shape."""
-    index = tuple(map(int, re.findall(r"\.(\d+)\.", hf_name)))
-    pattern = re.sub(r"\.\d+\.", f".{WILDCARD}.", hf_name)
+def stored_as(hf_name: str, shape: Shape, bridge: ModelBridge, dropless: bool) -> StoredAs:
+    """Return OLMo-core's tensor that holds the Hugging Face tensor of this name and shape.
+
+    Args:
+        hf_name: name of the Hugging Face tensor.
+        shape: its shape.
+        bridge: the model.
+        dropless: whether the experts are those of a mixture that drops no tokens.
+    """
+    pattern, index = split_numbers(hf_name)
     if pattern in EXPERT_NAMES:
         layer, expert = index
-        columns, rows = shape
+        transposed = not dropless or pattern in _TRANSPOSED_IF_DROPLESS
+        rows, columns = shape[::-1] if transposed else shape
         region = Region(expert * rows, (expert + 1) * rows, 0, columns)
         whole = ((bridge.num_experts or 1) * rows, columns)
-        return StoredAs(numbered(EXPERT_NAMES[pattern], (layer,)), whole, region)
+        return StoredAs(numbered(EXPERT_NAMES[pattern], (layer,)), whole, region, transposed)
     norm_names = PRE_NORM_NAMES if bridge.family == "olmoe" else POST_NORM_NAMES
     name = numbered((COMMON_NAMES | norm_names)[pattern], index)
     return StoredAs(name, (math.prod(shape),) if pattern == ROUTER else shape)

@@ -63,11 +63,11 @@ def with_model(config: TrainingConfig) -> tuple[TrainingConfig, Checkpoint | Non
     source = open_checkpoint(folder or "")
     if init.optimizer and not isinstance(source, MegatronCheckpoint | OLMoCoreCheckpoint):
         raise InputError(
-            f"{folder}: has no optimizer state, as it is not a Megatron checkpoint; leave out "
+            f"{folder}: no optimizer state is read from {source.kind} checkpoints; leave out "
             "init.optimizer"
         )
     if init.optimizer and isinstance(source, OLMoCoreCheckpoint):
-        config = continued(config, source, source.optimizer_state())
+        config = continued(config, source, source.optimizer_state)
     return replace(config, model=source.bridge.hf_config), source
 
 

@@ -96,9 +96,8 @@ def verify(
     differences += of_artifacts
     pairs, padding_notes = _pairs(a, b)
     if optimizer:
-        states = a.optimizer_state(), b.optimizer_state()
-        differences += _state_differences(*states)
-        pairs += [pair for kind in states[0].tensors for pair in _state_pairs(kind, *states)]
+        differences += _state_differences(a.optimizer_state, b.optimizer_state)
+        pairs += _state_pairs(a.optimizer_state, b.optimizer_state)
     total = sum(view.nbytes for view, _ in pairs)
     reporter.begin("verifying", total)
 
@@ -142,13 +141,12 @@ def _state_differences(a: OptimizerState, b: OptimizerState) -> list[Difference]
     ]
 
 
-def _state_pairs(
-    kind: str, a: OptimizerState, b: OptimizerState
-) -> list[tuple[TensorView, TensorView]]:
-    left, right = a.tensors[kind].tensors, b.tensors[kind].tensors
+def _state_pairs(a: OptimizerState, b: OptimizerState) -> list[tuple[TensorView, TensorView]]:
+    """Return the pairs of tensors of the state to compare, named by what they are."""
     return [
-        (dataclasses.replace(view, name=f"{kind} of {name}"), right[name])
-        for name, view in left.items()
+        (dataclasses.replace(view, name=f"{kind} of {view.name}"), other)
+        for kind, tensors in a.tensors.items()
+        for view, other in _pairs(tensors, b.tensors[kind])[0]
     ]
 
 

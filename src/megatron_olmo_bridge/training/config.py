@@ -16,8 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_olmo_bridge.checkpoints.optimizer_values import DECAYED
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import canonical_dtype
+
+FIRST_STEP = "first_step"
+"""Value of ``optimizer.bias_correction``: always the correction of the first step."""
 
 
 @dataclass
@@ -297,8 +301,8 @@ class TrainingConfig:
 
 CHOICES = {
     "train.precision": ("float32", "bfloat16"),
-    "optimizer.bias_correction": ("each_step", "first_step"),
-    "optimizer.decayed": ("all_but_embeddings", "matrices", "all"),
+    "optimizer.bias_correction": ("each_step", FIRST_STEP),
+    "optimizer.decayed": DECAYED,
     "schedule.decay": ("cosine", "linear", "wsd", "constant"),
     "stability.on_spike": ("stop", "skip", "ignore"),
     "parallel.recompute": ("none", "selective", "full"),

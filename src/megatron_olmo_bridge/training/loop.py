@@ -26,9 +26,10 @@ from megatron_olmo_bridge.storage.execute import WriteOptions
 
 from .card import write_card
 from .checkpoint import Checkpointer, iteration_folder
+from .config import FIRST_STEP
 from .monitor.records import StepRecord
 from .monitor.run_log import RunLog
-from .optimizer import FIRST_STEP, reset_step
+from .optimizer import reset_step
 from .resolve import ResolvedRun
 from .stability import Watch
 from .task import Sums, Task

@@ -14,7 +14,7 @@ from megatron_olmo_bridge.formats.files import read_json
 from megatron_olmo_bridge.formats.hf_folder import CONFIG
 from megatron_olmo_bridge.mapping.registry import bulleted
 
-from .config import TrainingConfig
+from .config import FIRST_STEP, TrainingConfig
 from .recipes import as_dict, from_dict
 
 _SCHEDULES = {
@@ -29,7 +29,6 @@ _FILTER = {
     "repetition_min_period": 1,
     "repetition_max_count": MIN_REPEATS,
 }
-_FIRST_STEP = "first_step"
 
 
 def continued(
@@ -59,7 +58,7 @@ def continued(
     except UnsupportedError as error:
         raise UnsupportedError(f"{file}: {error}") from error
     if state.step == 0 < state.iteration:
-        settings["optimizer.bias_correction"] = _FIRST_STEP
+        settings["optimizer.bias_correction"] = FIRST_STEP
     settings["optimizer.decayed"] = state.decayed
     settings["init.step"] = state.iteration
     if config.data.mix and state.trainer:
@@ -67,8 +66,8 @@ def continued(
     settings = {key: value for key, value in settings.items() if value is not None}
     for key, value in settings.items():
         section, name = key.split(".")
-        chosen = values[section][name]
-        if chosen == defaults[section][name] and key not in config.sources:
+        chosen = values[section].get(name)
+        if chosen == defaults[section].get(name) and key not in config.sources:
             values[section][name] = value
             sources[key] = str(file)
         elif chosen != value:
@@ -83,7 +82,7 @@ def check_position(source: Checkpoint, continues_at: Mapping[str, Any]) -> None:
         source: the checkpoint of OLMo-core.
         continues_at: state of the data loader after as many steps, by this run's settings.
     """
-    state = source.optimizer_state()
+    state = source.optimizer_state
     stood_at = state.trainer["data_loader"] if state.trainer else {}
     differences = [
         f"{name}: {continues_at[name]}, OLMo-core's was {stood_at.get(name)}"
@@ -142,7 +141,26 @@ def olmo_core_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         settings["stability.sigma"] = float(optim.get("sigma_factor", 6))
         settings["stability.window"] = int(optim.get("rolling_interval_length", 128))
     steps = _steps(config["trainer"]["max_duration"], batch * length)
-    return settings | {"train.steps": steps} | _schedule(module.get("scheduler"), batch * length)
+    schedule = _schedule(module.get("scheduler"), batch * length)
+    return settings | {"train.steps": steps} | schedule | _router_losses(config["model"], length)
+
+
+def _router_losses(model: Mapping[str, Any], length: int) -> dict[str, float]:
+    """Return the weights of the router's losses in each layer of a mixture.
+
+    OLMo-core averages them over the targets, of which a sequence has one less than tokens;
+    megatron-core over the tokens.
+    """
+    if (moe := model["block"].get("feed_forward_moe")) is None:
+        return {}
+    if (granularity := moe.get("lb_loss_granularity")) not in (None, "local_batch"):
+        raise UnsupportedError(f"its router is balanced over each {quote(granularity)}")
+    layers = int(model["n_layers"]) if moe.get("scale_loss_by_num_layers", True) else 1
+    scale = length / (length - 1) / layers
+    return {
+        "provider.moe_aux_loss_coeff": float(moe.get("lb_loss_weight") or 0.0) * scale,
+        "provider.moe_z_loss_coeff": float(moe.get("z_loss_weight") or 0.0) * scale,
+    }
 
 
 def _schedule(scheduler: Mapping[str, Any] | None, step_tokens: int) -> dict[str, Any]:

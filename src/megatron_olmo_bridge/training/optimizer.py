@@ -20,11 +20,6 @@ Overrides = dict[ParamKey, ParamGroupOverride]
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
 
-FIRST_STEP = "first_step"
-"""``optimizer.bias_correction`` of OLMo-core's SkipStepAdamW before version 2.2.0, whose step count
-did not advance."""
-
-
 def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
     """Return the config of data parallelism, which reduces gradients in float32."""
     return DistributedDataParallelConfig(

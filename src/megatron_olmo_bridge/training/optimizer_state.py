@@ -9,8 +9,9 @@ megatron-core's distributed optimizer has two formats (``DistributedOptimizer.sh
   any layout. One rank then holds the whole state of a tensor and pipeline shard.
 
 An optimizer that is not distributed keeps its state by parameter, and so is fully reshardable.
-Neither format lets expert parallelism begin or end: with it experts have an optimizer of their own,
-and without it they share that of the other parameters.
+megatron-core loads neither if expert parallelism begins or ends: with it experts have an optimizer
+of their own, and without it they share that of the other parameters. A new run that begins with a
+fully reshardable state (``init.optimizer``) can, because this package then reads it.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ def model_parallel_layout(chunks: Sequence[Any]) -> dict[str, int | None]:
     return layout
 
 
+def saved_parts(saved: dict[Any, Any]) -> int:
+    """Return the number of optimizers whose state is in ``optimizer`` of a common state."""
+    return sum(isinstance(key, int) for key in saved) or 1
+
+
 def check_parts(folder: Path, saved: dict[Any, Any], optimizer: Any) -> None:
     """Refuse the state of a run with expert parallelism in one without, and the other way round.
 
@@ -90,7 +96,7 @@ def check_parts(folder: Path, saved: dict[Any, Any], optimizer: Any) -> None:
     Raises:
         InputError: the numbers of optimizers differ.
     """
-    saved_count = sum(isinstance(key, int) for key in saved) or 1
+    saved_count = saved_parts(saved)
     count = len(parts_of(optimizer))
     if saved_count == count:
         return
@@ -99,8 +105,8 @@ def check_parts(folder: Path, saved: dict[Any, Any], optimizer: Any) -> None:
     raise InputError(
         f"{folder}: its optimizer state is of a run with {was}, where experts have "
         f"{'an' if saved_count > count else 'no'} optimizer of their own, and can't be loaded with "
-        f"{wanted}. Resume with {was}; or begin another run with the weights alone, by "
-        "init.checkpoint without init.optimizer."
+        f"{wanted}. Resume with {was}; or begin another run with it, by init.checkpoint and "
+        "init.optimizer, if the state was saved fully reshardable."
     )
 
 

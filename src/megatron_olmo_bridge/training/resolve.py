@@ -122,6 +122,11 @@ def _check_settings(config: TrainingConfig, bridge: ModelBridge) -> None:
             f"parallel.sp splits the train.sequence_length={length} tokens of a sequence: they "
             f"must be a multiple of parallel.tp={parallel.tp}"
         )
+    if bridge.num_experts and parallel.tp > 1 and not parallel.sp:
+        raise InputError(
+            f"megatron-core trains a mixture of experts with parallel.tp={parallel.tp} only if "
+            "parallel.sp=true"
+        )
     if parallel.vpp and parallel.pp == 1:
         raise InputError(
             f"parallel.vpp={parallel.vpp} cuts up pipeline stages: set parallel.pp too"

@@ -31,6 +31,7 @@ from .optimizer_state import (
     is_fully_reshardable,
     optimizer_state,
     parts_of,
+    saved_parts,
 )
 
 PROGRESS = "olmo_bridge_progress"
@@ -71,12 +72,18 @@ def load_initial(source: Checkpoint, chunks: Sequence[Any], optimizer: Any) -> N
         InputError: it has none, or the optimizer state is of another kind or layout.
         FormatError: the checkpoint is damaged, or of another model.
     """
+    count = len(parts_of(optimizer))
     if isinstance(source, MegatronCheckpoint):
-        load(source.path, chunks, optimizer, fresh_rng=True)
-        return
+        with _translate_load_errors(source.path):
+            same_parts = (
+                saved_parts(TorchDistFolder.read(source.path).common.get("optimizer", {})) == count
+            )
+        if same_parts:
+            load(source.path, chunks, optimizer, fresh_rng=True)
+            return
     with (
         _translate_load_errors(source.path),
-        as_megatron(source, source.optimizer_state()) as (folder, strategy),
+        as_megatron(source, source.optimizer_state, count) as (folder, strategy),
     ):
         _loaded(Path(folder), chunks, optimizer, True, strategy)
 

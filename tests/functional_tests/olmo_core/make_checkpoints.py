@@ -5,15 +5,18 @@
 
 Needs ``ai2-olmo-core==3.0.0``, ``transformers`` and ``accelerate``. Each KIND is a run of 6 steps
 on the same tokens: FOLDER/KIND has the checkpoint of step 3, ``run.json`` with the batch and the
-loss of each step, and ``last.safetensors`` with the weights after step 6. The mixture of experts,
-whose forward pass needs a GPU, takes 3 steps with random gradients; ``hf.safetensors`` has its
-weights as OLMo-core's own converter writes them.
+loss of each step, and ``last.safetensors`` with the weights after step 6. OLMo-core's mixtures move
+tokens to experts by kernels that need a GPU; here two lines of PyTorch take their place. The kind
+``flex-olmo`` has the experts of OLMo-core's mixture that drops tokens, which can't be run so: it
+takes 3 steps with random gradients, and ``hf.safetensors`` has its weights as OLMo-core's own
+converter writes them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +27,12 @@ from typing import Any
 KINDS = {
     "olmo2": {},
     "olmo2-by-2-ranks": {},
+    "olmo2-by-4-ranks": {},
     "olmo2-first-step": {"step_increment_bugfix": False},
+    "olmo2-compiled": {"compile": True},
     "olmo3-adamw": {"adamw": True},
+    "olmoe": {},
+    "flex-olmo-dropless": {},
 }
 LENGTH, BATCH, SAVED, LAST = 16, 4, 3, 6
 
@@ -68,11 +75,19 @@ def main(folder: Path, kind: str) -> None:
     many = dist.get_world_size() > 1
     run, work = folder / kind, folder / "work"
     tokenizer = TokenizerConfig(vocab_size=60, eos_token_id=0, pad_token_id=1)
-    windows = kind.startswith("olmo3")
-    model_config = TransformerConfig.llama_like(
+    windows, mixture = kind.startswith("olmo3"), kind in ("olmoe", "flex-olmo-dropless")
+    sizes: dict[str, Any] = {"hidden_size_multiple_of": 8, "block_name": "reordered_norm"}
+    make = TransformerConfig.llama_like
+    if mixture:
+        run_mixtures_without_a_gpu()
+        make = TransformerConfig.llama_like_moe
+        sizes = {
+            "num_experts": 4, "top_k": 2, "expert_hidden_size": 8, "dropless": True,
+            "reordered_norm": kind != "olmoe",
+        }  # fmt: skip
+    model_config = make(
         vocab_size=64, d_model=16, n_layers=4 if windows else 2, n_heads=4, n_kv_heads=2,
-        qk_norm=True, rope_theta=500000, hidden_size_multiple_of=8, layer_norm_eps=1e-6,
-        block_name="reordered_norm",
+        qk_norm=True, rope_theta=500000, layer_norm_eps=1e-6, **sizes,
         sliding_window=SlidingWindowAttentionConfig(
             pattern=[4, 4, 4, -1], force_full_attention_on_first_layer=False
         ) if windows else None,
@@ -83,7 +98,7 @@ def main(folder: Path, kind: str) -> None:
     options: dict[str, Any] = dict(KINDS[kind])
     optimizer = AdamWConfig if options.pop("adamw", False) else SkipStepAdamWConfig
     module_config = TransformerTrainModuleConfig(
-        rank_microbatch_size=2 * LENGTH,
+        rank_microbatch_size=(1 if dist.get_world_size() == 4 else 2) * LENGTH,
         max_sequence_length=LENGTH,
         optim=optimizer(
             lr=3e-3,
@@ -150,8 +165,25 @@ def main(folder: Path, kind: str) -> None:
     teardown_training_environment()
 
 
+def run_mixtures_without_a_gpu() -> None:
+    """Replace the kernels that sort tokens by expert."""
+    from olmo_core.nn.moe.parallel_mlp import ParallelDroplessMLP
+
+    def permute_and_compute(
+        self: Any, x: Any, *, batch_size_per_expert: Any, indices: Any, expert_weights: Any,
+        top_k: int, **_: Any,
+    ) -> Any:  # fmt: skip
+        """``x`` [tokens, hidden]; ``indices`` [tokens * top_k], tokens and their choices by expert,
+        ``expert_weights`` in the order of the tokens."""
+        outputs = self.mlp(x[indices // top_k], batch_size_per_expert)
+        weighted = outputs * expert_weights[indices][:, None]
+        return weighted.new_zeros(x.shape).index_add(0, indices // top_k, weighted)
+
+    ParallelDroplessMLP.permute_and_compute = permute_and_compute
+
+
 def make_mixture(run: Path) -> None:
-    """Write a step of a mixture of experts."""
+    """Write a step of a mixture that drops tokens."""
     import torch
     from olmo_core.distributed.checkpoint import save_state_dict
     from olmo_core.nn.hf.config import get_hf_config
@@ -210,8 +242,10 @@ def make_all(folder: Path) -> None:
         random.integers(2, 60, count).astype(np.uint8).tofile(folder / f"part-{i}.npy")
     make_mixture(folder / "flex-olmo")
     for kind in KINDS:
-        ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if "ranks" in kind else []
-        subprocess.run([sys.executable, *ranks, __file__, str(folder), kind], check=True)
+        launch = [sys.executable]
+        if match := re.search(r"by-(\d)-ranks", kind):
+            launch += ["-m", "torch.distributed.run", "--nproc-per-node", match[1]]
+        subprocess.run([*launch, __file__, str(folder), kind], check=True)
         for other in (folder / kind).glob("step*"):
             if other.name != f"step{SAVED}":
                 shutil.rmtree(other)

@@ -41,6 +41,12 @@ def test_a_bad_mix_is_refused(tmp_path: Path, text: str, message: str) -> None:
         read_mix(tmp_path / "mix.txt", tmp_path)
 
 
+def test_a_mix_is_text(tmp_path: Path) -> None:
+    (tmp_path / "mix.npy").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FormatError, match=r"mix\.npy: is not a list of paths: not UTF-8 text"):
+        read_mix(tmp_path / "mix.npy", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
 )
@@ -62,7 +68,7 @@ def test_sequences_do_not_cross_files_and_the_rest_is_left_out(tmp_path: Path) -
 
 def test_a_file_that_ends_within_a_token_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"\0" * 5)
-    with pytest.raises(FormatError, match="5 bytes are not a number of uint16"):
+    with pytest.raises(FormatError, match="5 bytes, which is not a whole number of uint16"):
         len(TokenFiles([tmp_path / "a.npy"], 2, 1000))
 
 

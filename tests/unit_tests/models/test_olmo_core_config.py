@@ -75,20 +75,37 @@ def test_a_family_without_olmo_core_model_is_refused(name: str) -> None:
         olmo_core_config(bridge(name))
 
 
-def test_experts_are_stacked_and_transposed_and_the_router_is_flat() -> None:
-    model = bridge("olmoe-tiny")
-    gate = "model.layers.1.mlp.experts.2.gate_proj.weight"
-    assert stored_as(gate, (96, 128), model) == StoredAs(
-        "blocks.1.feed_forward_moe.experts.mlp.w1", (8 * 128, 96), Region(256, 384, 0, 96)
+@pytest.mark.parametrize(
+    ("hf_name", "hf_shape", "name"),
+    [("gate_proj", (96, 128), "w1"), ("down_proj", (128, 96), "w2"), ("up_proj", (96, 128), "w3")],
+)
+@pytest.mark.parametrize("dropless", [True, False])
+def test_experts_are_stacked_and_some_are_transposed(
+    hf_name: str, hf_shape: tuple[int, int], name: str, dropless: bool
+) -> None:
+    """As allocated in ``olmo_core/nn/moe/mlp.py``: [experts * ffn, hidden] without dropping."""
+    rows, columns = (96, 128) if dropless or name == "w2" else (128, 96)
+    stored = stored_as(
+        f"model.layers.1.mlp.experts.2.{hf_name}.weight", hf_shape, bridge("olmoe-tiny"), dropless
     )
-    assert stored_as("model.layers.1.mlp.gate.weight", (8, 128), model) == StoredAs(
+    assert stored == StoredAs(
+        f"blocks.1.feed_forward_moe.experts.mlp.{name}",
+        (8 * rows, columns),
+        Region(2 * rows, 3 * rows, 0, columns),
+        transposed=hf_shape != (rows, columns),
+    )
+
+
+def test_the_router_is_flat() -> None:
+    router = "model.layers.1.mlp.gate.weight"
+    assert stored_as(router, (8, 128), bridge("olmoe-tiny"), True) == StoredAs(
         "blocks.1.feed_forward_moe.router.weight", (1024,)
     )
 
 
 def test_one_name_is_that_of_the_norm_before_or_after() -> None:
     norm = "model.layers.0.post_attention_layernorm.weight"
-    names = {m: stored_as(norm, (8,), bridge(m)).name for m in ("olmo2-7b", "olmoe-1b-7b")}
+    names = {m: stored_as(norm, (8,), bridge(m), True).name for m in ("olmo2-7b", "olmoe-1b-7b")}
     assert names == {
         "olmo2-7b": "blocks.0.attention_norm.weight",
         "olmoe-1b-7b": "blocks.0.feed_forward_norm.weight",
