@@ -212,4 +212,4 @@ def test_memory_does_not_grow_with_the_model(make_hf: HFFactory, tmp_path: Path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     small, large = (int(peak) / 1024 for peak in done.stdout.split())
     # The larger has 86 MB more, and twice that is read.
-    assert large - small < 5, f"MiB: {small}, {large}"
+    assert large - small < 12, f"MiB: {small}, {large}"
