@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import run_script
 from safetensors.torch import load_file
 from training_runs import Place
 from typer.testing import CliRunner
@@ -206,6 +207,48 @@ def test_the_next_steps_are_those_of_olmo_core(
             torch.testing.assert_close(values, weight, atol=1e-6, rtol=0)
         steps = {folder.number(k) for k in folder.tensors if k.endswith(".step")}
         assert steps == {0.0 if "first-step" in kind else LAST + 1.0}
+
+
+LAYOUTS = [
+    ("olmo2", 4, {"tp": 2, "pp": 2}),
+    ("olmo2", 4, {"tp": 2, "pp": 2, "distributed_optimizer": False}),
+    ("olmo2-by-4-ranks", 2, {"distributed_optimizer": True}),
+    ("olmo3-adamw", 2, {"distributed_optimizer": True}),
+    ("olmoe", 4, {"tp": 2, "sp": True, "pp": 2}),
+    ("olmoe", 2, {"ep": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "processes", "parallel"), LAYOUTS)
+def test_megatron_saves_what_olmo_core_saved(
+    runs: Path, tmp_path: Path, kind: str, processes: int, parallel: dict[str, Any]
+) -> None:
+    """Every tensor, bit for bit, after loading and saving at any layout."""
+    step = runs / kind / f"step{STEP}"
+    config = {
+        "init": {"checkpoint": str(step), "optimizer": True},
+        "data": {"mix": str(runs / "mix.txt")},
+        "train": {"precision": "float32"},
+        "parallel": parallel,
+        "checkpoint": {"save": str(tmp_path / "run")},
+    }
+    run_script("resaved", json.dumps(config), processes=processes)
+    export_checkpoint(
+        tmp_path / "run", tmp_path / "back", ExportOptions(to="olmo-core", optimizer=True)
+    )
+    for other in ("run", "back"):
+        result = verify(step, tmp_path / other, optimizer=True)
+        assert result.equal, result.differences
+        assert result.compared == 4 * len(open_checkpoint(step).tensors)
+    before, after = (DCPFolder.read(f / "model_and_optim") for f in (step, tmp_path / "back"))
+    assert tensors_of(before) == tensors_of(after)
+
+
+def test_a_run_without_steps_left_is_refused(runs: Path, place: Place) -> None:
+    overrides = [*settings(runs, "olmo2"), f"train.steps={STEP}", "--dry-run"]
+    code, said = olmo_bridge("train", place.folder / "defaults.py", *overrides)
+    assert code == 2
+    assert f"train.steps={STEP}: no step is left, as the run that it continues has taken" in said
 
 
 def test_an_imported_run_continues_too(runs: Path, place: Place) -> None:

@@ -108,6 +108,11 @@ def _check_settings(config: TrainingConfig, bridge: ModelBridge) -> None:
             f"the model is a classifier of {bridge.num_labels} labels, the task is to predict "
             "tokens: begin with a language model, or with the recipe complaints"
         )
+    if config.init.step is not None and config.init.step >= config.train.steps:
+        raise InputError(
+            f"train.steps={config.train.steps}: no step is left, as the run that it continues has "
+            f"taken {config.init.step}"
+        )
     parallel, length = config.parallel, config.train.sequence_length
     positions = bridge.config.max_position_embeddings
     if length > positions:
