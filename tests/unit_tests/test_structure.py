@@ -269,7 +269,7 @@ TESTED_BY = {
     "unit_tests/tools/test_verify.py": ["checkpoints/differences"],
     "unit_tests/checkpoints/test_new_kind.py": ["checkpoints/checkpoint"],
     "unit_tests/checkpoints/test_megatron.py": ["checkpoints/hf", "checkpoints/megatron_config"],
-    "unit_tests/convert/test_to_hf.py": ["checkpoints/hf_files", "convert/options"],
+    "unit_tests/convert/test_to_hf.py": ["convert/options"],
     "unit_tests/convert/test_to_megatron.py": ["storage/progress"],
     "unit_tests/data/test_prepare.py": [
         "data/info",

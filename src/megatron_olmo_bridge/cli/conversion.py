@@ -14,6 +14,7 @@ from megatron_olmo_bridge.checkpoints.hf_files import MAX_SHARD_SIZE
 from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions, ImportOptions
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
+from megatron_olmo_bridge.storage.cloning import Clones
 from megatron_olmo_bridge.storage.execute import WriteOptions, check_output
 from megatron_olmo_bridge.storage.plan import CopyPlan
 
@@ -110,7 +111,7 @@ def import_(
     begin = time.monotonic()
     with ProgressBar() as bar:
         plan = to_megatron.import_checkpoint(source, destination, options, write, bar)
-    result = _show_done([plan], destination, begin)
+    result = _show_done([plan], destination, write, begin)
     if not output.silent:
         if options.dtype == "keep" and not (
             options.revision or options.num_labels or options.hf_config
@@ -180,7 +181,7 @@ def export(
     url = None
     if push_to_hub is not None and first_process():
         url = _push(destination, push_to_hub, private, revision)
-    result = _show_done(plans, destination, begin)
+    result = _show_done(plans, destination, write, begin)
     for plan in plans:
         say(f"Exported:    {plan.source}")
     if url is not None:
@@ -243,11 +244,11 @@ def average(
     begin = time.monotonic()
     with ProgressBar() as bar:
         plan = average_checkpoints(sources, destination, options, write, bar)
-    return Outcome(_show_done([plan], destination, begin))
+    return Outcome(_show_done([plan], destination, write, begin))
 
 
-def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
-    folder = next(p for p in (destination, *destination.absolute().parents) if p.exists())
+def _summary(plan: CopyPlan, destination: Path, clones: Clones) -> dict[str, Any]:
+    cloned = clones.nbytes(plan.files)
     return {
         "operation": plan.operation,
         "source": str(plan.source),
@@ -255,8 +256,11 @@ def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
         "tensors": sum(1 for _ in plan.payloads),
         "bytes_read": plan.source_bytes,
         "bytes_written": plan.output_bytes,
-        "disk_free": shutil.disk_usage(folder).free,
-        "expected_seconds": round((plan.source_bytes + plan.output_bytes) / 2 / EXPECTED_RATE, 1),
+        "bytes_cloned": cloned,
+        "disk_free": shutil.disk_usage(_existing(destination)).free,
+        "expected_seconds": round(
+            ((plan.source_bytes + plan.output_bytes) / 2 - cloned) / EXPECTED_RATE, 1
+        ),
         "plan_sha256": plan.digest,
         "files": {f.name: f.size for f in plan.files} | {n: len(d) for n, d in plan.texts.items()},
     }
@@ -264,32 +268,49 @@ def _summary(plan: CopyPlan, destination: Path) -> dict[str, Any]:
 
 def _dry_run(planned: list[tuple[CopyPlan, Path]], write: WriteOptions) -> Outcome:
     """Print what would be written, or raise what the run would: one plan per iteration."""
-    for plan, folder in planned:
-        check_output(plan, folder, write)
-    plans = [_summary(plan, folder) for plan, folder in planned]
+    plans = [_summary(plan, folder, check_output(plan, folder, write)) for plan, folder in planned]
     for summary in plans:
         table(["file", "bytes"], [[n, f"{b:,}"] for n, b in summary["files"].items()])
+        written, cloned = summary["bytes_written"], summary["bytes_cloned"]
         say(
             f"{summary['operation']} of {summary['tensors']} tensors: reads "
-            f"{human_bytes(summary['bytes_read'])}, writes "
-            f"{human_bytes(summary['bytes_written'])}; {human_bytes(summary['disk_free'])} are "
-            f"free. Expect about {summary['expected_seconds']} s at "
-            f"{EXPECTED_RATE / 1e6:.0f} MB/s. Nothing was written."
+            f"{human_bytes(summary['bytes_read'])}, writes {human_bytes(written)}"
+            f"{_cloned(cloned, written)}; {human_bytes(summary['disk_free'])} are free. Expect "
+            f"about {summary['expected_seconds']} s at {EXPECTED_RATE / 1e6:.0f} MB/s. "
+            "Nothing was written."
         )
     return Outcome({"plans": plans})
 
 
-def _show_done(plans: list[CopyPlan], destination: Path, begin: float) -> dict[str, Any]:
+def _show_done(
+    plans: list[CopyPlan], destination: Path, write: WriteOptions, begin: float
+) -> dict[str, Any]:
     """Print what was written."""
     seconds = time.monotonic() - begin
     written = sum(p.output_bytes for p in plans)
+    folder = _existing(destination)
+    cloned = sum(Clones.of(p, folder, write.reflink).nbytes(p.files) for p in plans)
     count = sum(1 for plan in plans for _ in plan.payloads)
     rate = human_bytes(written / max(seconds, 1e-9))
-    say(f"{destination}: {count} tensors, {human_bytes(written)} in {seconds:.1f} s ({rate}/s)")
+    say(
+        f"{destination}: {count} tensors, {human_bytes(written)} in {seconds:.1f} s ({rate}/s)"
+        f"{_cloned(cloned, written)}"
+    )
     return {
-        "destination": destination, "bytes_written": written, "seconds": seconds,
-        "plan_sha256": [p.digest for p in plans],
+        "destination": destination, "bytes_written": written, "bytes_cloned": cloned,
+        "seconds": seconds, "plan_sha256": [p.digest for p in plans],
     }  # fmt: skip
+
+
+def _existing(destination: Path) -> Path:
+    return next(p for p in (destination, *destination.absolute().parents) if p.exists())
+
+
+def _cloned(cloned: int, written: int) -> str:
+    """Return how much of an output shares blocks with its source, if any does."""
+    if not cloned:
+        return ""
+    return f", {human_bytes(cloned)} cloned and {human_bytes(written - cloned)} copied"
 
 
 def _size(folder: Path) -> int:

@@ -20,6 +20,7 @@ import typer
 
 from megatron_olmo_bridge.checkpoints.open import kind_options
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.storage.cloning import MODES
 
 from .completion import dtypes_or_keep, iterations, one_of
 
@@ -58,6 +59,7 @@ SHOWN = {
     "num_labels": Shown(int | None, _COUNT),
     "optimizer": Shown(bool),
     "overwrite": Shown(bool),
+    "reflink": Shown(str, {"autocompletion": one_of(*MODES)}),
     "release": Shown(bool),
     "resume": Shown(bool),
     "revision": Shown(str | None),

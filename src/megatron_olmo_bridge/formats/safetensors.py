@@ -135,13 +135,17 @@ def _span(
     return dtype, tuple(shape), begin, end
 
 
-def write_header(tensors: Mapping[str, tuple[str, Shape]]) -> bytes:
+def write_header(
+    tensors: Mapping[str, tuple[str, Shape]], residue: int | None = None, block: int = 8
+) -> bytes:
     """Return the header of a file that holds these tensors, one after the other.
 
     It is padded to 8 bytes and has the metadata that ``save_pretrained`` writes.
 
     Args:
         tensors: dtype and shape by name.
+        residue: length modulo ``block`` to pad the header to; a multiple of 8.
+        block: a multiple of 8.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -151,5 +155,5 @@ def write_header(tensors: Mapping[str, tuple[str, Shape]]) -> bytes:
         entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": offsets}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 if residue is None else (residue - 8 - len(text)) % block)
     return struct.pack("<Q", len(text)) + text

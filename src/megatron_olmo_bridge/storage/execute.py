@@ -19,6 +19,7 @@ from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.tensors import Readable
 
 from .atomic import name_in_errors
+from .cloning import Clones
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .processes import Processes
 from .progress import Reporter
@@ -41,6 +42,9 @@ class WriteOptions:
     """Replace the output if it exists."""
     checksum: bool = False
     """Record a SHA-256 of each file (reads all once more)."""
+    reflink: str = "auto"
+    """Share blocks with the source where the file system can (XFS, Btrfs): ``auto``, ``always`` or
+    ``never``, as in ``cp``."""
 
 
 def execute(
@@ -63,7 +67,7 @@ def execute(
     reporter, options = reporter or Reporter(), options or WriteOptions()
     workers = options.workers
     processes = Processes()
-    stage = Stage(destination, plan, resume=options.resume, overwrite=options.overwrite)
+    stage = _stage(plan, destination, options)
     # Compared before the first process writes. Inodes may differ between machines.
     seen = [(i.size, i.mtime_ns) for i in plan.source_identities.values()]
     if not processes.agree(f"{plan.digest} {seen}"):
@@ -102,13 +106,26 @@ def execute(
     processes.wait_for_each_other()
 
 
-def check_output(plan: CopyPlan, destination: Path, options: WriteOptions) -> None:
+def check_output(plan: CopyPlan, destination: Path, options: WriteOptions) -> Clones:
     """Raise the errors that :func:`execute` would raise before it writes anything.
+
+    Returns:
+        What would be cloned.
 
     Raises:
         OutputError: the output exists, overlaps the source, can't be written or the disk is full.
     """
-    Stage(destination.expanduser(), plan, resume=options.resume, overwrite=options.overwrite)
+    return _stage(plan, destination.expanduser(), options).clones
+
+
+def _stage(plan: CopyPlan, destination: Path, options: WriteOptions) -> Stage:
+    return Stage(
+        destination,
+        plan,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        reflink=options.reflink,
+    )
 
 
 def finish(
@@ -186,7 +203,10 @@ def _write_files(
 
     def write() -> list[Future[None]]:
         name, syncs = None, []
-        with Transfer(reporter.advance, stop) as transfer, ExitStack() as open_files:
+        with (
+            Transfer(reporter.advance, stop, clones=stage.clones) as transfer,
+            ExitStack() as open_files,
+        ):
             while taken := work.take(name):
                 if taken[0] != name:
                     open_files.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, TensorSpec, TensorView
 
 from .identity import Identity, Snapshot, fingerprint
+from .runs import BLOCK, shared_residue
 
 WORKERS = 2
 """Default number of threads: one copies while the other waits for the disk."""
@@ -158,11 +159,12 @@ class Packer:
         """Add a payload between two literals; return file, offset and length of the whole."""
         nbytes = Payload(0, payload, dtype).nbytes if payload else 0
         length = len(before) + nbytes + len(after)
+        residue = shared_residue(payload, dtype)
         end = _end(self._files[-1])
-        start = end + -end % self._alignment
+        start = self._start(end, len(before), residue)
         if end and start + length > self._limit:
             self._files.append([])
-            start = 0
+            start = self._start(0, len(before), residue)
         parts = self._files[-1]
         parts.append(Literal(start, before))
         if payload:
@@ -170,6 +172,12 @@ class Packer:
         if after:
             parts.append(Literal(start + len(before) + nbytes, after))
         return self._name(len(self._files) - 1), start, length
+
+    def _start(self, end: int, before: int, residue: int | None) -> int:
+        """Return where the next part begins: aligned, or so that its payload can be cloned."""
+        if residue is None:
+            return end + -end % self._alignment
+        return end + (residue - before - end) % BLOCK
 
     def files(self) -> tuple[OutputFile, ...]:
         """Return all files."""

@@ -22,9 +22,10 @@ from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.mapping.registry import bulleted
 
 from .atomic import PARTIAL, name_in_errors, sync, write_synced
+from .cloning import Clones
 from .identity import Identity
 from .lock import Lock, check_free, take
-from .plan import CopyPlan
+from .plan import CopyPlan, OutputFile
 from .provenance import read_provenance
 
 PARTIAL_MARKER = ".olmo-bridge-partial"
@@ -34,7 +35,15 @@ PARTIAL_MARKER = ".olmo-bridge-partial"
 class Stage:
     """The output of a conversion while it is written."""
 
-    def __init__(self, destination: Path, plan: CopyPlan, *, resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self,
+        destination: Path,
+        plan: CopyPlan,
+        *,
+        resume: bool,
+        overwrite: bool,
+        reflink: str = "never",
+    ) -> None:
         # Resolved, so that the target of a link is replaced, on its own disk, and "." has a name.
         self.destination = destination = destination.resolve()
         self.finished = False
@@ -45,6 +54,9 @@ class Stage:
         self._replaced = destination.parent / f"{destination.name}.replaced"
         self._plan, self._resume, self._overwrite = plan, resume and not overwrite, overwrite
         self._header = {"plan": plan.digest, "source": plan.source_fingerprint}
+        self._reflink = reflink
+        self.clones = Clones()
+        """What is cloned instead of copied."""
         self._recording = threading.Lock()
         self._lock: Lock | None = None
         """Lock of the marker, while this process writes here."""
@@ -119,8 +131,10 @@ class Stage:
             raise OutputError(f"{self.destination}: {existing} is a file; name another folder")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise OutputError(f"{existing}: no permission to write here")
+        self.clones = Clones.of(self._plan, existing, self._reflink)
         done = sum(f.size for f in self._plan.files if f.name in self.complete)
-        need = self._plan.output_bytes - done
+        shared = self.clones.nbytes(f for f in self._plan.files if f.name not in self.complete)
+        need = self._plan.output_bytes - done - shared
         free = shutil.disk_usage(existing).free + self._reclaimed()
         if need > free:
             raise OutputError(
@@ -200,7 +214,7 @@ class Stage:
             for file in self._plan.files:
                 if file.name not in self.complete:
                     with name_in_errors(self.folder / file.name):
-                        self._allocate(self.folder / file.name, file.size)
+                        self._allocate(file)
         except PermissionError as error:
             raise OutputError(f"{error.filename}: no permission to write here") from error
 
@@ -222,13 +236,15 @@ class Stage:
             os.fsync(lock.descriptor)
             sync(self.folder)
 
-    def _allocate(self, path: Path, size: int) -> None:
+    def _allocate(self, file: OutputFile) -> None:
+        """Create a file of its final size, with room for all that is not cloned."""
+        path = self.folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate") and size:
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
+        with path.open("wb") as handle:
+            handle.truncate(file.size)
+            if hasattr(os, "posix_fallocate"):
+                for offset, count in self.clones.copied_ranges(file):
+                    os.posix_fallocate(handle.fileno(), offset, count)
 
     def record(self, name: str) -> None:
         """Journal a file that is written and synced, with its identity."""

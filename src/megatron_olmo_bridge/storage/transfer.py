@@ -28,6 +28,8 @@ from megatron_olmo_bridge.formats.tensors import (
 from megatron_olmo_bridge.mapping.placement import Region
 
 from .atomic import name_in_errors
+from .cloning import Clones, clone
+from .runs import runs_of, whole_blocks, worth_kernel_copies
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +40,6 @@ STEP = 64 << 20
 """Maximum bytes per kernel call, so that progress is visible and Ctrl-C takes effect."""
 OPEN_FILES = 16
 """Maximum number of source files that a thread keeps open."""
-SHORT_RUN = 64 << 10
-"""Bytes below which a run is cheaper to copy through memory than by a kernel call."""
 FALL_BACK = {
     errno.EXDEV,
     errno.EINVAL,
@@ -73,9 +73,15 @@ def _through_memory(src: int, src_at: int, dst: int, dst_at: int, count: int) ->
     return write_all(dst, os.pread(src, min(count, BLOCK), src_at), dst_at)
 
 
-def copy_methods() -> list[CopyMethod]:
-    """Return the ways to copy that this system has, fastest first. macOS has only the last."""
-    in_kernel = {"copy_file_range": _copy_file_range, "sendfile": _sendfile}
+def copy_methods(*, may_clone: bool = True) -> list[CopyMethod]:
+    """Return the ways to copy that this system has, fastest first. macOS has only the last.
+
+    Args:
+        may_clone: include ``copy_file_range``, by which file systems may share blocks.
+    """
+    in_kernel = {"sendfile": _sendfile}
+    if may_clone:
+        in_kernel = {"copy_file_range": _copy_file_range, **in_kernel}
     return [*(copy for name, copy in in_kernel.items() if hasattr(os, name)), _through_memory]
 
 
@@ -96,10 +102,12 @@ class Transfer:
         advance: Callable[[int], None] = lambda _: None,
         stop: threading.Event | None = None,
         methods: Sequence[CopyMethod] | None = None,
+        clones: Clones | None = None,
     ) -> None:
         self._advance = advance
         self._stop = stop or threading.Event()
-        self._methods = list(methods or copy_methods())
+        self._clones = clones or Clones()
+        self._methods = list(methods or copy_methods(may_clone=self._clones.mode != "never"))
         self._chosen: dict[tuple[Path, int], int] = {}
         self._sources: dict[Path, int] = {}
         """Open descriptors, least recently used first."""
@@ -120,10 +128,10 @@ class Transfer:
             FormatError: a source file is truncated.
             InputError: a value is too large for ``dtype``.
         """
-        if isinstance(view, TensorView) and dtype == view.dtype and _worth_kernel_copies(view):
+        if isinstance(view, TensorView) and dtype == view.dtype and worth_kernel_copies(view):
             _LOG.debug("%s: copied by the kernel, %d bytes", view.name, view.nbytes)
             for piece in view.pieces:
-                for source_at, target_at, count in _runs(piece, view):
+                for source_at, target_at, count in runs_of(piece, view):
                     self._copy(piece, source_at, target, offset + target_at, count)
             return
         _LOG.debug("%s: through memory, %s to %s", view.name, view.dtype, dtype)
@@ -194,6 +202,31 @@ class Transfer:
             self._advance(count)
             return
         file = piece.array.file
+        if self._clones.allow(file):
+            before, shared = whole_blocks(source_at, target_at, count)
+            if shared and self._clone(file, source_at + before, target, target_at + before, shared):
+                self._copy_range(file, source_at, target, target_at, before)
+                done = before + shared
+                source_at, target_at, count = source_at + done, target_at + done, count - done
+        self._copy_range(file, source_at, target, target_at, count)
+
+    def _clone(self, file: Path, source_at: int, target: int, target_at: int, count: int) -> bool:
+        """Share whole blocks; return whether the file system did."""
+        self._check_stop()
+        try:
+            clone(self._fd(file), source_at, target, target_at, count)
+        except OSError as error:
+            if error.errno not in FALL_BACK or self._clones.mode == "always":
+                error.filename = f"{file}, or what is cloned from it"
+                raise
+            _LOG.warning("%s: copied, as it can't be cloned: %s", file, error)
+            return False
+        self._advance(count)
+        return True
+
+    def _copy_range(
+        self, file: Path, source_at: int, target: int, target_at: int, count: int
+    ) -> None:
         source = self._fd(file)
         while count:
             self._check_stop()
@@ -309,35 +342,6 @@ def _read_into(fd: int, out: memoryview, offset: int) -> int:
     data = os.pread(fd, len(out), offset)
     out[: len(data)] = data
     return len(data)
-
-
-def _contiguous(piece: Piece, view: TensorView) -> bool:
-    width = piece.tensor_region.columns
-    source = width if piece.array is None else piece.array.columns
-    return width == source == view.columns
-
-
-def _runs(piece: Piece, view: TensorView) -> Iterator[tuple[int, int, int]]:
-    """Yield (offset in the source file, offset in the tensor, bytes) of each contiguous run."""
-    item = ITEM_SIZE[view.dtype]
-    stored, region = piece.array_region, piece.tensor_region
-    base, stride = 0, 0
-    if piece.array is not None:
-        base, stride = piece.array.offset, piece.array.row_bytes
-    at = base + stored.top * stride + stored.left * item
-    target_at = region.top * view.row_bytes + region.left * item
-    if _contiguous(piece, view):
-        yield at, target_at, region.size * item
-        return
-    for row in range(region.rows):
-        yield at + row * stride, target_at + row * view.row_bytes, region.columns * item
-
-
-def _worth_kernel_copies(view: TensorView) -> bool:
-    if isinstance(view, MixedView) or any(p.transposed for p in view.pieces):
-        return False
-    runs = sum(1 if _contiguous(p, view) else p.tensor_region.rows for p in view.pieces)
-    return runs == 1 or view.nbytes >= runs * SHORT_RUN
 
 
 def _where(view: Readable, top: int, bottom: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.errors import install_hint
+from megatron_olmo_bridge.storage.cloning import can_clone_within
 from megatron_olmo_bridge.storage.transfer import copy_methods
 
 _WITH_MEGATRON = install_hint("megatron")
@@ -46,6 +47,13 @@ def doctor() -> list[Finding]:
     methods = [method.__name__.strip("_") for method in copy_methods()]
     order = f"in this order: {', '.join(methods)}"
     findings.append(Finding("copying", methods[0], len(methods) > 1, order))
+    clones = can_clone_within(Path())
+    use = (
+        "conversions on this disk share blocks with their source"
+        if clones
+        else ("conversions on this disk copy; XFS and Btrfs can clone")
+    )
+    findings.append(Finding("cloning here", "yes" if clones else "no", clones, use))
     return findings + _machine()
 
 

@@ -89,7 +89,7 @@ def test_quiet_prints_nothing(tiny_hf: Path, tmp_path: Path) -> None:
 
 def test_json_has_the_numbers_of_the_summary(tiny_hf: Path, tmp_path: Path) -> None:
     said = result_of("import", tiny_hf, tmp_path / "m")
-    assert said.keys() == {"destination", "bytes_written", "seconds", "plan_sha256"}
+    assert said.keys() == {"destination", "bytes_written", "bytes_cloned", "seconds", "plan_sha256"}
     assert said["destination"] == str(tmp_path / "m")
     recorded = json.loads((tmp_path / "m/iter_0000000/olmo_bridge.json").read_text())
     assert said["plan_sha256"] == [recorded["plan_sha256"]]
@@ -204,7 +204,7 @@ def test_a_dry_run_checks_the_free_space(
     planned = run("import", tiny_hf, tmp_path / "m", "--dry-run")
     assert planned.exit_code == 2
     assert planned.stderr == run("import", tiny_hf, tmp_path / "m").stderr
-    assert "the disk is too small: 2,200,527 bytes needed, 1,000 free" in planned.stderr
+    assert "the disk is too small: 2,230,351 bytes needed, 1,000 free" in planned.stderr
 
 
 def test_a_dry_run_plans_each_iteration(tiny_megatron: Path, tmp_path: Path) -> None:

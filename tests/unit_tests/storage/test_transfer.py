@@ -14,6 +14,7 @@ import torch
 from megatron_olmo_bridge.errors import FormatError, InputError
 from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
+from megatron_olmo_bridge.storage import runs
 from megatron_olmo_bridge.storage import transfer as module
 from megatron_olmo_bridge.storage.transfer import (
     CopyMethod,
@@ -72,7 +73,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and steps so small that small tensors take many."""
     monkeypatch.setattr(module, "BLOCK", 512)
     monkeypatch.setattr(module, "STEP", 300)
-    monkeypatch.setattr(module, "SHORT_RUN", 64)
+    monkeypatch.setattr(runs, "SHORT_RUN", 64)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -89,7 +90,7 @@ def test_each_method_copies(tmp_path: Path, method: str) -> None:
 def test_each_method_copies_pieces_cut_by_rows_and_columns(
     tmp_path: Path, method: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHORT_RUN", 0)  # each run by the method, however short
+    monkeypatch.setattr(runs, "SHORT_RUN", 0)  # each run by the method, however short
     tensor = torch.randn(23, 19)
     view = cut(tensor, tmp_path, seed)
     assert torch.equal(written(tmp_path / "t", view, "float32", [METHODS[method]]), tensor)
@@ -101,7 +102,7 @@ def test_each_method_copies_pieces_cut_by_rows_and_columns(
 def test_the_way_through_memory_gives_the_same_bytes(
     tmp_path: Path, shape: tuple[int, int], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHORT_RUN", 1 << 30)  # never by the kernel
+    monkeypatch.setattr(runs, "SHORT_RUN", 1 << 30)  # never by the kernel
 
     def never(*_: int) -> int:
         raise AssertionError("by the kernel")
