@@ -172,7 +172,7 @@ def test_commands(checkpoint: Path, tmp_path: Path) -> None:
     export_checkpoint(tmp_path / "m", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "m2")
-    assert tree(tmp_path / "m2") == tree(tmp_path / "m")
+    assert verify(tmp_path / "m2", tmp_path / "m").equal  # at other offsets, as in their sources
 
 
 def test_a_config_and_a_tokenizer_come_with_the_model(
