@@ -46,7 +46,11 @@ FAILURES = [
     (("import", "hf"), "rename", "dst"),
     (("export", "megatron"), "read", "faults0/megatron"),
     (("export", "megatron"), "copy", "iter_0000000/__0_0.distcp"),
-    (("export", "megatron", "--max-shard-size", "500KB"), "fsync", "dst.partial/model-00002-of-00006.safetensors"),
+    (
+        ("export", "megatron", "--max-shard-size", "500KB"),
+        "fsync",
+        "dst.partial/model-00002-of-00006.safetensors",
+    ),
     (("average", "hf", "hf"), "pread", f"hf/{SHARD}"),
 ]
 QUICK = [case for case in FAILURES if case[1] in ("read", "copy", "rename")]

@@ -85,7 +85,7 @@ def _by_origin(
 
     In a file, tensors stand at one place within a block, or half a block further. So those that
     can be cloned from a file of the source with another place get files of their own, if they fill
-    an eighth of one. A short tensor stays with the one before it.
+    half of one. A short tensor stays with the one before it.
     """
     nbytes: Counter[int | None] = Counter()
     places: list[tuple[int | None, TensorSpec]] = []
@@ -95,7 +95,7 @@ def _by_origin(
         nbytes[place] += view.nbytes
         places.append((place, view))
     origins = {
-        place for place, count in nbytes.items() if place is not None and count >= limit // 8
+        place for place, count in nbytes.items() if place is not None and count >= limit // 2
     }
     origin = next((place for place, _ in places if place in origins), None)
     files: dict[int | None, list[TensorSpec]] = defaultdict(list)

@@ -43,8 +43,10 @@ def test_half_a_block_between_makes_room_for_the_tensors_half_a_block_further() 
 
 
 def test_large_parts_from_different_files_are_in_different_files() -> None:
-    stored = tensors(("a", 8, 16), ("norm", 0, 1), ("b", 16, 16), ("c", 8, 16))
+    stored = tensors(("a", 8, 30), ("norm", 0, 1), ("b", 16, 60), ("c", 8, 30))
     assert laid_out(stored) == [[("a", 8), ("c", 8), ("norm", 8)], [("b", 16)]]
+    stored = tensors(("a", 8, 30), ("b", 16, 16), ("c", 8, 30))  # too small for a file
+    assert laid_out(stored) == [[("a", 8), ("c", 8), ("b", 8)]]
 
 
 def test_a_place_that_no_header_has_is_left_alone() -> None:

@@ -64,7 +64,7 @@ def test_import_and_export_print_what_they_wrote(tiny_hf: Path, tmp_path: Path) 
     assert lines[1] == f"Prove it:    olmo-bridge verify {tiny_hf} {tmp_path / 'm'}"
     assert lines[2] == f"Megatron-LM: olmo-bridge inspect {tmp_path / 'm'} --megatron-args"
     out = done("export", tmp_path / "m", tmp_path / "back", "--max-shard-size", "1MB")
-    assert out.startswith(f"{tmp_path / 'back'}: 47 tensors, 2.11 MB in ")
+    assert out.startswith(f"{tmp_path / 'back'}: 47 tensors, 2.12 MB in ")
     assert run("verify", tiny_hf, tmp_path / "back").exit_code == 0
 
 

@@ -156,7 +156,7 @@ def test_an_output_that_lacks_something_is_an_error(
     if in_place:
         dst.mkdir()
     written = dst if in_place or when == "after" else tmp_path / "dst.partial"
-    first = "model-00001-of-00006.safetensors"
+    first = "model-00001-of-00003.safetensors"
 
     def convert(reporter: Reporter | None = None, overwrite: bool = False) -> None:
         write = WriteOptions(workers=1, overwrite=overwrite)
