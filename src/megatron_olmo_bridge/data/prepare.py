@@ -27,7 +27,7 @@ from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.errors import InputError, ProcessError
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.storage.atomic import sync
-from megatron_olmo_bridge.storage.identity import Identity, fingerprint
+from megatron_olmo_bridge.storage.identity import Identity, identity_digest
 
 from .documents import Kind, Span, TextOptions, split_name, text_spans
 from .info import DataInfo, read_info
@@ -189,7 +189,7 @@ def _record(
     }
     plan = made | asdict(writer.text) | {"token_dtype": writer.token_dtype}
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    state = fingerprint({Path(file): Identity.of(Path(file)) for file in files})
+    state = identity_digest({Path(file): Identity.of(Path(file)) for file in files})
     return made | {"plan": digest, "input_state": state}, plan | {"input_state": state}
 
 

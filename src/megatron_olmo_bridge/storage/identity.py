@@ -36,7 +36,7 @@ class Identity(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
-def fingerprint(files: Mapping[Path, Identity]) -> str:
+def identity_digest(files: Mapping[Path, Identity]) -> str:
     """Return a SHA-256 digest of the files' paths and identities, in the order given."""
     folders = {folder: folder.resolve() for folder in {file.parent for file in files}}
     described = [(str(folders[f.parent] / f.name), *identity) for f, identity in files.items()]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, TensorSpec, TensorView
 
-from .identity import Identity, Snapshot, fingerprint
+from .identity import Identity, Snapshot, identity_digest
 from .runs import BLOCK, shared_residue
 
 WORKERS = 2
@@ -114,9 +114,9 @@ class CopyPlan:
         return {file: known.get(file) or Identity.of(file) for file in self.source_files}
 
     @cached_property
-    def source_fingerprint(self) -> str:
-        """Fingerprint of the source files, whose order determines the weights of an average."""
-        return fingerprint(self.source_identities)
+    def source_digest(self) -> str:
+        """Digest of the source files' identities; their order determines an average's weights."""
+        return identity_digest(self.source_identities)
 
     def check_sources_unchanged(self) -> None:
         """Raise InputError if a source file has changed since the plan was made."""

@@ -45,7 +45,7 @@ class Provenance:
             "revision": self.revision,
             "options": self.options,
             "plan_sha256": plan.digest,
-            "source_fingerprint": plan.source_fingerprint,
+            "source_digest": plan.source_digest,
             "versions": versions(),
             "files": files,
         }

@@ -53,7 +53,7 @@ class Stage:
         self._partial = destination.parent / (destination.name + PARTIAL)
         self._replaced = destination.parent / f"{destination.name}.replaced"
         self._plan, self._resume, self._overwrite = plan, resume and not overwrite, overwrite
-        self._header = {"plan": plan.digest, "source": plan.source_fingerprint}
+        self._header = {"plan": plan.digest, "source": plan.source_digest}
         self._reflink = reflink
         self.clones = Clones()
         """What is cloned instead of copied."""
@@ -144,8 +144,8 @@ class Stage:
     def _made_by_this_plan(self) -> bool:
         """Return whether the destination is what this run would write."""
         recorded = read_provenance(self.destination / self._plan.weights_folder) or {}
-        made_of = (recorded.get("plan_sha256"), recorded.get("source_fingerprint"))
-        same = made_of == (self._plan.digest, self._plan.source_fingerprint)
+        made_of = (recorded.get("plan_sha256"), recorded.get("source_digest"))
+        same = made_of == (self._plan.digest, self._plan.source_digest)
         return same and not self._lacking(self.destination)
 
     def _lacking(self, folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_olmo_bridge.errors import InputError
-from megatron_olmo_bridge.storage.identity import Identity, Snapshot, fingerprint
+from megatron_olmo_bridge.storage.identity import Identity, Snapshot, identity_digest
 
 
 def with_its_times_restored(change: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -61,13 +61,13 @@ def snapshot(folder: Path) -> Snapshot:
 @pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
 def test_a_file_that_changed(folder: Path, name: str, change: Callable[[Path], object]) -> None:
     before = snapshot(folder)
-    digest = fingerprint({folder / name: Identity.of(folder / name)})
+    digest = identity_digest({folder / name: Identity.of(folder / name)})
 
     change(folder / name)
 
     with pytest.raises(InputError, match=rf"{name}: changed while the checkpoint was read"):
         before.check_unchanged()
-    assert fingerprint({folder / name: Identity.of(folder / name)}) != digest
+    assert identity_digest({folder / name: Identity.of(folder / name)}) != digest
 
 
 def test_a_file_that_vanished_or_appeared(folder: Path) -> None:
@@ -95,12 +95,12 @@ def test_reading_and_other_files_are_no_change(folder: Path) -> None:
         before.check_unchanged(used={folder / "README.md"})
 
 
-def test_the_fingerprint_tells_paths_and_their_order(folder: Path) -> None:
+def test_the_digest_tells_paths_and_their_order(folder: Path) -> None:
     files = {f: Identity.of(f) for f in (folder / "config.json", folder / "README.md")}
     linked = folder.with_name(f"{folder.name}-linked")
     linked.symlink_to(folder)
 
-    assert fingerprint(files) == fingerprint({linked / f.name: i for f, i in files.items()})
-    assert fingerprint(files) != fingerprint(dict(reversed(files.items())))
+    assert identity_digest(files) == identity_digest({linked / f.name: i for f, i in files.items()})
+    assert identity_digest(files) != identity_digest(dict(reversed(files.items())))
     moved = {folder / f"other-{f.name}": identity for f, identity in files.items()}
-    assert fingerprint(files) != fingerprint(moved)
+    assert identity_digest(files) != identity_digest(moved)

@@ -36,7 +36,7 @@ def test_an_import_records_where_it_came_from(make_hf: HF, tmp_path: Path) -> No
         "revision": None,
         "options": {"dtype": "bfloat16", "padded_vocab_size": 128, "release": False},
         "plan_sha256": plan.digest,
-        "source_fingerprint": plan.source_fingerprint,
+        "source_digest": plan.source_digest,
     }
     assert versions["megatron-olmo-bridge"] == __version__
     assert versions.keys() == {"megatron-olmo-bridge", "python", "torch"}
