@@ -30,7 +30,10 @@ if TYPE_CHECKING:  # for type checkers, which can't follow the tables below
     from .models.olmo2.provider import Olmo2ModelProvider32B as Olmo2ModelProvider32B
     from .storage.execute import WriteOptions as WriteOptions
     from .tasks.train import train as train
+    from .tools.against import ExpectedWeights as ExpectedWeights
+    from .tools.against import verify_against as verify_against
     from .tools.doctor import doctor as doctor
+    from .tools.fingerprint import fingerprint as fingerprint
     from .tools.inspect import inspect as inspect
     from .tools.synth import synth as synth
     from .tools.verify import verify as verify
@@ -39,6 +42,7 @@ if TYPE_CHECKING:  # for type checkers, which can't follow the tables below
 _OFFLINE = {
     "AverageOptions": "convert.options",
     "BridgeError": "errors",
+    "ExpectedWeights": "tools.against",
     "ExportOptions": "convert.options",
     "ImportOptions": "convert.options",
     "PrepareOptions": "data.options",
@@ -48,11 +52,13 @@ _OFFLINE = {
     "average_checkpoints": "convert.average",
     "doctor": "tools.doctor",
     "export_checkpoint": "convert.to_hf",
+    "fingerprint": "tools.fingerprint",
     "import_checkpoint": "convert.to_megatron",
     "inspect": "tools.inspect",
     "prepare_data": "data.prepare",
     "synth": "tools.synth",
     "verify": "tools.verify",
+    "verify_against": "tools.against",
 }
 """Module of each public name that needs no megatron-core."""
 

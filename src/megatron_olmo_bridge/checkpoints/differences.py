@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.errors import FormatError, quote
 from megatron_olmo_bridge.formats.files import parse_json
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, artifact_files
-from megatron_olmo_bridge.formats.tensors import TensorView
+from megatron_olmo_bridge.formats.tensors import TensorSpec
 from megatron_olmo_bridge.models.heads import architectures_of_config
 
 _NO_MEANING = {"transformers_version", "_name_or_path", "name_or_path"}
@@ -28,7 +28,7 @@ class Difference:
     """One difference of two checkpoints, or of a checkpoint and its record."""
 
     kind: str
-    """missing, unexpected, shape, dtype, values, config, mapping, file or checksum."""
+    """missing, unexpected, shape, dtype, values, config, mapping, file, checksum or fingerprint."""
     name: str
     detail: str
 
@@ -103,7 +103,9 @@ def _file_differences(name: str, first: bytes | None, second: bytes | None) -> l
     return [Difference("file", name, f"other bytes: {len(first):,} and {len(second):,}")]
 
 
-def name_differences(a: dict[str, TensorView], b: dict[str, TensorView]) -> Iterator[Difference]:
+def name_differences(
+    a: Mapping[str, TensorSpec], b: Mapping[str, TensorSpec]
+) -> Iterator[Difference]:
     """Yield the differences of names, shapes and dtypes."""
     for name in a:
         if name not in b:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.storage.identity import Snapshot
@@ -29,7 +30,11 @@ folder lacks."""
 
 
 def open_checkpoint(
-    path: str | Path, options: ReadOptions | None = None, *, strict: bool = True
+    path: str | Path,
+    options: ReadOptions | None = None,
+    *,
+    strict: bool = True,
+    finished: bool = True,
 ) -> Checkpoint:
     """Open a checkpoint and check it against the mapping of its model, from headers alone.
 
@@ -38,6 +43,7 @@ def open_checkpoint(
             ``.pt`` file of OLM's trainer.
         options: facts that the checkpoint may not record.
         strict: refuse a Hugging Face folder whose tensors are not those of its config.
+        finished: refuse the output of a conversion that has not ended.
 
     Raises:
         InputError: the path is not a checkpoint, or is incomplete.
@@ -47,7 +53,7 @@ def open_checkpoint(
     """
     path, options = Path(path).expanduser(), options or ReadOptions()
     try:
-        kind, weights = find_kind(path, options.iteration)
+        kind, weights = find_kind(path, options.iteration, finished)
         _check_options(kind, path, options)
         folders = kind.file_patterns(weights)
         if options.hf_config:
@@ -60,8 +66,12 @@ def open_checkpoint(
         raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
-def find_kind(path: Path, iteration: int | str | None = None) -> tuple[type[Checkpoint], Path]:
+def find_kind(
+    path: Path, iteration: int | str | None = None, finished: bool = True
+) -> tuple[type[Checkpoint], Path]:
     """Return the kind of a checkpoint, and the folder or file with its weights.
+
+    For arguments see :func:`open_checkpoint`.
 
     Raises:
         InputError: the path does not exist, or is not a checkpoint but, for example, an
@@ -71,7 +81,7 @@ def find_kind(path: Path, iteration: int | str | None = None) -> tuple[type[Chec
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     for folder in (path, path.resolve().parent):
-        if (folder / PARTIAL_MARKER).exists():
+        if finished and (folder / PARTIAL_MARKER).exists():
             raise InputError(
                 f"{folder}: an interrupted conversion, not a checkpoint. Run the same command "
                 "again with --resume, or delete the folder."
@@ -98,23 +108,29 @@ def options_for_each(paths: Sequence[Path], options: ReadOptions) -> list[ReadOp
         InputError: no path has a use for an option; or see :func:`find_kind`.
     """
     kinds = [find_kind(path, options.iteration)[0] for path in paths]
-    for name in options.kind_options:
+    names = _values(options)
+    for name in names:
         if not any(kind.accepts(name) for kind in kinds):
             _check_options(kinds[0], paths[0], options)
+    own = [{n: v for n, v in options.kind_options.items() if k.accepts(n)} for k in kinds]
+    others = names.keys() - options.kind_options.keys()
     return [
-        replace(
-            options, kind_options={n: v for n, v in options.kind_options.items() if kind.accepts(n)}
-        )
-        for kind in kinds
+        replace(options, kind_options=o, **{n: None for n in others if not kind.accepts(n)})
+        for kind, o in zip(kinds, own, strict=True)
     ]
+
+
+def _values(options: ReadOptions) -> dict[str, Any]:
+    """Return the options that are set, those of one kind alone among them."""
+    values = {f.name: getattr(options, f.name) for f in fields(ReadOptions)}
+    values |= values.pop("kind_options")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_options(kind: type[Checkpoint], path: Path, options: ReadOptions) -> None:
     """Raise InputError for an option that the kind has no use for."""
-    values = {f.name: getattr(options, f.name) for f in fields(ReadOptions)}
-    values |= values.pop("kind_options")
-    for name, value in values.items():
-        if value is not None and not kind.accepts(name):
+    for name in _values(options):
+        if not kind.accepts(name):
             flag = f"--{name.replace('_', '-')}"
             kinds = [k.kind for k in reversed(KINDS) if k.accepts(name)]
             if not kinds:

@@ -1,4 +1,4 @@
-"""Read-only commands: verify, inspect, models, doctor."""
+"""Read-only commands: verify, fingerprint, inspect, models, doctor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.storage.plan import WORKERS
+from megatron_olmo_bridge.tools.against import ExpectedWeights
 
 from .command import DIFFERENT, Outcome, register
 from .console import ProgressBar, Workers, human_bytes, say, table
@@ -21,6 +22,7 @@ from .options import Omit
 if TYPE_CHECKING:
     from megatron_olmo_bridge.checkpoints.differences import Difference
     from megatron_olmo_bridge.tools.inspect import Inspection
+    from megatron_olmo_bridge.tools.verify import Verification
 
 SHOWN = 40
 """Maximum number of differences in the table; --json lists all."""
@@ -29,6 +31,7 @@ SHOWN = 40
 def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
     register(app, "verify", verify, exit_codes=DIFFERENT)
+    register(app, "fingerprint", fingerprint)
     register(app, "inspect", inspect)
     register(app, "models", models)
     register(app, "doctor", doctor)
@@ -42,38 +45,60 @@ def verify(
         Path | None, typer.Argument(metavar="[B]", help="Checkpoint to compare A with.")
     ] = None,
     *,
-    options: Annotated[ReadOptions, Omit("iteration", "hf_config", "vocab_size", "num_labels")],
+    options: Annotated[ReadOptions, Omit("iteration", "num_labels")],
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="Compare the optimizer state too.")
     ] = False,
+    expected: ExpectedWeights,
     workers: Workers = WORKERS,
 ) -> Outcome:
     """Prove that two checkpoints hold the same model: bit for bit, no tolerance.
 
     Names, shapes, dtypes, values and config are compared in both directions. With one path, its
-    files are compared with the record made when they were written. Exits with 1 if anything
-    differs.
+    files are compared with the record made when they were written; or its weights with a
+    fingerprint (--fingerprint), or with the hashes of its blocks (--against). Exits with 1 if
+    anything differs.
 
     Examples:
         olmo-bridge verify ./hf ./megatron
         olmo-bridge verify ./megatron
         olmo-bridge verify ./checkpoints/step_100.pt ./megatron --heads 4
+        olmo-bridge verify ./megatron --against leaves.json --sample 100
     """
-    from megatron_olmo_bridge.tools.verify import verify as run
-
+    result: Verification
     with ProgressBar() as bar:
-        result = run(first, second, options, optimizer=optimizer, workers=workers, reporter=bar)
+        if expected.is_given:
+            from megatron_olmo_bridge.tools.against import verify_against
+
+            if second is not None or optimizer:
+                raise InputError(
+                    "--fingerprint and --against take one checkpoint, and compare its weights alone"
+                )
+            result = verify_against(first, expected, options, workers=workers, reporter=bar)
+        else:
+            from megatron_olmo_bridge.tools.verify import verify as run
+
+            result = run(first, second, options, optimizer=optimizer, workers=workers, reporter=bar)
     _print_differences(result.differences)
     for note in result.notes:
         say(f"Note: {note}")
-    compared = f"{result.compared} tensors, {human_bytes(result.nbytes)} compared bit for bit"
-    if second is None:
-        compared = f"{result.compared} files compared with the record"
+    size = human_bytes(result.nbytes)
+    compared = {
+        "tensors": f"{result.compared} tensors, {size} compared bit for bit",
+        "fingerprint": f"{result.compared} tensors, {size} compared with the fingerprint",
+        "blocks": f"{result.compared} blocks, {size} compared with their hashes",
+    }.get(result.checked, f"{result.compared} files compared with the record")
     if result.equal:
         verdict = "Sizes only, no difference" if result.checked == "sizes" else "Equal"
         say(f"{verdict}: {compared}.")
     else:
         say(f"NOT equal: {len(result.differences)} difference(s). {compared}.")
+    if sample := getattr(result, "sample", None):
+        say(
+            f"A sample of {sample.blocks} of {sample.total} blocks, with --seed {sample.seed}: it "
+            f"finds a single changed block with a probability of {sample.finds_one_changed:.2%}, "
+            f"and {sample.changed_for_99_percent} or more with 99 %."
+        )
     return Outcome({"equal": result.equal} | asdict(result), exit_code=0 if result.equal else 1)
 
 
@@ -83,6 +108,54 @@ def _print_differences(differences: list[Difference]) -> None:
         table(["differs", "name", "how"], rows)
         if len(differences) > SHOWN:
             say(f"... and {len(differences) - SHOWN} more; --json lists all.")
+
+
+def fingerprint(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A checkpoint of any kind, or a hub id.")
+    ],
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor with its hash.")
+    ] = False,
+    leaves: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the hashes of all blocks, for verify --against."),
+    ] = None,
+    *,
+    options: Annotated[ReadOptions, Omit("num_labels")],
+    workers: Workers = WORKERS,
+) -> Outcome:
+    """Print a hash of a model's weights that is the same in every format.
+
+    A Hugging Face folder in any shards, a Megatron checkpoint at any layout, with or without
+    optimizer state, and one of OLMo-core have the same fingerprint if their weights have the same
+    names, dtypes, shapes and bits. So a fingerprint published with a model proves any copy of it.
+    docs/fingerprint.md specifies it.
+
+    Examples:
+        olmo-bridge fingerprint ./megatron
+        olmo-bridge fingerprint allenai/OLMo-2-0425-1B --leaves leaves.json
+        olmo-bridge verify ./megatron --fingerprint 78bb43da...
+    """
+    from megatron_olmo_bridge.tools.fingerprint import check_leaves_file, write_leaves
+    from megatron_olmo_bridge.tools.fingerprint import fingerprint as run
+
+    check_leaves_file(leaves)
+    with ProgressBar() as bar:
+        result = run(path, options, workers=workers, reporter=bar)
+    if leaves is not None:
+        write_leaves(leaves, result)
+    rows = [(t.name, t.dtype, list(t.shape), t.hash.hex()) for t in result.tensors]
+    if tensors:
+        table(["tensor", "dtype", "shape", "hash"], [[*map(str, row)] for row in rows])
+        say("")
+    count, blocks, nbytes = len(result.tensors), result.block_count, result.nbytes
+    say(f"{result.root}  {path}: {count} tensors, {blocks} blocks, {human_bytes(nbytes)}")
+    summary = {"fingerprint": result.root, "blocks": blocks, "nbytes": nbytes, "leaves": leaves}
+    if tensors:  # long, so only on request
+        keys = ("name", "dtype", "shape", "hash")
+        summary["tensors"] = [dict(zip(keys, row, strict=True)) for row in rows]
+    return Outcome(summary)
 
 
 def inspect(
@@ -178,6 +251,8 @@ def _print_summary(inspection: Inspection) -> None:
         origin = inspection.provenance["source"]
         commit = inspection.provenance.get("revision")
         rows.append(["made from", f"{origin} at {commit}" if commit else origin])
+        if recorded := inspection.provenance.get("fingerprint"):
+            rows.append(["fingerprint", f"{recorded}, when it was written"])
     table(["", ""], rows)
     say("")
     table(["number", "value"], [[k, str(v)] for k, v in inspection.numbers.items()])

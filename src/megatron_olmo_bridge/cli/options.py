@@ -50,8 +50,10 @@ class Shown:
 
 _COUNT = {"min": 1}
 SHOWN = {
+    "against": Shown(Path | None, {"metavar": "FILE"}),
     "checksum": Shown(bool),
     "dtype": Shown(str, {"autocompletion": dtypes_or_keep}),
+    "fingerprint": Shown(str | None, {"metavar": "HASH"}),
     "hf_config": Shown(Path | None, {"metavar": "DIR"}),
     "iteration": Shown(str | None, {"autocompletion": iterations}),
     "make_vocab_size_divisible_by": Shown(int, _COUNT),
@@ -63,6 +65,8 @@ SHOWN = {
     "release": Shown(bool),
     "resume": Shown(bool),
     "revision": Shown(str | None),
+    "sample": Shown(int | None, {"min": 1, "metavar": "N"}),
+    "seed": Shown(int | None),
     "skip_bad_lines": Shown(bool),
     "text_field": Shown(str),
     "to": Shown(str, {"autocompletion": one_of("hf", "olmo-core")}),

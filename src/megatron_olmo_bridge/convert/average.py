@@ -14,7 +14,7 @@ from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.tensors import MeanView
 from megatron_olmo_bridge.mapping.registry import bulleted
-from megatron_olmo_bridge.storage.execute import WriteOptions, execute
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.storage.plan import CopyPlan
 from megatron_olmo_bridge.storage.progress import Reporter
@@ -22,6 +22,7 @@ from megatron_olmo_bridge.storage.provenance import Provenance
 from megatron_olmo_bridge.storage.stage import refuse_overlap
 
 from .options import AverageOptions
+from .output import write_output
 
 
 def average_checkpoints(
@@ -52,7 +53,7 @@ def average_checkpoints(
         BridgeError: a source is damaged or not supported, or the output can't be written.
     """
     plan, provenance = plan_average(sources, destination, options)
-    execute(plan, Path(destination).expanduser(), provenance, write, reporter)
+    write_output(plan, destination, provenance, write, reporter)
     return plan
 
 

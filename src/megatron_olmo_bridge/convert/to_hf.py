@@ -13,13 +13,14 @@ from megatron_olmo_bridge.errors import BridgeError, InputError, SkippedError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.iterations import iteration_folders
 from megatron_olmo_bridge.mapping.registry import bulleted
-from megatron_olmo_bridge.storage.execute import WriteOptions, execute
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.plan import CopyPlan
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.provenance import Provenance
 from megatron_olmo_bridge.storage.stage import refuse_overlap
 
 from .options import ExportOptions
+from .output import write_output
 from .to_olmo_core import plan_olmo_core
 
 
@@ -74,7 +75,7 @@ def export_checkpoint(
     """
     exports = plan_exports(source, destination, options)
     for plan, provenance, folder in exports.plans:
-        execute(plan, folder, provenance, write, reporter)
+        write_output(plan, folder, provenance, write, reporter)
     exports.check_all_planned(f"in {destination}")
     return [plan for plan, _, _ in exports.plans]
 

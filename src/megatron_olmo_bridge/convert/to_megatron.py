@@ -37,13 +37,14 @@ from megatron_olmo_bridge.mapping.mappings import WILDCARD
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
-from megatron_olmo_bridge.storage.execute import WriteOptions, execute
+from megatron_olmo_bridge.storage.execute import WriteOptions
 from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.storage.plan import CopyPlan, Packer
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.provenance import Provenance
 
 from .options import ImportOptions
+from .output import write_output
 
 FILE_BYTES = 2 << 30
 """Maximum bytes of a .distcp file, unless one chunk is larger. Files are written in parallel."""
@@ -74,7 +75,7 @@ def import_checkpoint(
             is left at ``destination`` then.
     """
     plan, provenance = plan_import(source, options)
-    execute(plan, Path(destination).expanduser(), provenance, write, reporter)
+    write_output(plan, destination, provenance, write, reporter)
     return plan
 
 

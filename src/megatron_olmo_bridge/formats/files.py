@@ -29,6 +29,8 @@ MIX_LIMIT = 64 << 20
 """A list of token files; OLMo's have up to 40,000 lines."""
 ARTIFACT_FILES_LIMIT = 64 << 20
 """Config and tokenizer files of a folder, together."""
+LEAVES_LIMIT = 64 << 20
+"""Hashes of the blocks of a fingerprint: those of 3.9 TB."""
 PICKLE_LIMIT = 256 << 20
 """.metadata, and the pickle in an archive: 5 MB for a 32B model with its optimizer's state. Reading
 takes some 20 times as much memory, and never more than 32 times."""
@@ -130,14 +132,14 @@ def read_small(file: Path, limit: int) -> bytes:
     return data
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+def read_json(file: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Return the JSON object in a file of at most ``limit`` bytes.
 
     Raises:
         FormatError: it is not sound JSON, or not an object; or see :func:`read_small`.
         InputError, FileNotFoundError, PermissionError: see :func:`open_regular`.
     """
-    value = parse_json(read_small(file, JSON_LIMIT), file)
+    value = parse_json(read_small(file, limit), file)
     if not isinstance(value, dict):
         raise FormatError(f"{file}: does not hold a JSON object")
     return value

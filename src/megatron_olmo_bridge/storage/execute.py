@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from megatron_olmo_bridge.formats.tensors import Readable
 
 from .atomic import name_in_errors
 from .cloning import Clones
+from .fingerprint import hash_tensors, root_of
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .processes import Processes
 from .progress import Reporter
@@ -41,7 +42,7 @@ class WriteOptions:
     overwrite: bool = False
     """Replace the output if it exists."""
     checksum: bool = False
-    """Record a SHA-256 of each file (reads all once more)."""
+    """Record the SHA-256 of each file and the fingerprint of the weights (reads all twice more)."""
     reflink: str = "auto"
     """Share blocks with the source where the file system can (XFS, Btrfs): ``auto``, ``always`` or
     ``never``, as in ``cp``."""
@@ -53,10 +54,20 @@ def execute(
     provenance: Provenance,
     options: WriteOptions | None = None,
     reporter: Reporter | None = None,
+    read_back: Callable[[Path], Iterable[Readable]] | None = None,
 ) -> None:
     """Write the output of a plan to ``destination``, completely or not at all.
 
     Under torchrun the files are divided among the processes.
+
+    Args:
+        plan: what to write.
+        destination: folder to create.
+        provenance: what to record.
+        options: how to write; defaults if None.
+        reporter: receives progress.
+        read_back: function of the folder with the written weights that returns their Hugging Face
+            tensors. With checksums, the fingerprint of these is recorded.
 
     Raises:
         OutputError: the output exists, overlaps the source, was changed by another program, or the
@@ -98,7 +109,7 @@ def execute(
             plan.check_sources_unchanged()  # after all processes have read
             processes.wait_for_each_other()
             if processes.first:
-                finish(stage, plan, provenance, options)
+                finish(stage, plan, provenance, options, read_back)
         reporter.end()
     if processes.first:
         stage.check_output()
@@ -133,12 +144,17 @@ def finish(
     plan: CopyPlan,
     provenance: Provenance,
     options: WriteOptions | None = None,
+    read_back: Callable[[Path], Iterable[Readable]] | None = None,
 ) -> None:
-    """Write the small files after the weights, and commit."""
+    """Write the small files after the weights, and commit; for arguments see :func:`execute`."""
+    options = options or WriteOptions()
     for name, data in plan.texts.items():
         stage.write_text(name, data)
-    files = _describe(plan, stage.folder, options or WriteOptions())
-    stage.write_text(f"{plan.weights_folder}/{PROVENANCE}", provenance.encode(plan, files))
+    files = _describe(plan, stage.folder, options)
+    root = None
+    if options.checksum and read_back is not None:
+        root = root_of(hash_tensors(read_back(stage.folder / plan.weights_folder), options.workers))
+    stage.write_text(f"{plan.weights_folder}/{PROVENANCE}", provenance.encode(plan, files, root))
     stage.commit()
 
 

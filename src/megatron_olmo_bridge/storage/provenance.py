@@ -15,9 +15,12 @@ from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.formats.files import read_json
 
+from .fingerprint import is_fingerprint
 from .plan import CopyPlan
 
 PROVENANCE = "olmo_bridge.json"
+FINGERPRINT = "fingerprint"
+"""Key of the fingerprint of the weights, in the record of a conversion with checksums."""
 TRAIN = "train"
 """Operation in the records of a run's checkpoints, which are sealed."""
 _SEAL = "record_sha256"
@@ -37,8 +40,16 @@ class Provenance:
     options: dict[str, Any] = field(default_factory=dict)
     """Options that affect the output."""
 
-    def encode(self, plan: CopyPlan, files: dict[str, dict[str, int | str]]) -> bytes:
-        """Return the JSON file: the same bytes for the same conversion."""
+    def encode(
+        self, plan: CopyPlan, files: dict[str, dict[str, int | str]], fingerprint: str | None = None
+    ) -> bytes:
+        """Return the JSON file: the same bytes for the same conversion.
+
+        Args:
+            plan: plan of the conversion.
+            files: size, and SHA-256 if it was computed, of each file by name.
+            fingerprint: fingerprint of the weights, if it was computed.
+        """
         value = {
             "operation": plan.operation,
             "source": self.source,
@@ -47,6 +58,7 @@ class Provenance:
             "plan_sha256": plan.digest,
             "source_digest": plan.source_digest,
             "versions": versions(),
+            **({FINGERPRINT: fingerprint} if fingerprint else {}),
             "files": files,
         }
         return json.dumps(value, indent=2).encode() + b"\n"
@@ -81,6 +93,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
         isinstance(value.get("source"), str)
         and isinstance(value.get("revision"), str | None)
         and isinstance(value.get("versions", {}), dict)
+        and (FINGERPRINT not in value or is_fingerprint(value[FINGERPRINT]))
         and isinstance(files, dict)
         and all(_is_described(name, entry) for name, entry in files.items())
     ):

@@ -112,6 +112,9 @@ class Transfer:
         self._sources: dict[Path, int] = {}
         """Open descriptors, least recently used first."""
         self._spare = bytearray(BLOCK)
+        self._buffer = bytearray()
+        self._last: Readable | None = None
+        """Tensor that was read last; ``_matrices`` are of it."""
         self._matrices: dict[StoredArray, torch.Tensor] = {}
 
     def __enter__(self) -> Transfer:
@@ -146,15 +149,30 @@ class Transfer:
 
         The next block overwrites the bytes.
         """
-        self._matrices.clear()
         rows = view.shape[0] if view.shape else 1
         step = max(1, BLOCK // max(1, view.row_bytes))
-        buffer = memoryview(bytearray(min(rows, step) * view.row_bytes))
         for top in range(0, rows, step):
             bottom = min(rows, top + step)
-            block = buffer[: (bottom - top) * view.row_bytes]
-            self._fill(view, top, bottom, block)
-            yield top, bottom, block
+            yield top, bottom, self.read(view, top * view.row_bytes, bottom * view.row_bytes)
+
+    def read(self, view: Readable, begin: int, end: int) -> memoryview:
+        """Return a range of the row-major bytes of a tensor. The next call overwrites them.
+
+        Raises:
+            FormatError: a source file is truncated.
+        """
+        if begin == end:
+            return memoryview(b"")
+        if view is not self._last:
+            self._matrices.clear()
+            self._last = view
+        width = view.row_bytes
+        top, bottom = begin // width, -(-end // width)
+        if len(self._buffer) < (bottom - top) * width:
+            self._buffer = bytearray((bottom - top) * width)
+        rows = memoryview(self._buffer)[: (bottom - top) * width]
+        self._fill(view, top, bottom, rows)
+        return rows[begin - top * width : end - top * width]
 
     def _fill(self, view: Readable, top: int, bottom: int, out: memoryview) -> None:
         """Read rows of a tensor into ``out``."""

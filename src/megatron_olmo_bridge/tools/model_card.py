@@ -11,7 +11,7 @@ from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.storage.hub import HUB_ID
-from megatron_olmo_bridge.storage.provenance import LIVE, read_provenance
+from megatron_olmo_bridge.storage.provenance import FINGERPRINT, LIVE, read_provenance
 
 MODEL_CARD = "README.md"
 PACKAGE = "megatron-olmo-bridge"
@@ -29,6 +29,7 @@ def model_card(
     license: str | None = None,
     training: dict[str, Any] | None = None,
     made_from: str | None = None,
+    fingerprint: str | None = None,
 ) -> str:
     """Return the text of a model card: YAML front matter for the hub, then Markdown.
 
@@ -40,6 +41,7 @@ def model_card(
         training: facts on the training by label: ``{"steps": 1000, "final loss": 2.31}``. A dict as
             a value becomes a table of its own.
         made_from: a sentence on how the folder was written, and from what.
+        fingerprint: fingerprint of the weights.
 
     Raises:
         BridgeError: no family handles the config.
@@ -61,6 +63,11 @@ def model_card(
         "## Where it is from",
         made_from or f"Written by {PACKAGE} {__version__}.",
     ]
+    if fingerprint is not None:
+        sections += [
+            "The fingerprint of the weights, which is the same in every format. To check a copy:",
+            f"```\nolmo-bridge verify {name} --fingerprint {fingerprint}\n```",
+        ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -74,7 +81,8 @@ def write_model_card(
 ) -> bool:
     """Write the card of a Hugging Face folder, unless there is a README.md already.
 
-    The origin is read from provenance records. The card has only the names of local paths.
+    The origin is read from provenance records, and so is the fingerprint, if it was recorded. The
+    card has only the names of local paths.
 
     Args:
         folder: folder with config.json.
@@ -89,6 +97,7 @@ def write_model_card(
     if file.exists():
         return False
     recorded_base, made_from = _origin(folder)
+    record = read_provenance(folder) or {}
     text = model_card(
         read_config(folder),
         name=name or folder.resolve().name,
@@ -96,6 +105,7 @@ def write_model_card(
         license=license,
         training=training,
         made_from=made_from,
+        fingerprint=record.get(FINGERPRINT),
     )
     file.write_text(text, encoding="utf-8")
     return True

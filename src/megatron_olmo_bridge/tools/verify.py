@@ -41,8 +41,9 @@ class Verification:
     notes: list[str] = field(default_factory=list)
     """What was not compared, and why."""
     checked: str = "tensors"
-    """What was compared: ``tensors`` of two checkpoints; or the files of one, by recorded
-    ``checksums`` or only by ``sizes``, which damaged bytes don't change."""
+    """What was compared: ``tensors`` of two checkpoints; the files of one, by recorded
+    ``checksums`` or only by ``sizes``, which damaged bytes don't change; or the weights of one, by
+    their ``fingerprint`` or by the hashes of their ``blocks``."""
 
     @property
     def equal(self) -> bool:
@@ -76,7 +77,7 @@ def verify(
     reporter = reporter or Reporter()
     first = local_path(first)
     if second is None:
-        return _verify_recorded(Path(first).expanduser(), workers, reporter)
+        return _verify_recorded(Path(first).expanduser(), options, workers, reporter)
     checkpoints = []
     paths = first, local_path(second)
     each_options = options_for_each(paths, options or ReadOptions())
@@ -177,7 +178,9 @@ def _compare(
     return Difference("values", a.name, f"{count} of {size} differ; {example}")
 
 
-def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verification:
+def _verify_recorded(
+    path: Path, options: ReadOptions | None, workers: int, reporter: Reporter
+) -> Verification:
     _, folder = find_kind(path)
     recorded = read_provenance(folder)
     if recorded is None:
@@ -208,7 +211,7 @@ def _verify_recorded(path: Path, workers: int, reporter: Reporter) -> Verificati
                 differences.append(Difference("checksum", name, "SHA-256 is not the recorded one"))
     reporter.end()
     if not differences:
-        open_checkpoint(folder)  # headers and mapping are sound
+        open_checkpoint(folder, options)  # headers and mapping are sound
     if len(checkable) == len(files):
         return Verification(differences, len(files), total, checked="checksums")
     note = (
