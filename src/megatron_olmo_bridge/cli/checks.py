@@ -96,7 +96,8 @@ def verify(
     if sample := getattr(result, "sample", None):
         say(
             f"A sample of {sample.blocks} of {sample.total} blocks, with --seed {sample.seed}: it "
-            f"finds a single changed block with a probability of {sample.finds_one_changed:.2%}, "
+            f"finds a single changed block with a probability of "
+            f"{sample.finds_one_changed * 100:.2f} %, "
             f"and {sample.changed_for_99_percent} or more with 99 %."
         )
     return Outcome({"equal": result.equal} | asdict(result), exit_code=0 if result.equal else 1)

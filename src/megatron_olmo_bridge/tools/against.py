@@ -50,6 +50,8 @@ class ExpectedWeights:
 
     def check(self) -> None:
         """Raise InputError if the values are not valid, or contradict each other."""
+        if not self.is_given:
+            raise InputError("nothing to compare with: name a fingerprint, or a file of leaves")
         if self.fingerprint is not None and not is_fingerprint(self.fingerprint):
             raise InputError(
                 f"--fingerprint {quote(self.fingerprint)}: is not 64 digits of 0-9 and a-f"

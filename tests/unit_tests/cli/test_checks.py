@@ -69,6 +69,51 @@ def test_only_the_table_shortens_a_long_list_of_differences(make_hf: HF) -> None
     assert len(result_of(run("verify", a, b, "--json"))["differences"]) == 69
 
 
+def test_a_fingerprint_and_what_it_proves(
+    tiny_hf: Path, tiny_megatron: Path, tmp_path: Path
+) -> None:
+    leaves = tmp_path / "leaves.json"
+    result = run("fingerprint", tiny_hf, "--leaves", leaves)
+    root = result.stdout.split()[0]
+    assert result.stdout == f"{root}  {tiny_hf}: 47 tensors, 47 blocks, 2.10 MB\n"
+    said = result_of(run("fingerprint", tiny_megatron, "--json"))
+    assert said == {"fingerprint": root, "blocks": 47, "nbytes": 2_100_992, "leaves": None}
+
+    result = run("verify", tiny_megatron, "--fingerprint", root)
+    assert result.exit_code == 0
+    assert result.stdout == "Equal: 47 tensors, 2.10 MB compared with the fingerprint.\n"
+    result = run("verify", tiny_megatron, "--against", leaves)
+    assert result.stdout == "Equal: 47 blocks, 2.10 MB compared with their hashes.\n"
+    result = run("verify", tiny_megatron, "--against", leaves, "--sample", 12, "--seed", 3)
+    assert "A sample of 12 of 47 blocks, with --seed 3" in result.stdout
+    assert "a probability of 25.53 %, and 14 or more with 99 %" in result.stdout
+    said = result_of(
+        run("verify", tiny_megatron, "--against", leaves, "--sample", 12, "--seed", 3, "--json")
+    )
+    assert said["sample"] == {
+        "blocks": 12, "total": 47, "seed": 3, "finds_one_changed": 1 - 35 / 47,
+        "changed_for_99_percent": 14,
+    }  # fmt: skip
+
+
+def test_other_weights_have_another_fingerprint(make_hf: HF, tmp_path: Path) -> None:
+    a, b = make_hf("a"), make_hf("b", seed=1)
+    result = run("fingerprint", a, "--leaves", tmp_path / "leaves.json", "--tensors")
+    root = result.stdout.splitlines()[-1].split()[0]
+    for expected in (["--fingerprint", root], ["--against", tmp_path / "leaves.json"]):
+        result = run("verify", b, *expected)
+        assert result.exit_code == 1
+        assert "NOT equal" in result.stdout
+    assert "block 0, bytes 0 to 14,543" in result.stdout
+    hashes = {
+        t["name"]: t for t in result_of(run("fingerprint", a, "--tensors", "--json"))["tensors"]
+    }
+    assert len(hashes) == 36
+    assert hashes["lm_head.weight"]["shape"] == [101, 36]
+    assert hashes["lm_head.weight"]["dtype"] == "float32"
+    assert hashes["lm_head.weight"]["hash"] in run("fingerprint", a, "--tensors").stdout
+
+
 def test_one_path_is_compared_with_its_record(tiny_megatron: Path) -> None:
     result = run("verify", tiny_megatron)
     assert result.exit_code == 0

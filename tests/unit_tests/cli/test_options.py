@@ -14,6 +14,7 @@ from megatron_olmo_bridge.cli.options import KIND_OPTIONS, SHOWN, Omit, docstrin
 from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions, ImportOptions
 from megatron_olmo_bridge.data.options import PrepareOptions
 from megatron_olmo_bridge.storage.execute import WriteOptions
+from megatron_olmo_bridge.tools.against import ExpectedWeights
 
 ALL = (
     ReadOptions,
@@ -22,6 +23,7 @@ ALL = (
     AverageOptions,
     WriteOptions,
     PrepareOptions,
+    ExpectedWeights,
 )
 
 

@@ -97,6 +97,8 @@ def test_a_record_of_a_later_version_may_say_more(tmp_path: Path) -> None:
         {"revision": 3},
         {"versions": []},
         {"files": []},
+        {"fingerprint": "| a row"},
+        {"fingerprint": 3},
         {"files": {"a": 3}},
         {"files": {"a": {}}},
         {"files": {"a": {"bytes": "3"}}},

@@ -16,6 +16,8 @@ from megatron_olmo_bridge.convert import to_megatron
 from megatron_olmo_bridge.convert.options import ExportOptions
 from megatron_olmo_bridge.errors import UnsupportedError
 from megatron_olmo_bridge.models.families import as_classifier, published_sizes
+from megatron_olmo_bridge.storage.execute import WriteOptions
+from megatron_olmo_bridge.tools.fingerprint import fingerprint
 from megatron_olmo_bridge.tools.model_card import model_card, write_model_card
 
 HFFactory = Callable[..., Path]
@@ -99,6 +101,17 @@ def test_the_card_states_where_the_model_is_from(make_hf: HFFactory, tmp_path: P
     (tmp_path / "megatron/iter_0000005/olmo_bridge.json").unlink()
     export_checkpoint(tmp_path / "megatron", tmp_path / "trained", ExportOptions(iteration=5))
     assert made_from(tmp_path / "trained") == f"Converted {by} `megatron/iter_0000005`."
+
+
+def test_the_card_states_the_fingerprint_if_it_was_recorded(
+    make_hf: HFFactory, tmp_path: Path
+) -> None:
+    import_checkpoint(make_hf(), tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", write=WriteOptions(checksum=True))
+    assert write_model_card(tmp_path / "back", name="me/mine")
+    text = (tmp_path / "back" / "README.md").read_text()
+    root = fingerprint(tmp_path / "back").root
+    assert f"```\nolmo-bridge verify me/mine --fingerprint {root}\n```" in text
 
 
 def test_a_hub_model_is_named_by_id_and_commit(
