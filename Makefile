@@ -30,7 +30,8 @@ help:
 	@echo "make docs         build the documentation site into site/"
 	@echo "make wheel        build the package into dist/"
 	@echo "make bench        time import and export next to cp -r, live loading next to safetensors,"
-	@echo "                  training next to a PyTorch loop; BENCH='--size olmo2-7b' for more"
+	@echo "                  the fingerprint next to sha256sum, training next to a PyTorch loop;"
+	@echo "                  BENCH='--size olmo2-7b' for more"
 	@echo "make clean        remove what these made"
 
 setup: $(VENV)/ready
@@ -118,6 +119,7 @@ wheel: $(VENV)/ready
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/bench.py $(BENCH)
 	$(VENV)/bin/python benchmarks/live.py
+	$(VENV)/bin/python benchmarks/fingerprint.py
 	$(VENV)/bin/python benchmarks/train.py
 
 clean:

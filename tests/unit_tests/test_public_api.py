@@ -17,6 +17,7 @@ FUNCTIONS = {
     "compare",
     "doctor",
     "export_checkpoint",
+    "fingerprint",
     "generate",
     "hf_as_megatron",
     "import_checkpoint",
@@ -25,12 +26,14 @@ FUNCTIONS = {
     "synth",
     "train",
     "verify",
+    "verify_against",
 }
 CLASSES = {
     "AutoBridge",
     "AverageOptions",
     "PrepareOptions",
     "BridgeError",
+    "ExpectedWeights",
     "ExportOptions",
     "ImportOptions",
     "Olmo2ModelProvider",
