@@ -34,17 +34,17 @@ def test_one_fingerprint_in_every_format(tmp_path: Path) -> None:
     stock_save = ReadOptions(hf_config=hf)
     assert "optimizer state" in inspect(tmp_path / "run", stock_save).layout
     export = ExportOptions(hf_config=hf, max_shard_size="700KB")
-    export_checkpoint(tmp_path / "run", tmp_path / "7 shards", export)
-    assert len(list((tmp_path / "7 shards").glob("*.safetensors"))) == 7
+    export_checkpoint(tmp_path / "run", tmp_path / "8 shards", export)
+    assert len(list((tmp_path / "8 shards").glob("*.safetensors"))) == 8
     import_checkpoint(
-        tmp_path / "7 shards", tmp_path / "import", ImportOptions(make_vocab_size_divisible_by=768)
+        tmp_path / "8 shards", tmp_path / "import", ImportOptions(make_vocab_size_divisible_by=768)
     )
     export_checkpoint(tmp_path / "import", tmp_path / "1 shard", write=WriteOptions(checksum=True))
     export_checkpoint(tmp_path / "import", tmp_path / "step0", ExportOptions(to="olmo-core"))
 
-    root = by_example(tmp_path / "7 shards")
+    root = by_example(tmp_path / "8 shards")
 
-    found = {n: fingerprint(tmp_path / n).root for n in ("7 shards", "import", "1 shard", "step0")}
+    found = {n: fingerprint(tmp_path / n).root for n in ("8 shards", "import", "1 shard", "step0")}
     found["stock"] = fingerprint(tmp_path / "run", stock_save).root
     found["1 shard, by the example"] = by_example(tmp_path / "1 shard")
     found["1 shard, as recorded"] = inspect(tmp_path / "1 shard").provenance["fingerprint"]
