@@ -123,12 +123,14 @@ def test_cloning_across_file_systems_is_refused_if_it_is_demanded(
 
 def test_a_model_fits_that_would_not_fit_twice(disk: Path) -> None:
     """Nothing is allocated, or demanded of the disk, for what is cloned."""
+    if disk.parent.name.startswith("btrfs"):
+        pytest.skip("the free space of Btrfs is an estimate")
     model = size(disk / "hf")
     filler = disk / "filler"
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - model // 4)
     done = olmo_bridge("import", disk / "hf", disk / "m", "--reflink", "never")
-    assert done.exit_code == 2 and "the disk is" in done.output  # too small; Btrfs notices late
+    assert done.exit_code == 2 and "the disk is too small" in done.output
     import_checkpoint(disk / "hf", disk / "m")
     assert verify(disk / "hf", disk / "m").equal
     shutil.rmtree(disk / "m")
