@@ -131,6 +131,7 @@ class AskedToStop(TrainingStopped):
 EXTRAS = {
     "megatron": ("megatron", "transformers", "tokenizers", "numpy"),
     "train": ("omegaconf", "pyarrow", "matplotlib", "tensorboard"),
+    "cloud": ("obstore",),
 }
 """Packages that each extra installs, and that only some commands need."""
 

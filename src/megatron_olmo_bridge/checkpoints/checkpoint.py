@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.hf_folder import CHAT_TEMPLATES, HUB_PATTERNS
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.mapping.registry import Parameter, ResolvedMapping
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.storage.identity import Snapshot
+from megatron_olmo_bridge.storage.remote_files import CONNECTIONS
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class ReadOptions:
     """Rows to keep of a padded vocabulary, if the Megatron checkpoint does not record them."""
     num_labels: int | None = None
     """Replace the head by a zero-initialized classification head for this many classes."""
+    max_connections: int = CONNECTIONS
+    """Requests in flight, for a checkpoint that is somewhere else."""
     kind_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of one kind alone, by :attr:`KindOption.name`: ``{"heads": 12}``."""
 
@@ -78,13 +82,13 @@ class Checkpoint(ABC):
     own_options: ClassVar[tuple[KindOption, ...]] = ()
     """Options that no other kind has; their values are in :attr:`ReadOptions.kind_options`."""
 
-    path: Path
+    path: AnyPath
     """Folder with the weights, or the file, for a kind that is a single file."""
     bridge: ModelBridge
     mapping: ResolvedMapping
-    config_from: Path
+    config_from: AnyPath
     """File that the model's config was read from."""
-    artifacts_folder: Path | None
+    artifacts_folder: AnyPath | None
     """Folder with config.json, generation config and tokenizer files."""
     megatron: dict[str, TensorView] = field(default_factory=dict)
     """Tensors by Megatron name, for a kind that stores Megatron's parameters."""
@@ -95,7 +99,7 @@ class Checkpoint(ABC):
 
     @classmethod
     @abstractmethod
-    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+    def find(cls, path: AnyPath, iteration: int | str | None) -> AnyPath | None:
         """Return the folder or file with the weights; None if the path is of another kind.
 
         Raises:
@@ -105,12 +109,12 @@ class Checkpoint(ABC):
 
     @classmethod
     @abstractmethod
-    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: AnyPath) -> dict[AnyPath, tuple[str, ...]]:
         """Return the folders that this kind reads, each with patterns of file names."""
 
     @classmethod
     @abstractmethod
-    def open(cls, path: Path, options: ReadOptions, strict: bool) -> Checkpoint:
+    def open(cls, path: AnyPath, options: ReadOptions, strict: bool) -> Checkpoint:
         """Read the headers of a checkpoint.
 
         Args:
@@ -201,6 +205,6 @@ class Checkpoint(ABC):
         return self.bridge.hf_config
 
 
-def artifact_patterns(folder: Path) -> dict[Path, tuple[str, ...]]:
+def artifact_patterns(folder: AnyPath) -> dict[AnyPath, tuple[str, ...]]:
     """Return the folders that config and tokenizer files are read from, with their patterns."""
     return {folder: HUB_PATTERNS, folder / CHAT_TEMPLATES: ("*",)}

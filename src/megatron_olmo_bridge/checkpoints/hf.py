@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import ClassVar
 
 from megatron_olmo_bridge.errors import FormatError, InputError, MappingError
@@ -16,6 +15,7 @@ from megatron_olmo_bridge.formats.hf_folder import (
     is_hf_folder,
     refuse_other_weights,
 )
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.models.bridge import ModelBridge
@@ -41,7 +41,7 @@ class HFCheckpoint(Checkpoint):
     """Tensors that no file has, initialized with zeros: a new classification head."""
 
     @classmethod
-    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+    def find(cls, path: AnyPath, iteration: int | str | None) -> AnyPath | None:
         if not path.is_dir():
             return None
         if is_hf_folder(path):
@@ -52,11 +52,11 @@ class HFCheckpoint(Checkpoint):
         return None
 
     @classmethod
-    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: AnyPath) -> dict[AnyPath, tuple[str, ...]]:
         return artifact_patterns(path)
 
     @classmethod
-    def open(cls, path: Path, options: ReadOptions, strict: bool) -> HFCheckpoint:
+    def open(cls, path: AnyPath, options: ReadOptions, strict: bool) -> HFCheckpoint:
         hf = HFFolder.read(path, is_buffer, may_be_tied)
         bridge = bridge_for(hf.config, path / CONFIG)
         arrays = _split_experts(_by_table_names(hf, bridge), bridge, path)
@@ -135,7 +135,7 @@ def _by_table_names(hf: HFFolder, bridge: ModelBridge) -> dict[str, StoredArray]
 
 
 def _split_experts(
-    arrays: dict[str, StoredArray], bridge: ModelBridge, path: Path
+    arrays: dict[str, StoredArray], bridge: ModelBridge, path: AnyPath
 ) -> dict[str, StoredArray]:
     """Return the arrays with each layer's fused experts split into one array per projection.
 

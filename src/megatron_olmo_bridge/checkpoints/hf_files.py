@@ -7,11 +7,11 @@ import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, INDEX, SINGLE, artifact_files
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.safetensors import write_header
 from megatron_olmo_bridge.formats.tensors import TensorSpec
 from megatron_olmo_bridge.storage.plan import Literal, OutputFile, Payload
@@ -34,7 +34,9 @@ def parse_size(size: str | int) -> int:
     return count
 
 
-def output_artifacts(config: dict[str, Any], dtype: str, folder: Path | None) -> dict[str, bytes]:
+def output_artifacts(
+    config: dict[str, Any], dtype: str, folder: AnyPath | None
+) -> dict[str, bytes]:
     """Return the config and tokenizer files to write with the weights, by name.
 
     The folder's config.json is copied byte for byte if it has the same values and dtype.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 from megatron_olmo_bridge.errors import (
@@ -23,6 +22,7 @@ from megatron_olmo_bridge.formats.iterations import (
     iteration_folders,
     iteration_number,
 )
+from megatron_olmo_bridge.formats.remote_path import AnyPath, glob
 from megatron_olmo_bridge.formats.tensors import Piece, TensorView
 from megatron_olmo_bridge.formats.torch_dist import FORMAT_FILE, TorchDistFolder, read_format
 from megatron_olmo_bridge.models.families import bridge_for
@@ -48,7 +48,7 @@ class MegatronCheckpoint(Checkpoint):
     accepted_options: ClassVar[tuple[str, ...]] = ("iteration", "hf_config", "vocab_size")
 
     @classmethod
-    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+    def find(cls, path: AnyPath, iteration: int | str | None) -> AnyPath | None:
         if not path.is_dir():
             return None
         if (path / FORMAT_FILE).is_file():
@@ -63,11 +63,11 @@ class MegatronCheckpoint(Checkpoint):
         return None
 
     @classmethod
-    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: AnyPath) -> dict[AnyPath, tuple[str, ...]]:
         return {path: ("*",), **artifact_patterns(path / HF_SUBFOLDER)}
 
     @classmethod
-    def open(cls, path: Path, options: ReadOptions, strict: bool) -> MegatronCheckpoint:
+    def open(cls, path: AnyPath, options: ReadOptions, strict: bool) -> MegatronCheckpoint:
         dist = TorchDistFolder.read(path)
         _ = dist.common  # refuse an unsound one, even if nothing in it is needed
         vocab_size = options.vocab_size
@@ -168,7 +168,7 @@ class MegatronCheckpoint(Checkpoint):
         return ["--load", str(folder.parent), *step]
 
 
-def _is_latest(folder: Path) -> bool:
+def _is_latest(folder: AnyPath) -> bool:
     """Return whether Megatron-LM loads this iteration if its command line names none."""
     try:
         return iteration_folder(folder.parent, None) == folder
@@ -176,7 +176,7 @@ def _is_latest(folder: Path) -> bool:
         return False
 
 
-def _refuse_unless_torch_dist(path: Path) -> None:
+def _refuse_unless_torch_dist(path: AnyPath) -> None:
     if not (path / FORMAT_FILE).is_file():
         if is_hf_folder(path):
             raise InputError(f"{path}: a Hugging Face checkpoint; pass this folder itself")
@@ -190,8 +190,8 @@ def _refuse_unless_torch_dist(path: Path) -> None:
         )
 
 
-def _refuse_other_megatron(path: Path) -> None:
-    if ranks := [p for p in (path, *sorted(path.iterdir())) if p.name.startswith("mp_rank_")]:
+def _refuse_other_megatron(path: AnyPath) -> None:
+    if ranks := [p for p in (path, *glob(path, "*")) if p.name.startswith("mp_rank_")]:
         raise UnsupportedError(
             f"{path}: a Megatron checkpoint of the legacy format ({ranks[0].name}), which has one "
             f"pickle for each parallel rank. {_CONVERT_WITH_MEGATRON}"

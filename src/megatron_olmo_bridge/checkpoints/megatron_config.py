@@ -9,6 +9,7 @@ from typing import Any
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, UnsupportedError
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config, refuse_outside
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.mapping.registry import bulleted
 from megatron_olmo_bridge.models.bridge import ModelBridge
@@ -22,7 +23,7 @@ RUN_CONFIG = "run_config.yaml"
 
 def config_of(
     dist: TorchDistFolder, hf_config: str | Path | None, vocab_size: int | None
-) -> tuple[dict[str, Any], Path, Path | None]:
+) -> tuple[dict[str, Any], AnyPath, AnyPath | None]:
     """Return the values of config.json, the file they are from, and the folder of the artifacts.
 
     They are read from the first of these that exists: the folder ``hf_config``, the subfolder that
@@ -66,7 +67,7 @@ def config_of(
 
 
 def check_agreement(
-    dist: TorchDistFolder, bridge: ModelBridge, config_from: Path, *, any_vocab_size: bool
+    dist: TorchDistFolder, bridge: ModelBridge, config_from: AnyPath, *, any_vocab_size: bool
 ) -> None:
     """Raise InputError if the settings recorded in the checkpoint contradict its config.
 
@@ -87,7 +88,7 @@ def check_agreement(
             )
 
 
-def _records(dist: TorchDistFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _records(dist: TorchDistFolder) -> Iterator[tuple[AnyPath, dict[str, Any]]]:
     """Yield each record of the model's settings, with its file."""
     run_config = dist.path / RUN_CONFIG
     if run_config.exists() and (section := model_section(run_config)) is not None:
@@ -96,7 +97,7 @@ def _records(dist: TorchDistFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield dist.common_file, dist.args
 
 
-def model_section(file: Path) -> dict[str, Any] | None:
+def model_section(file: AnyPath) -> dict[str, Any] | None:
     """Return the ``model`` section of Megatron-Bridge's run_config.yaml; None if it has none.
 
     Raises:

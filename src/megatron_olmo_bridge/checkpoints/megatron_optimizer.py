@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError, quote
 from megatron_olmo_bridge.formats.inert import Inert
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.torch_archive import array_of, read_number
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 
@@ -53,7 +53,7 @@ def optimizer_values(dist: TorchDistFolder) -> tuple[float, dict[str, Any]]:
     return steps.pop(), settings[0]
 
 
-def _groups(part: Any, file: Path) -> list[dict[str, Any]]:
+def _groups(part: Any, file: AnyPath) -> list[dict[str, Any]]:
     """Return the parameter groups of an optimizer, each with its step."""
     inner = part.get("optimizer", part) if isinstance(part, dict) else None
     inner = inner if isinstance(inner, dict) else {}

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from megatron_olmo_bridge.errors import InputError, MappingError
 from megatron_olmo_bridge.formats.files import refuse_pointer
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
 from megatron_olmo_bridge.formats.torch_archive import arrays_by_name, read_archive
 from megatron_olmo_bridge.mapping.mappings import WILDCARD, numbered, split_numbers
@@ -93,18 +94,18 @@ class OLMCheckpoint(Checkpoint):
     """The Hugging Face tensors, assembled from the file's."""
 
     @classmethod
-    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+    def find(cls, path: AnyPath, iteration: int | str | None) -> AnyPath | None:
         if not (path.is_file() and path.suffix == ".pt"):
             return None
         refuse_pointer(path)
         return path
 
     @classmethod
-    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: AnyPath) -> dict[AnyPath, tuple[str, ...]]:
         return {path.parent: (escape(path.name),)}
 
     @classmethod
-    def open(cls, path: Path, options: ReadOptions, strict: bool) -> OLMCheckpoint:
+    def open(cls, path: AnyPath, options: ReadOptions, strict: bool) -> OLMCheckpoint:
         arrays = read_olm(path)
         artifacts_folder = Path(options.hf_config) if options.hf_config else None
         config = read_config(artifacts_folder) if artifacts_folder else None
@@ -130,7 +131,7 @@ class OLMCheckpoint(Checkpoint):
         return "a file of its trainer"
 
 
-def read_olm(file: Path) -> dict[str, StoredArray]:
+def read_olm(file: AnyPath) -> dict[str, StoredArray]:
     """Return the model's tensors by OLM's names, in the order of its state dict.
 
     No code of the file's pickle is run or imported, and no tensor is read.
@@ -160,8 +161,8 @@ def bridge_of(
     arrays: Mapping[str, StoredArray],
     heads: int | None,
     config: dict[str, Any] | None,
-    file: Path,
-    config_from: Path,
+    file: AnyPath,
+    config_from: AnyPath,
 ) -> GPT2Bridge:
     """Return the model, whose sizes follow from the shapes, all but the number of attention heads.
 
@@ -219,7 +220,7 @@ def bridge_of(
 
 
 def hf_views(
-    arrays: Mapping[str, StoredArray], hf_shapes: Mapping[str, Shape], file: Path
+    arrays: Mapping[str, StoredArray], hf_shapes: Mapping[str, Shape], file: AnyPath
 ) -> dict[str, TensorView]:
     """Return every Hugging Face tensor, assembled from OLM's, without a tied head.
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from megatron_olmo_bridge.errors import BridgeError, InputError, quote
 from megatron_olmo_bridge.formats.dcp_folder import DCPFolder
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.tensors import Piece, StoredArray, TensorView
 from megatron_olmo_bridge.mapping.placement import Region, Shape
 from megatron_olmo_bridge.mapping.registry import ResolvedMapping, bulleted, check_tensors
@@ -44,7 +45,7 @@ class OLMoCoreCheckpoint(Checkpoint):
     """Tensors of the Hugging Face model, assembled from those of the files."""
 
     @classmethod
-    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+    def find(cls, path: AnyPath, iteration: int | str | None) -> AnyPath | None:
         if (path / TENSORS).is_dir():
             return path
         steps = step_folders(path) if path.is_dir() else {}
@@ -58,11 +59,11 @@ class OLMoCoreCheckpoint(Checkpoint):
         return steps[int(name)]
 
     @classmethod
-    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: AnyPath) -> dict[AnyPath, tuple[str, ...]]:
         return {path: (CONFIG,), path / PROGRESS.parent: (PROGRESS.name,), path / TENSORS: ("*",)}
 
     @classmethod
-    def open(cls, path: Path, options: ReadOptions, strict: bool) -> OLMoCoreCheckpoint:
+    def open(cls, path: AnyPath, options: ReadOptions, strict: bool) -> OLMoCoreCheckpoint:
         config = read_config(path)
         bridge, model = _bridges(path, config, options)
         dropless = is_dropless(config)
@@ -118,7 +119,7 @@ class OLMoCoreCheckpoint(Checkpoint):
         return [folder.name for folder in step_folders(self.path.parent).values()]
 
 
-def step_folders(root: Path) -> dict[int, Path]:
+def step_folders(root: AnyPath) -> dict[int, AnyPath]:
     """Return the folders of a run's steps by number, in order."""
     found = {
         int(match[1]): folder
@@ -129,7 +130,7 @@ def step_folders(root: Path) -> dict[int, Path]:
 
 
 def _bridges(
-    path: Path, own: dict[str, Any], options: ReadOptions
+    path: AnyPath, own: dict[str, Any], options: ReadOptions
 ) -> tuple[ModelBridge, ModelBridge]:
     """Return the Hugging Face model, and the model as OLMo-core has it.
 
@@ -150,7 +151,8 @@ def _bridges(
     config = {**config, **stated}
     if options.vocab_size is not None:
         config["vocab_size"] = options.vocab_size
-    bridge = bridge_for(config, Path(options.hf_config or path) / CONFIG)
+    config_folder = Path(options.hf_config) if options.hf_config else path
+    bridge = bridge_for(config, config_folder / CONFIG)
     if bridge.vocab_size > model.vocab_size:
         raise InputError(
             f"{file}: the embedding has {model.vocab_size} rows, fewer than the vocabulary of "
@@ -185,6 +187,7 @@ def _hf_views(
     stored = {name: stored_as(name, shape, model, dropless) for name, shape in shapes.items()}
     expected = {s.name: s.shape for s in stored.values()}
     check_tensors(expected, {k: tensor.shape for k, tensor in folder.tensors.items()}, folder.path)
+    folder.read_ahead(expected)
     views = {name: folder.view(name) for name in expected}
     return {
         name: TensorView.assembled(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError, quote
 from megatron_olmo_bridge.formats.dcp_folder import DCPFolder
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.torch_archive import read_archive
 from megatron_olmo_bridge.models.olmo_core_names import EMBEDDING
 
@@ -19,7 +20,7 @@ GROUPS = "optim.param_groups."
 """Prefixes of keys. The name of a weight follows; in older checkpoints the number of a parameter
 group follows the last of them."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PROGRESS = Path("train/rank0.pt")
+PROGRESS = PurePosixPath("train/rank0.pt")
 """File with the progress of the run, which each rank writes."""
 _NO_EFFECT = (
     "params",
@@ -117,7 +118,7 @@ def _common_value(what: str, values: Mapping[str, Any], folder: DCPFolder) -> An
     return value
 
 
-def read_progress(path: Path) -> tuple[int, dict[str, Any]]:
+def read_progress(path: AnyPath) -> tuple[int, dict[str, Any]]:
     """Return the number of optimizer steps that the run has taken, and the trainer's state.
 
     Raises:

@@ -10,13 +10,13 @@ import base64
 import binascii
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError, quote
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, refuse_outside
 from megatron_olmo_bridge.formats.pickles import loads
 from megatron_olmo_bridge.formats.plain_yaml import read_yaml
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.safetensors import read_header
 from megatron_olmo_bridge.formats.tensors import StoredArray, TensorView
 from megatron_olmo_bridge.formats.torch_archive import arrays_by_name, read_archive
@@ -43,17 +43,17 @@ class OLMoTrainerCheckpoint(Checkpoint):
     """Tensors of the Hugging Face model, each a range of rows of the trainer's."""
 
     @classmethod
-    def find(cls, path: Path, iteration: int | str | None) -> Path | None:
+    def find(cls, path: AnyPath, iteration: int | str | None) -> AnyPath | None:
         if not (path / TRAINER_CONFIG).is_file() or (path / CONFIG).exists():
             return None
         return path if any((path / name).is_file() for name in (SAFETENSORS, PICKLED)) else None
 
     @classmethod
-    def file_patterns(cls, path: Path) -> dict[Path, tuple[str, ...]]:
+    def file_patterns(cls, path: AnyPath) -> dict[AnyPath, tuple[str, ...]]:
         return {path: (TRAINER_CONFIG, SAFETENSORS, PICKLED)}
 
     @classmethod
-    def open(cls, path: Path, options: ReadOptions, strict: bool) -> OLMoTrainerCheckpoint:
+    def open(cls, path: AnyPath, options: ReadOptions, strict: bool) -> OLMoTrainerCheckpoint:
         file = path / TRAINER_CONFIG
         refuse_outside(file, path)
         config = read_yaml(file)
@@ -86,7 +86,7 @@ class OLMoTrainerCheckpoint(Checkpoint):
         return "a file of the trainer, q, k and v fused, up and gate too"
 
 
-def _arrays(path: Path) -> dict[str, StoredArray]:
+def _arrays(path: AnyPath) -> dict[str, StoredArray]:
     """Return the stored tensors by the trainer's names.
 
     Raises:
@@ -103,7 +103,7 @@ def _arrays(path: Path) -> dict[str, StoredArray]:
     return arrays
 
 
-def _decoded(key: str, file: Path) -> str:
+def _decoded(key: str, file: AnyPath) -> str:
     """Return the name that a key encodes: base64 of a pickle of ``((name,), False)``.
 
     The trainer encodes names so (``olmo/safetensors_util.py``). Plain names are returned as they
@@ -122,7 +122,7 @@ def _decoded(key: str, file: Path) -> str:
 
 
 def _views(
-    arrays: dict[str, StoredArray], hf_shapes: dict[str, Shape], path: Path
+    arrays: dict[str, StoredArray], hf_shapes: dict[str, Shape], path: AnyPath
 ) -> dict[str, TensorView]:
     """Return every Hugging Face tensor: its rows of the trainer's tensor.
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.remote_path import AnyPath, RemotePath
 from megatron_olmo_bridge.storage.identity import Snapshot
+from megatron_olmo_bridge.storage.remote import open_remote, scheme_of
 from megatron_olmo_bridge.storage.stage import PARTIAL_MARKER
 
 from .checkpoint import Checkpoint, KindOption, ReadOptions, artifact_patterns
@@ -30,7 +32,7 @@ folder lacks."""
 
 
 def open_checkpoint(
-    path: str | Path,
+    path: str | AnyPath,
     options: ReadOptions | None = None,
     *,
     strict: bool = True,
@@ -40,7 +42,7 @@ def open_checkpoint(
 
     Args:
         path: a Hugging Face folder, a Megatron checkpoint root or an iteration's folder, or a
-            ``.pt`` file of OLM's trainer.
+            ``.pt`` file of OLM's trainer; or the address of one.
         options: facts that the checkpoint may not record.
         strict: refuse a Hugging Face folder whose tensors are not those of its config.
         finished: refuse the output of a conversion that has not ended.
@@ -51,7 +53,11 @@ def open_checkpoint(
         UnsupportedError: the checkpoint is of a variant that is not converted.
         MappingError: the tensors are not those of the config's model.
     """
-    path, options = Path(path).expanduser(), options or ReadOptions()
+    options = options or ReadOptions()
+    if isinstance(path, str) and scheme_of(path):
+        path = open_remote(path, options.max_connections)
+    elif not isinstance(path, RemotePath):
+        path = Path(path).expanduser()
     try:
         kind, weights = find_kind(path, options.iteration, finished)
         _check_options(kind, path, options)
@@ -67,8 +73,8 @@ def open_checkpoint(
 
 
 def find_kind(
-    path: Path, iteration: int | str | None = None, finished: bool = True
-) -> tuple[type[Checkpoint], Path]:
+    path: AnyPath, iteration: int | str | None = None, finished: bool = True
+) -> tuple[type[Checkpoint], AnyPath]:
     """Return the kind of a checkpoint, and the folder or file with its weights.
 
     For arguments see :func:`open_checkpoint`.
@@ -101,7 +107,7 @@ def kind_options() -> tuple[KindOption, ...]:
     return tuple(option for kind in KINDS for option in kind.own_options)
 
 
-def options_for_each(paths: Sequence[Path], options: ReadOptions) -> list[ReadOptions]:
+def options_for_each(paths: Sequence[AnyPath], options: ReadOptions) -> list[ReadOptions]:
     """Return the options for each path, without those that only other kinds have.
 
     Raises:
@@ -123,11 +129,12 @@ def options_for_each(paths: Sequence[Path], options: ReadOptions) -> list[ReadOp
 def _values(options: ReadOptions) -> dict[str, Any]:
     """Return the options that are set, those of one kind alone among them."""
     values = {f.name: getattr(options, f.name) for f in fields(ReadOptions)}
+    del values["max_connections"]
     values |= values.pop("kind_options")
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check_options(kind: type[Checkpoint], path: Path, options: ReadOptions) -> None:
+def _check_options(kind: type[Checkpoint], path: AnyPath, options: ReadOptions) -> None:
     """Raise InputError for an option that the kind has no use for."""
     for name in _values(options):
         if not kind.accepts(name):

@@ -39,10 +39,10 @@ def add_to(app: typer.Typer) -> None:
 
 def verify(
     first: Annotated[
-        Path, typer.Argument(metavar="A", help="A checkpoint of any kind, or a hub id.")
+        str, typer.Argument(metavar="A", help="A checkpoint of any kind, an address, or a hub id.")
     ],
     second: Annotated[
-        Path | None, typer.Argument(metavar="[B]", help="Checkpoint to compare A with.")
+        str | None, typer.Argument(metavar="[B]", help="Checkpoint to compare A with.")
     ] = None,
     *,
     options: Annotated[ReadOptions, Omit("iteration", "num_labels")],
@@ -161,9 +161,9 @@ def fingerprint(
 
 def inspect(
     path: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="PATH", help="A checkpoint of any kind, a hub id, or prepared data."
+            metavar="PATH", help="A checkpoint of any kind, an address, a hub id, or prepared data."
         ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
@@ -193,16 +193,16 @@ def inspect(
     """
     from megatron_olmo_bridge.checkpoints.open import open_checkpoint
     from megatron_olmo_bridge.data.prefix import is_indexed
-    from megatron_olmo_bridge.storage.hub import local_path
+    from megatron_olmo_bridge.storage.hub import locate
     from megatron_olmo_bridge.tools.inspect import describe
 
     from .mapping_page import mapping_page
     from .pages import check_page, write_page
 
     if is_indexed(path):
-        return inspect_dataset(path)
+        return inspect_dataset(Path(path))
     check_page(html)
-    checkpoint = open_checkpoint(local_path(path, revision), options)
+    checkpoint = open_checkpoint(locate(path, revision, options.max_connections), options)
     inspection = describe(checkpoint)
     if html is not None:
         write_page(html, mapping_page(checkpoint))

@@ -14,6 +14,7 @@ from megatron_olmo_bridge.checkpoints.hf_files import MAX_SHARD_SIZE
 from megatron_olmo_bridge.convert.options import AverageOptions, ExportOptions, ImportOptions
 from megatron_olmo_bridge.errors import BridgeError, InputError, OutputError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
+from megatron_olmo_bridge.formats.remote_path import RemotePath
 from megatron_olmo_bridge.storage.cloning import Clones
 from megatron_olmo_bridge.storage.execute import WriteOptions, check_output
 from megatron_olmo_bridge.storage.plan import CopyPlan
@@ -79,7 +80,8 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="A folder, a hub id, OLMo-core's stepN, or OLM's step_N.pt."
+            metavar="SRC",
+            help="A folder, a hub id, an address, OLMo-core's stepN, or OLM's step_N.pt.",
         ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint root to create.")],
@@ -118,7 +120,8 @@ def import_(
         ):
             option = "".join(f" --{name} {value}" for name, value in options.kind_options.items())
             option += " --optimizer" * options.optimizer
-            path = source if options.iteration is None else plan.source
+            is_path = options.iteration is None and not isinstance(plan.source, RemotePath)
+            path = source if is_path else plan.source
             say(f"Prove it:    olmo-bridge verify {path} {destination}{option}")
         if rows := options.num_labels:
             say(f"The head is new: score.weight, {rows} rows of zeros. Train it before use.")
@@ -132,9 +135,10 @@ def import_(
 
 def export(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="SRC", help="A checkpoint root, an iter_ folder, or another checkpoint."
+            metavar="SRC",
+            help="A checkpoint root, an iter_ folder, or another checkpoint; or its address.",
         ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
@@ -220,7 +224,9 @@ def _push(folder: Path, repo: str, private: bool, revision: str | None) -> str:
 def average(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="A B ...", help="Folders of any kind, iter_ folders, hub ids."),
+        typer.Argument(
+            metavar="A B ...", help="Folders of any kind, iter_ folders, hub ids, addresses."
+        ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
     *,

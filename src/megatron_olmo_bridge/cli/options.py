@@ -57,6 +57,7 @@ SHOWN = {
     "hf_config": Shown(Path | None, {"metavar": "DIR"}),
     "iteration": Shown(str | None, {"autocompletion": iterations}),
     "make_vocab_size_divisible_by": Shown(int, _COUNT),
+    "max_connections": Shown(int, _COUNT),
     "max_shard_size": Shown(str),
     "num_labels": Shown(int | None, _COUNT),
     "optimizer": Shown(bool),

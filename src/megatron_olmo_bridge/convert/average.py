@@ -66,7 +66,7 @@ def plan_average(
     options = options or AverageOptions()
     dtype, limit = parse_dtype(options.dtype), parse_size(options.max_shard_size)
     shares = _shares(options.weights, len(sources))
-    fetched = [fetch(str(source), None) for source in sources]
+    fetched = [fetch(str(source), None, options.max_connections) for source in sources]
     opened = [open_checkpoint(folder) for folder, _, _ in fetched]
     for source in opened:
         refuse_overlap(source.path, Path(destination).expanduser())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
 from megatron_olmo_bridge.checkpoints.hf_files import MAX_SHARD_SIZE
+from megatron_olmo_bridge.storage.remote_files import CONNECTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,9 @@ class ExportOptions(ReadOptions):
 @dataclass(frozen=True, kw_only=True)
 class AverageOptions:
     """Options of an average."""
+
+    max_connections: int = CONNECTIONS
+    """Requests in flight, for checkpoints that are somewhere else."""
 
     weights: Sequence[float] | None = None
     """Weight of each checkpoint, above 0; divided by their sum. Default: equal."""

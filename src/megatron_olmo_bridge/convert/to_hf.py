@@ -12,8 +12,10 @@ from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError, SkippedError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.iterations import iteration_folders
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.mapping.registry import bulleted
 from megatron_olmo_bridge.storage.execute import WriteOptions
+from megatron_olmo_bridge.storage.hub import locate
 from megatron_olmo_bridge.storage.plan import CopyPlan
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.provenance import Provenance
@@ -28,7 +30,7 @@ from .to_olmo_core import plan_olmo_core
 class Exports:
     """Plans of an export: one, or one for each iteration."""
 
-    source: Path
+    source: AnyPath
     plans: list[tuple[CopyPlan, Provenance, Path]]
     """Each plan, its provenance record, and the folder to write."""
     skipped: dict[str, BridgeError]
@@ -60,7 +62,7 @@ def export_checkpoint(
 
     Args:
         source: a checkpoint root or an iteration's folder, saved at any parallel layout; or OLM's
-            ``step_N.pt``.
+            ``step_N.pt``; or the address of one.
         destination: folder to create; for ``iteration="all"`` it gets a folder per iteration.
         options: defaults if None.
         write: how to write the output; defaults if None.
@@ -81,7 +83,7 @@ def export_checkpoint(
 
 
 def plan_exports(
-    source: str | Path, destination: str | Path, options: ExportOptions | None = None
+    source: str | AnyPath, destination: str | Path, options: ExportOptions | None = None
 ) -> Exports:
     """Plan an export from headers alone; arguments as for :func:`export_checkpoint`."""
     options = options or ExportOptions()
@@ -90,7 +92,8 @@ def plan_exports(
         raise InputError(f"--to {options.to}: is neither hf nor olmo-core")
     if options.optimizer and options.to == "hf":
         raise InputError("--optimizer needs --to olmo-core: Hugging Face has no optimizer state")
-    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    source = locate(source, connections=options.max_connections)
+    destination = Path(destination).expanduser()
     refuse_overlap(source, destination)
     all_iterations = options.iteration == "all"
     targets = {destination: options.iteration}

@@ -87,10 +87,10 @@ def plan_import(
     dtype, divisor = parse_dtype(options.dtype), options.make_vocab_size_divisible_by
     if divisor < 1:
         raise InputError("--make-vocab-size-divisible-by must be at least 1")
-    folder, name, commit = fetch(str(source), options.revision)
+    folder, name, commit = fetch(str(source), options.revision, options.max_connections)
     checkpoint = open_checkpoint(folder, options)
     if isinstance(checkpoint, MegatronCheckpoint):
-        raise InputError(f"{source}: is a Megatron checkpoint already; import reads Hugging Face")
+        raise InputError(f"{name}: is a Megatron checkpoint already; import reads Hugging Face")
     vocab_size = checkpoint.bridge.vocab_size
     padded = vocab_size + -vocab_size % divisor
     state = checkpoint.optimizer_state if options.optimizer else None

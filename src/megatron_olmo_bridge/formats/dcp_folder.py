@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Self
 
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.mapping.placement import Region
 
 from .dcp_metadata import METADATA, Chunk, GlobalTensor, StoredBytes, read_metadata
+from .remote_path import AnyPath, RemotePath, for_each
 from .tensors import ITEM_SIZE, Piece, StoredArray, TensorView
 from .torch_archive import read_archive, read_number, read_tensor
 
@@ -21,12 +22,14 @@ from .torch_archive import read_archive, read_number, read_tensor
 class DCPFolder:
     """A folder of torch.distributed.checkpoint, by its headers."""
 
-    path: Path
+    path: AnyPath
     tensors: dict[str, GlobalTensor]
     objects: dict[str, StoredBytes]
+    _read: dict[StoredBytes, StoredArray] = field(default_factory=dict, compare=False, repr=False)
+    """Arrays of the archives that were read."""
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: AnyPath) -> Self:
         """Read ``.metadata``.
 
         Raises:
@@ -48,7 +51,7 @@ class DCPFolder:
             if not (self.path / at.file).is_file():
                 raise FormatError(f"{self.path}: {at.file}, which holds {key}, is absent")
             try:
-                array = read_tensor(self.path / at.file, at.offset, at.length)
+                array = self._array(at)
             except FormatError as error:
                 raise type(error)(f"{key} at {list(chunk.offset)}: {error}") from error
             if array.shape != chunk.shape or array.dtype != tensor.dtype:
@@ -57,6 +60,25 @@ class DCPFolder:
                     f"{list(array.shape)}, {METADATA} says {tensor.dtype} {list(chunk.shape)}"
                 )
             yield chunk, array
+
+    def _array(self, at: StoredBytes) -> StoredArray:
+        if at not in self._read:
+            self._read[at] = read_tensor(self.path / at.file, at.offset, at.length)
+        return self._read[at]
+
+    def read_ahead(self, keys: Iterable[str]) -> None:
+        """Read the archives of tensors, several at a time if the folder is somewhere else.
+
+        Errors are left to :meth:`arrays`, which says what they are about.
+        """
+
+        def read(at: StoredBytes) -> None:
+            with contextlib.suppress(FormatError):
+                self._array(at)
+
+        if isinstance(self.path, RemotePath):
+            tensors = (self.tensors[key] for key in keys if key in self.tensors)
+            for_each(read, [chunk.stored for t in tensors for chunk in t.chunks], self.path)
 
     def select(self, prefix: str, suffix: str = "") -> Self:
         """Return the tensors whose keys begin and end so, by the rest of their keys."""

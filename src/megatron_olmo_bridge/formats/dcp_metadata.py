@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, UnsupportedError, quote
@@ -17,6 +16,7 @@ from megatron_olmo_bridge.mapping.placement import Shape
 from .files import PICKLE_LIMIT, is_file_name, read_small
 from .inert import Inert, built, inert
 from .pickles import dumps, loads
+from .remote_path import AnyPath, for_each
 from .torch_archive import MAX_DIMENSIONS
 
 METADATA = ".metadata"
@@ -60,7 +60,7 @@ _Places = dict[str, dict[Shape | None, StoredBytes]]
 """Stored bytes by the key of a tensor or object, then by the offset of the chunk."""
 
 
-def read_metadata(path: Path) -> tuple[dict[str, GlobalTensor], dict[str, StoredBytes]]:
+def read_metadata(path: AnyPath) -> tuple[dict[str, GlobalTensor], dict[str, StoredBytes]]:
     """Return a checkpoint's tensors and its other objects, by key.
 
     Raises:
@@ -111,7 +111,7 @@ def _shape(value: Any) -> Shape:
     return tuple(map(_number, numbers))
 
 
-def _places(storage: Mapping[Any, Any], file: Path) -> _Places:
+def _places(storage: Mapping[Any, Any], file: AnyPath) -> _Places:
     places: _Places = defaultdict(dict)
     for index, info in storage.items():
         key, value = _attributes(index, "MetadataIndex"), _attributes(info, "_StorageInfo")
@@ -133,7 +133,7 @@ def _places(storage: Mapping[Any, Any], file: Path) -> _Places:
 
 
 def _described(
-    metadata: Mapping[Any, Any], places: _Places, file: Path
+    metadata: Mapping[Any, Any], places: _Places, file: AnyPath
 ) -> tuple[dict[str, GlobalTensor], dict[str, StoredBytes]]:
     tensors, objects = {}, {}
     for key, value in metadata.items():
@@ -152,7 +152,7 @@ def _described(
 
 
 def _global_tensor(
-    key: str, metadata: Any, places: Mapping[Shape | None, StoredBytes], file: Path
+    key: str, metadata: Any, places: Mapping[Shape | None, StoredBytes], file: AnyPath
 ) -> GlobalTensor:
     value = _attributes(metadata, "TensorStorageMetadata")
     # TensorProperties.__getstate__ of torch: a tuple that begins with the dtype
@@ -178,7 +178,7 @@ def _global_tensor(
     return GlobalTensor(dtype.global_name.removeprefix("torch."), shape, tuple(chunks))
 
 
-def _check_files(path: Path, places: _Places) -> None:
+def _check_files(path: AnyPath, places: _Places) -> None:
     """Raise FormatError if a file is truncated, or two chunks share bytes of it.
 
     Only a weight and its float32 copy in an optimizer may be stored once. Absent files are not
@@ -192,6 +192,8 @@ def _check_files(path: Path, places: _Places) -> None:
             if at.length
         }
     )
+    names = sorted({name for name, *_ in found})
+    is_there = dict(zip(names, for_each(lambda n: (path / n).is_file(), names, path), strict=True))
     for (name, _, end, key, _), (name_after, begin, _, key_after, _) in pairwise(
         [*found, ("", 0, 0, "", ())]
     ):
@@ -201,7 +203,7 @@ def _check_files(path: Path, places: _Places) -> None:
                 raise FormatError(
                     f"{file}: {key} and {key_after} would share bytes {begin} to {end} of it"
                 )
-        elif file.is_file() and (size := file.stat().st_size) < end:
+        elif is_there[name] and (size := file.stat().st_size) < end:
             raise FormatError(f"{file}: truncated: {key} ends at byte {end}, the file has {size}")
 
 

@@ -12,10 +12,11 @@ import os
 import re
 import stat
 from collections import Counter
-from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from megatron_olmo_bridge.errors import FormatError, InputError, quote
+
+from .remote_path import AnyPath, RemotePath
 
 # Most bytes of each kind of file that is read whole. Real ones are far smaller.
 TRACKER_LIMIT = 1 << 10
@@ -59,20 +60,20 @@ _KINDS = {
 }
 
 
-def check_name(path: Path) -> None:
+def check_name(path: AnyPath) -> None:
     """Raise FormatError if a path is not UTF-8, as the formats and their libraries require.
 
     Output paths are checked too; otherwise what is written could not be read again.
     """
     try:
-        os.fspath(path).encode()
+        str(path).encode()
     except UnicodeEncodeError as error:
         raise FormatError(
             f"{path}: its name, or a folder's above it, is not UTF-8. Rename it."
         ) from error
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: AnyPath) -> BinaryIO:
     """Open a regular file for reading; the caller closes it.
 
     Raises:
@@ -82,6 +83,8 @@ def open_regular(file: Path) -> BinaryIO:
         FileNotFoundError, PermissionError: as :func:`open`.
     """
     check_name(file)
+    if isinstance(file, RemotePath):
+        return file.open()
     try:
         # Without O_NONBLOCK, opening a pipe waits for its writer.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -107,13 +110,20 @@ def open_regular(file: Path) -> BinaryIO:
         raise
 
 
-def refuse_pointer(file: Path) -> None:
+def size_of(file: BinaryIO) -> int:
+    """Return the size of an open file, which is then at its beginning."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
+
+
+def refuse_pointer(file: AnyPath) -> None:
     """Raise FormatError if the file is a Git LFS pointer."""
     if file.stat().st_size <= _LARGEST_POINTER:
         open_regular(file).close()
 
 
-def read_small(file: Path, limit: int) -> bytes:
+def read_small(file: AnyPath, limit: int) -> bytes:
     """Return the content of a regular file of at most ``limit`` bytes.
 
     Raises:
@@ -121,7 +131,7 @@ def read_small(file: Path, limit: int) -> bytes:
         InputError, FileNotFoundError, PermissionError: see :func:`open_regular`.
     """
     with open_regular(file) as handle:
-        size = os.fstat(handle.fileno()).st_size
+        size = size_of(handle)
         if size > limit:
             raise FormatError(
                 f"{file}: has {size:,} bytes; a file of this kind is read up to {limit:,}"
@@ -132,7 +142,7 @@ def read_small(file: Path, limit: int) -> bytes:
     return data
 
 
-def read_json(file: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+def read_json(file: AnyPath, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """Return the JSON object in a file of at most ``limit`` bytes.
 
     Raises:

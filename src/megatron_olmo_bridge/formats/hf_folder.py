@@ -13,6 +13,7 @@ from typing import Any
 from megatron_olmo_bridge.errors import FormatError, InputError, UnsupportedError, quote
 
 from .files import ARTIFACT_FILES_LIMIT, is_file_name, read_json, read_small
+from .remote_path import AnyPath, RemotePath, for_each, glob
 from .safetensors import read_header
 from .tensors import StoredArray
 
@@ -65,14 +66,14 @@ SHOWN = 4
 class HFFolder:
     """A Hugging Face checkpoint, by its headers."""
 
-    path: Path
+    path: AnyPath
     config: dict[str, Any]
     arrays: dict[str, StoredArray]
 
     @classmethod
     def read(
         cls,
-        path: Path,
+        path: AnyPath,
         is_buffer: Callable[[str], bool] = lambda _: False,
         may_be_tied: Callable[[str], bool] = lambda _: False,
     ) -> HFFolder:
@@ -99,22 +100,22 @@ class HFFolder:
         return cls(path, config, _read_arrays(path, is_buffer, may_be_tied))
 
     @property
-    def shards(self) -> list[Path]:
-        return sorted({a.file for a in self.arrays.values()})
+    def shards(self) -> list[AnyPath]:
+        return sorted({a.file for a in self.arrays.values()}, key=str)
 
 
-def is_hf_folder(path: Path) -> bool:
+def is_hf_folder(path: AnyPath) -> bool:
     """Return whether a folder holds a Hugging Face checkpoint, or the rest of one."""
     return (path / CONFIG).is_file() or any(path.glob("*.safetensors")) or (path / INDEX).exists()
 
 
-def hint_at_folders_inside(path: Path) -> str | None:
+def hint_at_folders_inside(path: AnyPath) -> str | None:
     """Return advice to name a folder inside this one, if one there holds a checkpoint.
 
     A run's folder of transformers' Trainer has such folders, and a model's in the hub's cache.
     """
     cached = re.fullmatch(r"models--(.+?)--(.+)", path.resolve().name)
-    snapshots = sorted(p for p in path.glob("snapshots/*") if is_hf_folder(p))
+    snapshots = [p for p in glob(path, "snapshots/*") if is_hf_folder(p)]
     if cached and snapshots:
         names = " or ".join(map(str, snapshots))
         return f"The hub's cache: name {names}, or {'/'.join(cached.groups())}."
@@ -126,7 +127,7 @@ def hint_at_folders_inside(path: Path) -> str | None:
     return f"The checkpoints are in folders inside ({names}): name one, {inside[-1]} for example."
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: AnyPath) -> dict[str, Any]:
     """Return the folder's config.json.
 
     Raises:
@@ -139,7 +140,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path / CONFIG)
 
 
-def artifact_files(path: Path) -> dict[str, bytes]:
+def artifact_files(path: AnyPath) -> dict[str, bytes]:
     """Return the config and tokenizer files of a folder by name, and its code if a config uses it.
 
     A config uses the Python files by an ``auto_map``. Links out of the folder are refused: its
@@ -158,7 +159,7 @@ def artifact_files(path: Path) -> dict[str, bytes]:
     return own
 
 
-def _read_all(path: Path, names: list[str]) -> dict[str, bytes]:
+def _read_all(path: AnyPath, names: list[str]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     total = 0
     for name in names:
@@ -175,12 +176,14 @@ def _read_all(path: Path, names: list[str]) -> dict[str, bytes]:
     return files
 
 
-def refuse_outside(file: Path, folder: Path) -> None:
+def refuse_outside(file: AnyPath, folder: AnyPath) -> None:
     """Raise FormatError if a file is a link that leads out of its folder.
 
     In the hub's cache, links from ``models--owner--name/snapshots/COMMIT`` to its ``blobs`` folder
     are allowed.
     """
+    if isinstance(folder, RemotePath) or isinstance(file, RemotePath):
+        return  # there are no links
     inside = Path(os.path.realpath(folder))
     places = [inside]
     if inside.parent.name == "snapshots" and inside.parent.parent.name.startswith("models--"):
@@ -199,14 +202,14 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     )
 
 
-def refuse_other_weights(path: Path) -> None:
+def refuse_other_weights(path: AnyPath) -> None:
     """Raise UnsupportedError for adapters and for weights in PyTorch's ``.bin`` files."""
     if (path / "adapter_config.json").exists():
         raise UnsupportedError(
             f"{path}: a LoRA or other PEFT adapter, not a model. Merge it into its base model "
             "first (peft: merge_and_unload(), then save_pretrained()) and convert the result."
         )
-    binaries = sorted(path.glob("pytorch_model*.bin*"))
+    binaries = glob(path, "pytorch_model*.bin*")
     if binaries and not any(path.glob("*.safetensors")):
         raise UnsupportedError(
             f"{binaries[0]}: PyTorch .bin weights are pickles and are not read. Load the model "
@@ -215,12 +218,12 @@ def refuse_other_weights(path: Path) -> None:
 
 
 def _read_arrays(
-    path: Path, is_buffer: Callable[[str], bool], may_be_tied: Callable[[str], bool]
+    path: AnyPath, is_buffer: Callable[[str], bool], may_be_tied: Callable[[str], bool]
 ) -> dict[str, StoredArray]:
     index, single = path / INDEX, path / SINGLE
     weight_map = _weight_map(path)
     if not weight_map:
-        files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
+        files = [single] if single.exists() else glob(path, "*.safetensors")
         if not files:
             where = f". {hint}" if (hint := hint_at_folders_inside(path)) else ""
             raise InputError(f"{path}: has a {CONFIG} but no safetensors files{where}")
@@ -228,12 +231,15 @@ def _read_arrays(
         files = [path / name for name in sorted(set(weight_map.values()))]
     optional = {name for name in weight_map if is_buffer(name) or may_be_tied(name)}
     needed = {file for name, file in weight_map.items() if name not in optional}
+    is_there = dict(zip(files, for_each(lambda file: file.is_file(), files, path), strict=True))
     for file in files:
-        if not file.is_file() and (not weight_map or file.name in needed):
+        if not is_there[file] and (not weight_map or file.name in needed):
             raise FormatError(f"{index if weight_map else path}: names {file.name}, absent here")
     arrays: dict[str, StoredArray] = {}
-    for file in (file for file in files if file.is_file()):
-        for name, array in read_header(file, is_buffer).items():
+    files = [file for file in files if is_there[file]]
+    headers = for_each(lambda file: read_header(file, is_buffer), files, path)
+    for file, header in zip(files, headers, strict=True):
+        for name, array in header.items():
             if name in arrays:
                 raise FormatError(
                     f"{file}: tensor {name} stands in {arrays[name].file.name} as well"
@@ -251,7 +257,7 @@ def _read_arrays(
     return arrays
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: AnyPath) -> dict[str, str]:
     """Return the file of each tensor according to the index; {} without an index or if it is stale.
 
     An index is stale if its files are absent and a single file has all weights; transformers too
@@ -272,7 +278,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return {}
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def _read_index(index: AnyPath) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map")

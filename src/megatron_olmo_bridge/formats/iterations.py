@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from megatron_olmo_bridge.errors import InputError, quote
 
 from .files import TRACKER_LIMIT, read_small
+from .remote_path import AnyPath
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -20,10 +20,10 @@ _SHOWN = 20
 
 
 def iteration_folder(
-    root: Path,
+    root: AnyPath,
     iteration: int | str | None,
     advice: str = "Name one of these folders, or pass --iteration.",
-) -> Path:
+) -> AnyPath:
     """Return the folder of an iteration under a checkpoint root.
 
     Args:
@@ -36,7 +36,7 @@ def iteration_folder(
         FormatError: the tracker is not a small regular file.
     """
 
-    def refusal(where: Path, why: str) -> InputError:
+    def refusal(where: AnyPath, why: str) -> InputError:
         names = [folder.name for folder in iteration_folders(root)]
         more = "..., " * (len(names) > _SHOWN)
         present = f"{more}{', '.join(names[-_SHOWN:])}. {advice}" if names else "none."
@@ -60,7 +60,7 @@ def iteration_folder(
     return root / name
 
 
-def iteration_folders(root: Path) -> list[Path]:
+def iteration_folders(root: AnyPath) -> list[AnyPath]:
     """Return every iteration's folder under a checkpoint root, by number, ``release`` last."""
     numbers = {path: iteration_number(path) for path in root.iterdir()}
     numbered = [path for path, number in numbers.items() if number is not None and path.is_dir()]
@@ -68,7 +68,7 @@ def iteration_folders(root: Path) -> list[Path]:
     return sorted(numbered, key=lambda path: (numbers[path], path.name)) + release
 
 
-def iteration_number(folder: Path) -> int | None:
+def iteration_number(folder: AnyPath) -> int | None:
     """Return the number of an iteration's folder; None for ``release`` and any other folder."""
     found = _FOLDER.fullmatch(folder.name)
     return int(found[1]) if found else None

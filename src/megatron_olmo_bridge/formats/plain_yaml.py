@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +10,7 @@ import yaml
 from megatron_olmo_bridge.errors import FormatError, quote
 
 from .files import MAX_DEPTH, MAX_DIGITS, YAML_LIMIT, check_plain, read_small
+from .remote_path import AnyPath
 
 MAX_VALUES = 100_000
 """Values in a file; what an alias repeats is counted each time."""
@@ -20,7 +20,7 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's parser, where PyYAML was built with it, is ten times as fast."""
 
 
-def read_yaml(file: Path) -> Any:
+def read_yaml(file: AnyPath) -> Any:
     """Return the value in a YAML file.
 
     Scalars have the types of PyYAML's safe loader, except that dates are strings. Keys are strings

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, UnsupportedError, quote
 from megatron_olmo_bridge.mapping.placement import Shape
 
-from .files import JSON_LIMIT, open_regular, parse_json
+from .files import JSON_LIMIT, open_regular, parse_json, size_of
+from .remote_path import AnyPath
 from .tensors import ITEM_SIZE, StoredArray
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -40,7 +39,7 @@ _LARGEST = 2**63 - 1
 
 
 def read_header(
-    file: Path, is_buffer: Callable[[str], bool] = lambda _: False
+    file: AnyPath, is_buffer: Callable[[str], bool] = lambda _: False
 ) -> dict[str, StoredArray]:
     """Return every tensor of a safetensors file, in the order of the header.
 
@@ -54,7 +53,7 @@ def read_header(
         UnsupportedError: a tensor has a dtype that weights are not converted in.
     """
     with open_regular(file) as handle:
-        size = os.fstat(handle.fileno()).st_size
+        size = size_of(handle)
         head = handle.read(8)
         if len(head) < 8:
             raise FormatError(f"{file}: truncated: {size} bytes are too few for a safetensors file")
@@ -95,7 +94,7 @@ def read_header(
 
 
 def _span(
-    file: Path, name: str, entry: Any, room: int, any_dtype: bool
+    file: AnyPath, name: str, entry: Any, room: int, any_dtype: bool
 ) -> tuple[str, Shape, int, int]:
     """Return the dtype and shape of a header's entry, and where its bytes begin and end."""
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():

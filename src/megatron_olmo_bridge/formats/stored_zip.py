@@ -9,7 +9,6 @@ Source of the layout: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TX
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -115,7 +114,8 @@ class Window:
         """
         if min(at, size) < 0 or at + size > self.length:
             raise ValueError(f"it has {self.length} bytes, not {size} from byte {at} on")
-        data = os.pread(self.file.fileno(), size, self.offset + at)
+        self.file.seek(self.offset + at)
+        data = self.file.read(size)
         if len(data) != size:
             raise ValueError("it became shorter while it was read")
         return data

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.mapping.placement import Region, Shape, uncovered
+
+from .remote_path import AnyPath
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element of the dtypes that weights are converted in, by torch's names."""
@@ -38,7 +39,7 @@ class _Sized:
 class StoredArray(_Sized):
     """A contiguous row-major array in a file."""
 
-    file: Path
+    file: AnyPath
     offset: int
     """Byte at which the array begins."""
     shape: Shape

@@ -7,19 +7,18 @@ headers, so that no payload is touched. Both ``torch.load`` and ``torch.load(mma
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError, quote
 from megatron_olmo_bridge.mapping.placement import Shape
 
-from .files import PICKLE_LIMIT, open_regular
+from .files import PICKLE_LIMIT, open_regular, size_of
 from .inert import Inert, inert, is_class
 from .pickles import Persistent, dumps, loads
+from .remote_path import AnyPath
 from .stored_zip import Record, Window, encode_around, read_directory
 from .tensors import ITEM_SIZE, StoredArray
 
@@ -65,7 +64,7 @@ class StoredStorage:
 
 
 def read_archive(
-    file: Path, offset: int = 0, length: int | None = None, *, any_classes: bool = False
+    file: AnyPath, offset: int = 0, length: int | None = None, *, any_classes: bool = False
 ) -> Any:
     """Return the value of an archive, with a :class:`StoredStorage` for each storage.
 
@@ -81,7 +80,7 @@ def read_archive(
     """
     where = f"{file} at byte {offset}" if offset else str(file)
     with open_regular(file) as handle:
-        size = os.fstat(handle.fileno()).st_size
+        size = size_of(handle)
         length = size - offset if length is None else length
         if offset + length > size:
             raise FormatError(f"{file}: truncated: {size} bytes, needs {offset + length}")
@@ -129,7 +128,7 @@ def _storages(
     return storage
 
 
-def read_tensor(file: Path, offset: int, length: int) -> StoredArray:
+def read_tensor(file: AnyPath, offset: int, length: int) -> StoredArray:
     """Return where the elements of the tensor in an archive are.
 
     Raises:
@@ -138,7 +137,7 @@ def read_tensor(file: Path, offset: int, length: int) -> StoredArray:
     return array_of(read_archive(file, offset, length), file, f"{file} at byte {offset}")
 
 
-def array_of(value: Any, file: Path, where: str) -> StoredArray:
+def array_of(value: Any, file: AnyPath, where: str) -> StoredArray:
     """Return where the elements of a tensor are.
 
     Args:
@@ -182,7 +181,7 @@ def array_of(value: Any, file: Path, where: str) -> StoredArray:
     )
 
 
-def arrays_by_name(value: Any, file: Path) -> dict[str, StoredArray] | None:
+def arrays_by_name(value: Any, file: AnyPath) -> dict[str, StoredArray] | None:
     """Return where the elements of the tensors in a dictionary are, by their names.
 
     None if the value is not a dictionary with names as keys.
@@ -212,7 +211,8 @@ def read_number(array: StoredArray, where: str) -> float:
     if array.shape != () or array.dtype != "float32":
         raise FormatError(f"{where}: is {array.dtype} {list(array.shape)}, not a float32 number")
     with open_regular(array.file) as file:
-        (value,) = struct.unpack("<f", os.pread(file.fileno(), 4, array.offset))
+        file.seek(array.offset)
+        (value,) = struct.unpack("<f", file.read(4))
     return float(value)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.errors import FormatError
@@ -23,6 +22,7 @@ from .dcp_folder import DCPFolder
 from .dcp_metadata import GlobalTensor, StoredBytes
 from .files import read_json
 from .inert import Inert
+from .remote_path import AnyPath
 from .tensors import Piece, TensorView
 from .torch_archive import read_archive
 
@@ -63,7 +63,7 @@ class TorchDistFolder(DCPFolder):
         return value
 
     @property
-    def common_file(self) -> Path:
+    def common_file(self) -> AnyPath:
         """The file that holds the common state."""
         at = self._common_object
         return self.path / (at.file if at else COMMON)
@@ -113,6 +113,7 @@ class TorchDistFolder(DCPFolder):
                 counts = mapping.counts[end - axes[key] : end]
                 expected[key] = (*counts, region.rows, *parameter.shape[1:])
         check_tensors(expected, {k: t.shape for k, t in self.weights.items()}, self.path)
+        self.read_ahead(expected)
         stored = {key: self.pieces(key, axes[key]) for key in expected}
         views = {}
         for name, parameter in mapping.parameters.items():
@@ -148,7 +149,7 @@ def stacked_key(pattern: str) -> str:
     return pattern.replace(".*", "")
 
 
-def read_format(path: Path) -> str:
+def read_format(path: AnyPath) -> str:
     """Return the backend that ``metadata.json`` names, ``torch_dist`` or another.
 
     Raises:

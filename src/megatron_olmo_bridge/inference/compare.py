@@ -19,6 +19,7 @@ from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
+from megatron_olmo_bridge.formats.remote_path import address_of, here
 from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.storage.hub import fetch
 
@@ -63,12 +64,15 @@ def compare(
     dtype = parse_dtype(dtype, keep=False)
     reference = open_checkpoint(fetch(str(hf), None)[0])
     model = open_checkpoint(fetch(str(other), None)[0])
+    here(reference.path)  # transformers reads it
     if not isinstance(reference, HFCheckpoint):
         raise InputError(f"{hf}: the reference must be a Hugging Face checkpoint")
     differences = _config_differences(reference, model)
     batch = [random_tokens(reference, tokens) if prompt is None else tokenize(reference, prompt)]
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as work:
-        Job(str(model.path), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=work).run(tell)
+        Job(address_of(model.path), tp, pp, sp, ep, dtype=dtype, tokens=batch, states=work).run(
+            tell
+        )
         states = read_states(Path(work))
     found = comparison(reference, states, batch, dtype, threshold, differences, tell)
     tell("compare the weights")
@@ -87,10 +91,11 @@ def comparison(
     """Compare the states that a job wrote with those of transformers, which runs here."""
     ids = torch.tensor(batch)
     tell("run transformers in float32")
-    expected, own = run_transformers(reference.path, ids, "float32"), None
+    folder = here(reference.path)
+    expected, own = run_transformers(folder, ids, "float32"), None
     if dtype != "float32":
         tell(f"run transformers in {dtype}, to measure what rounding does")
-        own = run_transformers(reference.path, ids, dtype)
+        own = run_transformers(folder, ids, dtype)
     return difference(
         expected,
         states,

@@ -14,6 +14,7 @@ from megatron_olmo_bridge.checkpoints.hf import HFCheckpoint
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.convert.to_hf import export_checkpoint
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.formats.remote_path import here
 from megatron_olmo_bridge.storage.hub import fetch
 from megatron_olmo_bridge.tools.verify import Verification, verify
 
@@ -71,6 +72,7 @@ def roundtrip(
         BridgeError: the checkpoint is damaged, the layout is impossible, or the disk is too small.
     """
     source = open_checkpoint(fetch(str(hf), None)[0])
+    here(source.path)  # transformers reads it
     if not isinstance(source, HFCheckpoint):
         raise InputError(f"{hf}: the roundtrip begins with a Hugging Face checkpoint")
     outcome, batch = Roundtrip(), [random_tokens(source, tokens)]

@@ -18,6 +18,7 @@ from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import BridgeError, InputError, quote
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.hf_folder import read_config
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridge_for, known_architectures
@@ -348,7 +349,7 @@ class AutoBridge(OfflineMethods):
             raise InputError(f"the config's dtype {quote(name)} is none of {', '.join(ITEM_SIZE)}")
         return getattr(torch, name)  # type: ignore[no-any-return]
 
-    def _artifacts_folder(self) -> Path | None:
+    def _artifacts_folder(self) -> AnyPath | None:
         return self.source.artifacts_folder if self.source is not None else None
 
 

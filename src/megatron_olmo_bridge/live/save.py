@@ -26,6 +26,7 @@ from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.files import check_name
 from megatron_olmo_bridge.formats.iterations import TRACKER
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.tensors import TensorSpec
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.runtime.process_groups import on_first, wait_for_all
@@ -50,7 +51,7 @@ def save_hf(
     bridge: ModelBridge,
     destination: str | Path,
     *,
-    artifacts_folder: Path | None = None,
+    artifacts_folder: AnyPath | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     reporter: Reporter | None = None,
@@ -127,7 +128,7 @@ def save_megatron(
     bridge: ModelBridge,
     destination: str | Path,
     *,
-    artifacts_folder: Path | None = None,
+    artifacts_folder: AnyPath | None = None,
     iteration: int = 0,
 ) -> None:
     """Save with stock megatron-core, for it, Megatron-LM and ``export`` to load. Collective.
@@ -164,7 +165,7 @@ def megatron_state(
     chunks: Sequence[torch.nn.Module],
     bridge: ModelBridge,
     *,
-    artifacts_folder: Path | None = None,
+    artifacts_folder: AnyPath | None = None,
     iteration: int = 0,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return what a Megatron checkpoint of a live model holds. Collective.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_olmo_bridge.errors import InputError, OutputError
+from megatron_olmo_bridge.formats.remote_path import AnyPath, RemotePath
 from megatron_olmo_bridge.formats.tensors import TensorView
 
 from .plan import CopyPlan, OutputFile, Payload
@@ -106,6 +107,12 @@ class Clones:
             return cls(mode)
         by_device: dict[int, Path] = {}
         for file in plan.source_files:
+            if isinstance(file, RemotePath):
+                if mode == "always":
+                    raise OutputError(
+                        f"{file}: is on another machine; --reflink always needs files"
+                    )
+                continue
             status = file.stat()
             if status.st_size >= BLOCK:
                 by_device.setdefault(status.st_dev, file)
@@ -117,8 +124,10 @@ class Clones:
             )
         return cls(mode, frozenset(able))
 
-    def allow(self, file: Path) -> bool:
+    def allow(self, file: AnyPath) -> bool:
         """Return whether blocks of a source file are cloned."""
+        if isinstance(file, RemotePath):
+            return False
         if file not in self._known:
             self._known[file] = bool(self.devices) and file.stat().st_dev in self.devices
         return self._known[file]

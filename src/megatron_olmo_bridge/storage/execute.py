@@ -20,6 +20,7 @@ from megatron_olmo_bridge.formats.tensors import Readable
 
 from .atomic import name_in_errors
 from .cloning import Clones
+from .fetch import connections, parts_of
 from .fingerprint import hash_tensors, root_of
 from .plan import WORKERS, CopyPlan, Literal, OutputFile, Payload
 from .processes import Processes
@@ -76,11 +77,11 @@ def execute(
         InputError: a source changed while it was read.
     """
     reporter, options = reporter or Reporter(), options or WriteOptions()
-    workers = options.workers
+    workers = max(options.workers, connections(plan.source_files))
     processes = Processes()
     stage = _stage(plan, destination, options)
     # Compared before the first process writes. Inodes may differ between machines.
-    seen = [(i.size, i.mtime_ns) for i in plan.source_identities.values()]
+    seen = [(i.size, i.mtime_ns, i.tag) for i in plan.source_identities.values()]
     if not processes.agree(f"{plan.digest} {seen}"):
         raise InputError(
             f"{plan.source}: the processes read different headers or files. Did it change "
@@ -104,7 +105,8 @@ def execute(
             processes.count,
         )  # fmt: skip
         with cleaning_up(stage):
-            _write_files(mine, stage, workers, reporter, record=processes.first)
+            parts = {file.name: deque(parts_of(file, plan)) for file in mine}
+            _write_files(parts, stage, workers, reporter, record=processes.first)
             processes.wait_for_each_other()
             plan.check_sources_unchanged()  # after all processes have read
             processes.wait_for_each_other()
@@ -176,10 +178,10 @@ class _Work:
     every file has been started, it helps with the one that has the most bytes left.
     """
 
-    def __init__(self, files: Iterable[OutputFile]) -> None:
+    def __init__(self, parts: dict[str, deque[Literal | Payload]]) -> None:
         self._lock = threading.Lock()
-        self._parts = {file.name: deque(file.parts) for file in files}
-        self._unwritten = {file.name: len(file.parts) for file in files}
+        self._parts = parts
+        self._unwritten = {name: len(queue) for name, queue in parts.items()}
         self._untouched = deque(self._parts)
 
     def take(self, name: str | None) -> tuple[str, Literal | Payload] | None:
@@ -201,14 +203,18 @@ class _Work:
 
 
 def _write_files(
-    files: list[OutputFile], stage: Stage, workers: int, reporter: Reporter, record: bool
+    parts: dict[str, deque[Literal | Payload]],
+    stage: Stage,
+    workers: int,
+    reporter: Reporter,
+    record: bool,
 ) -> None:
     """Write files with several threads; another thread syncs each finished file.
 
     The error of a failing thread is raised after the others have stopped.
     """
     stop = threading.Event()
-    work = _Work(files)
+    work = _Work(parts)
 
     def sync(name: str) -> None:
         with (stage.folder / name).open("rb+") as handle, name_in_errors(stage.folder / name):

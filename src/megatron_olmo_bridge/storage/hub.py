@@ -1,4 +1,4 @@
-"""The Hugging Face hub: ids, downloads, uploads, and explanations of its errors."""
+"""The Hugging Face hub: ids, downloads and uploads."""
 
 from __future__ import annotations
 
@@ -7,25 +7,37 @@ from pathlib import Path
 
 from megatron_olmo_bridge.errors import InputError, OutputError
 from megatron_olmo_bridge.formats.hf_folder import HUB_PATTERNS, refuse_outside
+from megatron_olmo_bridge.formats.remote_path import AnyPath, RemotePath
 
+from .hub_errors import why_not_fetched, why_not_pushed
 from .provenance import PROVENANCE
+from .remote import HUB_ID, open_remote, scheme_of
+from .remote_files import CONNECTIONS
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-"""``owner/name``"""
 _HUB_ID_AT = re.compile(rf"(?P<repo>{HUB_ID.pattern})(@(?P<revision>\S+))?")
 
 
-def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
-    """Return a local folder for a path or a hub id, its name to record, and the hub's commit.
+def fetch(
+    source: str, revision: str | None, connections: int = CONNECTIONS
+) -> tuple[AnyPath, str, str | None]:
+    """Return the folder of a source, its name to record, and the hub's commit.
 
     Args:
-        source: a path, or a hub id such as ``allenai/OLMo-2-0425-1B``, which may name a branch, tag
-            or commit: ``owner/name@revision``.
+        source: a path; or an address, which is not downloaded; or a hub id such as
+            ``allenai/OLMo-2-0425-1B``, which may name a branch, tag or commit:
+            ``owner/name@revision``.
         revision: branch, tag or commit, if the id does not name one.
+        connections: number of requests in flight, for an address.
 
     Raises:
         InputError: there is no such folder, repository or revision, or the download fails.
     """
+    if scheme_of(source):
+        if revision is not None:
+            raise InputError("--revision is for a hub id such as allenai/OLMo-2-0425-1B")
+        remote = open_remote(source, connections)
+        name, _, commit = str(remote).partition("@")
+        return remote, name, commit or None
     path, on_hub = Path(source).expanduser(), _on_hub(source)
     if on_hub is None:
         if revision is not None:
@@ -49,14 +61,18 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str, str | None]:
     return Path(folder), repo, Path(folder).name  # the cache names a snapshot by its commit
 
 
-def local_path(source: str | Path, revision: str | None = None) -> Path:
-    """Return a path unchanged, or the downloaded folder of a hub id.
+def locate(
+    source: str | AnyPath, revision: str | None = None, connections: int = CONNECTIONS
+) -> AnyPath:
+    """Return a path unchanged, the path at an address, or the downloaded folder of a hub id.
 
     Raises:
         InputError: as :func:`fetch`, but not for a path that doesn't exist.
     """
-    if _on_hub(str(source)) or revision:
-        return fetch(str(source), revision)[0]
+    if isinstance(source, RemotePath):
+        return source
+    if scheme_of(str(source)) or _on_hub(str(source)) or revision:
+        return fetch(str(source), revision, connections)[0]
     return Path(source).expanduser()
 
 
@@ -67,7 +83,8 @@ def hub_repository(source: str) -> str | None:
 
 
 def _on_hub(source: str) -> re.Match[str] | None:
-    return None if Path(source).expanduser().exists() else _HUB_ID_AT.fullmatch(source)
+    is_other = scheme_of(source) or Path(source).expanduser().exists()
+    return None if is_other else _HUB_ID_AT.fullmatch(source)
 
 
 def check_can_push(repo: str) -> None:
@@ -125,77 +142,5 @@ def push_to_hub(
             commit_message=f"Upload {folder.resolve().name}",
         )
     except Exception as error:  # of the HTTP library, which depends on the version
-        raise OutputError(f"{repo}: {_reason(error, api.endpoint)}") from error
+        raise OutputError(f"{repo}: {why_not_pushed(error, api.endpoint)}") from error
     return f"{url}/tree/{revision}" if revision is not None else str(url)
-
-
-def why_not_fetched(error: Exception, repo: str, revision: str | None) -> str:
-    """Return why the hub did not deliver a model, and what to do."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    hub = f"the hub at {constants.ENDPOINT}"
-    status, last = _answer(error)
-    if isinstance(error, GatedRepoError):
-        return (
-            f"gated: accept its conditions at {constants.ENDPOINT}/{repo}, then run "
-            "`hf auth login`, or set HF_TOKEN to a token of that account"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"{hub} has no revision {revision!r} of it"
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"no such folder here, and {hub} shows no such model. Where it is private, run "
-            "`hf auth login`, or set HF_TOKEN to a token that may read it"
-        )
-    if status in (401, 403):
-        return (
-            f"{hub} refuses the token ({status}). Run `hf auth login`, or set HF_TOKEN to one that "
-            "may read the model"
-        )
-    if status is not None:
-        return f"{hub} answers {status}: {last}"
-    if isinstance(error, LocalEntryNotFoundError):
-        cache = f"not in the cache {constants.HF_HUB_CACHE} (HF_HOME says where that is)"
-        if constants.HF_HUB_OFFLINE:
-            return (
-                f"no such folder here, and {cache}. HF_HUB_OFFLINE is set, so the hub is not "
-                "asked: unset it, or bring the cache from where there is a network"
-            )
-        return f"no such folder here, {cache}, and {hub} (HF_ENDPOINT) can't be reached"
-    return f"{hub} could not deliver it: {last}"
-
-
-def _answer(error: Exception) -> tuple[int | None, str]:
-    """Return the HTTP status behind an error, None if the hub gave none, and its last line."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HfHubHTTPError):
-        cause = cause.__cause__  # huggingface_hub wraps it
-    lines = str(cause or error).strip().splitlines()
-    status = cause.response.status_code if cause is not None else None
-    return status, lines[-1] if lines else type(error).__name__
-
-
-def _reason(error: Exception, endpoint: str) -> str:
-    """Return what the hub's answer means, and what to do."""
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-
-    status, last = _answer(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the hub is not asked"
-    if isinstance(error, HFValidationError):
-        return last
-    if status is None:
-        return f"the hub at {endpoint} could not be reached, or broke off: {last}"
-    return {
-        401: "the hub does not accept the token. Run `hf auth login`, or set HF_TOKEN anew",
-        403: "the token may not write here: it lacks the permission, or the owner is another",
-        404: "the hub has no such owner, or the token may not see it",
-    }.get(status, f"the hub answers {status}: {last}")

@@ -9,10 +9,10 @@ import stat
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import NamedTuple
 
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.remote_path import AnyPath, RemotePath, Status
 
 
 class Identity(NamedTuple):
@@ -25,18 +25,23 @@ class Identity(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     inode: int
+    tag: str = ""
+    """What a server says instead, for example an ETag."""
 
     @classmethod
-    def of(cls, file: Path) -> Identity:
+    def of(cls, file: AnyPath) -> Identity:
         """Return the identity of a file, or of the target of a link."""
-        return cls._from(file.stat())
+        status = file.stat()
+        if isinstance(status, Status):
+            return cls(status.st_size, 0, 0, 0, status.tag)
+        return cls._from(status)
 
     @classmethod
     def _from(cls, status: os.stat_result) -> Identity:
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
-def identity_digest(files: Mapping[Path, Identity]) -> str:
+def identity_digest(files: Mapping[AnyPath, Identity]) -> str:
     """Return a SHA-256 digest of the files' paths and identities, in the order given."""
     folders = {folder: folder.resolve() for folder in {file.parent for file in files}}
     described = [(str(folders[f.parent] / f.name), *identity) for f, identity in files.items()]
@@ -47,22 +52,24 @@ def identity_digest(files: Mapping[Path, Identity]) -> str:
 class Snapshot:
     """Identities of the files of a checkpoint before the first of them is read."""
 
-    folders: Mapping[Path, tuple[str, ...]]
+    folders: Mapping[AnyPath, tuple[str, ...]]
     """Each folder, with patterns for the names of checkpoint files in it."""
-    files: Mapping[Path, Identity]
+    files: Mapping[AnyPath, Identity]
     """Every file directly in one of the folders."""
 
     @classmethod
-    def of(cls, folders: Mapping[Path, tuple[str, ...]]) -> Snapshot:
+    def of(cls, folders: Mapping[AnyPath, tuple[str, ...]]) -> Snapshot:
         """Take a snapshot; folders that don't exist count as empty."""
         return cls(folders, {f: i for folder in folders for f, i in _files_in(folder)})
 
-    def check_unchanged(self, used: Collection[Path] = ()) -> None:
+    def check_unchanged(self, used: Collection[AnyPath] = ()) -> None:
         """Raise InputError if a file was changed, replaced, added or removed since.
 
         Args:
             used: files to check in addition to those whose names match.
         """
+        for files in {f.files for f in self.folders if isinstance(f, RemotePath)}:
+            files.check_unchanged()
         now = Snapshot.of(self.folders).files
         for file in dict.fromkeys((*self.files, *now)):
             if now.get(file) == self.files.get(file):
@@ -77,8 +84,10 @@ class Snapshot:
                 )
 
 
-def _files_in(folder: Path) -> Iterable[tuple[Path, Identity]]:
-    for file in folder.iterdir() if folder.is_dir() else ():
+def _files_in(folder: AnyPath) -> Iterable[tuple[AnyPath, Identity]]:
+    if isinstance(folder, RemotePath) or not folder.is_dir():
+        return  # a remote file is pinned when it is first seen
+    for file in folder.iterdir():
         try:
             status = file.stat()
         except FileNotFoundError:  # a broken link

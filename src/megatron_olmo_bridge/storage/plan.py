@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, MeanView, TensorSpec, TensorView
 
 from .identity import Identity, Snapshot, identity_digest
@@ -69,7 +69,7 @@ class CopyPlan:
 
     operation: str
     """``import``, ``export`` or ``average``."""
-    source: Path | None
+    source: AnyPath | None
     """Folder with the weights (the first of several); None for a live model."""
     files: tuple[OutputFile, ...]
     texts: dict[str, bytes]
@@ -102,13 +102,13 @@ class CopyPlan:
         return sum(self.sizes.values())
 
     @cached_property
-    def source_files(self) -> list[Path]:
+    def source_files(self) -> list[AnyPath]:
         """Source files in the order of their first use."""
         pieces = (x for p in self.payloads for view in p.view.stored for x in view.pieces)
         return list(dict.fromkeys(piece.array.file for piece in pieces if piece.array))
 
     @cached_property
-    def source_identities(self) -> dict[Path, Identity]:
+    def source_identities(self) -> dict[AnyPath, Identity]:
         """Identity of each source file before the headers were read."""
         known = {f: identity for s in self.snapshots for f, identity in s.files.items()}
         return {file: known.get(file) or Identity.of(file) for file in self.source_files}

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.errors import FormatError
 from megatron_olmo_bridge.formats.files import read_json
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 
 from .fingerprint import is_fingerprint
 from .plan import CopyPlan
@@ -78,7 +79,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_provenance(folder: Path) -> dict[str, Any] | None:
+def read_provenance(folder: AnyPath) -> dict[str, Any] | None:
     """Return the record in a folder; None if there is none.
 
     Raises:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.formats.files import check_name
+from megatron_olmo_bridge.formats.remote_path import AnyPath, RemotePath
 from megatron_olmo_bridge.mapping.registry import bulleted
 
 from .atomic import PARTIAL, name_in_errors, sync, write_synced
@@ -300,8 +301,10 @@ class Stage:
             self._lock = None
 
 
-def refuse_overlap(source: Path, destination: Path) -> None:
+def refuse_overlap(source: AnyPath, destination: Path) -> None:
     """Raise OutputError if one of the two folders is the other, or contains it."""
+    if isinstance(source, RemotePath):
+        return
     dst, src = destination.resolve(), source.resolve()
     if dst == src or dst in src.parents or src in dst.parents:
         raise OutputError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_olmo_bridge.errors import FormatError, InputError
+from megatron_olmo_bridge.formats.remote_path import AnyPath, RemotePath, here
 from megatron_olmo_bridge.formats.tensors import (
     ITEM_SIZE,
     MeanView,
@@ -29,6 +30,7 @@ from megatron_olmo_bridge.mapping.placement import Region
 
 from .atomic import name_in_errors
 from .cloning import Clones, clone
+from .fetch import Run, fetch
 from .runs import runs_of, whole_blocks, worth_kernel_copies
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 BLOCK = 4 << 20
 """Bytes of a tensor in memory at a time."""
+FETCHED = 1 << 20
+"""Bytes of a range in memory at a time, while the rest arrives."""
 STEP = 64 << 20
 """Maximum bytes per kernel call, so that progress is visible and Ctrl-C takes effect."""
 OPEN_FILES = 16
@@ -132,6 +136,9 @@ class Transfer:
             InputError: a value is too large for ``dtype``.
         """
         if isinstance(view, TensorView) and dtype == view.dtype and worth_kernel_copies(view):
+            if any(p.array and isinstance(p.array.file, RemotePath) for p in view.pieces):
+                self._fetch(view, target, offset)
+                return
             _LOG.debug("%s: copied by the kernel, %d bytes", view.name, view.nbytes)
             for piece in view.pieces:
                 for source_at, target_at, count in runs_of(piece, view):
@@ -215,11 +222,26 @@ class Transfer:
                 inside = slice(max(at.top - top, 0), max(at.bottom - top, 0))
                 whole[inside, at.left : at.right] = values[inside, at.left : at.right]
 
+    def _fetch(self, view: TensorView, target: int, offset: int) -> None:
+        """Write a tensor whose bytes are somewhere else; those of a new file are zero already."""
+        _LOG.debug("%s: fetched, %d bytes", view.name, view.nbytes)
+        runs = [
+            Run(piece.array.file, source_at, offset + target_at, count)
+            for piece in view.pieces
+            if piece.array is not None and isinstance(piece.array.file, RemotePath)
+            for source_at, target_at, count in runs_of(piece, view)
+        ]
+        buffer = memoryview(self._spare)[:FETCHED]
+        for count in fetch(runs, partial(write_all, target), buffer, self._stop.wait):
+            self._check_stop()
+            self._advance(count)
+        self._advance(view.nbytes - sum(run.nbytes for run in runs))
+
     def _copy(self, piece: Piece, source_at: int, target: int, target_at: int, count: int) -> None:
         if piece.array is None:  # the bytes of a new target file are zero
             self._advance(count)
             return
-        file = piece.array.file
+        file = here(piece.array.file)
         if self._clones.allow(file):
             before, shared = whole_blocks(source_at, target_at, count)
             if shared and self._clone(file, source_at + before, target, target_at + before, shared):
@@ -331,7 +353,10 @@ class Transfer:
         self._read(array.file, array.offset + top * stride, rows)
         return rows
 
-    def _read(self, file: Path, offset: int, out: memoryview) -> None:
+    def _read(self, file: AnyPath, offset: int, out: memoryview) -> None:
+        if isinstance(file, RemotePath):
+            file.read_into(offset, out, self._stop.wait)
+            return
         fd, done = self._fd(file), 0
         while done < len(out):
             with name_in_errors(file):

@@ -16,6 +16,7 @@ from megatron_olmo_bridge.checkpoints.olmo_core import OLMoCoreCheckpoint
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.data.info import DataInfo, read_info
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.remote_path import here
 from megatron_olmo_bridge.nn.cross_entropy import vocab_parallel_cross_entropy
 from megatron_olmo_bridge.runtime.process_groups import started_together
 from megatron_olmo_bridge.storage.hub import fetch
@@ -200,7 +201,7 @@ def _tokenizer_folder(
         InputError: ``data.tokenizer`` does not exist, or is a file.
     """
     if config.data.tokenizer is None and source is not None and source.artifacts_folder is not None:
-        return source.artifacts_folder
+        return here(source.artifacts_folder)
     named = config.data.tokenizer or (prepared[0].tokenizer if prepared else None)
     if named is None or Path(named).is_dir():
         return Path(named) if named else None
@@ -208,7 +209,7 @@ def _tokenizer_folder(
         raise InputError(f"data.tokenizer={named}: is a file; name the tokenizer's folder")
     if config.data.tokenizer is None:
         return None  # the data was prepared on another machine, which has the tokenizer
-    return fetch(named, None)[0]
+    return here(fetch(named, None)[0])
 
 
 def _check_tokens(batch: Batch, vocab_size: int) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
+from megatron_olmo_bridge.formats.remote_path import AnyPath, files_below
 from megatron_olmo_bridge.mapping.mappings import WILDCARD
-from megatron_olmo_bridge.storage.hub import local_path
+from megatron_olmo_bridge.storage.hub import locate
 from megatron_olmo_bridge.storage.provenance import read_provenance
 
 
@@ -46,7 +46,7 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path,
+    path: str | AnyPath,
     options: ReadOptions | None = None,
     *,
     revision: str | None = None,
@@ -54,21 +54,21 @@ def inspect(
     """Describe a checkpoint of any kind, whose tensors are checked against its mapping.
 
     Args:
-        path: path of the checkpoint, or a hub id.
+        path: path or address of the checkpoint, or a hub id.
         options: facts that the checkpoint may not record.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         BridgeError: the path is not a checkpoint, or is damaged or not supported.
     """
-    return describe(open_checkpoint(local_path(path, revision), options))
+    return describe(open_checkpoint(locate(path, revision), options))
 
 
 def describe(source: Checkpoint) -> Inspection:
     """Describe a checkpoint that is open."""
     path = source.path
-    root, paths = (path.parent, [path]) if path.is_file() else (path, path.rglob("*"))
-    files = {f.relative_to(root).as_posix(): f.stat().st_size for f in sorted(paths) if f.is_file()}
+    found: dict[str, AnyPath] = {path.name: path} if path.is_file() else files_below(path)
+    files = {name: file.stat().st_size for name, file in found.items()}
     views = source.megatron or source.tensors
     return Inspection(
         kind=source.kind,

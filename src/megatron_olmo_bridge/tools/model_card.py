@@ -10,8 +10,8 @@ from megatron_olmo_bridge._version import __version__
 from megatron_olmo_bridge.formats.hf_folder import CONFIG, read_config
 from megatron_olmo_bridge.models.bridge import ModelBridge
 from megatron_olmo_bridge.models.families import bridge_for
-from megatron_olmo_bridge.storage.hub import HUB_ID
 from megatron_olmo_bridge.storage.provenance import FINGERPRINT, LIVE, read_provenance
+from megatron_olmo_bridge.storage.remote import HUB_ID
 
 MODEL_CARD = "README.md"
 PACKAGE = "megatron-olmo-bridge"

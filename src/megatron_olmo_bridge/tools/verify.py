@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, OptimizerState, ReadOptions
@@ -17,10 +16,12 @@ from megatron_olmo_bridge.checkpoints.differences import (
 )
 from megatron_olmo_bridge.checkpoints.open import find_kind, open_checkpoint, options_for_each
 from megatron_olmo_bridge.errors import InputError, MappingError
+from megatron_olmo_bridge.formats.remote_path import AnyPath, files_below
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.storage.execute import sha256
-from megatron_olmo_bridge.storage.hub import local_path
+from megatron_olmo_bridge.storage.fetch import connections
+from megatron_olmo_bridge.storage.hub import locate
 from megatron_olmo_bridge.storage.plan import WORKERS
 from megatron_olmo_bridge.storage.progress import Reporter
 from megatron_olmo_bridge.storage.provenance import PROVENANCE, read_provenance
@@ -51,8 +52,8 @@ class Verification:
 
 
 def verify(
-    first: str | Path,
-    second: str | Path | None = None,
+    first: str | AnyPath,
+    second: str | AnyPath | None = None,
     options: ReadOptions | None = None,
     *,
     optimizer: bool = False,
@@ -62,8 +63,8 @@ def verify(
     """Compare two checkpoints of any kind, bit for bit.
 
     Args:
-        first: path or hub id.
-        second: path or hub id; None compares the files of ``first`` with the record that was
+        first: path, address or hub id.
+        second: the same; None compares the files of ``first`` with the record that was
             written with them.
         options: facts that the checkpoints may not record. Options that only one kind has apply to
             checkpoints of that kind.
@@ -75,12 +76,14 @@ def verify(
         BridgeError: a path is not a checkpoint, or is damaged; or neither has a use for an option.
     """
     reporter = reporter or Reporter()
-    first = local_path(first)
+    options = options or ReadOptions()
+    path = locate(first, connections=options.max_connections)
     if second is None:
-        return _verify_recorded(Path(first).expanduser(), options, workers, reporter)
+        return _verify_recorded(path, options, workers, reporter)
     checkpoints = []
-    paths = first, local_path(second)
-    each_options = options_for_each(paths, options or ReadOptions())
+    paths = path, locate(second, connections=options.max_connections)
+    workers = max(workers, connections(paths))
+    each_options = options_for_each(paths, options)
     for path, path_options in zip(paths, each_options, strict=True):
         try:
             checkpoints.append(open_checkpoint(path, path_options, strict=False))
@@ -179,7 +182,7 @@ def _compare(
 
 
 def _verify_recorded(
-    path: Path, options: ReadOptions | None, workers: int, reporter: Reporter
+    path: AnyPath, options: ReadOptions | None, workers: int, reporter: Reporter
 ) -> Verification:
     _, folder = find_kind(path)
     recorded = read_provenance(folder)
@@ -197,7 +200,7 @@ def _verify_recorded(
         elif file.stat().st_size != entry["bytes"]:
             detail = f"{file.stat().st_size} bytes, recorded were {entry['bytes']}"
             differences.append(Difference("file", name, detail))
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    present = files_below(folder).keys()
     for name in sorted(present - files.keys() - {PROVENANCE, MODEL_CARD}):
         differences.append(Difference("unexpected", name, "there, but not recorded"))
     checkable = {n: e for n, e in files.items() if "sha256" in e and (folder / n).is_file()}

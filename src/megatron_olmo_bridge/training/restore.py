@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.checkpoints.megatron import MegatronCheckpoint
 from megatron_olmo_bridge.errors import BridgeError, FormatError, InputError
+from megatron_olmo_bridge.formats.remote_path import here
 from megatron_olmo_bridge.formats.torch_dist import TorchDistFolder
 from megatron_olmo_bridge.live.save import model_states
 from megatron_olmo_bridge.live.strategy import as_megatron
@@ -72,17 +73,17 @@ def load_initial(source: Checkpoint, chunks: Sequence[Any], optimizer: Any) -> N
         InputError: it has none, or the optimizer state is of another kind or layout.
         FormatError: the checkpoint is damaged, or of another model.
     """
-    count = len(parts_of(optimizer))
+    count, path = len(parts_of(optimizer)), here(source.path)
     if isinstance(source, MegatronCheckpoint):
-        with _translate_load_errors(source.path):
+        with _translate_load_errors(path):
             same_parts = (
-                saved_parts(TorchDistFolder.read(source.path).common.get("optimizer", {})) == count
+                saved_parts(TorchDistFolder.read(path).common.get("optimizer", {})) == count
             )
         if same_parts:
-            load(source.path, chunks, optimizer, fresh_rng=True)
+            load(path, chunks, optimizer, fresh_rng=True)
             return
     with (
-        _translate_load_errors(source.path),
+        _translate_load_errors(path),
         as_megatron(source, source.optimizer_state, count) as (folder, strategy),
     ):
         _loaded(Path(folder), chunks, optimizer, True, strategy)

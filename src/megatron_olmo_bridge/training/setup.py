@@ -17,6 +17,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
 from megatron_olmo_bridge._version import __version__
+from megatron_olmo_bridge.formats.remote_path import here
 from megatron_olmo_bridge.live.auto_bridge import AutoBridge
 from megatron_olmo_bridge.runtime.devices import tf32_notice
 from megatron_olmo_bridge.runtime.process_groups import ensure_process_groups, on_first
@@ -76,7 +77,7 @@ def _set_up(
         step = last_step(folder)
     task = make_task(resolved)
     if source is not None and step is None and not config.init.optimizer:
-        check(source.path)  # with init.optimizer, load() checks it
+        check(here(source.path))  # with init.optimizer, load() checks it
     chunks, optimizer = _model_and_optimizer(resolved, is_new=step is None)
     checkpointer = None
     if folder is not None:

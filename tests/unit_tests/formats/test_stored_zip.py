@@ -188,7 +188,7 @@ def test_small_records_are_read_with_their_checksum(tmp_path: Path) -> None:
     file = tmp_path / "a.pt"
     data = sound()
     file.write_bytes(data)
-    with file.open("rb") as opened:
+    with file.open("rb", buffering=0) as opened:
         window = Window(opened, 0, len(data))
         record = read_directory(window)["data.pkl"]
         assert window.content(record, 10) == DATA

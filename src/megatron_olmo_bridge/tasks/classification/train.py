@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.remote_path import AnyPath
 from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.nn.problem_types import REGRESSION
 from megatron_olmo_bridge.runtime.process_groups import gather, on_first, started_together
@@ -219,7 +220,7 @@ def with_head(
 
 
 def _check_head(
-    source: Checkpoint, folder: Path, problem_type: str, classes: tuple[str, ...]
+    source: Checkpoint, folder: AnyPath, problem_type: str, classes: tuple[str, ...]
 ) -> None:
     """Check that the checkpoint's classification head has the classes of the data.
 
