@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -36,6 +37,8 @@ class Hub:
     """Folder of each commit."""
     url: str = ""
     asked: list[str] = field(default_factory=list)
+    tokens: set[str | None] = field(default_factory=set)
+    """Headers with which ranges were asked for."""
 
     def commit(self, revision: str) -> str | None:
         commit = COMMITS.get(revision, revision)
@@ -82,7 +85,16 @@ class Handler(BaseHTTPRequestHandler):
             )
         if not (folder / what).is_file():
             return self.fail("EntryNotFound", commit)
-        return self.send(200, (folder / what).read_bytes(), commit, etag=tag(folder / what))
+        data, etag = (folder / what).read_bytes(), tag(folder / what)
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not found:
+            return self.send(200, data, commit, etag=etag)
+        if what.endswith(".safetensors") and "signature" not in self.path:
+            return self.send(302, b"", commit, location=f"{self.path}?signature=1")
+        self.hub.tokens.add(self.headers.get("Authorization"))
+        begin, end = int(found[1]), min(int(found[2]) + 1, len(data))
+        self.range = f"bytes {begin}-{end - 1}/{len(data)}"
+        return self.send(206, data[begin:end], commit, etag=etag)
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -103,6 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         code: str = "",
         kind: str = "application/octet-stream",
         message: str = "",
+        location: str = "",
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -112,6 +125,8 @@ class Handler(BaseHTTPRequestHandler):
             ("ETag", etag and f'"{etag}"'),
             ("X-Error-Code", code),
             ("X-Error-Message", message),
+            ("Location", location),
+            ("Content-Range", self.range if status == 206 else ""),
         ):
             if value:
                 self.send_header(name, value)
@@ -187,7 +202,27 @@ def test_the_cache_is_used_when_the_hub_is_unreachable(hub: Hub, tmp_path: Path)
     )
 
 
+def test_a_model_is_converted_without_a_download(hub: Hub, tmp_path: Path) -> None:
+    done = with_hub(tmp_path, hub.url, "import", f"hf://{REPO}@{REVISION}", "m", HF_TOKEN="hf_any")
+    assert done.returncode == 0, done.stderr
+    recorded = json.loads((tmp_path / "m/iter_0000000/olmo_bridge.json").read_text())
+    assert (recorded["source"], recorded["revision"]) == (f"hf://{REPO}", COMMITS[REVISION])
+    assert verify(hub.folders[COMMITS[REVISION]], tmp_path / "m").equal
+    assert (tmp_path / "m/iter_0000000/hf/tokenizer.json").exists()
+    assert hub.tokens == {"Bearer hf_any"}
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    done = with_hub(tmp_path, hub.url, "verify", f"hf://{REPO}", "m")
+    assert (done.returncode, "NOT equal" in done.stdout) == (1, True), done.stderr
+
+
 ABSENT = [
+    (
+        ("hf://org/absent",),
+        "hf://org/absent: no such folder here, and the hub at URL shows no",
+    ),
+    (("hf://org/gated",), "hf://org/gated: gated: accept its conditions at URL/org/gated, then"),
+    ((f"hf://{REPO}@no-such",), f"hf://{REPO}: the hub at URL has no revision 'no-such' of it"),
+    ((f"hf://{REPO}", "--revision", "main"), "--revision is for a hub id such as allenai/OLMo-2"),
     ((REPO, "--revision", "no-such"), f"{REPO}: the hub at URL has no revision 'no-such' of"),
     ((f"{REPO}@no-such",), f"{REPO}: the hub at URL has no revision 'no-such' of it"),
     ((f"{REPO}@main", "--revision", "no-such"), "names another revision than --revision"),

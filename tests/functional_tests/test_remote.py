@@ -6,13 +6,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import olmo_bridge
 from range_server import Site, serving
 
 from megatron_olmo_bridge import import_checkpoint, synth, verify
-from megatron_olmo_bridge.storage import remote_files
+from megatron_olmo_bridge.storage import execute, remote_files
 
 FAULTS = ["slow", "short", "503", "", "drop", "429", "drop", "short", "429", "503", "", "drop"]
 
@@ -212,3 +213,64 @@ def test_secrets_are_sent_but_never_shown(site: Site, tmp_path: Path) -> None:
     for secret in ("pass-word", "signature", "dXNlcj"):
         assert secret not in done.stdout + done.stderr + said
         assert secret.encode() not in written
+
+
+# ------------------------------------------------------------------------------- object stores
+
+
+@pytest.fixture
+def bucket(hf: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Yield a client of moto's S3, on loopback, whose bucket has the model."""
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install obstore")
+    moto = pytest.importorskip("moto.server", reason="not installed: pip install 'moto[server]'")
+    import boto3
+
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=url)
+    client.create_bucket(Bucket="models")
+    for file in hf.iterdir():
+        client.upload_file(str(file), "models", f"tiny/hf/{file.name}")
+    yield client
+    server.stop()
+
+
+def test_a_model_in_a_bucket_is_converted(hf: Path, bucket: Any, tmp_path: Path) -> None:
+    done = olmo_bridge("import", "s3://models/tiny/hf", tmp_path / "there")
+    assert done.exit_code == 0, done.stderr
+    import_checkpoint(hf, tmp_path / "here")
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+    done = olmo_bridge("verify", "s3://models/tiny/hf", tmp_path / "there")
+    assert (done.exit_code, "Equal" in done.stdout) == (0, True), done.stderr
+
+
+def test_an_object_that_changes_ends_the_conversion(
+    hf: Path, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change_and_write(*arguments: Any, **options: Any) -> None:
+        bucket.put_object(Bucket="models", Key="tiny/hf/tokenizer.json", Body=b"another")
+        write_files(*arguments, **options)
+
+    write_files = execute._write_files
+    monkeypatch.setattr(execute, "_write_files", change_and_write)
+    said = refused("import", "s3://models/tiny/hf", tmp_path / "m")
+    assert "s3://models/tiny/hf/tokenizer.json: changed while the checkpoint was read" in said
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("s3://models/absent", "s3://models/absent: there are no files"),
+        ("s3://no-such-bucket/hf", "s3://no-such-bucket/hf: the server answers 404 Not Found"),
+    ],
+)
+def test_what_is_not_in_a_bucket_is_one_sentence(
+    bucket: Any, tmp_path: Path, source: str, says: str
+) -> None:
+    assert says in refused("import", source, tmp_path / "m")

@@ -8,6 +8,7 @@ import torch
 
 from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint
 from megatron_olmo_bridge.errors import InputError
+from megatron_olmo_bridge.formats.remote_path import for_each
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece
 from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.storage.progress import Reporter
@@ -41,12 +42,14 @@ def load_weights(
     reporter = reporter or Reporter()
     total = sum(shard.data.numel() * ITEM_SIZE[source.dtypes[0]] for shard in live.shards)
     reporter.begin("loading", total)
-    read = 0
-    with Transfer() as transfer:
-        for shard in live.shards:
+
+    def load(shard: Shard) -> int:
+        with Transfer() as transfer:
             done = fill(shard, source, transfer)
-            reporter.advance(done)
-            read += done
+        reporter.advance(done)
+        return done
+
+    read = sum(for_each(load, live.shards, source.path))
     source.snapshot.check_unchanged()
     reporter.end()
     return read

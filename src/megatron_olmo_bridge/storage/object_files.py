@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,14 @@ from megatron_olmo_bridge.formats.remote_path import Status
 
 from .remote_files import Body, Transport, TryAgainError, changed
 
-TIMEOUTS = {"timeout": "60s", "connect_timeout": "10s"}
+CLIENT = {"timeout": "60s", "connect_timeout": "10s", "allow_http": True}
+"""HTTP is used only where the environment names such an endpoint."""
 CHUNK = 1 << 20
 """Bytes that arrive at a time."""
+
+
+_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
+_LATER = ("408", "429")
 
 
 class ObjectFiles(Transport):
@@ -36,14 +42,14 @@ class ObjectFiles(Transport):
         self.address = self.url = address
         self._obstore: Any = obstore
         # Attempts are counted in one place, for all transports: PinnedFiles.
-        options: dict[str, Any] = {"retry_config": {"max_retries": 0}, "client_options": TIMEOUTS}
+        options: dict[str, Any] = {"retry_config": {"max_retries": 0}, "client_options": CLIENT}
         try:
             self._store: Any = from_url(address, **options)
         except self._obstore.exceptions.BaseError as error:
-            raise InputError(f"{address}: {_first_line(error)}") from error
+            raise InputError(f"{address}: {_reason(error)}") from error
 
     def listing(self) -> dict[str, Status]:
-        with self._translated(self.url):
+        with self._translated(self.url, self.nothing_there()):
             pages = self._obstore.list(self._store)
             return {meta["path"]: _status(meta) for page in pages for meta in page}
 
@@ -71,20 +77,23 @@ class ObjectFiles(Transport):
             yield _Body(answer.stream(min_chunk_size=CHUNK), self._obstore.exceptions.BaseError)
 
     @contextlib.contextmanager
-    def _translated(self, where: str) -> Iterator[None]:
+    def _translated(self, where: str, absent: str = "") -> Iterator[None]:
         """Raise obstore's errors as InputError, or as TryAgainError if they may pass."""
         errors = self._obstore.exceptions
         try:
             yield
         except (errors.NotFoundError, errors.PreconditionError) as error:
-            raise InputError(changed(where)) from error
+            raise InputError(absent or changed(where)) from error
         except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
             raise InputError(
                 f"{where}: the server refuses access. Is a login missing or expired? For a public "
                 "bucket set AWS_SKIP_SIGNATURE=true or GOOGLE_SKIP_SIGNATURE=true."
             ) from error
         except errors.BaseError as error:
-            raise TryAgainError(_first_line(error), answered=False) from error
+            status = _STATUS.search(str(error))
+            if status and status[1][0] == "4" and status[1][:3] not in _LATER:
+                raise InputError(f"{where}: the server answers {status[1]}") from error
+            raise TryAgainError(_reason(error), answered=status is not None) from error
 
 
 class _Body:
@@ -99,7 +108,7 @@ class _Body:
             try:
                 self._left = memoryview(next(self._chunks, b""))
             except self._error_type as error:
-                raise TryAgainError(_first_line(error)) from error
+                raise TryAgainError(_reason(error)) from error
         count = min(len(out), len(self._left))
         out[:count] = self._left[:count]
         self._left = self._left[count:]
@@ -110,5 +119,9 @@ def _status(meta: Any) -> Status:
     return Status(meta["size"], meta["e_tag"] or str(meta["last_modified"]))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _reason(error: Exception) -> str:
+    """Return the end of an error's first line, which begins with the address and the duration."""
+    status = _STATUS.search(str(error))
+    return (
+        f"the server answers {status[1]}" if status else str(error).split("\n")[0].split(" - ")[-1]
+    )
