@@ -268,12 +268,10 @@ TESTED_BY = {
     ],
     "functional_tests/test_remote.py": [
         "formats/remote_path",
-        "storage/fetch",
         "storage/http_files",
         "storage/hub_files",
         "storage/object_files",
         "storage/remote",
-        "storage/remote_files",
     ],
     "functional_tests/test_hub.py": ["storage/hub_errors"],
     "unit_tests/tools/test_verify.py": ["checkpoints/differences"],

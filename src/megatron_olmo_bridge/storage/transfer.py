@@ -115,7 +115,7 @@ class Transfer:
         self._chosen: dict[tuple[Path, int], int] = {}
         self._sources: dict[Path, int] = {}
         """Open descriptors, least recently used first."""
-        self._spare = bytearray(BLOCK)
+        self._spare = bytearray()
         self._buffer = bytearray()
         self._last: Readable | None = None
         """Tensor that was read last; ``_matrices`` are of it."""
@@ -231,7 +231,7 @@ class Transfer:
             if piece.array is not None and isinstance(piece.array.file, RemotePath)
             for source_at, target_at, count in runs_of(piece, view)
         ]
-        buffer = memoryview(self._spare)[:FETCHED]
+        buffer = self._memory(FETCHED)
         for count in fetch(runs, partial(write_all, target), buffer, self._stop.wait):
             self._check_stop()
             self._advance(count)
@@ -347,11 +347,14 @@ class Transfer:
             FormatError: the file is truncated.
         """
         stride = array.row_bytes
-        if len(self._spare) < (bottom - top) * stride:
-            self._spare = bytearray((bottom - top) * stride)
-        rows = memoryview(self._spare)[: (bottom - top) * stride]
+        rows = self._memory((bottom - top) * stride)
         self._read(array.file, array.offset + top * stride, rows)
         return rows
+
+    def _memory(self, size: int) -> memoryview:
+        if len(self._spare) < size:
+            self._spare = bytearray(size)
+        return memoryview(self._spare)[:size]
 
     def _read(self, file: AnyPath, offset: int, out: memoryview) -> None:
         if isinstance(file, RemotePath):

@@ -16,6 +16,7 @@ pytest.importorskip("megatron.core")
 if torch.cuda.is_available():
     pytest.skip("written for the CPU runtime", allow_module_level=True)
 
+from range_server import serving
 from safetensors.torch import load_file
 
 from megatron_olmo_bridge import import_checkpoint
@@ -107,6 +108,14 @@ def test_from_several_files(
         chunks = build(tiny_hf)
         load_weights(chunks, open_checkpoint(checkpoint))
         assert_filled(chunks, expected, torch.bfloat16)
+
+
+def test_from_a_web_server(build: Build, tiny_hf: Path, reference: SimpleNamespace) -> None:
+    expected = reference.parameters(read(tiny_hf), Olmo2Bridge.sizes["olmo2-tiny"])
+    chunks = build(tiny_hf)
+    with serving(tiny_hf) as site:
+        load_weights(chunks, open_checkpoint(site.url))
+    assert_filled(chunks, expected, torch.bfloat16)
 
 
 def test_a_model_that_is_wrapped_for_training(
