@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from launching import served
 
@@ -28,7 +29,9 @@ class Site:
     """Status for everything."""
     has_ranges: bool = True
     redirect: str | None = None
+    """Where everything is instead; ``{path}`` stands for the file's path."""
     login: str | None = None
+    """Header that every request must have; ``none`` if it must not have one."""
     before_large: Callable[[int], None] = lambda _: None
     """Called with the number of large ranges so far."""
     url: str = ""
@@ -48,12 +51,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        site, path = self.site, self.path.partition("?")[0]
+        site, path = self.site, urlsplit(self.path).path
         site.asked.append(self.path)
-        if site.redirect is not None:
-            return self.answer(302, Location=site.redirect)
-        if site.login and self.headers.get("Authorization") != site.login:
+        if site.login and self.headers.get("Authorization", "none") != site.login:
             return self.answer(401)
+        if site.redirect is not None:
+            return self.answer(302, Location=site.redirect.format(path=path))
         if site.forbidden:
             return self.answer(site.forbidden)
         file = site.root / path.strip("/")

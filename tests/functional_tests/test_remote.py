@@ -215,6 +215,33 @@ def test_secrets_are_sent_but_never_shown(site: Site, tmp_path: Path) -> None:
         assert secret.encode() not in written
 
 
+def test_a_login_is_not_sent_to_where_a_redirect_leads(
+    hf: Path, site: Site, tmp_path: Path
+) -> None:
+    with serving(hf.parent) as elsewhere:
+        site.login = "Basic dXNlcjpwYXNzLXdvcmQ="
+        site.redirect = elsewhere.url + "{path}"
+        elsewhere.login = "none"
+        address = site.url.replace("//", f"//{LOGIN}") + "/hf"
+        done = olmo_bridge("import", address, tmp_path / "m")
+    assert done.exit_code == 0, done.stderr
+    assert verify(hf, tmp_path / "m").equal
+    assert site.sent == 0 < elsewhere.sent
+    small = {"/hf/" + name for name in ("config.json", "model.safetensors.index.json")}
+    assert small <= set(elsewhere.asked)
+    assert len(site.asked) < len(elsewhere.asked)  # where it leads is asked again, not the first
+
+
+def test_a_proxy_is_asked_for_the_whole_address(
+    hf: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", site.url)
+    monkeypatch.setenv("no_proxy", "")
+    done = olmo_bridge("import", "http://far-away.invalid/hf", tmp_path / "m")
+    assert done.exit_code == 0, done.stderr
+    assert all(path.startswith("http://far-away.invalid/hf/") for path in site.asked)
+
+
 # ------------------------------------------------------------------------------- object stores
 
 

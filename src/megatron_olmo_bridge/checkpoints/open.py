@@ -87,7 +87,7 @@ def find_kind(
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     for folder in (path, path.resolve().parent):
-        if finished and (folder / PARTIAL_MARKER).exists():
+        if finished and (folder / PARTIAL_MARKER).is_file():
             raise InputError(
                 f"{folder}: an interrupted conversion, not a checkpoint. Run the same command "
                 "again with --resume, or delete the folder."

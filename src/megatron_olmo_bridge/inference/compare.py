@@ -18,8 +18,8 @@ from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, UnsupportedError
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
-from megatron_olmo_bridge.formats.hf_folder import read_config
-from megatron_olmo_bridge.formats.remote_path import address_of, here
+from megatron_olmo_bridge.formats.hf_folder import artifact_files, read_config
+from megatron_olmo_bridge.formats.remote_path import RemotePath, address_of, here
 from megatron_olmo_bridge.models.families import bridge_for
 from megatron_olmo_bridge.storage.hub import fetch
 
@@ -66,7 +66,7 @@ def compare(
     model = open_checkpoint(fetch(str(other), None)[0])
     here(reference.path)  # transformers reads it
     if not isinstance(reference, HFCheckpoint):
-        raise InputError(f"{hf}: the reference must be a Hugging Face checkpoint")
+        raise InputError(f"{reference.path}: the reference must be a Hugging Face checkpoint")
     differences = _config_differences(reference, model)
     batch = [random_tokens(reference, tokens) if prompt is None else tokenize(reference, prompt)]
     with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as work:
@@ -183,7 +183,13 @@ def tokenizer_of(source: Checkpoint) -> Any:
             f"{source.path}: has no tokenizer. compare takes random tokens without --prompt; "
             "generate takes --tokens 1,2,3, or --tokenizer with a folder or a hub id."
         )
-    return load_pretrained(str(folder))[0]
+    if not isinstance(folder, RemotePath):
+        return load_pretrained(str(folder))[0]
+    with tempfile.TemporaryDirectory(prefix="olmo-bridge-") as copy:
+        for name, data in artifact_files(folder).items():
+            (Path(copy) / name).parent.mkdir(exist_ok=True)
+            (Path(copy) / name).write_bytes(data)
+        return load_pretrained(copy)[0]
 
 
 def _check_length(source: Checkpoint, count: int) -> None:

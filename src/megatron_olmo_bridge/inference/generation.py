@@ -12,6 +12,7 @@ from megatron_olmo_bridge.data.tokenizer import load_pretrained
 from megatron_olmo_bridge.errors import InputError, quote
 from megatron_olmo_bridge.formats.dtypes import parse_dtype
 from megatron_olmo_bridge.formats.files import read_json
+from megatron_olmo_bridge.formats.remote_path import address_of
 from megatron_olmo_bridge.storage.hub import fetch
 
 from .compare import tokenizer_of
@@ -60,7 +61,7 @@ class Generation:
         dtype = parse_dtype(dtype)
         source = open_checkpoint(fetch(checkpoint, None)[0])
         if source.bridge.num_labels is not None:
-            raise InputError(f"{checkpoint}: has a classification head, and generates nothing")
+            raise InputError(f"{source.path}: has a classification head, and generates nothing")
         self._tokenizer: Any = None
         if tokenizer is not None:
             self._tokenizer, _ = load_pretrained(tokenizer)
@@ -76,7 +77,7 @@ class Generation:
             "vocab_size": source.bridge.vocab_size,
             "positions": positions,
         }
-        self._job = Job(str(source.path), tp, pp, dtype=dtype, tokens=[self.prompt])
+        self._job = Job(address_of(source.path), tp, pp, dtype=dtype, tokens=[self.prompt])
 
     @property
     def text(self) -> str | None:

@@ -24,6 +24,8 @@ STEP = "step "
 Tell = Callable[[str], None]
 """Called with each step as it begins."""
 
+JOB = "OLMO_BRIDGE_JOB"
+"""Variable with the job, for its processes."""
 _WORKER = "megatron_olmo_bridge.inference"
 
 
@@ -32,7 +34,7 @@ class Job:
     """A checkpoint, a layout, and what to do with the live model."""
 
     checkpoint: str
-    """Folder of a checkpoint of any kind."""
+    """Folder of a checkpoint of any kind, or its address."""
     tp: int = 1
     pp: int = 1
     sp: bool = False
@@ -53,7 +55,9 @@ class Job:
         TF32 is disabled, as float32 results are compared.
         """
         count = self.tp * self.pp * self.ep
-        return processes(_WORKER, [json.dumps(asdict(self))], count, environment=NO_TF32)
+        # Not an argument: all users of a machine see those, and an address may hold a password.
+        environment = NO_TF32 | {JOB: json.dumps(asdict(self))}
+        return processes(_WORKER, [], count, environment=environment)
 
     def run(self, tell: Tell = lambda _: None) -> None:
         """Run the processes to their end.

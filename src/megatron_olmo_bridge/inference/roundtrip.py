@@ -74,7 +74,7 @@ def roundtrip(
     source = open_checkpoint(fetch(str(hf), None)[0])
     here(source.path)  # transformers reads it
     if not isinstance(source, HFCheckpoint):
-        raise InputError(f"{hf}: the roundtrip begins with a Hugging Face checkpoint")
+        raise InputError(f"{source.path}: the roundtrip begins with a Hugging Face checkpoint")
     outcome, batch = Roundtrip(), [random_tokens(source, tokens)]
     dtype = source.dtypes[0]
     layout = f"TP {tp}{', SP' * sp}, PP {pp}" + (f", EP {ep}" if ep > 1 else "")

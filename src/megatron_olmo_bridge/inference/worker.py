@@ -1,13 +1,12 @@
 """Processes started by ``compare``, ``roundtrip`` and ``generate``.
 
-``python -m megatron_olmo_bridge.inference JOB`` with a :class:`inference.jobs.Job` as JSON.
+The environment has the :class:`inference.jobs.Job` as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from megatron_olmo_bridge.runtime.process_groups import destroy_process_groups
 
 from .forward import forward, hidden_states
 from .generate import generate
-from .jobs import LOGITS, STEP, TOKEN, Job
+from .jobs import JOB, LOGITS, STEP, TOKEN, Job
 
 
 def main() -> None:
     """Run a job, as one of its processes."""
-    job = Job(**json.loads(sys.argv[1]))
+    job = Job(**json.loads(os.environ[JOB]))
     with reporting_errors():
         bridge = AutoBridge.from_checkpoint(job.checkpoint)
         dtype = None if job.dtype == "keep" else getattr(torch, job.dtype)
@@ -37,7 +36,8 @@ def main() -> None:
         provider.sequence_parallel = job.sp
         provider.expert_model_parallel_size = job.ep
         provider.make_vocab_size_divisible_by = job.tp
-        _tell(f"load {job.checkpoint}")
+        assert bridge.source is not None
+        _tell(f"load {bridge.source.path}")
         model = provider.provide_distributed_model(wrap_with_ddp=False)
         if job.states:
             _tell("run megatron-core")

@@ -105,7 +105,7 @@ class AutoBridge(OfflineMethods):
         source = open_checkpoint(fetch(str(path), revision)[0], ReadOptions(num_labels=num_labels))
         if not isinstance(source, HFCheckpoint):
             raise InputError(
-                f"{path}: is a {source.kind} checkpoint; use AutoBridge.from_checkpoint()"
+                f"{source.path}: is a {source.kind} checkpoint; use AutoBridge.from_checkpoint()"
             )
         if problem_type is not None:
             if num_labels is None:

@@ -52,7 +52,7 @@ def hf_as_megatron(
     """
     source = open_checkpoint(fetch(str(hf), revision)[0])
     if not isinstance(source, HFCheckpoint):
-        raise InputError(f"{hf}: is a {source.kind} checkpoint, not a Hugging Face one")
+        raise InputError(f"{source.path}: is a {source.kind} checkpoint, not a Hugging Face one")
     with as_megatron(source) as (name, strategy):
         yield name, strategy
 

@@ -180,7 +180,7 @@ class HTTPFiles(Transport):
         login, at, _ = self._base.netloc.rpartition("@")
         if not at:
             return {}
-        return {"Authorization": f"Basic {base64.b64encode(unquote(login).encode()).decode()}"}
+        return {"Authorization": _basic(login)}
 
 
 class _Body:
@@ -205,6 +205,7 @@ class _Connections:
     def get(self, url: str, headers: Mapping[str, str]) -> tuple[HTTPConnection, HTTPResponse]:
         """Send a request; a server may have closed an idle connection, so a new one follows."""
         parts = urlsplit(url)
+        target, for_proxy = _request_line(parts)
         idle = self._idle[_origin(parts)]
         while True:
             try:
@@ -212,7 +213,7 @@ class _Connections:
             except IndexError:
                 connection, is_new = _connect(parts), True
             try:
-                connection.request("GET", _target(parts, connection), headers=dict(headers))
+                connection.request("GET", target, headers={**headers, **for_proxy})
                 return connection, connection.getresponse()
             except (OSError, HTTPException):
                 connection.close()
@@ -228,33 +229,42 @@ class _Connections:
             connection.close()
 
 
+def _proxy(parts: SplitResult) -> SplitResult | None:
+    """Return the proxy that the environment names for a server."""
+    named = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    return urlsplit(named if "://" in named else f"http://{named}") if named else None
+
+
 def _connect(parts: SplitResult) -> HTTPConnection:
-    """Return a connection to a server, through the proxy that the environment names."""
-    host, port = parts.hostname or "", parts.port
-    is_secure = parts.scheme == "https"
-    proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
-    via = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
+    """Return a connection to a server, perhaps through a proxy."""
+    via = _proxy(parts)
+    host, port = (parts.hostname or "", parts.port)
     at, at_port = (via.hostname or "", via.port or 80) if via else (host, port)
-    if not is_secure:
+    if parts.scheme == "http":
         return HTTPConnection(at, at_port, timeout=TIMEOUT)
-    connection = HTTPSConnection(at, at_port, timeout=TIMEOUT, context=ssl.create_default_context())
+    context = ssl.create_default_context()
+    connection = HTTPSConnection(at, at_port, timeout=TIMEOUT, context=context)
     if via:
         connection.set_tunnel(host, port, _proxy_login(via))
     return connection
 
 
+def _request_line(parts: SplitResult) -> tuple[str, dict[str, str]]:
+    """Return the target of a request, and headers for a proxy that reads them."""
+    if parts.scheme == "http" and (via := _proxy(parts)):
+        return urlunsplit(parts), _proxy_login(via)
+    return urlunsplit(("", "", parts.path or "/", parts.query, "")), {}
+
+
 def _proxy_login(proxy: SplitResult) -> dict[str, str]:
     if proxy.username is None:
         return {}
-    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    return {"Proxy-Authorization": _basic(f"{proxy.username}:{proxy.password or ''}")}
 
 
-def _target(parts: SplitResult, connection: HTTPConnection) -> str:
-    """Return what stands in the request line: the whole address if a proxy reads it."""
-    path = urlunsplit(("", "", parts.path or "/", parts.query, ""))
-    is_proxied = parts.scheme == "http" and connection.host != parts.hostname
-    return urlunsplit(parts) if is_proxied else path
+def _basic(login: str) -> str:
+    """Return the header of a login, which is quoted as in an address."""
+    return f"Basic {base64.b64encode(unquote(login).encode()).decode()}"
 
 
 def _redirect(url: str, location: str, where: str) -> str:
