@@ -28,15 +28,19 @@ def warm() -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def run_script(name: str, *arguments: object, processes: int = 1) -> str:
+def run_script(
+    name: str, *arguments: object, processes: int = 1, environment: dict[str, str] | None = None
+) -> str:
     """Run a script in one or more processes, as torchrun would; return what they printed."""
-    codes, said = ended(name, *arguments, processes=processes)
+    codes, said = ended(name, *arguments, processes=processes, environment=environment)
     if any(codes):
         raise AssertionError(f"{name} ended with {codes}:\n{said[-8000:]}")
     return said
 
 
-def ended(name: str, *arguments: object, processes: int = 1) -> tuple[list[int], str]:
+def ended(
+    name: str, *arguments: object, processes: int = 1, environment: dict[str, str] | None = None
+) -> tuple[list[int], str]:
     """Run a script that may fail; return its processes' exit codes and what they printed."""
     server = warm()
     assert server.stdin and server.stdout
@@ -46,6 +50,7 @@ def ended(name: str, *arguments: object, processes: int = 1) -> tuple[list[int],
             "script": name,
             "arguments": [str(a) for a in arguments],
             "processes": processes,
+            "environment": environment or {},
             "log": str(log),
             "folder": str(Path.cwd()),
         }

@@ -71,7 +71,9 @@ class Handler(BaseHTTPRequestHandler):
             found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             assert found, "everything is asked for by ranges"
             begin, end = int(found[1]), min(size, int(found[2]) + 1)
-        data = file.read_bytes()[begin:end]
+        with file.open("rb") as opened:
+            opened.seek(begin)
+            data = opened.read(end - begin)
         fault = ""
         if len(data) > LARGE:
             site.large += 1

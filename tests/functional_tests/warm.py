@@ -55,6 +55,7 @@ def start(job: dict[str, Any]) -> list[int]:
 def become(job: dict[str, Any], rank: int, port: int) -> None:
     """A process of the job."""
     os.chdir(job["folder"])
+    os.environ |= job["environment"]
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

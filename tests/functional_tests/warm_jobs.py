@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from launching import run_script
 
-from megatron_olmo_bridge.inference.jobs import Job
+from megatron_olmo_bridge.inference.jobs import JOB, Job
 
 
 def run(job: Job, tell: Any = None) -> None:
     """Do a job with the worker's own code."""
     run_script(
         "megatron_olmo_bridge.inference.worker",
-        json.dumps(asdict(job)),
         processes=job.tp * job.pp * job.ep,
+        environment={JOB: json.dumps(asdict(job))},
     )
 
 
