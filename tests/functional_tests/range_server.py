@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -42,6 +43,22 @@ class Site:
     open_now: int = 0
     most_open: int = 0
     """Large ranges that were answered at the same time."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count a large range while it is answered."""
+        with self.lock:
+            self.large += 1
+            number = self.large
+            self.open_now += 1
+            self.most_open = max(self.most_open, self.open_now)
+        try:
+            self.before_large(number)
+            yield
+        finally:
+            with self.lock:
+                self.open_now -= 1
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -49,6 +66,11 @@ class Handler(BaseHTTPRequestHandler):
 
     site: Site
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client may close a connection at any time
+            super().handle()
 
     def do_GET(self) -> None:
         site, path = self.site, urlsplit(self.path).path
@@ -74,14 +96,13 @@ class Handler(BaseHTTPRequestHandler):
         with file.open("rb") as opened:
             opened.seek(begin)
             data = opened.read(end - begin)
-        fault = ""
-        if len(data) > LARGE:
-            site.large += 1
-            site.before_large(site.large)
+        if len(data) <= LARGE:
+            return self.send(data, "", begin, size)
+        with site.counting():
             fault = site.faults.pop() if site.faults else ""
-        if fault.isdecimal():
-            return self.answer(int(fault), **{"Retry-After": "0"})
-        return self.send(data, fault, begin, size)
+            if fault.isdecimal():
+                return self.answer(int(fault), **{"Retry-After": "0"})
+            return self.send(data, fault, begin, size)
 
     def send(self, data: bytes, fault: str, begin: int, size: int) -> None:
         """Send a range, or as much of it as the fault lets through."""
@@ -95,15 +116,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {begin}-{begin + length - 1}/{size}")
         self.send_header("ETag", self.tag)
         self.end_headers()
-        site.open_now += 1
-        site.most_open = max(site.most_open, site.open_now)
         step = len(part) // 4 + 1 if fault == "slow" else max(1, len(part))
         with contextlib.suppress(ConnectionError):
             for at in range(0, len(part), step):
                 self.wfile.write(part[at : at + step])
                 self.wfile.flush()
                 site.sent += len(part[at : at + step])
-        site.open_now -= 1
         if fault == "drop":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_WR)
