@@ -102,10 +102,11 @@ class AutoBridge(OfflineMethods):
             BridgeError: there is no checkpoint, it is damaged, or its family is not supported.
         """
         check_keywords("from_hf_pretrained", megatron_bridge, LOADING)
-        source = open_checkpoint(fetch(str(path), revision)[0], ReadOptions(num_labels=num_labels))
+        folder, _, _ = fetch(str(path), revision)
+        source = open_checkpoint(folder, ReadOptions(num_labels=num_labels))
         if not isinstance(source, HFCheckpoint):
             raise InputError(
-                f"{source.path}: is a {source.kind} checkpoint; use AutoBridge.from_checkpoint()"
+                f"{folder}: is a {source.kind} checkpoint; use AutoBridge.from_checkpoint()"
             )
         if problem_type is not None:
             if num_labels is None:
