@@ -8,11 +8,14 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from megatron_olmo_bridge.formats.remote_path import AnyPath, RemotePath
-from megatron_olmo_bridge.formats.tensors import MeanView, Readable
+from megatron_olmo_bridge.formats.tensors import MeanView, Readable, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 
 from .plan import CopyPlan, Literal, OutputFile, Payload
+from .runs import runs_of
 
+FETCHED = 1 << 20
+"""Bytes of a range in memory at a time, while the rest arrives."""
 PART = 32 << 20
 """Bytes of a payload that one connection fetches; others fetch the rest meanwhile."""
 
@@ -24,6 +27,16 @@ class Run(NamedTuple):
     source_at: int
     target_at: int
     nbytes: int
+
+
+def remote_runs(view: TensorView, offset: int) -> list[Run]:
+    """Return the runs of a tensor that are somewhere else, as it is written at an offset."""
+    return [
+        Run(piece.array.file, source_at, offset + target_at, nbytes)
+        for piece in view.pieces
+        if piece.array is not None and isinstance(piece.array.file, RemotePath)
+        for source_at, target_at, nbytes in runs_of(piece, view)
+    ]
 
 
 def fetch(

@@ -30,7 +30,7 @@ from megatron_olmo_bridge.mapping.placement import Region
 
 from .atomic import name_in_errors
 from .cloning import Clones, clone
-from .fetch import Run, fetch
+from .fetch import FETCHED, Run, fetch, remote_runs
 from .runs import runs_of, whole_blocks, worth_kernel_copies
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 BLOCK = 4 << 20
 """Bytes of a tensor in memory at a time."""
-FETCHED = 1 << 20
-"""Bytes of a range in memory at a time, while the rest arrives."""
 STEP = 64 << 20
 """Maximum bytes per kernel call, so that progress is visible and Ctrl-C takes effect."""
 OPEN_FILES = 16
@@ -136,8 +134,8 @@ class Transfer:
             InputError: a value is too large for ``dtype``.
         """
         if isinstance(view, TensorView) and dtype == view.dtype and worth_kernel_copies(view):
-            if any(p.array and isinstance(p.array.file, RemotePath) for p in view.pieces):
-                self._fetch(view, target, offset)
+            if runs := remote_runs(view, offset):
+                self._fetch(view, runs, target)
                 return
             _LOG.debug("%s: copied by the kernel, %d bytes", view.name, view.nbytes)
             for piece in view.pieces:
@@ -222,17 +220,11 @@ class Transfer:
                 inside = slice(max(at.top - top, 0), max(at.bottom - top, 0))
                 whole[inside, at.left : at.right] = values[inside, at.left : at.right]
 
-    def _fetch(self, view: TensorView, target: int, offset: int) -> None:
+    def _fetch(self, view: TensorView, runs: list[Run], target: int) -> None:
         """Write a tensor whose bytes are somewhere else; those of a new file are zero already."""
         _LOG.debug("%s: fetched, %d bytes", view.name, view.nbytes)
-        runs = [
-            Run(piece.array.file, source_at, offset + target_at, count)
-            for piece in view.pieces
-            if piece.array is not None and isinstance(piece.array.file, RemotePath)
-            for source_at, target_at, count in runs_of(piece, view)
-        ]
-        buffer = self._memory(FETCHED)
-        for count in fetch(runs, partial(write_all, target), buffer, self._stop.wait):
+        write, buffer = partial(write_all, target), self._memory(FETCHED)
+        for count in fetch(runs, write, buffer, self._stop.wait):
             self._check_stop()
             self._advance(count)
         self._advance(view.nbytes - sum(run.nbytes for run in runs))
