@@ -118,12 +118,13 @@ def options_for_each(paths: Sequence[AnyPath], options: ReadOptions) -> list[Rea
     for name in names:
         if not any(kind.accepts(name) for kind in kinds):
             _check_options(kinds[0], paths[0], options)
-    own = [{n: v for n, v in options.kind_options.items() if k.accepts(n)} for k in kinds]
     others = names.keys() - options.kind_options.keys()
-    return [
-        replace(options, kind_options=o, **{n: None for n in others if not kind.accepts(n)})
-        for kind, o in zip(kinds, own, strict=True)
-    ]
+    each_options = []
+    for kind in kinds:
+        own = {n: value for n, value in options.kind_options.items() if kind.accepts(n)}
+        without: dict[str, Any] = {n: None for n in others if not kind.accepts(n)}
+        each_options.append(replace(options, kind_options=own, **without))
+    return each_options
 
 
 def _values(options: ReadOptions) -> dict[str, Any]:

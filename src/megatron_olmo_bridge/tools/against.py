@@ -12,6 +12,7 @@ from megatron_olmo_bridge.checkpoints.checkpoint import Checkpoint, ReadOptions
 from megatron_olmo_bridge.checkpoints.differences import Difference, name_differences
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import InputError, MappingError, quote
+from megatron_olmo_bridge.storage.fetch import connections
 from megatron_olmo_bridge.storage.fingerprint import (
     BlockOf,
     HashedTensor,
@@ -22,7 +23,7 @@ from megatron_olmo_bridge.storage.fingerprint import (
     read_leaves,
     root_of,
 )
-from megatron_olmo_bridge.storage.hub import local_path
+from megatron_olmo_bridge.storage.hub import locate
 from megatron_olmo_bridge.storage.plan import WORKERS
 from megatron_olmo_bridge.storage.progress import Reporter
 
@@ -127,7 +128,7 @@ def verify_against(
     """Compare a checkpoint's weights with a fingerprint, or with the hashes of its blocks.
 
     Args:
-        path: path or hub id of a checkpoint of any kind.
+        path: path, address or hub id of a checkpoint of any kind.
         expected: what to compare with. Only its leaves tell which blocks differ.
         options: facts that the checkpoint may not record.
         workers: number of threads. Each holds a few MiB of a tensor.
@@ -138,13 +139,15 @@ def verify_against(
         FormatError: the file of leaves is damaged.
         BridgeError: the path is not a checkpoint, is damaged, or changed meanwhile.
     """
-    reporter = reporter or Reporter()
+    reporter, options = reporter or Reporter(), options or ReadOptions()
     expected.check()
     leaves = expected.leaves() if expected.against is not None else None
     try:
-        checkpoint = open_checkpoint(local_path(path), options, strict=False)
+        found = locate(path, connections=options.max_connections)
+        checkpoint = open_checkpoint(found, options, strict=False)
     except MappingError as error:
         return WeightVerification([Difference("mapping", str(path), str(error))], 0, 0)
+    workers = max(workers, connections([found]))
     if leaves is None:
         result = _compare_root(checkpoint, str(expected.fingerprint), workers, reporter)
     else:

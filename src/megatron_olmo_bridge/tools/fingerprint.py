@@ -9,13 +9,14 @@ from megatron_olmo_bridge.checkpoints.checkpoint import ReadOptions
 from megatron_olmo_bridge.checkpoints.open import open_checkpoint
 from megatron_olmo_bridge.errors import OutputError
 from megatron_olmo_bridge.storage.atomic import replace_file
+from megatron_olmo_bridge.storage.fetch import connections
 from megatron_olmo_bridge.storage.fingerprint import (
     HashedTensor,
     encode_leaves,
     hash_tensors,
     root_of,
 )
-from megatron_olmo_bridge.storage.hub import local_path
+from megatron_olmo_bridge.storage.hub import locate
 from megatron_olmo_bridge.storage.plan import WORKERS
 from megatron_olmo_bridge.storage.progress import Reporter
 
@@ -52,7 +53,7 @@ def fingerprint(
     Config, tokenizer, padding rows and optimizer state are not part of it.
 
     Args:
-        path: path or hub id of a checkpoint of any kind.
+        path: path, address or hub id of a checkpoint of any kind.
         options: facts that the checkpoint may not record.
         workers: number of threads. Each holds a few MiB of a tensor.
         reporter: receives progress.
@@ -60,8 +61,9 @@ def fingerprint(
     Raises:
         BridgeError: the path is not a checkpoint, is damaged, or changed meanwhile.
     """
-    reporter = reporter or Reporter()
-    checkpoint = open_checkpoint(local_path(path), options)
+    reporter, options = reporter or Reporter(), options or ReadOptions()
+    found = locate(path, connections=options.max_connections)
+    checkpoint, workers = open_checkpoint(found, options), max(workers, connections([found]))
     views = checkpoint.tensors.values()
     reporter.begin("fingerprinting", sum(view.nbytes for view in views))
     hashed = hash_tensors(views, workers, reporter)

@@ -16,7 +16,7 @@ from megatron_olmo_bridge.checkpoints.differences import (
 )
 from megatron_olmo_bridge.checkpoints.open import find_kind, open_checkpoint, options_for_each
 from megatron_olmo_bridge.errors import InputError, MappingError
-from megatron_olmo_bridge.formats.remote_path import AnyPath, files_below
+from megatron_olmo_bridge.formats.remote_path import AnyPath, RemotePath, files_below
 from megatron_olmo_bridge.formats.tensors import ITEM_SIZE, Piece, TensorView
 from megatron_olmo_bridge.mapping.placement import Region
 from megatron_olmo_bridge.storage.execute import sha256
@@ -184,6 +184,11 @@ def _compare(
 def _verify_recorded(
     path: AnyPath, options: ReadOptions | None, workers: int, reporter: Reporter
 ) -> Verification:
+    if isinstance(path, RemotePath):
+        raise InputError(
+            f"{path}: recorded files are checked where they are. Name a second checkpoint to "
+            "compare it with, or --fingerprint."
+        )
     _, folder = find_kind(path)
     recorded = read_provenance(folder)
     if recorded is None:
