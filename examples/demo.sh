@@ -52,6 +52,6 @@ What was shown
 - Every tensor of source and result is the same, bit for bit, and so is the config.
 - transformers loads the result without a missing or an unexpected tensor, and computes the same
   logits, bit for bit.
-- megatron-core, with the model shared out over two processes, computes the same up to rounding.
+- megatron-core, with the model split over two processes, computes the same up to rounding.
 Next: olmo-bridge import allenai/OLMo-2-0425-1B my-megatron-checkpoint
 TEXT
