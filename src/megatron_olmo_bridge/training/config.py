@@ -58,7 +58,8 @@ class DataConfig:
     root: str | None = None
     """Folder that the paths in ``mix`` are relative to; by default the folder of the list."""
     seed: int | None = None
-    """Seed of the order of ``mix``; by default train.seed."""
+    """Seed of the order of ``mix``; by default train.seed. For the order of OLMo's first trainer,
+    which counts epochs from 0, it is that trainer's seed minus 1."""
     vocab_size: int | None = None
     """Size of the vocabulary that the files of ``mix`` were written with, which decides the bytes
     of a token; by default the model's."""

@@ -41,6 +41,17 @@ def test_a_bad_mix_is_refused(tmp_path: Path, text: str, message: str) -> None:
         read_mix(tmp_path / "mix.txt", tmp_path)
 
 
+def test_the_first_trainer_has_the_order_of_the_seed_before() -> None:
+    """``IterableDataset`` of ai2-olmo 0.6.0 adds the epoch, counted from 0, to its seed."""
+    count, seed = 11, 6198
+    batches = ShuffledBatches(count=count, batch_size=4, seed=seed - 1)
+    for epoch in range(2):
+        order = np.arange(count, dtype=np.uint32)
+        np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(order)
+        found = [batches.batch(2 * epoch + i) for i in range(2)]
+        assert np.concatenate(found).tolist() == order[:8].tolist()
+
+
 def test_a_mix_is_text(tmp_path: Path) -> None:
     (tmp_path / "mix.npy").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FormatError, match=r"mix\.npy: is not a list of paths: not UTF-8 text"):
